@@ -1,0 +1,270 @@
+"""Every setting of a run. Standard library only; the string below a field is its documentation (see explain.py).
+
+Sizes are in tokens unless the name says otherwise. `None` means "decide for me" or "off", as documented.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "logit_mse"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(kw_only=True, slots=True)
+class RunSection:
+    """Identity and life of a run."""
+
+    name: str = "???"
+    """Names the run folder <output_dir>/<name> and the wandb run."""
+    output_dir: str = "runs"
+    """Folder that holds run folders."""
+    seed: int = 1
+    """Seeds initialisation and data order. The same seed gives the same run in any layout."""
+    resume: str = "auto"
+    """auto: continue from the newest good checkpoint of this run folder, if any. never: refuse a folder that holds
+    checkpoints. Anything else: path of a checkpoint to continue from."""
+    time_limit_s: float | None = None
+    """Wall-clock seconds after which the run saves and exits with code 75. null: no limit."""
+
+
+@dataclass(kw_only=True, slots=True)
+class StudentSection:
+    """The trained model: Hugging Face weights, or a named architecture initialised from run.seed."""
+
+    weights: str | None = None
+    """Hugging Face model folder to start from. null: initialise `architecture`."""
+    architecture: str | None = None
+    """A name from `kdtrain.models.architectures`, or a folder or file with a Hugging Face config.json. The
+    vocabulary size always comes from the tokenizer of the training store."""
+    dtype: Dtype = "bfloat16"
+    """Dtype of weights and activations. Master weights and optimizer states are always float32."""
+    attention: Attention = "auto"
+    """Attention implementation; auto takes flash_attention_2 on CUDA when flash-attn is installed, else sdpa."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in backward: less memory, about a third more time."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TeacherSection:
+    """The frozen model."""
+
+    weights: str | None = None
+    """Hugging Face model folder. Needed by objective distill, optional (for evaluation only) with pretrain."""
+    dtype: Dtype = "bfloat16"
+    """Dtype of weights and activations."""
+    attention: Attention = "auto"
+    """As student.attention."""
+    layout: Literal["plain", "tp"] = "plain"
+    """plain: a whole copy per rank; tp ranks share out the sequences. tp: cut like the student."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataSection:
+    """Where tokens come from and how many make a step."""
+
+    train: list[str] = field(default_factory=list)
+    """Token stores, one path or several to blend."""
+    train_weights: list[float] | None = None
+    """Share of each store in data.train, normalised to sum 1. null: in proportion to their tokens."""
+    validation: str | None = None
+    """Token store for evaluation. null: no evaluation."""
+    seq_len: int = 1024
+    """Tokens per packed sequence."""
+    tokens_per_step: int = 524288
+    """Tokens per optimizer step over all ranks; a multiple of seq_len * sequences_per_micro_batch * dp."""
+    sequences_per_micro_batch: int = 8
+    """Sequences per rank in one forward and backward pass. Changes memory and speed, never the result."""
+    reset_positions: bool = True
+    """Restart position_ids at each document and hide documents packed together from each other."""
+    prefetch: int = 2
+    """Steps prepared ahead by a background thread; 0 prepares in line."""
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainObjective:
+    """Plain next-token cross-entropy. Has no settings."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DistillObjective:
+    """kd_weight * temperature^2 * D(teacher, student) + (1 - kd_weight) * cross-entropy, summed over valid tokens."""
+
+    divergence: Divergence = "forward_kl"
+    """forward_kl is KL(teacher || student); reverse_kl is KL(student || teacher); jsd is divided by
+    teacher_share * (1 - teacher_share); logit_mse compares centred logits."""
+    temperature: float = 1.0
+    """Divides both models' logits in the divergence, whose value is multiplied by its square. Not in the CE."""
+    kd_weight: float = 0.5
+    """Weight of the divergence, in [0, 1]; the cross-entropy on the data gets 1 - kd_weight."""
+    teacher_share: float = 0.5
+    """jsd: share b of the teacher in the mixture b p + (1 - b) q, in (0, 1)."""
+    skew: float = 0.1
+    """skew_kl: KL(p || skew p + (1 - skew) q); skew_reverse_kl: KL(q || (1 - skew) p + skew q). In (0, 1)."""
+    ab_alpha: float = 0.5
+    """alpha_beta: exponent of the teacher; not 0, and ab_alpha + ab_beta not 0."""
+    ab_beta: float = 0.5
+    """alpha_beta: exponent of the student; not 0."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ObjectiveSection:
+    """What the student learns. Only the section named by `name` may be set."""
+
+    name: Literal["pretrain", "distill"] = "distill"
+    """pretrain: cross-entropy alone. distill: divergence from a co-hosted teacher plus cross-entropy."""
+    pretrain: PretrainObjective = field(default_factory=PretrainObjective)
+    """Settings of objective pretrain."""
+    distill: DistillObjective = field(default_factory=DistillObjective)
+    """Settings of objective distill."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelSection:
+    """How ranks share the work. dp is the world size divided by tp."""
+
+    tp: int = 1
+    """Tensor-parallel ranks per replica of the student."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ZeroSection:
+    """DeepSpeed ZeRO for the student."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """0: nothing is partitioned over dp; 1: optimizer states; 2: and gradients; 3: and weights."""
+    extra: dict[str, str] = field(default_factory=dict)
+    """Expert: further keys of DeepSpeed's zero_optimization section; keys that kdtrain owns are refused."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimSection:
+    """AdamW."""
+
+    lr: float = 3.0e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    eps: float = 1.0e-8
+    """AdamW epsilon."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; norms, biases and other vectors get none."""
+    grad_clip: float | None = 1.0
+    """Largest global gradient norm. null: no clipping."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ScheduleSection:
+    """Learning rate as a function of tokens seen."""
+
+    shape: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """After the warm-up: cosine or linear decay to the end; wsd stays at the peak, then decays linearly over
+    decay_tokens; constant stays."""
+    warmup_tokens: int = 0
+    """Linear warm-up from 0."""
+    decay_tokens: int | None = None
+    """wsd: length of the final decay. null: a tenth of train.total_tokens."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a share of the peak."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainSection:
+    """Length of the run and how the loss is computed."""
+
+    total_tokens: int = "???"  # type: ignore[assignment]
+    """The run ends once this many tokens (over all ranks, padding included) have been seen."""
+    slab_bytes: int = 1 << 30
+    """Budget in bytes for the loss's temporary logits; larger is faster up to a point."""
+    kernels: Literal["auto", "torch"] = "auto"
+    """Backend of the loss's row kernels."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointSection:
+    """Resumable states."""
+
+    every_steps: int | None = None
+    """Steps between checkpoints. null: only at the end and when stopped."""
+    keep_last: int = 2
+    """How many of the newest checkpoints stay."""
+    export: bool = True
+    """Write the finished student as a Hugging Face folder <run>/export."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalSection:
+    """Validation on data.validation."""
+
+    every_steps: int | None = None
+    """Steps between evaluations; also run before the first and after the last step. null: only those two."""
+    max_tokens: int | None = None
+    """Evaluate on at most this many tokens of the store (the same ones each time). null: all."""
+
+
+@dataclass(kw_only=True, slots=True)
+class WandbSection:
+    """Weights & Biases."""
+
+    mode: Literal["off", "offline", "online"] = "off"
+    """offline needs neither account nor network; `wandb sync` uploads it later."""
+    project: str = "kdtrain"
+    """Project name."""
+    entity: str | None = None
+    """Team or user. null: the account's default."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LogSection:
+    """Reports."""
+
+    every_steps: int = 10
+    """Steps between console lines and metric records (means over the steps between)."""
+    wandb: WandbSection = field(default_factory=WandbSection)
+    """Weights & Biases sink."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DebugSection:
+    """Switches for finding faults."""
+
+    check_replicas: bool = False
+    """Compare batches and replicated tensors over tp ranks each step; slow."""
+    self_check: bool = True
+    """Before the first step: label cross-entropy of the teacher must beat its +-1 shifts, and tokenizers must agree."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """A whole run."""
+
+    run: RunSection = field(default_factory=RunSection)
+    """Identity and life of the run."""
+    student: StudentSection = field(default_factory=StudentSection)
+    """The trained model."""
+    teacher: TeacherSection = field(default_factory=TeacherSection)
+    """The frozen model."""
+    data: DataSection = field(default_factory=DataSection)
+    """Tokens."""
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
+    """What to learn."""
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    """Layout."""
+    zero: ZeroSection = field(default_factory=ZeroSection)
+    """DeepSpeed ZeRO."""
+    optim: OptimSection = field(default_factory=OptimSection)
+    """Optimizer."""
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    """Learning rate."""
+    train: TrainSection = field(default_factory=TrainSection)
+    """Length."""
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    """Resumable states."""
+    eval: EvalSection = field(default_factory=EvalSection)
+    """Validation."""
+    log: LogSection = field(default_factory=LogSection)
+    """Reports."""
+    debug: DebugSection = field(default_factory=DebugSection)
+    """Fault finding."""

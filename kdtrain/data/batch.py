@@ -1,0 +1,44 @@
+"""What the loader yields and the models read. Shapes: B sequences, S tokens each, T = B * S."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch of packed sequences, equal on all tensor-parallel ranks of a data rank.
+
+    input_ids     [B, S] int64
+    labels        [B, S] int64, already shifted: labels[b, s] is the token to be predicted at position s
+    loss_mask     [B, S] float32, 1 where the position counts in the loss (0 at a document's last token)
+    position_ids  [B, S] int64, restarting at 0 with every document; attention never crosses a restart
+    sample_ids    [B] int64, key of each sequence in the (blended) token store; with the position in the
+                  sequence it is the key of every cached record and of every random draw
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    sample_ids: Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        """T: all tokens, counted in the loss or not."""
+        return self.input_ids.numel()
+
+    def num_valid_tokens(self) -> Tensor:
+        """Tokens counted in the loss, 0-d float64 on the batch's device. Does not synchronise."""
+        return self.loss_mask.sum(dtype=torch.float64)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device (asynchronous from pinned memory)."""
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Sequences [start, stop) of this batch."""
+        return Batch(*(getattr(self, f.name)[start:stop] for f in fields(self)))

@@ -1,0 +1,94 @@
+"""Collectives used by layers and losses; each states what it communicates forward and backward.
+
+The convention about factors of tp, written once, here:
+
+* A scalar loss is *replicated*: every tensor-parallel rank computes the same number, and calls backward on it once.
+* A *replicated* activation has a *replicated* gradient: every rank holds the whole gradient, not a share of it.
+* A *sharded* weight has the gradient of its own rows or columns.
+* Where a replicated activation enters sharded weights, each rank's backward yields a *partial* gradient; it is
+  summed exactly once, by `copy_to_tp`. Where partial activations leave them, they are summed forward, by
+  `reduce_from_tp`, and the (replicated) gradient passes back untouched.
+
+Hence no gradient is ever multiplied or divided by tp. Peers that differentiate through an all-reduce whose
+backward is again an all-reduce get losses right to every digit and gradients wrong by a factor of tp.
+
+Every function does nothing when its group is None or has one rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+def group_size(group: Group) -> int:
+    """Ranks in `group`; 1 for None. Does not communicate."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def group_rank(group: Group) -> int:
+    """This rank's place in `group`; 0 for None. Does not communicate."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def reduce_sum_(tensor: Tensor, group: Group) -> Tensor:
+    """Sum `tensor` over the group, in place, and return it. Communicates: one all-reduce. Not differentiable.
+
+    Raises ValueError for a non-contiguous tensor: the collective would fill its memory in the wrong order.
+    """
+    if group_size(group) > 1:
+        if not tensor.is_contiguous():
+            raise ValueError(f"reduce_sum_ needs a contiguous tensor, got strides {tensor.stride()}")
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def gather_ranks(tensor: Tensor, group: Group) -> Tensor:
+    """[...] on every rank -> [ranks, ...], in rank order, bitwise equal everywhere.
+
+    Communicates: one all-gather. Not differentiable.
+    """
+    size = group_size(group)
+    if size == 1:
+        return tensor.unsqueeze(0)
+    tensor = tensor.contiguous()
+    out = torch.empty((size, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
+    dist.all_gather(list(out.unbind(0)), tensor, group=group)
+    return out
+
+
+class _CopyToTp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        # A fresh contiguous buffer: autograd may still hold the incoming one elsewhere.
+        return reduce_sum_(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+class _ReduceFromTp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return reduce_sum_(x.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def copy_to_tp(x: Tensor, group: Group) -> Tensor:
+    """Replicated activation -> input of sharded weights. Forward: nothing. Backward: one all-reduce (sum)."""
+    return x if group_size(group) == 1 else _CopyToTp.apply(x, group)
+
+
+def reduce_from_tp(x: Tensor, group: Group) -> Tensor:
+    """Partial activation -> replicated. Forward: one all-reduce (sum). Backward: nothing."""
+    return x if group_size(group) == 1 else _ReduceFromTp.apply(x, group)

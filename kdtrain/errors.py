@@ -1,0 +1,55 @@
+"""Every error a user can meet, with the exit code the scripts return for it.
+
+A message says what is wrong, where (file, key, rank), why it matters, and how to fix it.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_OTHER = 1
+EXIT_CONFIG = 2
+EXIT_DATA = 3
+EXIT_NON_FINITE = 4
+EXIT_STOPPED = 75
+
+
+class KdtrainError(Exception):
+    """Base of all errors raised for users; `exit_code` is what a script ends with."""
+
+    exit_code = EXIT_OTHER
+
+
+class ConfigError(KdtrainError):
+    """The configuration, a path it names, or the environment cannot work."""
+
+    exit_code = EXIT_CONFIG
+
+
+class ParallelError(ConfigError):
+    """A model cannot be cut the way the mesh asks."""
+
+
+class DataError(KdtrainError):
+    """A corpus or store is missing, damaged, truncated or empty."""
+
+    exit_code = EXIT_DATA
+
+
+class StoreMismatch(DataError):
+    """Two artefacts do not belong together; the message names both values."""
+
+
+class CheckpointError(DataError):
+    """A checkpoint is incomplete, damaged, or of another model."""
+
+
+class NonFiniteLoss(KdtrainError):
+    """The loss or a gradient became inf or nan."""
+
+    exit_code = EXIT_NON_FINITE
+
+
+class RunStopped(KdtrainError):
+    """A signal or the time limit ended the run after its state was saved."""
+
+    exit_code = EXIT_STOPPED

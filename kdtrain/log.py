@@ -1,0 +1,46 @@
+"""One logger for the project: rank 0 speaks to the console, every rank keeps a file once a run folder exists."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+LOGGER = logging.getLogger("kdtrain")
+
+
+class KdtrainWarning(UserWarning):
+    """Category of warnings raised by kdtrain itself."""
+
+
+def rank_from_environment() -> int:
+    """The global rank a launcher announced, 0 without one."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def setup_logging(rank: int | None = None, folder: Path | None = None) -> logging.Logger:
+    """Configure the project's logger: rank 0 to stdout; with `folder`, console.log (rank 0) or ranks/rank_N.log.
+
+    Safe to call again once the run folder is known.
+    """
+    rank = rank_from_environment() if rank is None else rank
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
+    for handler in list(LOGGER.handlers):
+        LOGGER.removeHandler(handler)
+        handler.close()
+    if rank == 0:
+        console = logging.StreamHandler(sys.stdout)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        LOGGER.addHandler(console)
+    if folder is not None:
+        path = folder / "console.log" if rank == 0 else folder / "ranks" / f"rank_{rank:04d}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, encoding="utf-8", delay=rank != 0)
+        file.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        file.setFormatter(logging.Formatter("%(message)s" if rank == 0 else "%(asctime)s %(levelname)s %(message)s"))
+        LOGGER.addHandler(file)
+    if not LOGGER.handlers:
+        LOGGER.addHandler(logging.NullHandler())
+    return LOGGER

@@ -1,0 +1,62 @@
+"""What losses take and return. T tokens, K kept ids, V vocabulary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LossParts:
+    """A loss summed over tokens, and what was measured on the way; replicated over the tp group.
+
+    loss           0-d fp32 (fp64 for fp64 inputs), differentiable:
+                   sum_t kd_weight[t] * temperature^2 * D[t] + ce_weight[t] * CE[t]
+    kd             [T] detached, D in nats at the loss temperature, without weights and temperature^2; None if no KD
+    ce             [T] detached, -log q(label) at temperature 1
+    teacher_ce     [T] detached, -log p(label) at temperature 1; None without a dense teacher
+    student_entropy, teacher_entropy   [T] detached, nats, at the loss temperature; None unless measured
+    forward_kl     [T] detached, KL(teacher||student) at temperature 1, whatever the divergence; None unless measured
+    tvd            [T] detached, total variation distance at the loss temperature; None unless measured
+    agreement      [T] detached float, 1 where the arg-max of both models is the same id; None unless measured
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor | None = None
+    teacher_ce: Tensor | None = None
+    student_entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    forward_kl: Tensor | None = None
+    tvd: Tensor | None = None
+    agreement: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The K largest teacher logits per token, descending, ties to the smaller id.
+
+    ids [T, K] int32 global; logits [T, K] fp32; lse [T, len(temperatures)] fp32 over the full vocabulary;
+    log_tail [T, len(temperatures)] fp32, log of the probability outside the K ids.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    lse: Tensor
+    log_tail: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SparseTarget:
+    """A sparse teacher distribution per token.
+
+    ids [T, K] int32 global (-1 marks an empty slot, whose weight is 0); weights [T, K] fp32, with the tail they
+    sum to 1; log_tail [T] fp32 or None; label_log_prob [T] and entropy [T] fp32, nats.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    log_tail: Tensor | None
+    label_log_prob: Tensor
+    entropy: Tensor

@@ -1,0 +1,47 @@
+"""Packaging. Tool settings live in pyproject.toml; pinned versions in constraints-*.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "kdtrain/__init__.py").read_text()).group(1)
+
+setup(
+    name="kdtrain",
+    version=VERSION,
+    description="Distil large language models into small ones while they are pre-trained.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # kernels/ is a source root, not a package: see docs/design/0003-kernels-folder.md.
+    packages=[*find_packages(include=["kdtrain", "kdtrain.*"]), *find_packages("kernels")],
+    package_dir={"kdtrain_kernels": "kernels/kdtrain_kernels"},
+    package_data={"kdtrain": ["py.typed", "assets/**/*"]},
+    install_requires=[
+        "torch>=2.8",
+        "numpy>=1.26",
+        "safetensors>=0.5",
+        "tokenizers>=0.21",
+        "omegaconf>=2.4",
+        "rich>=13",
+        "transformers>=5.17",
+        "deepspeed>=0.19.8",
+    ],
+    extras_require={
+        "wandb": ["wandb>=0.26"],
+        "gguf": ["gguf>=0.10", "accelerate>=1.0"],
+        "gpu": ["triton>=3.6; platform_system == 'Linux'", "flash-attn>=2.7; platform_system == 'Linux'"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "import-linter>=2.1",
+            "codespell>=2.3",
+            "types-PyYAML",
+        ],
+    },
+)
