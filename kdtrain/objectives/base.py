@@ -1,0 +1,78 @@
+"""What every objective is: micro-batch in, summed loss and summed metrics out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torch import Tensor
+
+from kdtrain.data.batch import Batch
+from kdtrain.dist.collectives import Group
+from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.losses.types import LossParts
+
+R = TypeVar("R")
+
+
+class Student(Protocol):
+    """The trained model as an objective sees it: runs the decoder, then `head_fn` where the head's weight is whole."""
+
+    def __call__(self, batch: Batch, head_fn: Callable[[Tensor, HeadShard], R]) -> R:
+        """hidden_states [T, D] and this rank's head rows go to `head_fn`; its answer comes back."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLayout:
+    """How the student's head is cut and how much memory its loss may use."""
+
+    shard: VocabShard
+    group: Group
+    slab_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """loss_sum: 0-d, differentiable, summed over this micro-batch's valid tokens.
+
+    metrics: name -> (sum over valid tokens, number of them), both 0-d tensors, replicated over tp, local to dp.
+    """
+
+    loss_sum: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]]
+
+
+class Objective(Protocol):
+    """A way to learn. Holds the student; returns sums, never means."""
+
+    def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
+        """One micro-batch; with `measure`, also the metrics that cost an extra reading of the logits."""
+
+
+PER_TOKEN_METRICS = {
+    "loss/ce": "ce",
+    "loss/kd": "kd",
+    "distill/teacher_nll": "teacher_ce",
+    "distill/forward_kl": "forward_kl",
+    "distill/teacher_entropy": "teacher_entropy",
+    "distill/student_entropy": "student_entropy",
+    "distill/tvd": "tvd",
+    "distill/top1_agreement": "agreement",
+}
+"""Metric name -> field of LossParts that it is the mean of."""
+
+
+def summed_metrics(parts: LossParts, loss_mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The sums behind every per-token metric that `parts` carries, and loss/total. loss_mask [T].
+
+    A masked position contributes nothing even if its value is not finite.
+    """
+    valid = loss_mask > 0
+    count = valid.sum()
+    metrics = {"loss/total": (parts.loss.detach(), count)}
+    for name, field in PER_TOKEN_METRICS.items():
+        values = getattr(parts, field)
+        if values is not None:
+            metrics[name] = (values.double().where(valid, 0.0).sum(), count)
+    return metrics

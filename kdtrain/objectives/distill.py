@@ -1,0 +1,65 @@
+"""Distillation from a co-hosted teacher's full distribution, mixed with cross-entropy on the data."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from kdtrain.config.schema import DistillObjective
+from kdtrain.data.batch import Batch
+from kdtrain.dist.vocab import HeadShard
+from kdtrain.losses import linear_kd_loss
+from kdtrain.losses.types import LossParts
+from kdtrain.objectives.base import HeadLayout, LossOutput, Student, summed_metrics
+from kdtrain.teacher.signal import DenseSignal
+
+
+class TeacherSource(Protocol):
+    """Where the teacher's distribution comes from."""
+
+    def signal(self, batch: Batch) -> DenseSignal:
+        """The teacher's view of a micro-batch."""
+
+
+class Distill:
+    """w tau^2 D(teacher, student) + (1 - w) CE(data), summed over valid tokens; the trainer divides.
+
+    Hinton et al. 2015 (arXiv 1503.02531) for the mix and tau^2; the divergences are in `losses/reference.py`.
+    """
+
+    def __init__(self, student: Student, teacher: TeacherSource, settings: DistillObjective, layout: HeadLayout) -> None:
+        self.student = student
+        self.teacher = teacher
+        self._settings = settings
+        self._layout = layout
+
+    def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
+        """One micro-batch; with `measure`, also entropies, KL at temperature 1, TVD and top-1 agreement."""
+        signal = self.teacher.signal(batch)
+        mask = batch.loss_mask.reshape(-1)
+        s, layout = self._settings, self._layout
+
+        def head_fn(hidden: Tensor, head: HeadShard) -> LossParts:
+            return linear_kd_loss(
+                hidden,
+                head,
+                signal.hidden_states,
+                signal.head,
+                batch.labels.reshape(-1),
+                divergence=s.divergence,
+                temperature=s.temperature,
+                kd_weight=mask * s.kd_weight,
+                ce_weight=mask * (1.0 - s.kd_weight),
+                shard=layout.shard,
+                group=layout.group,
+                slab_bytes=layout.slab_bytes,
+                teacher_share=s.teacher_share,
+                skew=s.skew,
+                ab_alpha=s.ab_alpha,
+                ab_beta=s.ab_beta,
+                measure=measure,
+            )
+
+        parts = self.student(batch, head_fn)
+        return LossOutput(parts.loss, summed_metrics(parts, mask))

@@ -1,0 +1,38 @@
+"""Plain next-token cross-entropy: the baseline every distillation run is compared with."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kdtrain.data.batch import Batch
+from kdtrain.dist.vocab import HeadShard
+from kdtrain.losses import linear_cross_entropy
+from kdtrain.losses.types import LossParts
+from kdtrain.objectives.base import HeadLayout, LossOutput, Student, summed_metrics
+
+
+class Pretrain:
+    """CE(data), summed over valid tokens; the trainer divides by their global number."""
+
+    def __init__(self, student: Student, layout: HeadLayout) -> None:
+        self.student = student
+        self._layout = layout
+
+    def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
+        """One micro-batch. `measure` adds nothing here: the cross-entropy is always known."""
+        mask = batch.loss_mask.reshape(-1)
+        layout = self._layout
+
+        def head_fn(hidden: Tensor, head: HeadShard) -> LossParts:
+            return linear_cross_entropy(
+                hidden,
+                head,
+                batch.labels.reshape(-1),
+                weight=mask,
+                shard=layout.shard,
+                group=layout.group,
+                slab_bytes=layout.slab_bytes,
+            )
+
+        parts = self.student(batch, head_fn)
+        return LossOutput(parts.loss, summed_metrics(parts, mask))
