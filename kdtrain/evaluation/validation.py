@@ -1,0 +1,79 @@
+"""How good a student is on held-out text, and how close to its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from kdtrain.data.batch import Batch
+from kdtrain.dist.mesh import Mesh
+from kdtrain.dist.vocab import HeadShard
+from kdtrain.losses import linear_cross_entropy, linear_kd_loss
+from kdtrain.losses.types import LossParts
+from kdtrain.objectives.base import HeadLayout, Student
+from kdtrain.objectives.distill import TeacherSource
+from kdtrain.telemetry.metrics import Metrics
+
+EVAL_METRICS = {
+    "eval/val_nll": "ce",
+    "eval/kl_to_teacher": "forward_kl",
+    "eval/teacher_nll": "teacher_ce",
+    "eval/top1_agreement": "agreement",
+    "eval/tvd": "tvd",
+    "eval/teacher_entropy": "teacher_entropy",
+    "eval/student_entropy": "student_entropy",
+}
+"""Name -> field of LossParts; means over valid tokens, nats per token or shares, all at temperature 1."""
+
+
+class Validation:
+    """Measures a student on fixed batches: nats per token, KL(teacher||student), top-1 agreement.
+
+    The same divergence and temperature whatever the training objective, so that runs can be compared.
+    """
+
+    def __init__(self, student: Student, teacher: TeacherSource | None, layout: HeadLayout, mesh: Mesh) -> None:
+        self._student = student
+        self._teacher = teacher
+        self._layout = layout
+        self._mesh = mesh
+
+    @torch.no_grad()
+    def run(self, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
+        """Means over all valid tokens of `batches` on all data ranks.
+
+        Communicates: the loss's statistics over tp, one all-reduce over dp at the end. Every data rank must have
+        the same number of batches.
+        """
+        metrics = Metrics(device=device, group=self._mesh.dp_group)
+        for batch in batches:
+            batch = batch.to(device)
+            valid = batch.loss_mask.reshape(-1) > 0
+            parts = self._measure(batch)
+            for name, field in EVAL_METRICS.items():
+                values = getattr(parts, field)
+                if values is not None:
+                    metrics.add(name, values.double().where(valid, 0.0).sum(), valid.sum())
+        return metrics.reduce()
+
+    def _measure(self, batch: Batch) -> LossParts:
+        weight = batch.loss_mask.reshape(-1)
+        labels = batch.labels.reshape(-1)
+        layout = self._layout
+        signal = None if self._teacher is None else self._teacher.signal(batch)
+
+        def head_fn(hidden: Tensor, head: HeadShard) -> LossParts:
+            if signal is None:
+                return linear_cross_entropy(
+                    hidden, head, labels, weight=weight, shard=layout.shard, group=layout.group,
+                    slab_bytes=layout.slab_bytes,
+                )  # fmt: skip
+            return linear_kd_loss(
+                hidden, head, signal.hidden_states, signal.head, labels, divergence="forward_kl", temperature=1.0,
+                kd_weight=weight, ce_weight=weight, shard=layout.shard, group=layout.group,
+                slab_bytes=layout.slab_bytes, measure=True,
+            )  # fmt: skip
+
+        return self._student(batch, head_fn)

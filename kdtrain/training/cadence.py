@@ -1,0 +1,78 @@
+"""When to report, evaluate, save and stop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType
+
+from kdtrain.config.schema import RunConfig
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""SIGTERM comes from schedulers and from the launcher, SIGUSR1 from schedulers that warn ahead."""
+
+
+class StopRequest:
+    """Whether this rank has been asked to stop: by a signal, or by the time limit.
+
+    Installing handlers is explicit (`install`), undone by `restore`. Ranks learn of it at different moments, so the
+    trainer reduces `wanted` over all ranks once per step.
+    """
+
+    def __init__(self, time_limit_s: float | None = None) -> None:
+        self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
+        self._signal: int | None = None
+        self._previous: dict[int, object] = {}
+
+    def install(self) -> None:
+        """Catch STOP_SIGNALS from now on (main thread only)."""
+        for number in STOP_SIGNALS:
+            self._previous[number] = signal.signal(number, self._on_signal)
+
+    def restore(self) -> None:
+        """Give the signals back to whoever had them."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    @property
+    def wanted(self) -> bool:
+        """True once this rank should stop after the current step."""
+        return self._signal is not None or (self._deadline is not None and time.monotonic() >= self._deadline)
+
+    @property
+    def reason(self) -> str:
+        """Why, in a few words."""
+        if self._signal is not None:
+            return f"signal {signal.Signals(self._signal).name}"
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            return "run.time_limit_s reached"
+        return "another rank was asked to stop"
+
+
+class Cadence:
+    """Step numbers at which things happen. Steps count from 1; step 0 is the untrained student."""
+
+    def __init__(self, cfg: RunConfig) -> None:
+        self.last_step = -(-cfg.train.total_tokens // cfg.data.tokens_per_step)
+        self._log_every = cfg.log.every_steps
+        self._eval_every = cfg.eval.every_steps
+        self._save_every = cfg.checkpoint.every_steps
+        self._evaluates = cfg.data.validation is not None
+
+    def log(self, step: int) -> bool:
+        """Report after this step: the first, every log.every_steps, the last."""
+        return step == 1 or step % self._log_every == 0 or step == self.last_step
+
+    def evaluate(self, step: int) -> bool:
+        """Evaluate after this step: before the first, every eval.every_steps, after the last."""
+        if not self._evaluates:
+            return False
+        return step in (0, self.last_step) or (self._eval_every is not None and step % self._eval_every == 0)
+
+    def save(self, step: int) -> bool:
+        """Save after this step: every checkpoint.every_steps, and the last."""
+        return step == self.last_step or (self._save_every is not None and step % self._save_every == 0)

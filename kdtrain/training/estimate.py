@@ -1,0 +1,69 @@
+"""Will it fit? Bytes per rank from shapes alone, before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdtrain.config.schema import RunConfig
+
+GIB = 1 << 30
+BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """What the estimate needs of a model: parameters of the full model, width, layers, rows of its head."""
+
+    num_parameters: int
+    width: int
+    num_layers: int
+    vocab_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes per rank, part by part. Activations are the rough one: they depend on the attention kernel."""
+
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """Sum of the parts, bytes."""
+        return sum(self.parts.values())
+
+    def line(self) -> str:
+        """One line for the console."""
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts.items())
+        return f"estimate {self.total / GIB:.2f} GiB/rank ({parts})"
+
+
+def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | None, *, dp_size: int) -> MemoryEstimate:
+    """Persistent and peak bytes per rank (our derivation, checked against a run by tests/integration).
+
+    Student: weights; an fp32 gradient; fp32 master copy and two Adam moments; ZeRO divides the states (stage >= 1),
+    the gradients (>= 2) and the weights (3) by dp. Teacher: weights, whole or cut. Loss: two fp32 slabs within
+    train.slab_bytes plus the fp32 gradients it returns. Activations: per layer about 16 widths per token without
+    recomputation, 1 with it (and one layer's worth).
+    """
+    tp, stage = cfg.parallel.tp, cfg.zero.stage
+    local = student.num_parameters / tp
+    tokens = cfg.data.sequences_per_micro_batch * cfg.data.seq_len
+    item = BYTES[cfg.student.dtype]
+    per_layer = 16 * tokens * student.width * item
+    layers = student.num_layers
+    activations = per_layer + layers * tokens * student.width * item if cfg.student.activation_checkpointing else (
+        layers * per_layer
+    )
+    parts = {
+        "weights": local * item / (dp_size if stage == 3 else 1),
+        "gradients": local * 4 / (dp_size if stage >= 2 else 1),
+        "optimizer": local * 12 / (dp_size if stage >= 1 else 1),
+        "activations": activations,
+        "loss": min(cfg.train.slab_bytes, 8 * tokens * student.vocab_rows / tp)
+        + 4 * (tokens * student.width + student.vocab_rows / tp * student.width),
+    }
+    if teacher is not None:
+        share = tp if cfg.teacher.layout == "tp" else 1
+        parts["teacher"] = teacher.num_parameters * BYTES[cfg.teacher.dtype] / share
+        parts["teacher_hidden"] = 2 * tokens * teacher.width * BYTES[cfg.teacher.dtype]
+    return MemoryEstimate({name: int(size) for name, size in parts.items()})

@@ -1,0 +1,122 @@
+"""From sums to the answers a user wants: one console line, one metrics record, one wandb entry per report."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from kdtrain.dist.mesh import Mesh
+from kdtrain.log import LOGGER
+from kdtrain.telemetry.console import format_eval, format_step
+from kdtrain.telemetry.memory import memory_record
+from kdtrain.training.progress import Progress
+
+
+class Sink(Protocol):
+    """Takes one flat record of floats."""
+
+    def write(self, record: dict[str, float]) -> None:
+        """Keep `record`; it has data/step and data/tokens_seen."""
+
+    def close(self) -> None:
+        """Flush."""
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """FLOPs per token of both models, and what the devices can do.
+
+    student: forward and backward; teacher: forward only, 0 without one; peak: FLOP/s of all ranks, None if unknown.
+    """
+
+    student: float
+    teacher: float = 0.0
+    peak: float | None = None
+
+    @property
+    def teacher_share(self) -> float:
+        """Teacher's part of all FLOPs, in [0, 1)."""
+        return self.teacher / (self.teacher + self.student)
+
+    @property
+    def equal_flops_tokens(self) -> float:
+        """Tokens plain cross-entropy could see for the FLOPs of one distilled token (the break-even ratio)."""
+        return (self.teacher + self.student) / self.student
+
+
+class Reporter:
+    """Turns means and timings into records and sends them to every sink; silent on ranks other than 0."""
+
+    def __init__(self, sinks: list[Sink], mesh: Mesh, costs: Costs, cfg_tokens_per_step: int, total_steps: int) -> None:
+        self._sinks = sinks
+        self._mesh = mesh
+        self._costs = costs
+        self._tokens_per_step = cfg_tokens_per_step
+        self._total_steps = total_steps
+        self._last = Progress()
+
+    def resumed(self, progress: Progress) -> None:
+        """Rates are taken from here on."""
+        self._last = Progress(progress.step, progress.tokens_seen, progress.train_seconds)
+
+    def step(
+        self, progress: Progress, means: dict[str, float], phases: dict[str, float], grad_norm: float, lr: float
+    ) -> None:
+        """Report the steps since the last call. `phases`: seconds per phase over those steps."""
+        steps = progress.step - self._last.step
+        seconds = progress.train_seconds - self._last.train_seconds
+        rate = (progress.tokens_seen - self._last.tokens_seen) / max(seconds, 1e-9)
+        self._last = Progress(progress.step, progress.tokens_seen, progress.train_seconds)
+        record = self._base(progress) | means
+        record |= {"optim/lr": lr, "optim/grad_norm": grad_norm}
+        record |= {f"time/{name}_s": value / steps for name, value in phases.items()}
+        record |= {
+            "time/step_s": seconds / steps,
+            "throughput/tokens_per_s": rate,
+            "throughput/tokens_per_s_per_rank": rate / self._mesh.world_size,
+            "throughput/teacher_flops_share": self._costs.teacher_share,
+            "throughput/equal_flops_tokens_ratio": self._costs.equal_flops_tokens,
+            "time/eta_s": (self._total_steps - progress.step) * seconds / steps,
+        }
+        if "teacher" in phases:
+            record["throughput/teacher_time_share"] = phases["teacher"] / max(seconds, 1e-9)
+        if self._costs.peak:
+            record["throughput/mfu"] = rate * (self._costs.student + self._costs.teacher) / self._costs.peak
+        record |= _derived(record) | memory_record()
+        self._send(record, format_step(record, self._total_steps))
+
+    def evaluation(self, progress: Progress, means: dict[str, float], seconds: float) -> None:
+        """Report one evaluation of the student as it is after `progress.step` steps."""
+        record = self._base(progress) | means | {"time/eval_s": seconds}
+        record["eval/perplexity"] = math.exp(min(means["eval/val_nll"], 700.0))
+        if "eval/tvd" in means:
+            record["eval/overlap"] = 1.0 - means["eval/tvd"]
+        self._send(record, format_eval(record))
+
+    def _base(self, progress: Progress) -> dict[str, float]:
+        return {
+            "data/step": progress.step,
+            "data/tokens_seen": progress.tokens_seen,
+            "time/train_s": progress.train_seconds,
+        }
+
+    def _send(self, record: dict[str, float], line: str) -> None:
+        if self._mesh.is_main:
+            LOGGER.info(line)
+            for sink in self._sinks:
+                sink.write(record)
+
+    def close(self) -> None:
+        """Flush and close every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def _derived(record: dict[str, float]) -> dict[str, float]:
+    found = {}
+    if "distill/teacher_nll" in record:
+        found["distill/gap"] = record["loss/ce"] - record["distill/teacher_nll"]
+    if "distill/tvd" in record:
+        found["distill/overlap"] = 1.0 - record["distill/tvd"]
+    return found

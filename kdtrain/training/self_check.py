@@ -1,0 +1,47 @@
+"""Does this teacher belong to these tokens? Asked before the first step, answered with numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdtrain.data.batch import Batch
+from kdtrain.errors import StoreMismatch
+from kdtrain.losses import linear_cross_entropy
+from kdtrain.objectives.base import HeadLayout
+from kdtrain.objectives.distill import TeacherSource
+
+
+@torch.no_grad()
+def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout) -> dict[str, float]:
+    """Teacher's cross-entropy (nats per token) on the labels and on the labels shifted by -1 and +1 positions.
+
+    A teacher that predicts the previous or the next-but-one token better than the label means that labels, tokenizer
+    or weights are not what they are said to be. Communicates over tp (the loss's statistics). Raises StoreMismatch
+    with the three values.
+    """
+    signal = teacher.signal(batch)
+    ids = batch.input_ids
+    after_next = torch.cat([batch.labels[:, 1:], batch.labels[:, -1:]], dim=1)
+    # The last position has no next-but-one label; leave it out of all three so that they compare like with like.
+    mask = batch.loss_mask.clone()
+    mask[:, -1] = 0.0
+
+    def nll(labels: Tensor) -> float:
+        weight = mask.reshape(-1)
+        parts = linear_cross_entropy(
+            signal.hidden_states, signal.head, labels.reshape(-1), weight=weight, shard=layout.shard,
+            group=layout.group, slab_bytes=layout.slab_bytes,
+        )  # fmt: skip
+        return float(parts.loss / weight.sum().clamp(min=1.0))
+
+    found = {"label": nll(batch.labels), "previous": nll(ids), "after_next": nll(after_next)}
+    if not found["label"] < min(found["previous"], found["after_next"]):
+        raise StoreMismatch(
+            "the teacher does not predict the labels of data.train\n"
+            f"  teacher's cross-entropy on the labels: {found['label']:.3f} nats/token; on labels shifted by -1: "
+            f"{found['previous']:.3f}, by +1: {found['after_next']:.3f}; the first must be the smallest\n"
+            "  why: the store was made with another tokenizer, or the teacher's weights are not what they should be\n"
+            "  fix: prepare the corpus with the teacher's own tokenizer; debug.self_check=false skips this check"
+        )
+    return found

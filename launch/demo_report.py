@@ -1,0 +1,29 @@
+"""Compare runs of the demo.   python launch/demo_report.py DISTILL_RUN PRETRAIN_RUN [--prompt TEXT]"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from kdtrain.config.cli import run_script
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("distill", type=Path, help="run folder of the distilled student")
+    parser.add_argument("pretrain", type=Path, help="run folder of the student trained by cross-entropy alone")
+    parser.add_argument("--prompt", default="The database file is", help="text for the distilled student to continue")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    request = parser.parse_args(argv)
+    from kdtrain.evaluation.compare import comparison_rows, table_text
+    from kdtrain.models.generate import continue_text
+
+    text = table_text(comparison_rows(request.distill, request.pretrain))
+    print(text)
+    if request.markdown:
+        request.markdown.write_text(text, encoding="utf-8")
+    print(f"\nthe distilled student continues: {continue_text(request.distill / 'export', request.prompt)!r}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))

@@ -1,0 +1,15 @@
+"""Evaluate student.weights on data.validation.   deepspeed launch/eval_model.py CONFIG.yaml student.weights=FOLDER"""
+
+import sys
+
+from kdtrain.config.cli import Request, parse, run_script
+
+
+def main(request: Request) -> int:
+    from kdtrain.training.build import run_evaluation  # torch, transformers: seconds
+
+    return run_evaluation(request)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(lambda argv: main(parse(argv, __doc__)), sys.argv[1:]))

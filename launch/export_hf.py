@@ -1,0 +1,23 @@
+"""Turn a checkpoint into a Hugging Face folder.   python launch/export_hf.py RUN_OR_CHECKPOINT OUT [--dtype bfloat16]"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from kdtrain.config.cli import run_script
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", type=Path, help="a run folder (its newest checkpoint) or one checkpoint folder")
+    parser.add_argument("output", type=Path, help="folder to create")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="dtype of the weights")
+    request = parser.parse_args(argv)
+    from kdtrain.training.export import export_checkpoint
+
+    print(export_checkpoint(request.source, request.output, dtype=request.dtype))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, sys.argv[1:]))

@@ -1,0 +1,15 @@
+"""Train a student.   deepspeed launch/train.py CONFIG.yaml [MORE.yaml ...] [key=value ...]"""
+
+import sys
+
+from kdtrain.config.cli import Request, parse, run_script  # no torch yet: mistakes are reported in a fraction of a second
+
+
+def main(request: Request) -> int:
+    from kdtrain.training.build import run_training  # torch, deepspeed, transformers: seconds
+
+    return run_training(request)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(lambda argv: main(parse(argv, __doc__)), sys.argv[1:]))
