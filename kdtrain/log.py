@@ -6,12 +6,36 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TextIO
 
 LOGGER = logging.getLogger("kdtrain")
 
 
 class KdtrainWarning(UserWarning):
     """Category of warnings raised by kdtrain itself."""
+
+
+class _Colours(logging.Formatter):
+    """Plain text for files and pipes; on a terminal the line's first word stands out, warnings are yellow, errors red."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__("%(message)s")
+        self._enabled = enabled
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, coloured if enabled."""
+        text = super().format(record)
+        if not self._enabled:
+            return text
+        if record.levelno >= logging.WARNING:
+            return f"\x1b[{31 if record.levelno >= logging.ERROR else 33}m{text}\x1b[0m"
+        word, space, rest = text.partition(" ")
+        return f"\x1b[36m{word}\x1b[0m{space}{rest}"
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal and nobody said NO_COLOR (or TERM=dumb)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def rank_from_environment() -> int:
@@ -32,7 +56,7 @@ def setup_logging(rank: int | None = None, folder: Path | None = None) -> loggin
         handler.close()
     if rank == 0:
         console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(logging.Formatter("%(message)s"))
+        console.setFormatter(_Colours(wants_colour(sys.stdout)))
         LOGGER.addHandler(console)
     if folder is not None:
         path = folder / "console.log" if rank == 0 else folder / "ranks" / f"rank_{rank:04d}.log"

@@ -1,0 +1,88 @@
+"""metrics.jsonl: one JSON object per report, with the same keys as wandb; tests and plots need nothing else."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdtrain.errors import ConfigError, DataError
+from kdtrain.log import LOGGER
+
+STEP = "data/step"
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Every whole record of the file, oldest first; [] if there is none.
+
+    A last line that was cut off by a kill is left out. Raises DataError for a damaged line anywhere else.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    torn = lines.pop()  # empty after a whole record
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:  # not JSON or not UTF-8
+            raise DataError(
+                f"{path}:{number} is not a JSON record: {error}\n  fix: move the file away; the run starts a new one"
+            ) from error
+        if not isinstance(record, dict) or not isinstance(record.get(STEP), int):
+            raise DataError(f"{path}:{number} is a record without {STEP}\n  fix: move the file away")
+        records.append(record)
+    if torn:
+        LOGGER.warning("%s ends in the middle of a record (the writer was killed); it is left out", path)
+    return records
+
+
+class JsonlSink:
+    """Appends records; each is on its way to the disk when `write` returns."""
+
+    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+        """Continue the file at `path` after optimizer step `resume_step`; 0: the run starts anew.
+
+        Records past that step are of work that will be done again, so they are dropped (by an atomic rewrite): the
+        file holds each step once. A run that starts anew keeps nothing. Raises ConfigError if it cannot be written.
+        """
+        self.path = path
+        kept = [record for record in read_records(path) if resume_step and record[STEP] <= resume_step]
+        try:
+            _rewrite(path, kept)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write {path}: {error.strerror}\n  why: every report of the run goes there\n"
+                "  fix: choose another run.output_dir, or make room and permissions there"
+            ) from error
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one record and flush it. It must hold data/step, an int. Numbers that are not finite become null."""
+        if not isinstance(record.get(STEP), int):
+            raise ValueError(f"a record needs an int {STEP}, got {record.get('step')!r}")
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Make the file durable and let go of it."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(clean, allow_nan=False) + "\n"
+
+
+def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(_line(record) for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,130 @@
+"""Weights & Biases, the only importer of wandb: one run per run folder, resumed under the same id."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdtrain.config.schema import WandbSection
+from kdtrain.errors import ConfigError
+from kdtrain.log import LOGGER
+
+ID_FILE = "wandb_run_id.txt"
+X_AXIS = "data/tokens_seen"
+OVERVIEW = {
+    "loss/total": "min",
+    "loss/ce": "min",
+    "loss/kd": "min",
+    "distill/forward_kl": "min",
+    "distill/gap": "min",
+    "distill/top1_agreement": "max",
+    "optim/lr": "last",
+    "optim/grad_norm": "last",
+    "throughput/tokens_per_s": "mean",
+    "throughput/mfu": "mean",
+    "memory/peak_allocated_gib": "max",
+    "eval/val_nll": "min",
+    "eval/kl_to_teacher": "min",
+}
+"""The dozen keys to look at first, and how a run's summary condenses each."""
+
+
+class WandbSink:
+    """Sends records to one wandb run; with mode off, to nowhere.
+
+    Every key is drawn over `data/tokens_seen`. Records are written by wandb's own process, so `write` does not wait
+    for the network.
+    """
+
+    def __init__(
+        self,
+        settings: WandbSection,
+        folder: Path,
+        *,
+        name: str,
+        config: Mapping[str, Any],
+        init_timeout_s: float = 60.0,
+    ) -> None:
+        """Start, or go on with, the wandb run of the run folder `folder`; its id is kept in wandb_run_id.txt there.
+
+        Call on one rank only. Raises ConfigError if the package or (online) the account's key is missing. A server
+        that cannot be reached within about `init_timeout_s` is a warning: the run is recorded offline.
+        """
+        self._run: Any = None
+        if settings.mode == "off":
+            return
+        if importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                f"log.wandb.mode = {settings.mode}, but the package wandb is not installed\n"
+                "  fix: pip install wandb, or set log.wandb.mode=off (metrics.jsonl has the same numbers)"
+            )
+        self._run = _start(settings, folder, name, config, init_timeout_s)
+        self._run.define_metric(X_AXIS)
+        self._run.define_metric("*", step_metric=X_AXIS)
+        for key, summary in OVERVIEW.items():
+            self._run.define_metric(key, step_metric=X_AXIS, summary=summary)
+
+    @property
+    def run_id(self) -> str | None:
+        """The wandb run's id; None with mode off."""
+        return None if self._run is None else str(self._run.id)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Hand one record over. Does not wait for the network."""
+        if self._run is not None:
+            self._run.log(dict(record))
+
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the wandb run, marked as crashed if `failed`; waits until wandb's process has written everything."""
+        if self._run is not None:
+            self._run.finish(exit_code=1 if failed else 0)
+            self._run = None
+
+
+def _start(settings: WandbSection, folder: Path, name: str, config: Mapping[str, Any], timeout_s: float) -> Any:
+    import wandb
+
+    common: dict[str, Any] = {
+        "project": settings.project,
+        "entity": settings.entity,
+        "name": name,
+        "id": _run_id(folder),
+        "dir": str(folder),
+        "config": dict(config),
+        "allow_val_change": True,
+    }
+    # console capture and git diffs are ours (console.log, environment.json); wandb need not read the work tree
+    options: dict[str, Any] = {"console": "off", "disable_git": True, "save_code": False, "init_timeout": timeout_s}
+    if settings.mode == "offline":
+        return wandb.init(mode="offline", settings=wandb.Settings(**options), **common)
+    try:
+        return wandb.init(mode="online", resume="allow", settings=wandb.Settings(**options), **common)
+    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+        raise ConfigError(
+            f"log.wandb.mode = online, but wandb refused to start: {error}\n"
+            "  fix: wandb login, or log.wandb.mode=offline and `wandb sync` later"
+        ) from error
+    except (wandb.errors.CommError, TimeoutError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        LOGGER.warning(
+            "wandb's server cannot be reached (%s); recording offline in %s, `wandb sync` uploads it later",
+            reason,
+            folder / "wandb",
+        )
+        return wandb.init(mode="offline", settings=wandb.Settings(**options), **common)
+
+
+def _run_id(folder: Path) -> str:
+    """The id in the run folder, made and written there (atomically) on first use."""
+    path = folder / ID_FILE
+    if path.exists() and (found := path.read_text(encoding="ascii").strip()):
+        return found
+    made = secrets.token_hex(4)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(made + "\n", encoding="ascii")
+    os.replace(temporary, path)
+    return made
