@@ -64,10 +64,14 @@ def comparison_rows(distill: Path, pretrain: Path) -> tuple[list[Row], dict[str,
     facts = {
         "kd_tokens_per_s": _throughput(kd_steps),
         "ce_tokens_per_s": _throughput(ce_steps),
-        "kd_peak_bytes": max(r["memory/peak_bytes"] for r in kd_steps),
-        "ce_peak_bytes": max(r["memory/peak_bytes"] for r in ce_steps),
+        "kd_peak_gib": max(_peak_gib(r) for r in kd_steps),
+        "ce_peak_gib": max(_peak_gib(r) for r in ce_steps),
     }
     return rows, facts
+
+
+def _peak_gib(record: dict[str, float]) -> float:
+    return record.get("memory/peak_allocated_gib", record["memory/host_gib"])
 
 
 def _throughput(records: list[dict[str, float]]) -> float:
@@ -92,8 +96,8 @@ def table_text(found: tuple[list[Row], dict[str, float]]) -> str:
     lines.append(f"| the teacher itself | | | {teacher:.3f} | 0 | 100 % |")
     lines.append("")
     lines.append(
-        f"KD {facts['kd_tokens_per_s']:.0f} tokens/s, peak {facts['kd_peak_bytes'] / 2**30:.2f} GiB per rank; "
-        f"plain CE {facts['ce_tokens_per_s']:.0f} tokens/s, peak {facts['ce_peak_bytes'] / 2**30:.2f} GiB per rank."
+        f"KD {facts['kd_tokens_per_s']:.0f} tokens/s, peak {facts['kd_peak_gib']:.2f} GiB per rank; "
+        f"plain CE {facts['ce_tokens_per_s']:.0f} tokens/s, peak {facts['ce_peak_gib']:.2f} GiB per rank."
     )
     lines.append(NOTE)
     return "\n".join(lines) + "\n"

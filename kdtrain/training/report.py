@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from kdtrain.dist.mesh import Mesh
 from kdtrain.log import LOGGER
 from kdtrain.telemetry.console import format_eval, format_step
@@ -48,11 +50,11 @@ class Costs:
 class Reporter:
     """Turns means and timings into records and sends them to every sink; silent on ranks other than 0."""
 
-    def __init__(self, sinks: list[Sink], mesh: Mesh, costs: Costs, cfg_tokens_per_step: int, total_steps: int) -> None:
+    def __init__(self, sinks: list[Sink], mesh: Mesh, device: torch.device, costs: Costs, total_steps: int) -> None:
         self._sinks = sinks
         self._mesh = mesh
+        self._device = device
         self._costs = costs
-        self._tokens_per_step = cfg_tokens_per_step
         self._total_steps = total_steps
         self._last = Progress()
 
@@ -83,8 +85,8 @@ class Reporter:
             record["throughput/teacher_time_share"] = phases["teacher"] / max(seconds, 1e-9)
         if self._costs.peak:
             record["throughput/mfu"] = rate * (self._costs.student + self._costs.teacher) / self._costs.peak
-        record |= _derived(record) | memory_record()
-        self._send(record, format_step(record, self._total_steps))
+        record |= _derived(record) | memory_record(self._device)
+        self._send(record, format_step(record, last_step=self._total_steps))
 
     def evaluation(self, progress: Progress, means: dict[str, float], seconds: float) -> None:
         """Report one evaluation of the student as it is after `progress.step` steps."""
@@ -92,7 +94,7 @@ class Reporter:
         record["eval/perplexity"] = math.exp(min(means["eval/val_nll"], 700.0))
         if "eval/tvd" in means:
             record["eval/overlap"] = 1.0 - means["eval/tvd"]
-        self._send(record, format_eval(record))
+        self._send(record, format_eval(record, self._total_steps))
 
     def _base(self, progress: Progress) -> dict[str, float]:
         return {
