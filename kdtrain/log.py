@@ -16,7 +16,7 @@ class KdtrainWarning(UserWarning):
 
 
 class _Colours(logging.Formatter):
-    """Plain text for files and pipes; on a terminal the line's first word stands out, warnings are yellow, errors red."""
+    """Plain text for files and pipes; on a terminal the first word stands out, warnings are yellow, errors red."""
 
     def __init__(self, enabled: bool) -> None:
         super().__init__("%(message)s")

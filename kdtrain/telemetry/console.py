@@ -98,7 +98,7 @@ def format_step(record: Mapping[str, float], last_step: int | None = None) -> st
 def format_eval(record: Mapping[str, float], last_step: int | None = None) -> str:
     """The line of one evaluation: `eval   500/480  val_nll 4.8120  kl_to_teacher 1.9033 ...`."""
     width = len(str(last_step or 0))
-    label = f"eval  {int(record['step']):>{width}}" + ("" if last_step is None else f"/{last_step}")
+    label = f"eval  {int(record['data/step']):>{width}}" + ("" if last_step is None else f"/{last_step}")
     return format_line(label, _pairs(record, EVAL_COLUMNS))
 
 

@@ -69,7 +69,7 @@ class RunFolder:
         A lock left by a process that no longer lives is removed, with a warning. Raises ConfigError if the folder
         cannot be written or another run holds it; nothing is left behind then.
         """
-        if not name or Path(name).name != name:
+        if name in ("", ".", "..") or Path(name).name != name:
             raise ConfigError(
                 f"run.name = {name!r} cannot name a folder\n"
                 "  why: the run is kept in <run.output_dir>/<run.name>\n  fix: use one name without slashes"

@@ -15,22 +15,6 @@ from kdtrain.log import LOGGER
 
 ID_FILE = "wandb_run_id.txt"
 X_AXIS = "data/tokens_seen"
-OVERVIEW = {
-    "loss/total": "min",
-    "loss/ce": "min",
-    "loss/kd": "min",
-    "distill/forward_kl": "min",
-    "distill/gap": "min",
-    "distill/top1_agreement": "max",
-    "optim/lr": "last",
-    "optim/grad_norm": "last",
-    "throughput/tokens_per_s": "mean",
-    "throughput/mfu": "mean",
-    "memory/peak_allocated_gib": "max",
-    "eval/val_nll": "min",
-    "eval/kl_to_teacher": "min",
-}
-"""The dozen keys to look at first, and how a run's summary condenses each."""
 
 
 class WandbSink:
@@ -65,8 +49,6 @@ class WandbSink:
         self._run = _start(settings, folder, name, config, init_timeout_s)
         self._run.define_metric(X_AXIS)
         self._run.define_metric("*", step_metric=X_AXIS)
-        for key, summary in OVERVIEW.items():
-            self._run.define_metric(key, step_metric=X_AXIS, summary=summary)
 
     @property
     def run_id(self) -> str | None:
@@ -86,6 +68,7 @@ class WandbSink:
 
 
 def _start(settings: WandbSection, folder: Path, name: str, config: Mapping[str, Any], timeout_s: float) -> Any:
+    """A wandb run, online if asked and possible."""
     import wandb
 
     common: dict[str, Any] = {
@@ -98,24 +81,33 @@ def _start(settings: WandbSection, folder: Path, name: str, config: Mapping[str,
         "allow_val_change": True,
     }
     # console capture and git diffs are ours (console.log, environment.json); wandb need not read the work tree
-    options: dict[str, Any] = {"console": "off", "disable_git": True, "save_code": False, "init_timeout": timeout_s}
-    if settings.mode == "offline":
-        return wandb.init(mode="offline", settings=wandb.Settings(**options), **common)
-    try:
-        return wandb.init(mode="online", resume="allow", settings=wandb.Settings(**options), **common)
-    except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-        raise ConfigError(
-            f"log.wandb.mode = online, but wandb refused to start: {error}\n"
-            "  fix: wandb login, or log.wandb.mode=offline and `wandb sync` later"
-        ) from error
-    except (wandb.errors.CommError, TimeoutError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        LOGGER.warning(
-            "wandb's server cannot be reached (%s); recording offline in %s, `wandb sync` uploads it later",
-            reason,
-            folder / "wandb",
-        )
-        return wandb.init(mode="offline", settings=wandb.Settings(**options), **common)
+    quiet: dict[str, Any] = {
+        "console": "off",
+        "disable_git": True,
+        "save_code": False,
+        "quiet": True,
+        "show_emoji": False,
+    }
+    options = wandb.Settings(**quiet, init_timeout=timeout_s)
+    unreachable = None
+    if settings.mode == "online":
+        try:
+            run = wandb.init(mode="online", resume="allow", settings=options, **common)
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            raise ConfigError(
+                f"log.wandb.mode = online, but wandb refused to start: {error}\n"
+                "  fix: wandb login, or log.wandb.mode=offline and `wandb sync` later"
+            ) from error
+        except (wandb.errors.CommError, TimeoutError) as error:
+            unreachable = (str(error).strip() or type(error).__name__).splitlines()[0]
+        else:
+            LOGGER.info("wandb   %s", run.url)
+            return run
+        LOGGER.warning("wandb's server cannot be reached (%s); recording offline instead", unreachable)
+        wandb.teardown()  # else its process still holds the run id
+    run = wandb.init(mode="offline", settings=options, **common)
+    LOGGER.info("wandb   offline: `wandb sync %s` uploads it", Path(run.dir).parent)
+    return run
 
 
 def _run_id(folder: Path) -> str:
