@@ -1,0 +1,55 @@
+"""Choose an attention implementation that is installed and works here, and say why. Never downloads anything."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from kdtrain.errors import ConfigError
+
+FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+"""Implementation -> the module it needs. Without the module transformers would fetch kernels from a hub."""
+
+IMPLEMENTATIONS = ("eager", "sdpa", *FLASH_PACKAGES)
+
+
+def resolve_attention(wanted: str, *, device_type: str, dtype: str, config: Any = None) -> tuple[str, str]:
+    """(implementation, reason) for `wanted`, which is "auto" or an implementation's name.
+
+    device_type: "cuda" or "cpu"; dtype: "float32" or "bfloat16"; config: the Hugging Face config, whose soft-capped
+    attention (Gemma 2) scaled_dot_product_attention cannot do. auto means flash_attention_2 on CUDA in bfloat16 when
+    the package is installed, else sdpa. Raises ConfigError when an explicit choice cannot work here.
+    """
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if wanted == "auto":
+        obstacle = _obstacle("flash_attention_2", device_type, dtype)
+        if obstacle is None:
+            return "flash_attention_2", "auto: flash-attn is installed and the device is CUDA"
+        if capped:
+            return "eager", f"auto: {obstacle}, and sdpa cannot soft-cap attention logits"
+        return "sdpa", f"auto: {obstacle}"
+    if wanted not in IMPLEMENTATIONS:
+        raise ConfigError(f"attention = {wanted!r} is not known\n  fix: use auto, {', '.join(IMPLEMENTATIONS)}")
+    obstacle = _obstacle(wanted, device_type, dtype)
+    if wanted == "sdpa" and capped:
+        obstacle = "this architecture soft-caps attention logits, which sdpa cannot do"
+    if obstacle is not None:
+        raise ConfigError(
+            f"attention = {wanted!r} cannot be used: {obstacle}\n"
+            "  why: an explicit choice never falls back to another implementation\n"
+            "  fix: set attention=auto, or install what is missing"
+        )
+    return wanted, "asked for"
+
+
+def _obstacle(implementation: str, device_type: str, dtype: str) -> str | None:
+    package = FLASH_PACKAGES.get(implementation)
+    if package is None:
+        return None
+    if device_type != "cuda":
+        return f"{implementation} needs a CUDA device, this is {device_type}"
+    if dtype == "float32":
+        return f"{implementation} needs bfloat16, this is float32"
+    if importlib.util.find_spec(package) is None:
+        return f"{implementation} needs the package {package}, which is not installed"
+    return None

@@ -1,0 +1,161 @@
+"""A stock Hugging Face causal language model as the rest of kdtrain sees it: hidden states and a head shard.
+
+No method ever forms logits. T = B * S tokens, D width, v rows of the vocabulary on this rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdtrain.data.batch import Batch
+from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.parallel.cut import Cut
+from kdtrain.parallel.layers import LmHead
+from kdtrain.parallel.plan import vocabulary_modules
+
+R = TypeVar("R")
+HeadFn = Callable[[Tensor, HeadShard], R]
+
+
+class Backbone(nn.Module):
+    """The model, already cut for this rank (`kdtrain.parallel.shard_model`).
+
+    model: the stock model, its embedding and head replaced. config: its Hugging Face config, of the full model.
+    shard: this rank's vocabulary rows; equal to the head's. cuts: how each sharded parameter is cut, by Hugging Face
+    name; a name that is absent is replicated over tp.
+    """
+
+    def __init__(self, model: Any, shard: VocabShard, cuts: dict[str, Cut]) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.config: Any = model.config
+        self.shard = shard
+        self.cuts = cuts
+        self._head_name = vocabulary_modules(model)[1]
+
+    @property
+    def lm_head_module(self) -> LmHead:
+        """The module that owns the head's weight; ZeRO-3 gathers it while this module runs."""
+        return cast(LmHead, self.model.get_submodule(self._head_name))
+
+    @property
+    def lm_head_shard(self) -> HeadShard:
+        """This rank's rows of the head. Raises ParallelError under ZeRO-3, where only `forward` can reach them."""
+        return self.lm_head_module.head_shard()
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """[T, D], output of the final norm, replicated over tp.
+
+        Documents packed together do not see each other: position_ids restart, and neither a cache nor an attention
+        mask is passed, because with either one transformers would silently let documents attend to each other.
+        Communicates over tp: one all-reduce for the embedding and two per layer; in backward two per layer.
+        """
+        if batch.position_ids.shape != batch.input_ids.shape:
+            raise ValueError(
+                f"position_ids {tuple(batch.position_ids.shape)} vs input_ids {tuple(batch.input_ids.shape)}"
+            )
+        out = self.model.base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            use_cache=False,
+            **self._varlen_arguments(batch),
+        )
+        assert out.past_key_values is None, "a cache switches off the separation of packed documents"
+        return cast(Tensor, out.last_hidden_state.flatten(0, 1))
+
+    def forward(self, batch: Batch, head_fn: HeadFn[Any]) -> Any:
+        """head_fn(hidden_states [T, D], this rank's HeadShard), called inside the head's module.
+
+        Under ZeRO-3 use `call_with_head`, which works everywhere.
+        """
+        return self.lm_head_module(self.hidden_states(batch), head_fn)
+
+    def hf_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(Hugging Face name, this rank's parameter), tied ones once, under the name that `save_pretrained` keeps."""
+        seen: dict[int, str] = {}
+        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
+        for name, param in self.model.named_parameters(remove_duplicate=False):
+            if id(param) in seen:
+                continue
+            kept = tied.get(name, name)
+            if kept != name and self.model.get_parameter(kept) is not param:
+                kept = name
+            seen[id(param)] = kept
+            yield kept, param
+
+    def full_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every full, unpadded parameter, by the names of `hf_parameters`. Not valid under ZeRO-3."""
+        return {
+            name: self.cuts[name].full_shape(tuple(param.shape)) if name in self.cuts else tuple(param.shape)
+            for name, param in self.hf_parameters()
+        }
+
+    def num_parameters(self) -> int:
+        """Parameters of the full model over all tp ranks, tied ones once, padding not counted."""
+        return sum(torch.Size(shape).numel() for shape in self.full_shapes().values())
+
+    def _varlen_arguments(self, batch: Batch) -> dict[str, Any]:
+        """Explicit document boundaries for flash-attention, which would detect packing only in batches of one."""
+        if not str(self.config._attn_implementation).startswith("flash"):
+            return {}
+        boundaries = document_boundaries(batch.position_ids)
+        longest = int((boundaries[1:] - boundaries[:-1]).max())
+        return {
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
+        """As nn.Module, but float32 buffers stay float32: RoPE frequencies in bfloat16 are wrong by 0.4 percent."""
+        buffers = [(m, key, buf) for m in self.modules() for key, buf in m._buffers.items() if buf is not None]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module, key, before in buffers:
+            after = module._buffers[key]
+            if before.dtype == torch.float32 and after is not None and after.dtype != before.dtype:
+                module._buffers[key] = before.to(after.device)
+        return self
+
+
+def document_boundaries(position_ids: Tensor) -> Tensor:
+    """[B, S] -> int32 [documents + 1], offsets into the T = B * S flattened tokens where documents begin, then T.
+
+    A document begins with every row and wherever position_ids do not go up by one. Synchronises the device.
+    """
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    starts = begins.flatten().nonzero().flatten()
+    return F.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
+
+
+def call_with_head(model: Callable[..., Any], batch: Batch, head_fn: HeadFn[R]) -> R:
+    """What `head_fn` returns, computed inside the head of `model`: a Backbone, or a DeepSpeed engine around one.
+
+    DeepSpeed's hooks look for tensors in tensors, tuples, lists and dicts only. So of a dataclass (LossParts) just the
+    fields that carry a gradient pass the modules' borders, as a tuple, and are put back afterwards.
+    """
+    answers: list[tuple[Any, tuple[str, ...]]] = []
+
+    def plain(hidden: Tensor, head: HeadShard) -> Any:
+        answer = head_fn(hidden, head)
+        if not dataclasses.is_dataclass(answer):
+            answers.append((answer, ()))
+            return answer
+        values = {f.name: getattr(answer, f.name) for f in dataclasses.fields(answer)}
+        names = tuple(name for name, value in values.items() if isinstance(value, Tensor) and value.requires_grad)
+        answers.append((answer, names))
+        return tuple(values[name] for name in names)
+
+    output = model(batch, plain)
+    answer, names = answers.pop()
+    if dataclasses.is_dataclass(answer):
+        output = dataclasses.replace(answer, **dict(zip(names, output, strict=True)))  # type: ignore[type-var]
+    return cast(R, output)

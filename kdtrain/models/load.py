@@ -1,0 +1,220 @@
+"""Build a `Backbone` for this rank: from a Hugging Face folder, reading only this rank's slices, or from a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kdtrain.dist.mesh import Mesh
+from kdtrain.dist.vocab import VocabShard
+from kdtrain.errors import ConfigError, ParallelError
+from kdtrain.log import LOGGER
+from kdtrain.models.architectures import read_architecture, read_config_json
+from kdtrain.models.attention import resolve_attention
+from kdtrain.models.backbone import Backbone
+from kdtrain.models.safetensors_reader import SafetensorsFolder
+from kdtrain.parallel.plan import plan_cuts
+from kdtrain.parallel.shard import materialize_parameter, pad_piece, shard_model
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """Which model, and how it runs. Exactly one of `weights` and `architecture` is set.
+
+    weights: Hugging Face folder with config.json and safetensors. architecture: a name or a path to a config.json,
+    initialised at random. dtype: "float32" or "bfloat16". attention: "auto" or an implementation's name.
+    """
+
+    weights: str | None = None
+    architecture: str | None = None
+    dtype: str = "bfloat16"
+    attention: str = "auto"
+    activation_checkpointing: bool = False
+
+
+def model_rows(spec: ModelSpec, vocab_size: int) -> int:
+    """Rows of the model's embedding and head; at least vocab_size, the tokenizer's true size.
+
+    Two models that share a loss need one `total_rows`: the larger of theirs. Reads only config.json.
+    Raises ConfigError when the model has fewer rows than the tokenizer has tokens.
+    """
+    config = _config_dict(spec, vocab_size)
+    rows = config.get("vocab_size")
+    if not isinstance(rows, int) or rows < vocab_size:
+        raise ConfigError(
+            f"{_source(spec)} has vocab_size = {rows}, but the tokenizer has {vocab_size} tokens\n"
+            "  why: ids past the model's last row have no embedding; this is another tokenizer's model\n"
+            "  fix: use the model's own tokenizer to prepare the data, or another model"
+        )
+    return rows
+
+
+def load_backbone(
+    spec: ModelSpec,
+    mesh: Mesh,
+    *,
+    vocab_size: int,
+    total_rows: int | None = None,
+    device: torch.device | str = "cpu",
+    trainable: bool,
+    seed: int = 1,
+) -> Backbone:
+    """The model of `spec`, cut for this rank of `mesh`, on `device`, parameters in spec.dtype, RoPE in float32.
+
+    vocab_size: tokens of the tokenizer. total_rows: rows to make room for on all ranks together (default: the
+    model's own). trainable False freezes it and sets eval mode. seed: of the random initialisation, which is the
+    same full model for every layout. Does not communicate; every rank must call it. Raises ConfigError or
+    ParallelError with the reason and a fix.
+    """
+    if spec.dtype not in DTYPES:
+        raise ConfigError(f"dtype = {spec.dtype!r} is not supported\n  fix: use one of {', '.join(DTYPES)}")
+    rows = model_rows(spec, vocab_size)
+    total = max(rows, total_rows or 0)
+    shard = VocabShard.of(vocab_size, mesh.tp_rank, mesh.tp_size, total_rows=total)
+    device = torch.device(device)
+    model = _build(spec, vocab_size, device, seed)
+    if trainable and mesh.tp_size > 1:
+        _refuse_dropout(model)
+    model.requires_grad_(trainable)
+    cuts = plan_cuts(model, mesh.tp_size, shard.rows)
+    shard_model(model, mesh, shard)
+    backbone = Backbone(model, shard, {name: cut for name, cut in cuts.items() if not _is_tied_away(model, name)})
+    if spec.weights is not None:
+        _read_weights(backbone, Path(spec.weights), mesh, device, DTYPES[spec.dtype])
+    else:
+        for name, param in list(backbone.hf_parameters()):
+            materialize_parameter(model, name, param.detach().to(device, DTYPES[spec.dtype]), mesh)
+    _move_buffers(model, device)
+    model.config.dtype = DTYPES[spec.dtype]
+    if trainable and spec.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return backbone.train(trainable)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters on the meta device and real buffers (RoPE frequencies, scales)."""
+
+    def to_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        if param is None or param.is_meta:
+            return None
+        return nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _config_dict(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
+    if (spec.weights is None) == (spec.architecture is None):
+        raise ConfigError(
+            f"weights = {spec.weights!r} and architecture = {spec.architecture!r}: exactly one must be set\n"
+            "  fix: weights for a pretrained model, architecture for a random one"
+        )
+    if spec.weights is None:
+        assert spec.architecture is not None
+        return read_architecture(spec.architecture, vocab_size)
+    if not Path(spec.weights).is_dir():
+        raise ConfigError(
+            f"model folder {spec.weights!r} does not exist\n"
+            "  fix: check the path; kdtrain never downloads a model, so give a folder with config.json and safetensors"
+        )
+    if not (Path(spec.weights) / "config.json").is_file():
+        raise ConfigError(
+            f"model folder {spec.weights!r} has no config.json, so it is no Hugging Face model\n"
+            "  fix: give the folder that holds config.json and *.safetensors"
+        )
+    return read_config_json(spec.weights)
+
+
+def _source(spec: ModelSpec) -> str:
+    return f"model {spec.weights!r}" if spec.weights is not None else f"architecture {spec.architecture!r}"
+
+
+def build_config(spec: ModelSpec, vocab_size: int) -> Any:
+    """The Hugging Face config object of `spec`. Raises ConfigError for one transformers refuses or of another kind."""
+    settings = _config_dict(spec, vocab_size)
+    if settings.get("quantization_config"):
+        raise ConfigError(
+            f"{_source(spec)} is quantised\n  why: training and exact divergences need ordinary weights\n"
+            "  fix: use the unquantised model; for GGUF files run launch/import_gguf.py first"
+        )
+    try:
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{_source(spec)}: transformers refuses its config.json: {error}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(
+            f"{_source(spec)} has model_type {config.model_type!r}, which is not a causal language model\n"
+            "  fix: use a decoder-only language model"
+        )
+    return config
+
+
+def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int) -> Any:
+    """The whole model: parameters on meta if weights are to be read, else initialised from `seed` in float32."""
+    config = build_config(spec, vocab_size)
+    attention, reason = resolve_attention(spec.attention, device_type=device.type, dtype=spec.dtype, config=config)
+    LOGGER.info("attention of %s: %s (%s)", _source(spec), attention, reason)
+    arguments = {"dtype": torch.float32, "attn_implementation": attention}
+    if spec.weights is not None:
+        with parameters_on_meta():
+            return AutoModelForCausalLM.from_config(config, **arguments)  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, **arguments)  # type: ignore[no-untyped-call]
+
+
+def _refuse_dropout(model: Any) -> None:
+    settings = vars(model.config)
+    dropouts = {key: value for key, value in settings.items() if key.endswith(("dropout", "pdrop")) and value}
+    dropouts.pop("classifier_dropout", None)
+    if dropouts:
+        raise ParallelError(
+            f"config.json sets {dropouts} and parallel.tp > 1\n"
+            "  why: ranks would draw different masks for activations that must be equal\n"
+            "  fix: set dropout to 0 (usual in pre-training), or parallel.tp=1"
+        )
+
+
+def _is_tied_away(model: Any, name: str) -> bool:
+    """Whether `name` is a second name of a tied parameter, the one that files do not carry."""
+    kept = (getattr(model, "all_tied_weights_keys", None) or {}).get(name, name)
+    return kept != name and model.get_parameter(kept) is model.get_parameter(name)
+
+
+def _read_weights(backbone: Backbone, folder: Path, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill every parameter from this rank's slice of the files."""
+    model = backbone.model
+    with SafetensorsFolder(folder, model) as files:
+        for name, shape in backbone.full_shapes().items():
+            cut = backbone.cuts.get(name)
+            if cut is None:
+                value = files.read(name, shape)
+            else:
+                value = pad_piece(files.read(name, shape, cut.dim, *cut.pieces[mesh.tp_rank]), cut)
+            materialize_parameter(model, name, value.to(device, dtype), mesh)
+        files.report_unused()
+        LOGGER.debug("%s: read %d elements", folder, files.elements_read)
+    left = [name for name, param in model.named_parameters() if param.is_meta]
+    if left:
+        raise ConfigError(f"{folder}: no weights were read for {left}\n  fix: this is a defect of kdtrain; report it")
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(device)

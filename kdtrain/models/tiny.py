@@ -1,0 +1,58 @@
+"""Tiny random architectures for tests and demonstrations: a few thousand parameters, every structural quirk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {**_COMMON, "model_type": "llama"},
+    "qwen2": {**_COMMON, "model_type": "qwen2"},
+    "qwen3": {**_COMMON, "model_type": "qwen3", "head_dim": 8},
+    # 9 query heads in 3 key/value groups, as SmolLM2-135M: tensor parallelism over 2 ranks is uneven.
+    "smollm": {
+        **_COMMON,
+        "model_type": "llama",
+        "hidden_size": 36,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "pad_token_id": 2,
+    },
+    "gpt_neox": {
+        **{key: value for key, value in _COMMON.items() if key != "num_key_value_heads"},
+        "model_type": "gpt_neox",
+        "num_attention_heads": 4,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+    # Scaled embedding, soft-capped logits, q_norm and k_norm, tied by nature.
+    "gemma3": {
+        **_COMMON,
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "sliding_window": 16,
+        "final_logit_softcapping": 5.0,
+        "query_pre_attn_scalar": 8,
+    },
+}
+"""Name -> Hugging Face config dict. 101 tokens and 44 MLP features divide by neither 3 nor 8."""
+
+
+def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
+    """A copy of a tiny config with some keys changed, e.g. tie_word_embeddings=True. KeyError for unknown names."""
+    return {**TINY[name], **changes}

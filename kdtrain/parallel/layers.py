@@ -1,0 +1,181 @@
+"""Tensor-parallel layers on plain local tensors, so that any ZeRO stage can own their parameters.
+
+Activations between blocks are replicated. A block's input passes `copy_to_tp` once (`enter_block`), its column layers
+work on output features, its one row layer sums over the ranks. So a block costs one all-reduce forward and one
+backward, whatever the number of its column layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdtrain.dist.collectives import Group, copy_to_tp, group_size, reduce_from_tp, reduce_sum_
+from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.errors import ParallelError
+
+
+class ColumnParallelLinear(nn.Module):
+    """y_local = x W_local^T + b_local: replicated [..., in] -> sharded [..., out_local].
+
+    Does not communicate: the enclosing block's `enter_block` hook sums the gradient of x.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of this rank's output."""
+        return self.weight.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out_local]."""
+        return F.linear(x, self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """y = sum over ranks of x_local W_local^T, plus b once: sharded [..., in_local] -> replicated [..., out].
+
+    Communicates: one all-reduce forward, nothing backward. The bias is replicated and so is its gradient.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.group = group
+
+    @property
+    def in_features(self) -> int:
+        """Width of this rank's input."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.weight.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_local] -> [..., out]."""
+        y = reduce_from_tp(F.linear(x, self.weight), self.group)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rows [start, stop) of an embedding; ids of other ranks contribute zero and the sum over ranks is the answer.
+
+    Communicates: one all-reduce forward, nothing backward. `padding_idx` (global id) keeps torch's meaning: that row
+    gets no gradient from the lookup. `scale` keeps what Gemma multiplies embeddings with; it is a float rather than
+    a buffer so that no cast of the model can round it twice.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        shard: VocabShard,
+        group: Group,
+        *,
+        padding_idx: int | None = None,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.shard = shard
+        self.group = group
+        self.scale = scale
+        self.padding_idx = padding_idx
+        is_local = padding_idx is not None and shard.start <= padding_idx < shard.stop
+        self._local_padding_idx = padding_idx - shard.start if is_local and padding_idx is not None else None
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """[...] int64 global ids -> [..., D], replicated."""
+        if group_size(self.group) == 1:
+            embedded = F.embedding(input_ids, self.weight, self._local_padding_idx)
+        else:
+            local = input_ids - self.shard.start
+            outside = (local < 0) | (local >= self.shard.rows)
+            embedded = F.embedding(local.masked_fill(outside, 0), self.weight, self._local_padding_idx)
+            embedded = reduce_from_tp(embedded.masked_fill(outside.unsqueeze(-1), 0.0), self.group)
+        return embedded if self.scale is None else embedded * torch.tensor(self.scale, dtype=embedded.dtype)
+
+
+class LmHead(nn.Module):
+    """This rank's rows of the head. It computes no logits: it hands hidden states and rows to a `head_fn`.
+
+    Calling the loss from inside the module that owns the weight is what lets ZeRO-3 gather it there.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None,
+        shard: VocabShard,
+        *,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.shard = shard
+        self.logit_scale = logit_scale
+        self.softcap = softcap
+
+    def head_shard(self) -> HeadShard:
+        """The rows as a value. Raises ParallelError while ZeRO-3 has taken the weight away."""
+        if self.weight.shape[0] != self.shard.rows:
+            raise ParallelError(
+                f"the head's weight has shape {tuple(self.weight.shape)} instead of {self.shard.rows} rows\n"
+                "  why: ZeRO-3 holds it in pieces and gathers it only inside LmHead\n"
+                "  fix: pass a head_fn to Backbone.forward instead of reading lm_head_shard"
+            )
+        return HeadShard(self.weight, self.bias, self.logit_scale, self.softcap)
+
+    def forward(self, hidden: Tensor, head_fn: Callable[[Tensor, HeadShard], Any]) -> Any:
+        """hidden [T, D], replicated -> whatever head_fn(hidden, HeadShard) returns."""
+        return head_fn(hidden, self.head_shard())
+
+
+def enter_block(block: nn.Module, group: Group) -> torch.utils.hooks.RemovableHandle:
+    """Make `block` (an attention or MLP module) sum the gradient of its input over the group, once.
+
+    The input is `hidden_states`, as keyword or as the first positional argument. Communicates: nothing forward, one
+    all-reduce backward per call of the block.
+    """
+
+    def copy_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if "hidden_states" in kwargs:
+            return args, {**kwargs, "hidden_states": copy_to_tp(kwargs["hidden_states"], group)}
+        if args and isinstance(args[0], Tensor):
+            return (copy_to_tp(args[0], group), *args[1:]), kwargs
+        raise ParallelError(
+            f"{type(module).__name__} was called without hidden_states as keyword or first argument\n"
+            "  fix: set parallel.tp=1 for this architecture"
+        )
+
+    return block.register_forward_pre_hook(copy_in, with_kwargs=True)
+
+
+def sum_gradient_over_tp(param: Tensor, group: Group) -> Any:
+    """Make a replicated parameter that is fed by sharded activations receive the whole gradient.
+
+    A tensor hook: it runs before the gradient is accumulated, so every ZeRO stage sees the sum. Communicates: one
+    all-reduce per backward pass.
+    """
+
+    def whole(grad: Tensor) -> Tensor:
+        return reduce_sum_(grad.clone(memory_format=torch.contiguous_format), group)
+
+    return param.register_hook(whole)  # type: ignore[no-untyped-call]
