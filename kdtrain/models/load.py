@@ -27,7 +27,7 @@ from kdtrain.parallel.shard import materialize_parameter, pad_piece, shard_model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """Which model, and how it runs. Exactly one of `weights` and `architecture` is set.
 
@@ -97,7 +97,7 @@ def load_backbone(
     _move_buffers(model, device)
     model.config.dtype = DTYPES[spec.dtype]
     if trainable and spec.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_activation_checkpointing(model)
     return backbone.train(trainable)
 
 
@@ -175,6 +175,19 @@ def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int) ->
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, **arguments)  # type: ignore[no-untyped-call]
+
+
+def enable_activation_checkpointing(model: Any) -> None:
+    """Recompute each decoder layer in backward. Raises ConfigError if the architecture cannot."""
+    if not model.supports_gradient_checkpointing:
+        raise ConfigError(
+            f"{type(model).__name__} cannot recompute activations\n  fix: set student.activation_checkpointing=false"
+        )
+    settings = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name since transformers 5.2x
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def _refuse_dropout(model: Any) -> None:

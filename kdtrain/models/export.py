@@ -1,0 +1,128 @@
+"""Write a trained model as an ordinary Hugging Face folder that needs no part of kdtrain to be read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kdtrain.errors import ConfigError
+from kdtrain.models.load import parameters_on_meta
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+)
+"""Every file name a Hugging Face tokenizer may consist of."""
+
+
+def export_hf(
+    full_state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    config: Any,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    tokenizer_dir: str | Path | None = None,
+) -> Path:
+    """Write config, safetensors and tokenizer to `folder`, which appears complete or not at all; returns it.
+
+    full_state: every full, unpadded parameter by its Hugging Face name, tied ones once or twice; tensors are cast to
+    `dtype` one by one, so an iterator keeps memory low. config: the model's Hugging Face config, or the content of its
+    config.json; not changed.
+    An existing `folder` is replaced. Call on one rank; does not communicate. Raises ConfigError when the state does
+    not fit the config, or when `tokenizer_dir` holds no tokenizer.
+    """
+    folder = Path(folder)
+    settings = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    state = _checked_state(model, full_state, dtype)
+    tokenizer = [] if tokenizer_dir is None else tokenizer_files(tokenizer_dir)
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(temporary, state_dict=state)
+        for file in tokenizer:
+            shutil.copyfile(file, temporary / file.name)
+    return folder
+
+
+def tokenizer_files(folder: str | Path) -> list[Path]:
+    """The tokenizer's files in `folder`. Raises ConfigError when there are none."""
+    found = [Path(folder) / name for name in TOKENIZER_FILES if (Path(folder) / name).is_file()]
+    if not found:
+        raise ConfigError(
+            f"{folder} holds no tokenizer (looked for {', '.join(TOKENIZER_FILES[:3])}, ...)\n"
+            "  fix: give the folder of the tokenizer that prepared the data"
+        )
+    return found
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A new empty folder beside `folder` that takes its place when the block ends well, and vanishes when it fails.
+
+    Every file is flushed to disk before the name changes, so a crash leaves the old folder or the new one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.writing.{os.getpid()}")
+    retired = folder.with_name(f".{folder.name}.old.{os.getpid()}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
+        if folder.exists():
+            os.rename(folder, retired)
+        os.rename(temporary, folder)
+        _flush(folder.parent)
+    finally:
+        if retired.exists() and not folder.exists():
+            os.rename(retired, folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checked_state(
+    model: Any, full_state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The state as `save_pretrained` wants it: dtype, contiguous, every parameter once; ConfigError otherwise."""
+    pairs = full_state.items() if isinstance(full_state, Mapping) else full_state
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    state: dict[str, Tensor] = {}
+    for name, tensor in pairs:
+        if shapes.get(name) != tuple(tensor.shape):
+            raise ConfigError(
+                f"cannot export {name!r} of shape {tuple(tensor.shape)}: the config wants {shapes.get(name, 'none')}\n"
+                "  why: the weights and the config belong to different models\n  fix: check the checkpoint's origin"
+            )
+        if name not in tied:
+            state[name] = tensor.detach().to("cpu", dtype).contiguous()
+    missing = sorted(set(shapes) - set(tied) - set(state))
+    if missing:
+        raise ConfigError(
+            f"cannot export: {len(missing)} parameters are missing, first {missing[:3]}\n"
+            "  why: the state was gathered incompletely\n  fix: export from a complete checkpoint"
+        )
+    return state
