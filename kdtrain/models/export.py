@@ -83,6 +83,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors writes files that only their owner can read
             _flush(path)
         if folder.exists():
             os.rename(folder, retired)

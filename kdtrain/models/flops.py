@@ -45,7 +45,8 @@ def forward_flops_per_token(config: Any, num_parameters: int, seq_len: int) -> f
     """
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head_dim
-    return 2.0 * matmul_parameters(config, num_parameters) + 2.0 * config.num_hidden_layers * seq_len * width
+    attention = 2.0 * float(config.num_hidden_layers * seq_len * width)
+    return 2.0 * matmul_parameters(config, num_parameters) + attention
 
 
 def training_flops_per_token(config: Any, num_parameters: int, seq_len: int) -> float:
