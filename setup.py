@@ -15,7 +15,7 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     # kernels/ is a source root, not a package: see docs/design/0003-kernels-folder.md.
     packages=[*find_packages(include=["kdtrain", "kdtrain.*"]), *find_packages("kernels")],
     package_dir={"kdtrain_kernels": "kernels/kdtrain_kernels"},

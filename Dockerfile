@@ -1,0 +1,52 @@
+# syntax=docker/dockerfile:1
+#
+#   docker build --target cpu -t kdtrain --build-arg COMMIT=$(git rev-parse HEAD) .
+#   docker run --rm kdtrain            # the demo (downloads the teacher: 93 MB)
+#   docker run --rm kdtrain test       # the default tests
+#   docker build --target gpu -t kdtrain-gpu .
+#   docker run --rm --gpus all --shm-size 8g kdtrain-gpu deepspeed launch/train.py CONFIG.yaml
+#
+# For torch's small CPU build add --build-arg PIP_EXTRA_INDEX_URL=<index with torch's CPU wheels>.
+
+FROM python:3.11-slim-bookworm AS base
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 HF_HUB_OFFLINE=1
+RUN useradd --create-home --uid 1000 kdtrain && mkdir /app && chown kdtrain /app
+WORKDIR /app
+USER kdtrain
+
+FROM base AS cpu
+ARG PIP_EXTRA_INDEX_URL
+# Only what the installation reads, so that a change of the source does not install everything again.
+COPY --chown=kdtrain setup.py pyproject.toml README.md constraints-cpu.txt ./
+COPY --chown=kdtrain kdtrain/__init__.py kdtrain/
+COPY --chown=kdtrain kernels/kdtrain_kernels/__init__.py kernels/kdtrain_kernels/
+COPY --chown=kdtrain launch/quickstart.sh launch/
+RUN sh launch/quickstart.sh install
+ENV PATH=/app/.venv/bin:$PATH
+COPY --chown=kdtrain . .
+ARG COMMIT=unknown
+LABEL org.opencontainers.image.revision=$COMMIT org.opencontainers.image.licenses=Apache-2.0
+ENTRYPOINT ["sh", "launch/quickstart.sh"]
+CMD ["demo"]
+
+# The CUDA toolkit is here for flash-attn, which is compiled, and for DeepSpeed's fused operators, built at first use.
+FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS gpu
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 DEBIAN_FRONTEND=noninteractive
+RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-dev python3-venv git pdsh openssh-client \
+    && rm -rf /var/lib/apt/lists/* \
+    && (userdel --remove ubuntu || true) && useradd --create-home --uid 1000 kdtrain && mkdir /app && chown kdtrain /app
+WORKDIR /app
+USER kdtrain
+ENV PATH=/app/.venv/bin:$PATH
+COPY --chown=kdtrain setup.py pyproject.toml README.md constraints-cpu.txt constraints-gpu.txt ./
+COPY --chown=kdtrain kdtrain/__init__.py kdtrain/
+COPY --chown=kdtrain kernels/kdtrain_kernels/__init__.py kernels/kdtrain_kernels/
+RUN python3 -m venv .venv \
+    && pip install --upgrade -c constraints-gpu.txt pip setuptools wheel \
+    && pip install -c constraints-gpu.txt torch ninja packaging \
+    && DS_BUILD_OPS=0 pip install -c constraints-gpu.txt --no-build-isolation deepspeed flash-attn \
+    && pip install -c constraints-gpu.txt --no-build-isolation -e '.[dev,gguf,gpu,wandb]'
+COPY --chown=kdtrain . .
+ARG COMMIT=unknown
+LABEL org.opencontainers.image.revision=$COMMIT org.opencontainers.image.licenses=Apache-2.0
+CMD ["python", "-m", "pytest", "-m", "gpu"]

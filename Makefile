@@ -1,0 +1,30 @@
+# Shortcuts; every line can also be typed by hand. `make demo` and `make test` need nothing installed before.
+.PHONY: demo test install lint types layouts bench ci
+BIN := .venv/bin
+
+demo:            ## the quick start: distil a real teacher on two CPU ranks
+	sh launch/quickstart.sh
+
+test:            ## the default tests; make test ARGS="-k telemetry"
+	sh launch/quickstart.sh test $(ARGS)
+
+install:
+	sh launch/quickstart.sh install
+
+lint: install    ## style, spelling, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/codespell kdtrain kernels launch configs tests docs benchmarks README.md CHANGELOG.md CONTRIBUTING.md
+
+types: install
+	$(BIN)/mypy
+
+layouts: install ## the laws across tp, dp, ZeRO and micro-batches, on gloo ranks
+	$(BIN)/python -m pytest tests/dist $(ARGS)
+
+bench: install   ## every CPU benchmark; results go to benchmarks/results
+	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
+
+ci:              ## what runs on every submission
+	bash .ci/run
