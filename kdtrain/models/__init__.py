@@ -1,1 +1,18 @@
+"""Networks: stock Hugging Face models behind `Backbone`. The only package that imports transformers."""
 
+from typing import Any
+
+__all__ = ["Backbone", "ModelSpec", "load_backbone", "model_rows"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, on first use: reading an architecture's name must not cost seconds of imports."""
+    if name == "Backbone":
+        from kdtrain.models.backbone import Backbone
+
+        return Backbone
+    if name in __all__:
+        from kdtrain.models import load
+
+        return getattr(load, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -37,7 +37,14 @@ class Backbone(nn.Module):
         self.config: Any = model.config
         self.shard = shard
         self.cuts = cuts
+        self.elements_read = 0
+        """Elements of weight files that this rank read to fill the model."""
         self._head_name = vocabulary_modules(model)[1]
+        # Taken now: under ZeRO-3 the parameters lose their shapes.
+        self._full_shapes = {
+            name: cuts[name].full_shape(tuple(param.shape)) if name in cuts else tuple(param.shape)
+            for name, param in self.hf_parameters()
+        }
 
     @property
     def lm_head_module(self) -> LmHead:
@@ -91,15 +98,12 @@ class Backbone(nn.Module):
             yield kept, param
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every full, unpadded parameter, by the names of `hf_parameters`. Not valid under ZeRO-3."""
-        return {
-            name: self.cuts[name].full_shape(tuple(param.shape)) if name in self.cuts else tuple(param.shape)
-            for name, param in self.hf_parameters()
-        }
+        """Shape of every full, unpadded parameter, by the names of `hf_parameters`; also under ZeRO-3."""
+        return dict(self._full_shapes)
 
     def num_parameters(self) -> int:
         """Parameters of the full model over all tp ranks, tied ones once, padding not counted."""
-        return sum(torch.Size(shape).numel() for shape in self.full_shapes().values())
+        return sum(torch.Size(shape).numel() for shape in self._full_shapes.values())
 
     def _varlen_arguments(self, batch: Batch) -> dict[str, Any]:
         """Explicit document boundaries for flash-attention, which would detect packing only in batches of one."""

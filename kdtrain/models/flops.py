@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 # Dense bf16 tensor-core peak in FLOP/s, without sparsity, from the vendor's data sheet named beside it.
@@ -9,7 +10,9 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "A100": 312e12,  # NVIDIA A100 Tensor Core GPU data sheet (2021)
     "A10": 125e12,  # NVIDIA A10 data sheet (2021)
     "L4": 121e12,  # NVIDIA L4 data sheet (2023): 242 with sparsity
+    "L40": 181e12,  # NVIDIA L40 data sheet (2023): 362 with sparsity
     "L40S": 362e12,  # NVIDIA L40S data sheet (2023): 733 with sparsity, halved and rounded down
+    "H100 NVL": 835e12,  # NVIDIA H100 NVL data sheet (2024): 1671 with sparsity
     "H100 PCIe": 756e12,  # NVIDIA H100 data sheet (2023): 1513 with sparsity
     "H100": 989e12,  # NVIDIA H100 SXM data sheet (2023): 1979 with sparsity
     "H200": 989e12,  # NVIDIA H200 data sheet (2024): 1979 with sparsity
@@ -23,7 +26,7 @@ PEAK_BF16_FLOPS: dict[str, float] = {
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 peak of a device by the name torch reports, e.g. "NVIDIA H200"; None when it is not in the table."""
-    matches = [key for key in PEAK_BF16_FLOPS if key.lower() in device_name.lower()]
+    matches = [key for key in PEAK_BF16_FLOPS if re.search(rf"(?<!\w){key}(?!\w)", device_name, re.IGNORECASE)]
     return PEAK_BF16_FLOPS[max(matches, key=len)] if matches else None
 
 

@@ -219,11 +219,18 @@ def _read_weights(backbone: Backbone, folder: Path, mesh: Mesh, device: torch.de
             else:
                 value = pad_piece(files.read(name, shape, cut.dim, *cut.pieces[mesh.tp_rank]), cut)
             materialize_parameter(model, name, value.to(device, dtype), mesh)
+        for name, buffer in _persistent_buffers(model):
+            buffer.copy_(files.read(name, tuple(buffer.shape)))
         files.report_unused()
-        LOGGER.debug("%s: read %d elements", folder, files.elements_read)
+        backbone.elements_read = files.elements_read
     left = [name for name, param in model.named_parameters() if param.is_meta]
     if left:
         raise ConfigError(f"{folder}: no weights were read for {left}\n  fix: this is a defect of kdtrain; report it")
+
+
+def _persistent_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return [(name, tensor) for name, tensor in model.state_dict().items() if name not in parameters]
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

@@ -1,0 +1,142 @@
+"""Plans and cuts of stock models; nothing is communicated."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kdtrain.dist.mesh import Mesh
+from kdtrain.errors import ParallelError
+from kdtrain.models.load import parameters_on_meta
+from kdtrain.models.tiny import TINY, tiny_config
+from kdtrain.parallel import merge_state_dict, plan_cuts, read_plan, shard_model, split_state_dict
+from kdtrain.parallel.shard import head_scaling
+
+
+def meta_model(name="llama", **changes):
+    settings = tiny_config(name, **changes) if name in TINY else {**tiny_config("llama"), "model_type": name, **changes}
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with parameters_on_meta():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def sizes(cut):
+    return [stop - start for start, stop in cut.pieces]
+
+
+def test_nine_heads_in_three_groups_are_cut_two_to_one():
+    cuts = plan_cuts(meta_model("smollm"), 2, 128)
+    attention = "model.layers.0.self_attn."
+    assert sizes(cuts[attention + "q_proj.weight"]) == [24, 12]  # 6 and 3 heads of 4
+    assert sizes(cuts[attention + "k_proj.weight"]) == sizes(cuts[attention + "v_proj.weight"]) == [8, 4]
+    assert cuts[attention + "o_proj.weight"].dim == 1
+    assert sizes(cuts[attention + "o_proj.weight"]) == [24, 12]
+
+
+def test_features_that_do_not_divide_are_cut_unevenly_and_alike():
+    cuts = plan_cuts(meta_model("qwen2"), 3, 128)
+    mlp = "model.layers.1.mlp."
+    assert sizes(cuts[mlp + "gate_proj.weight"]) == sizes(cuts[mlp + "down_proj.weight"]) == [15, 15, 14]
+    attention = "model.layers.1.self_attn."
+    assert sizes(cuts[attention + "q_proj.bias"]) == [16, 8, 8]
+    assert attention + "o_proj.bias" not in cuts
+
+
+def test_fused_query_key_value_is_cut_between_heads():
+    cuts = plan_cuts(meta_model("gpt_neox"), 4, 128)
+    assert sizes(cuts["gpt_neox.layers.0.attention.query_key_value.weight"]) == [24] * 4
+    assert sizes(cuts["gpt_neox.layers.0.attention.dense.weight"]) == [8] * 4
+    assert "gpt_neox.layers.0.attention.dense.bias" not in cuts
+
+
+def test_a_single_rank_cuts_only_the_vocabulary_for_its_padding():
+    cuts = plan_cuts(meta_model(), 1, 128)
+    assert set(cuts) == {"model.embed_tokens.weight", "lm_head.weight"}
+    assert cuts["lm_head.weight"].padded == 128
+    assert cuts["lm_head.weight"].full_size == 101
+
+
+def test_norms_inside_attention_are_known_to_get_partial_gradients():
+    for block in read_plan(meta_model("qwen3")).blocks:
+        expected = (block.name + ".q_norm", block.name + ".k_norm") if block.name.endswith("self_attn") else ()
+        assert set(block.partial_grad) == set(expected)
+
+
+def test_more_ranks_than_key_value_groups_is_refused_with_the_number_to_use():
+    with pytest.raises(ParallelError, match=r"parallel\.tp = 4 is more than the 3 key/value groups(.|\n)*at most 3"):
+        plan_cuts(meta_model("smollm"), 4, 128)
+
+
+def test_an_unknown_style_is_refused_with_style_and_module():
+    with pytest.raises(ParallelError, match=r"'colwise_gather_output' of module 'model\.layers\.0\.self_attn\.q_proj'"):
+        plan_cuts(meta_model("olmo2"), 2, 128)
+
+
+def test_a_model_without_a_plan_is_refused():
+    model = meta_model()
+    model._tp_plan = {}
+    with pytest.raises(ParallelError, match="declares no tensor-parallel plan"):
+        plan_cuts(model, 2, 128)
+
+
+def test_a_parameter_in_a_cut_block_that_the_plan_forgot_is_refused():
+    model = meta_model("qwen3")
+    model._tp_plan = {key: style for key, style in model.tp_plan.items() if "k_norm" not in key}
+    with pytest.raises(ParallelError, match=r"self_attn\.k_norm\.weight.*does not mention it"):
+        plan_cuts(model, 2, 128)
+
+
+def test_a_block_without_a_row_layer_is_refused():
+    model = meta_model()
+    model._tp_plan = {key: style for key, style in model.tp_plan.items() if "down_proj" not in key}
+    with pytest.raises(ParallelError, match="0 rowwise modules"):
+        plan_cuts(model, 2, 128)
+
+
+def test_an_attention_whose_projection_layout_is_unknown_is_refused():
+    model = meta_model("gpt_neox")
+    for layer in model.gpt_neox.layers:
+        layer.attention.mystery = layer.attention.query_key_value
+        del layer.attention.query_key_value
+    model._tp_plan = {key.replace("query_key_value", "mystery"): style for key, style in model.tp_plan.items()}
+    with pytest.raises(ParallelError, match=r"column layers \['mystery'\]"):
+        plan_cuts(model, 2, 128)
+
+
+def test_logit_scaling_is_read_and_an_unknown_kind_is_refused():
+    assert head_scaling(meta_model("cohere", logit_scale=0.25).config) == (0.25, None)
+    assert head_scaling(meta_model("granite", logits_scaling=8.0).config) == (0.125, None)
+    assert head_scaling(meta_model("gemma3").config) == (1.0, 5.0)
+    strange = meta_model().config
+    strange.lm_head_multiplier = 0.5
+    with pytest.raises(ParallelError, match=r"lm_head_multiplier = 0\.5"):
+        head_scaling(strange)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_splitting_and_merging_a_state_dict_gives_it_back(name):
+    model = meta_model(name)
+    generator = torch.Generator().manual_seed(1)
+    full = {key: torch.randn(param.shape, generator=generator) for key, param in model.named_parameters()}
+    cuts = plan_cuts(model, 3, 128)
+    shards = [split_state_dict(full, cuts, rank) for rank in range(3)]
+    merged = merge_state_dict(shards, cuts)
+    assert set(merged) == set(full)
+    assert all(torch.equal(merged[key], full[key]) for key in full)
+    assert shards[2]["lm_head.weight"].shape[0] == 128
+    assert not shards[2]["lm_head.weight"].any()
+
+
+def test_merging_ranks_with_different_names_is_refused():
+    with pytest.raises(ValueError, match="rank 1 and tp rank 0 differ in names"):
+        merge_state_dict([{"a": torch.ones(1)}, {"b": torch.ones(1)}], {})
+
+
+def test_sharding_marks_cut_parameters_and_keeps_tied_weights_one():
+    model = meta_model("qwen3", tie_word_embeddings=True)
+    shard_model(model, Mesh(world_size=2, rank=1, tp_size=2))
+    marked = {key for key, param in model.named_parameters() if getattr(param, "tensor_model_parallel", False)}
+    assert marked == {
+        key for key, _ in model.named_parameters() if "proj" in key or key.startswith("model.embed_tokens")
+    }
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert getattr(model.model.layers[0].self_attn.q_norm.weight, "partial_gradient", False)
