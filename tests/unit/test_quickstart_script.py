@@ -194,6 +194,8 @@ def demo(tree):
     for name in ("import_gguf", "prepare_corpus", "demo_report"):
         (tree / f"launch/{name}.py").write_text(NOTE)
     (tree / "kdtrain/assets/demo").mkdir(parents=True)
+    (tree / "kdtrain/models").mkdir()
+    (tree / "kdtrain/models/import_gguf.py").touch()
     (tree / "kdtrain/assets/demo/text.jsonl.xz").write_text("x")
     (tree / "configs/demo").mkdir(parents=True)
     for name in ("distill_cpu", "pretrain_cpu"):
@@ -208,7 +210,7 @@ def demo(tree):
     )
     (tree / ".quickstart").mkdir()
     key = subprocess.run(
-        [SHELL, "-c", "cat launch/import_gguf.py | cksum | tr ' ' '-'"],
+        [SHELL, "-c", "cat launch/import_gguf.py kdtrain/models/import_gguf.py | cksum | tr ' ' '-'"],
         cwd=tree, capture_output=True, text=True, check=True,
     )  # fmt: skip
     sha = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
