@@ -1,1 +1,12 @@
+"""Losses on hidden states: streamed, vocabulary-parallel, with hand-written gradients.
 
+Stands alone: needs torch only (no deepspeed, no transformers), takes its process group as an argument, and can be
+dropped into another trainer.
+"""
+
+from kdtrain.losses import reference
+from kdtrain.losses.cross_entropy import linear_cross_entropy
+from kdtrain.losses.dense_kl import linear_kd_loss
+from kdtrain.losses.types import LossParts, SparseTarget, TopK
+
+__all__ = ["LossParts", "SparseTarget", "TopK", "linear_cross_entropy", "linear_kd_loss", "reference"]

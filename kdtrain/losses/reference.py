@@ -1,0 +1,148 @@
+"""Naive float64 definitions of every loss: the specification all fast paths are tested against.
+
+[T, V] student logits and [T, V] teacher logits -> [T], nats per token, straight from the formulas; one process, no
+chunks, differentiable by autograd. p = softmax(teacher / temperature), q = softmax(student / temperature). The
+factor temperature^2 is not applied here but in `total_loss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtrain.dist.vocab import HeadShard
+
+
+def _log_pair(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    log_q = torch.log_softmax(student_logits.double() / temperature, dim=-1)
+    log_p = torch.log_softmax(teacher_logits.double() / temperature, dim=-1)
+    return log_q, log_p
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) = sum p log(p / q). Hinton et al. 2015, arXiv 1503.02531."""
+    log_q, log_p = _log_pair(student_logits, teacher_logits, temperature)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(student || teacher) = sum q log(q / p). Gu et al. 2023, arXiv 2306.08543."""
+    log_q, log_p = _log_pair(student_logits, teacher_logits, temperature)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def jsd(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, teacher_share: float = 0.5
+) -> Tensor:
+    """[b KL(p || m) + (1 - b) KL(q || m)] / (b (1 - b)) with m = b p + (1 - b) q, b = teacher_share in (0, 1).
+
+    Agarwal et al. 2023 (arXiv 2306.13649), normalised so that b -> 0 gives forward_kl and b -> 1 reverse_kl.
+    """
+    b = teacher_share
+    log_q, log_p = _log_pair(student_logits, teacher_logits, temperature)
+    log_m = (b * log_p.exp() + (1 - b) * log_q.exp()).log()
+    kl_p = (log_p.exp() * (log_p - log_m)).sum(-1)
+    kl_q = (log_q.exp() * (log_q - log_m)).sum(-1)
+    return (b * kl_p + (1 - b) * kl_q) / (b * (1 - b))
+
+
+def skew_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, skew: float = 0.1) -> Tensor:
+    """KL(p || skew p + (1 - skew) q). Ko et al. 2024, arXiv 2402.03898."""
+    log_q, log_p = _log_pair(student_logits, teacher_logits, temperature)
+    log_m = (skew * log_p.exp() + (1 - skew) * log_q.exp()).log()
+    return (log_p.exp() * (log_p - log_m)).sum(-1)
+
+
+def skew_reverse_kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, skew: float = 0.1
+) -> Tensor:
+    """KL(q || (1 - skew) p + skew q). Ko et al. 2024, arXiv 2402.03898."""
+    log_q, log_p = _log_pair(student_logits, teacher_logits, temperature)
+    log_m = ((1 - skew) * log_p.exp() + skew * log_q.exp()).log()
+    return (log_q.exp() * (log_q - log_m)).sum(-1)
+
+
+def tvd(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Total variation distance, half the sum of |p - q|; the subgradient at p = q is 0."""
+    log_q, log_p = _log_pair(student_logits, teacher_logits, temperature)
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def alpha_beta(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    ab_alpha: float = 0.5,
+    ab_beta: float = 0.5,
+) -> Tensor:
+    """-1/(a b) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], a, b and a + b not 0.
+
+    Wang et al. 2025, arXiv 2505.04560. (a, b) -> (1, 0) gives forward_kl, -> (0, 1) reverse_kl.
+    """
+    a, b = ab_alpha, ab_beta
+    log_q, log_p = _log_pair(student_logits, teacher_logits, temperature)
+    mixed = (a * log_p + b * log_q).exp()
+    own = a / (a + b) * ((a + b) * log_p).exp() + b / (a + b) * ((a + b) * log_q).exp()
+    return -(mixed - own).sum(-1) / (a * b)
+
+
+def logit_mse(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Mean over V of the squared difference of logits / temperature, each centred over the vocabulary."""
+    x = student_logits.double() / temperature
+    y = teacher_logits.double() / temperature
+    difference = (x - x.mean(-1, keepdim=True)) - (y - y.mean(-1, keepdim=True))
+    return difference.square().mean(-1)
+
+
+def cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
+    """-log q(label) at temperature 1; [T, V], [T] int64 -> [T]. Every label must be in [0, V)."""
+    log_q = torch.log_softmax(student_logits.double(), dim=-1)
+    return -log_q.gather(-1, labels[:, None]).squeeze(-1)
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+    "skew_kl": skew_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "tvd": tvd,
+    "alpha_beta": alpha_beta,
+    "logit_mse": logit_mse,
+}
+"""Name in the configuration -> definition."""
+
+
+def head_logits(hidden: Tensor, head: Tensor | HeadShard, vocab_size: int) -> Tensor:
+    """[T, D] -> float64 logits [T, vocab_size] with the head's bias, scale and soft-cap; rows past it are dropped."""
+    head = head if isinstance(head, HeadShard) else HeadShard(head)
+    logits = hidden.double() @ head.weight[:vocab_size].double().T
+    if head.bias is not None:
+        logits = logits + head.bias[:vocab_size].double()
+    logits = head.logit_scale * logits
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def total_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    divergence: str,
+    temperature: float,
+    kd_weight: Tensor,
+    ce_weight: Tensor,
+    **parameters: Any,
+) -> Tensor:
+    """sum_t kd_weight[t] temperature^2 D[t] + ce_weight[t] CE[t]; 0-d float64.
+
+    Labels are read only where ce_weight is not 0. `parameters`: teacher_share, skew, ab_alpha, ab_beta.
+    """
+    kd = DIVERGENCES[divergence](student_logits, teacher_logits, temperature=temperature, **parameters)
+    safe = torch.where(ce_weight != 0, labels, torch.zeros_like(labels))
+    ce = cross_entropy(student_logits, safe)
+    return (kd_weight.double() * temperature**2 * kd + ce_weight.double() * ce).sum()
