@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 from kdtrain.errors import ConfigError
 
@@ -13,26 +12,26 @@ FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash
 IMPLEMENTATIONS = ("eager", "sdpa", *FLASH_PACKAGES)
 
 
-def resolve_attention(wanted: str, *, device_type: str, dtype: str, config: Any = None) -> tuple[str, str]:
+def resolve_attention(wanted: str, *, device_type: str, dtype: str, has_sdpa: bool = True) -> tuple[str, str]:
     """(implementation, reason) for `wanted`, which is "auto" or an implementation's name.
 
-    device_type: "cuda" or "cpu"; dtype: "float32" or "bfloat16"; config: the Hugging Face config, whose soft-capped
-    attention (Gemma 2) scaled_dot_product_attention cannot do. auto means flash_attention_2 on CUDA in bfloat16 when
-    the package is installed, else sdpa. Raises ConfigError when an explicit choice cannot work here.
+    device_type: "cuda" or "cpu"; dtype: "float32" or "bfloat16"; has_sdpa: False for an architecture that torch's
+    scaled_dot_product_attention cannot do (Gemma 2 soft-caps its attention logits). auto means flash_attention_2 on
+    CUDA in bfloat16 when the package is installed, else sdpa, else eager. Raises ConfigError when an explicit choice
+    cannot work here.
     """
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
     if wanted == "auto":
         obstacle = _obstacle("flash_attention_2", device_type, dtype)
         if obstacle is None:
             return "flash_attention_2", "auto: flash-attn is installed and the device is CUDA"
-        if capped:
-            return "eager", f"auto: {obstacle}, and sdpa cannot soft-cap attention logits"
+        if not has_sdpa:
+            return "eager", f"auto: {obstacle}, and this architecture cannot use sdpa"
         return "sdpa", f"auto: {obstacle}"
     if wanted not in IMPLEMENTATIONS:
         raise ConfigError(f"attention = {wanted!r} is not known\n  fix: use auto, {', '.join(IMPLEMENTATIONS)}")
     obstacle = _obstacle(wanted, device_type, dtype)
-    if wanted == "sdpa" and capped:
-        obstacle = "this architecture soft-caps attention logits, which sdpa cannot do"
+    if wanted == "sdpa" and not has_sdpa:
+        obstacle = "this architecture cannot use torch's scaled_dot_product_attention"
     if obstacle is not None:
         raise ConfigError(
             f"attention = {wanted!r} cannot be used: {obstacle}\n"

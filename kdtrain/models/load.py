@@ -146,6 +146,7 @@ def _source(spec: ModelSpec) -> str:
 def build_config(spec: ModelSpec, vocab_size: int) -> Any:
     """The Hugging Face config object of `spec`. Raises ConfigError for one transformers refuses or of another kind."""
     settings = _config_dict(spec, vocab_size)
+    settings.pop("_name_or_path", None)  # where somebody else once kept the model
     if settings.get("quantization_config"):
         raise ConfigError(
             f"{_source(spec)} is quantised\n  why: training and exact divergences need ordinary weights\n"
@@ -166,7 +167,8 @@ def build_config(spec: ModelSpec, vocab_size: int) -> Any:
 def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int) -> Any:
     """The whole model: parameters on meta if weights are to be read, else initialised from `seed` in float32."""
     config = build_config(spec, vocab_size)
-    attention, reason = resolve_attention(spec.attention, device_type=device.type, dtype=spec.dtype, config=config)
+    has_sdpa = bool(getattr(AutoModelForCausalLM._model_mapping[type(config)], "_supports_sdpa", False))
+    attention, reason = resolve_attention(spec.attention, device_type=device.type, dtype=spec.dtype, has_sdpa=has_sdpa)
     LOGGER.info("attention of %s: %s (%s)", _source(spec), attention, reason)
     arguments = {"dtype": torch.float32, "attn_implementation": attention}
     if spec.weights is not None:

@@ -21,6 +21,12 @@ pytestmark = pytest.mark.dist
 
 ROWS, VOCAB = 301, 299  # the head has two rows more than the tokenizer has tokens; tp 4 leaves a rank without any
 FAMILIES = ("llama", "qwen2", "qwen3", "smollm", "gpt_neox", "gemma3")
+RELATIVES = (
+    {"model_type": "mistral", "sliding_window": None},
+    {"model_type": "cohere", "logit_scale": 0.25},
+    {"model_type": "granite", "logits_scaling": 8.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    {"model_type": "gemma2", "head_dim": 8, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 8},
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,7 +42,8 @@ def stock_model(family, **changes):
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     config.dtype = torch.float32
     torch.manual_seed(5)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+    attention = "eager" if config.model_type == "gemma2" else "sdpa"  # Gemma 2 has no sdpa
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     for name, param in model.named_parameters():
         if "norm" in name or name.endswith(
             "bias"
@@ -69,9 +76,7 @@ def reference(family, changes, kind):
     if kind == "hidden":
         loss = (hidden * direction(hidden)).sum()
     else:
-        logits = model.lm_head(hidden)
-        cap = getattr(model.config, "final_logit_softcapping", None)
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits.flatten(0, 1)
         losses = F.cross_entropy(logits[:, :VOCAB], batch.labels.flatten(), reduction="none")
         loss = (losses * batch.loss_mask.flatten()).sum()
     loss.backward()
@@ -172,6 +177,13 @@ def test_every_gradient_equals_that_of_the_stock_model(rank_pool, tp):
     answers = rank_pool(tp).run(run_cases, cases=cases)
     for index, case in enumerate(cases):
         compare(case, [answer[index] for answer in answers], tp)
+
+
+def test_relatives_with_scaled_embeddings_and_logits_agree_too(rank_pool):
+    cases = [("llama", changes, "ce", False) for changes in RELATIVES]
+    answers = rank_pool(2).run(run_cases, cases=cases)
+    for index, case in enumerate(cases):
+        compare(case, [answer[index] for answer in answers], 2)
 
 
 def test_activation_checkpointing_changes_no_gradient(rank_pool):

@@ -39,7 +39,10 @@ def settings(stage):
 
 
 def gradients_under_zero(rank, world_size, helpers, stages):
-    """Per stage: this rank's gradients at tp 2 x dp 2, read off one SGD step of length 1, and the loss."""
+    """Per stage: this rank's gradients at tp 2 x dp 2, read off one SGD step of length 1, loss and gradient norm.
+
+    A last answer has the first stage with the marks of cut parameters forgotten.
+    """
     import deepspeed
     import deepspeed.ops
 
@@ -47,7 +50,10 @@ def gradients_under_zero(rank, world_size, helpers, stages):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled
     deepspeed.init_distributed("gloo")
     mesh = Mesh.build(2)
-    return [one_stage(deepspeed, test, mesh, stage) for stage in stages]
+    return [
+        *(one_stage(deepspeed, test, mesh, stage) for stage in stages),
+        one_stage(deepspeed, test, mesh, stages[0], forget_marks=True),
+    ]
 
 
 def load_helpers(path):
@@ -57,12 +63,14 @@ def load_helpers(path):
     return module
 
 
-def one_stage(deepspeed, test, mesh, stage):
+def one_stage(deepspeed, test, mesh, stage, forget_marks=False):
     model = test.stock_model(FAMILY, **CHANGES)
     shard = VocabShard.of(VOCAB, mesh.tp_rank, mesh.tp_size, total_rows=ROWS)
     cuts = plan_cuts(model, mesh.tp_size, shard.rows)
     backbone = Backbone(shard_model(model, mesh, shard), shard, cuts).train()
     enable_activation_checkpointing(backbone.model)
+    for param in backbone.parameters() if forget_marks else ():
+        param.tensor_model_parallel = False
     before = {name: param.detach().clone() for name, param in backbone.hf_parameters()}
     optimizer = torch.optim.SGD(backbone.parameters(), lr=1.0)
     engine, *_ = deepspeed.initialize(
@@ -100,3 +108,5 @@ def test_every_zero_stage_sees_whole_gradients(zero_pool):
                 assert test.relative_error(got[name], grad) < 3e-5, (stage, name)
         for rank in range(4):
             assert answers[rank][index][2] == pytest.approx(float(norm), rel=1e-5), f"stage {stage}: gradient norm"
+    forgotten = answers[0][-1][2]
+    assert abs(forgotten - float(norm)) > 0.01 * float(norm), "forgetting the marks would go unnoticed"

@@ -15,8 +15,6 @@ from kdtrain.models.flops import (
     training_flops_per_token,
 )
 
-CAPPED = SimpleNamespace(attn_logit_softcapping=50.0)
-
 
 def install(monkeypatch, *names):
     real = importlib.util.find_spec
@@ -38,10 +36,10 @@ def test_auto_takes_flash_attention_on_cuda_only_when_it_is_installed(monkeypatc
     assert resolve_attention("auto", device_type="cuda", dtype="float32")[0] == "sdpa"
 
 
-def test_soft_capped_attention_never_gets_sdpa():
-    assert resolve_attention("auto", device_type="cpu", dtype="float32", config=CAPPED)[0] == "eager"
-    with pytest.raises(ConfigError, match="soft-caps"):
-        resolve_attention("sdpa", device_type="cpu", dtype="float32", config=CAPPED)
+def test_an_architecture_without_sdpa_gets_eager():
+    assert resolve_attention("auto", device_type="cpu", dtype="float32", has_sdpa=False)[0] == "eager"
+    with pytest.raises(ConfigError, match="cannot use torch's scaled"):
+        resolve_attention("sdpa", device_type="cpu", dtype="float32", has_sdpa=False)
 
 
 @pytest.mark.parametrize(
