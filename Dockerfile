@@ -1,5 +1,3 @@
-# syntax=docker/dockerfile:1
-#
 #   docker build --target cpu -t kdtrain --build-arg COMMIT=$(git rev-parse HEAD) .
 #   docker run --rm kdtrain            # the demo (downloads the teacher: 93 MB)
 #   docker run --rm kdtrain test       # the default tests
