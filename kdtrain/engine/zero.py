@@ -1,0 +1,116 @@
+"""The student under DeepSpeed ZeRO: the only place that knows DeepSpeed's averaging, clipping and boundaries."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from kdtrain.config.deepspeed_config import deepspeed_config
+from kdtrain.config.schema import RunConfig
+from kdtrain.data.batch import Batch
+from kdtrain.dist.collectives import reduce_sum_
+from kdtrain.dist.mesh import Mesh
+from kdtrain.dist.vocab import HeadShard
+from kdtrain.engine.optim import build_adamw
+from kdtrain.models.backbone import Backbone, call_with_head
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """grad_norm: global 2-norm before clipping. applied: False if it was not finite; the step must not count then."""
+
+    grad_norm: float
+    applied: bool
+
+
+class StudentEngine:
+    """A trainable Backbone under ZeRO 0-3 with our AdamW, our schedule and our token-count normalisation.
+
+    backbone: already cut over mesh. Build it last: other engines and groups must exist before. Every rank must
+    construct it. Communicates as DeepSpeed does: gradients over dp, norms over tp and dp.
+    """
+
+    def __init__(self, backbone: Backbone, mesh: Mesh, cfg: RunConfig, *, device: torch.device) -> None:
+        _check_marks(backbone)
+        self.backbone = backbone
+        self.mesh = mesh
+        self.zero_stage: int = cfg.zero.stage
+        self._grad_clip = cfg.optim.grad_clip
+        self._norm = math.nan
+        self.optimizer = build_adamw(backbone.hf_parameters(), cfg.optim, device)
+        settings = copy.deepcopy(deepspeed_config(cfg, on_cuda=device.type == "cuda"))
+        if self.zero_stage == 0:
+            # DeepSpeed reports no norm without ZeRO, and averages it over stale groups: ours is taken in a hook.
+            settings["gradient_clipping"] = 0.0
+            self.optimizer.register_step_pre_hook(self._clip_without_zero)
+        self.deepspeed: Any = deepspeed.initialize(
+            model=backbone, optimizer=self.optimizer, config=settings, mpu=mesh, dist_init_required=False
+        )[0]
+
+    def __call__(self, batch: Batch, head_fn: Callable[[Tensor, HeadShard], R]) -> R:
+        """What head_fn(hidden_states [T, D], head rows) returns, through the engine (ZeRO-3 gathers weights)."""
+        return call_with_head(self.deepspeed, batch, head_fn)
+
+    def backward(self, loss_sum: Tensor, num_valid_tokens: float) -> None:
+        """Accumulate the gradient of loss_sum / num_valid_tokens summed over all data ranks.
+
+        loss_sum: this rank's sum over tokens. num_valid_tokens: of the whole step, over all ranks. May be called any
+        number of times before `step`.
+        """
+        # DeepSpeed averages gradients over dp; multiplying by dp turns its average into the sum that we mean.
+        scale = self.mesh.dp_size / num_valid_tokens
+        self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> StepResult:
+        """Reduce, clip and apply what has been accumulated, at learning rate `lr`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        norm = self._norm if self.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())
+        return StepResult(norm, math.isfinite(norm) and bool(self.deepspeed.was_step_applied()))
+
+    @contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        """Dropout and the like off inside the block."""
+        self.deepspeed.eval()
+        try:
+            yield
+        finally:
+            self.deepspeed.train()
+
+    def close(self) -> None:
+        """Give DeepSpeed's hooks and buffers back."""
+        self.deepspeed.destroy()
+
+    def _clip_without_zero(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """Norm over tp of gradients that dp has reduced already; replicated ones count once. One all-reduce (tp)."""
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        counted = [p for p in params if self.mesh.tp_rank == 0 or getattr(p, "tensor_model_parallel", False)]
+        squares = [p.grad.double().square().sum() for p in counted if p.grad is not None]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        self._norm = math.sqrt(float(reduce_sum_(total, self.mesh.tp_group)))
+        for param in params:
+            assert param.grad is not None
+            if not math.isfinite(self._norm):
+                param.grad = None  # AdamW leaves parameters without a gradient alone: the step is skipped
+            elif self._grad_clip is not None and self._norm > self._grad_clip:
+                param.grad.mul_(self._grad_clip / (self._norm + 1e-6))
+
+
+def _check_marks(backbone: Backbone) -> None:
+    """A cut parameter without its mark would be counted once too rarely in the norm, silently. AssertionError."""
+    for name, param in backbone.hf_parameters():
+        cut, marked = name in backbone.cuts, bool(getattr(param, "tensor_model_parallel", False))
+        if backbone.cuts.get(name) is not None and backbone.cuts[name].tp_size == 1:
+            continue
+        assert cut == marked, f"{name}: {'cut' if cut else 'replicated'}, but tensor_model_parallel is {marked}"
