@@ -6,7 +6,7 @@ from kdtrain.config.cli import Request, parse, run_script
 
 
 def main(request: Request) -> int:
-    from kdtrain.training.build import run_evaluation  # torch, transformers: seconds
+    from kdtrain.training.run import run_evaluation  # torch, transformers: seconds
 
     return run_evaluation(request)
 

@@ -6,7 +6,7 @@ from kdtrain.config.cli import Request, parse, run_script  # no torch yet: mista
 
 
 def main(request: Request) -> int:
-    from kdtrain.training.build import run_training  # torch, deepspeed, transformers: seconds
+    from kdtrain.training.run import run_training  # torch, deepspeed, transformers: seconds
 
     return run_training(request)
 

@@ -164,6 +164,14 @@ def build_config(spec: ModelSpec, vocab_size: int) -> Any:
     return config
 
 
+def model_size(spec: ModelSpec, vocab_size: int) -> tuple[Any, int]:
+    """(Hugging Face config, parameters with tied ones counted once) of `spec`, without reading or making a weight."""
+    config = build_config(spec, vocab_size)
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return config, sum(param.numel() for param in model.parameters())
+
+
 def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int) -> Any:
     """The whole model: parameters on meta if weights are to be read, else initialised from `seed` in float32."""
     config = build_config(spec, vocab_size)

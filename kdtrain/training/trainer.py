@@ -109,4 +109,5 @@ class Trainer:
 
     def _save(self, metrics: Metrics) -> None:
         self.progress.metrics = metrics.state()
-        self.checkpoints.save(self.engine, self.progress, self.loader)
+        sequences = self.progress.tokens_seen // self.cfg.data.seq_len
+        self.checkpoints.save(self.engine, self.progress, self.loader, sequences)

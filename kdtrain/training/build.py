@@ -1,0 +1,130 @@
+"""The composition root: the only place that sees the whole configuration and turns it into live objects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from kdtrain.config.schema import RunConfig
+from kdtrain.data.batch import Batch
+from kdtrain.data.loader import StepLoader, validation_batches
+from kdtrain.dist.mesh import Mesh
+from kdtrain.engine.zero import StudentEngine
+from kdtrain.errors import ConfigError
+from kdtrain.models.backbone import Backbone
+from kdtrain.models.flops import forward_flops_per_token, peak_flops, training_flops_per_token
+from kdtrain.models.load import ModelSpec, load_backbone
+from kdtrain.objectives.base import HeadLayout, Objective
+from kdtrain.objectives.distill import Distill
+from kdtrain.objectives.pretrain import Pretrain
+from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.signal import DenseSignal
+from kdtrain.training.inputs import Inputs
+from kdtrain.training.report import Costs
+from kdtrain.training.timing import PhaseTimer
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Both models on this rank."""
+
+    student: Backbone
+    teacher: OnlineTeacher | None
+    layout: HeadLayout
+    teacher_backbone: Backbone | None
+
+
+def student_spec(cfg: RunConfig) -> ModelSpec:
+    """What the configuration says of the student."""
+    s = cfg.student
+    return ModelSpec(s.weights, s.architecture, s.dtype, s.attention, s.activation_checkpointing)
+
+
+def teacher_spec(cfg: RunConfig) -> ModelSpec | None:
+    """What the configuration says of the teacher; None without one."""
+    t = cfg.teacher
+    return None if t.weights is None else ModelSpec(t.weights, None, t.dtype, t.attention)
+
+
+def specs(cfg: RunConfig) -> list[ModelSpec]:
+    """Every model of the run."""
+    return [spec for spec in (student_spec(cfg), teacher_spec(cfg)) if spec is not None]
+
+
+def build_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, device: torch.device, *, trainable: bool) -> Models:
+    """Teacher first, student last; both heads cut into the same rows. Every rank must call it."""
+    spec = teacher_spec(cfg)
+    rows = inputs.total_rows
+    student = load_backbone(
+        student_spec(cfg), mesh, vocab_size=inputs.vocab_size, total_rows=rows, device=device, trainable=trainable,
+        seed=cfg.run.seed,
+    )  # fmt: skip
+    layout = HeadLayout(student.shard, mesh.tp_group, cfg.train.slab_bytes)
+    if spec is None:
+        return Models(student, None, layout, None)
+    # A plain teacher is whole on every rank, padded to the rows of all the student's shards together.
+    teacher_mesh = mesh if cfg.teacher.layout == "tp" else Mesh()
+    backbone = load_backbone(
+        spec, teacher_mesh, vocab_size=inputs.vocab_size, total_rows=student.shard.rows * mesh.tp_size,
+        device=device, trainable=False,
+    )  # fmt: skip
+    return Models(student, OnlineTeacher(backbone, mesh, student.shard), layout, backbone)
+
+
+def build_loader(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, prefetch: int | None = None) -> StepLoader:
+    """This data rank's micro-batches; their global order depends on run.seed alone. prefetch: default data.prefetch."""
+    d = cfg.data
+    return StepLoader(
+        inputs.train, d.train_weights, seq_len=d.seq_len, sequences_per_step=d.tokens_per_step // d.seq_len,
+        sequences_per_micro_batch=d.sequences_per_micro_batch, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
+        seed=cfg.run.seed, reset_positions=d.reset_positions,
+        prefetch=d.prefetch if prefetch is None else prefetch,
+    )  # fmt: skip
+
+
+class TimedTeacher:
+    """A teacher whose time is counted under the phase "teacher"."""
+
+    def __init__(self, teacher: OnlineTeacher, timer: PhaseTimer) -> None:
+        self._teacher = teacher
+        self._timer = timer
+
+    def signal(self, batch: Batch) -> DenseSignal:
+        """As the teacher's."""
+        with self._timer.phase("teacher"):
+            return self._teacher.signal(batch)
+
+
+def build_objective(cfg: RunConfig, engine: StudentEngine, models: Models, timer: PhaseTimer) -> Objective:
+    """The objective that objective.name names."""
+    if cfg.objective.name == "pretrain":
+        return Pretrain(engine, models.layout)
+    if models.teacher is None:
+        raise ConfigError("objective.name = distill needs a teacher\n  fix: set teacher.weights to a model folder")
+    return Distill(engine, TimedTeacher(models.teacher, timer), cfg.objective.distill, models.layout)
+
+
+def evaluation_batches(cfg: RunConfig, inputs: Inputs, mesh: Mesh) -> Iterator[Batch]:
+    """The same validation batches each time; data.validation must be set."""
+    if inputs.validation is None:
+        raise ConfigError("data.validation is not set\n  fix: name a token store to evaluate on")
+    return validation_batches(
+        inputs.validation, seq_len=cfg.data.seq_len, sequences_per_batch=cfg.data.sequences_per_micro_batch,
+        dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, max_tokens=cfg.eval.max_tokens,
+        reset_positions=cfg.data.reset_positions,
+    )  # fmt: skip
+
+
+def costs_of(cfg: RunConfig, models: Models, mesh: Mesh, device: torch.device) -> Costs:
+    """FLOPs per token of both models and the devices' peak."""
+    def of(backbone: Backbone) -> tuple[object, int, int]:
+        return backbone.config, backbone.num_parameters(), cfg.data.seq_len
+
+    distils = cfg.objective.name == "distill" and models.teacher_backbone is not None
+    teacher = forward_flops_per_token(*of(models.teacher_backbone)) if distils and models.teacher_backbone else 0.0
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return Costs(
+        training_flops_per_token(*of(models.student)), teacher, None if peak is None else peak * mesh.world_size
+    )

@@ -1,0 +1,81 @@
+"""What a run says of itself before it starts, and all that `--check` says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdtrain.config.schema import RunConfig
+from kdtrain.dist.mesh import Mesh
+from kdtrain.log import LOGGER
+from kdtrain.models.load import ModelSpec, model_size
+from kdtrain.training import build
+from kdtrain.training.estimate import MemoryEstimate, ModelSize, estimate_memory
+from kdtrain.training.inputs import Inputs
+
+
+def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh) -> None:
+    """The lines above the first step: layout, models, loss, data, memory."""
+    student = models.student
+    origin = "from scratch" if cfg.student.weights is None else f"from {cfg.student.weights}"
+    LOGGER.info("mesh     %d ranks = dp %d x tp %d   zero: student %d", mesh.world_size, mesh.dp_size, mesh.tp_size, cfg.zero.stage)
+    LOGGER.info(
+        "student  %s   %s parameters, %s, %s, %s", cfg.student.architecture or cfg.student.weights,
+        f"{student.num_parameters():,}", origin, cfg.student.dtype, student.config._attn_implementation,
+    )  # fmt: skip
+    if models.teacher_backbone is not None:
+        teacher = models.teacher_backbone
+        LOGGER.info(
+            "teacher  %s   %s parameters, frozen, %s, %s, %s", cfg.teacher.weights, f"{teacher.num_parameters():,}",
+            cfg.teacher.layout, cfg.teacher.dtype, teacher.config._attn_implementation,
+        )  # fmt: skip
+    LOGGER.info("loss     %s", loss_line(cfg))
+    LOGGER.info("data     %s", data_line(cfg, inputs, mesh.dp_size))
+    LOGGER.info("memory   %s", estimate(cfg, inputs, mesh.dp_size).line())
+
+
+def loss_line(cfg: RunConfig) -> str:
+    """The objective in words."""
+    if cfg.objective.name == "pretrain":
+        return "cross-entropy"
+    d = cfg.objective.distill
+    return f"{d.divergence}, temperature {d.temperature:g}, weight {d.kd_weight:g}; ce weight {1 - d.kd_weight:g}"
+
+
+def data_line(cfg: RunConfig, inputs: Inputs, dp_size: int) -> str:
+    """How many tokens there are and how a step is made of them."""
+    d = cfg.data
+    tokens = sum(store.num_tokens for store in inputs.train)
+    per_rank = d.tokens_per_step // (d.seq_len * dp_size)
+    return (
+        f"{tokens:,} tokens in {len(inputs.train)} stores; {d.tokens_per_step:,} tokens/step = {dp_size} dp x "
+        f"{d.sequences_per_micro_batch} seq x {per_rank // d.sequences_per_micro_batch} micro-batches x {d.seq_len}"
+    )
+
+
+def estimate(cfg: RunConfig, inputs: Inputs, dp_size: int) -> MemoryEstimate:
+    """Bytes per rank, from configurations alone."""
+    teacher = build.teacher_spec(cfg)
+    return estimate_memory(
+        cfg, _size(build.student_spec(cfg), inputs), None if teacher is None else _size(teacher, inputs), dp_size=dp_size
+    )
+
+
+def _size(spec: ModelSpec, inputs: Inputs) -> ModelSize:
+    config, num_parameters = model_size(spec, inputs.vocab_size)
+    return ModelSize(num_parameters, _int(config, "hidden_size"), _int(config, "num_hidden_layers"), inputs.total_rows)
+
+
+def _int(config: Any, name: str) -> int:
+    return int(getattr(config, name))
+
+
+def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int) -> None:
+    """`--check`: everything that can be known before a device is touched."""
+    dp_size = world_size // cfg.parallel.tp
+    LOGGER.info("mesh     %d ranks = dp %d x tp %d", world_size, dp_size, cfg.parallel.tp)
+    LOGGER.info("loss     %s", loss_line(cfg))
+    LOGGER.info("data     %s", data_line(cfg, inputs, dp_size))
+    LOGGER.info("memory   %s", estimate(cfg, inputs, dp_size).line())
+    steps = -(-cfg.train.total_tokens // cfg.data.tokens_per_step)
+    LOGGER.info("length   %s steps, %s tokens", f"{steps:,}", f"{cfg.train.total_tokens:,}")
+    LOGGER.info("check    passed")

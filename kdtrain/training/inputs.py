@@ -1,0 +1,49 @@
+"""What a run reads, opened and compared before any weight is loaded: stores, tokenizers, vocabulary sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdtrain.config.schema import RunConfig
+from kdtrain.data.token_store import TokenStore
+from kdtrain.data.tokenizer import explain_difference, fingerprint
+from kdtrain.errors import StoreMismatch
+from kdtrain.models.load import ModelSpec, model_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Stores that agree on one tokenizer, and the vocabulary both models must cover.
+
+    vocab_size: the tokenizer's true size; total_rows: rows of the larger of the two models' heads.
+    """
+
+    train: tuple[TokenStore, ...]
+    validation: TokenStore | None
+    vocab_size: int
+    total_rows: int
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Folder with the tokenizer.json that made the tokens."""
+        return self.train[0].path / "tokenizer"
+
+
+def open_inputs(cfg: RunConfig, specs: Sequence[ModelSpec]) -> Inputs:
+    """Open every store and hold them, the teacher's and the student's tokenizers against each other.
+
+    Reads headers and tokenizers only; does not communicate. Raises DataError for damaged stores, StoreMismatch naming
+    both values when two things do not belong together, ConfigError when a model has too few rows.
+    """
+    train = tuple(TokenStore.open(path) for path in cfg.data.train)
+    validation = None if cfg.data.validation is None else TokenStore.open(cfg.data.validation)
+    first = train[0]
+    for other in (*train[1:], *(() if validation is None else (validation,))):
+        _same_tokenizer(first, other)
+    for role, folder in (("teacher", cfg.teacher.weights), ("student", cfg.student.weights)):
+        if folder is not None:
+            _model_tokenizer(first, role, Path(folder))
+    vocab_size = first.manifest.vocab_size
+    return Inputs(train, validation, vocab_size, max(model_rows(spec, vocab_size) for spec in specs))

@@ -1,0 +1,193 @@
+"""A run from configuration to exported student: what `launch/train.py` and `launch/eval_model.py` do."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from kdtrain.config.cli import Request
+from kdtrain.config.load import as_dict, config_hash, to_yaml
+from kdtrain.config.schema import RunConfig
+from kdtrain.dist.mesh import Mesh
+from kdtrain.engine import bootstrap
+from kdtrain.engine.zero import StudentEngine
+from kdtrain.errors import ConfigError, KdtrainError
+from kdtrain.evaluation.validation import Validation
+from kdtrain.log import LOGGER, setup_logging
+from kdtrain.models.backbone import call_with_head
+from kdtrain.telemetry.environment import describe, headline
+from kdtrain.telemetry.jsonl_sink import JsonlSink
+from kdtrain.telemetry.run_folder import RunFolder
+from kdtrain.telemetry.wandb_sink import WandbSink
+from kdtrain.training import build, describe as describing
+from kdtrain.training.cadence import Cadence, StopRequest
+from kdtrain.training.checkpoints import Checkpoints, find_resume_point
+from kdtrain.training.evaluator import Evaluator
+from kdtrain.training.export import export_checkpoint, write_model_files
+from kdtrain.training.inputs import Inputs, open_inputs
+from kdtrain.training.progress import Progress
+from kdtrain.training.report import Reporter, Sink
+from kdtrain.training.self_check import check_alignment
+from kdtrain.training.timing import PhaseTimer
+from kdtrain.training.trainer import Trainer
+
+T = TypeVar("T")
+
+
+def run_training(request: Request) -> int:
+    """Train, save, evaluate, export; 0. Every rank calls it. Raises KdtrainError with the exit code to leave with."""
+    cfg = request.config
+    setup_logging()
+    inputs = open_inputs(cfg, build.specs(cfg))
+    if request.check_only:
+        describing.print_check(cfg, inputs, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        return 0
+    with bootstrap.runtime() as rank:
+        mesh = Mesh.build(cfg.parallel.tp)
+        _same_everywhere(mesh, "configuration", config_hash(cfg))
+        stop = StopRequest(cfg.run.time_limit_s)
+        stop.install()
+        try:
+            with _run_folder(cfg, mesh, request) as folder:
+                _train(request, inputs, mesh, rank.device, folder, stop)
+        finally:
+            stop.restore()
+    return 0
+
+
+def run_evaluation(request: Request) -> int:
+    """Evaluate student.weights on data.validation and print one line; 0. Every rank calls it."""
+    cfg = request.config
+    setup_logging()
+    if cfg.student.weights is None:
+        raise ConfigError("student.weights is not set\n  fix: name the Hugging Face folder to evaluate")
+    inputs = open_inputs(cfg, build.specs(cfg))
+    with bootstrap.runtime() as rank:
+        mesh = Mesh.build(cfg.parallel.tp)
+        models = build.build_models(cfg, inputs, mesh, rank.device, trainable=False)
+
+        def student(batch: Any, head_fn: Any) -> Any:
+            return call_with_head(models.student, batch, head_fn)
+
+        validation = Validation(student, models.teacher, models.layout, mesh)
+        means = validation.run(build.evaluation_batches(cfg, inputs, mesh), rank.device)
+        if mesh.is_main:
+            print(json.dumps(means, sort_keys=True))
+    return 0
+
+
+def _train(
+    request: Request, inputs: Inputs, mesh: Mesh, device: torch.device, folder: Path, stop: StopRequest
+) -> None:
+    cfg = request.config
+    models = build.build_models(cfg, inputs, mesh, device, trainable=True)
+    resume_from = on_main(mesh, lambda: find_resume_point(cfg, folder))
+    loader = build.build_loader(cfg, inputs, mesh)
+    if cfg.debug.self_check and models.teacher is not None and resume_from is None:
+        first = next(build.build_loader(cfg, inputs, mesh, prefetch=0))[0].to(device)
+        found = check_alignment(models.teacher, first, models.layout)
+        LOGGER.info("check    teacher's nll on labels %.3f, shifted -1 %.3f, +1 %.3f", *found.values())
+    describing.log_header(cfg, inputs, models, mesh)
+    config_json = models.student.config.to_json_string()
+    on_main(mesh, lambda: write_model_files(folder, config_json, inputs.tokenizer_dir))
+    # Last: DeepSpeed keeps process-wide state that the most recent engine owns.
+    engine = StudentEngine(models.student, mesh, cfg, device=device)
+    progress = Progress()
+    if resume_from is not None:
+        progress = Checkpoints.load(resume_from, engine, loader)
+        LOGGER.info("resumed %6d  from %s", progress.step, resume_from)
+    sinks = on_main(mesh, lambda: _sinks(cfg, folder, progress), share=False)
+    timer = PhaseTimer(device)
+    reporter = Reporter(sinks or [], mesh, device, build.costs_of(cfg, models, mesh, device), Cadence(cfg).last_step)
+    reporter.resumed(progress)
+    evaluator = Evaluator(
+        Validation(engine, models.teacher, models.layout, mesh), engine,
+        lambda: build.evaluation_batches(cfg, inputs, mesh), reporter, device,
+    )  # fmt: skip
+    trainer = Trainer(
+        cfg=cfg, mesh=mesh, device=device, engine=engine,
+        objective=build.build_objective(cfg, engine, models, timer), loader=loader, evaluator=evaluator,
+        checkpoints=Checkpoints(cfg, folder), reporter=reporter, timer=timer, stop=stop, progress=progress,
+    )  # fmt: skip
+    try:
+        trainer.run()
+    finally:
+        loader.close()
+        reporter.close()
+    if cfg.checkpoint.export:
+        on_main(mesh, lambda: _export(cfg, folder))
+
+
+def _export(cfg: RunConfig, folder: Path) -> None:
+    if (folder / "export").exists():
+        LOGGER.info("export   %s is there already", folder / "export")
+        return
+    LOGGER.info("export   %s", export_checkpoint(folder, folder / "export", dtype=cfg.student.dtype))
+
+
+def _sinks(cfg: RunConfig, folder: Path, progress: Progress) -> list[Sink]:
+    jsonl = JsonlSink(folder / "metrics.jsonl", resume_step=progress.step)
+    return [jsonl, WandbSink(cfg.log.wandb, folder, name=cfg.run.name, config=as_dict(cfg))]
+
+
+@contextmanager
+def _run_folder(cfg: RunConfig, mesh: Mesh, request: Request) -> Iterator[Path]:
+    """The run's folder, held by rank 0, with configuration and environment written; its path on every rank."""
+    opened = on_main(mesh, lambda: RunFolder.open(cfg.run.output_dir, cfg.run.name), share=False)
+    path = Path(cfg.run.output_dir) / cfg.run.name
+    with opened if opened is not None else nullcontext():
+        setup_logging(mesh.rank, path)
+        if opened is not None:
+            found = describe(world_size=mesh.world_size)
+            origins = "".join(f"{key}  {where}\n" for key, where in sorted(request.loaded.origins.items()))
+            opened.write_config(to_yaml(cfg), origins)
+            opened.write_environment(found)
+            LOGGER.info(headline(found))
+        yield path
+
+
+def on_main(mesh: Mesh, work: Callable[[], T], *, share: bool = True) -> T | None:
+    """Do `work` on rank 0 only. If it raises a KdtrainError there, every rank raises it: none is left waiting.
+
+    Returns work's answer on rank 0 and, with `share`, on all ranks (it must pickle); else None there.
+    Communicates: one broadcast over the world.
+    """
+    answer: T | None = None
+    failure: KdtrainError | None = None
+    if mesh.is_main:
+        try:
+            answer = work()
+        except KdtrainError as error:
+            failure = error
+    if mesh.world_size > 1:
+        told: list[Any] = [(answer if share else None, failure)]
+        dist.broadcast_object_list(told, src=0, group=mesh.world_group)
+        if not mesh.is_main:
+            answer, failure = told[0]
+    if failure is not None:
+        raise failure
+    return answer
+
+
+def _same_everywhere(mesh: Mesh, what: str, digest: str) -> None:
+    """ConfigError on every rank unless all have the same `digest`. One gather over the world."""
+    if mesh.world_size == 1:
+        return
+    found: list[str] = [""] * mesh.world_size
+    dist.all_gather_object(found, digest, group=mesh.world_group)
+    odd = [rank for rank, other in enumerate(found) if other != found[0]]
+    if odd:
+        raise ConfigError(
+            f"the {what} of ranks {odd} differs from rank 0's ({found[odd[0]][:12]} and {found[0][:12]})\n"
+            "  why: ranks that disagree would hang or train different models\n"
+            "  fix: give every node the same files and the same command line"
+        )
+
+
