@@ -1,9 +1,13 @@
-"""Every divergence as a plug-in: D = sum_v phi(p_v, q_v) and q * d phi / d q, elementwise.
+"""Every divergence as a plug-in: its value and its slope q * d phi / d q on a block of rows.
 
-With x = student logits / temperature the gradient of any such D is  dD/dx_v = (q phi')_v - q_v Z,  Z = sum q phi'
-(our derivation: docs/design/0004-streamed-loss.md). A divergence is therefore two elementwise expressions in
-lp = log p, lq = log q, p and q. `z_is_known` marks those whose Z follows from the normalisers alone, which saves a
-round of communication and a pass over the logits. logit_mse is not of this family and is handled by its own branch.
+With D = sum_v phi(p_v, q_v) and x = student logits / temperature,
+
+    dD/dx_v = a_v - q_v Z,      a = q * d phi / d q,      Z = sum_u a_u           (docs/design/0004-streamed-loss.md)
+
+Adding c * q to `a` changes Z by c and the gradient not at all: slopes are written so that they are exactly 0 where
+p = q. Everything is expressed in p, q and d = log p - log q, which keeps its meaning where p or q underflows.
+A plug-in is one function (spec, block) -> (value summed over the block's columns [b], a [b, n]) and one row in
+PLUG_INS. logit_mse fits in with the uniform distribution in the place of q (`uniform_baseline`).
 """
 
 from __future__ import annotations
@@ -11,133 +15,173 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-Pair = tuple[Tensor, Tensor]
+from kdtrain_kernels.blocks import PairBlock
+
+FAR = 80.0
+"""|d| beyond which the smaller of p and q no longer matters (e^-80) in sums where its logarithm is bounded."""
 
 
 @dataclass(frozen=True, slots=True)
 class DivergenceSpec:
-    """Which divergence and its parameters; only those the divergence uses are read.
+    """Which divergence, and its parameters; only those it uses are read. Build it with `divergence_spec`.
 
-    name: a key of PLUG_INS or "logit_mse". teacher_share: jsd's b. skew: of skew_kl and skew_reverse_kl.
-    ab_alpha, ab_beta: exponents of alpha_beta. vocab_size: logit_mse averages over it.
+    kernel: a key of PLUG_INS. It differs from `name` where a parameter at an end of its range makes the divergence
+    a plain KL. vocab_size: real tokens of the whole vocabulary.
     """
 
     name: str
-    teacher_share: float = 0.5
-    skew: float = 0.1
-    ab_alpha: float = 0.5
-    ab_beta: float = 0.5
-    vocab_size: int = 1
+    kernel: str
+    teacher_share: float
+    skew: float
+    ab_alpha: float
+    ab_beta: float
+    vocab_size: int
 
     @property
-    def z_is_known(self) -> bool:
-        """True when no second round over the logits is needed before the gradient."""
-        return self.name in ("forward_kl", "reverse_kl", "logit_mse")
+    def two_rounds(self) -> bool:
+        """Whether Z is known only after a second reading of the logits (and a second exchange between ranks)."""
+        return self.kernel not in ("forward_kl", "reverse_kl")
+
+    @property
+    def uniform_baseline(self) -> bool:
+        """Whether the gradient is a - Z / vocab_size instead of a - q Z."""
+        return self.kernel == "logit_mse"
+
+    def finish(self, summed: Tensor, z: Tensor) -> Tensor:
+        """D [T] from the plug-in's values summed over the whole vocabulary. No divergence is negative."""
+        if self.uniform_baseline:  # mean of squares minus square of the mean; z is -2 times the mean
+            summed = summed - (z / 2).square()
+        return summed.clamp(min=0.0)
 
 
-def phi_of(spec: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """phi(p, q) per element, in forms whose terms are all of one sign where there is one (no cancellation)."""
-    return PLUG_INS[spec.name][0](spec, lp, lq, p, q)
+def divergence_spec(
+    name: str,
+    vocab_size: int,
+    *,
+    teacher_share: float = 0.5,
+    skew: float = 0.1,
+    ab_alpha: float = 0.5,
+    ab_beta: float = 0.5,
+) -> DivergenceSpec:
+    """The checked divergence. Raises ValueError naming the argument, its value and what is allowed."""
+    kernel = name
+    if name not in PLUG_INS:
+        _refuse("divergence", repr(name), f"is unknown; choose one of {', '.join(PLUG_INS)}")
+    if name == "jsd":
+        if not 0 <= teacher_share <= 1:
+            _refuse("teacher_share", teacher_share, "must be in [0, 1]")
+        kernel = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(teacher_share), name)
+    elif name in ("skew_kl", "skew_reverse_kl"):
+        if not 0 <= skew < 1:
+            _refuse("skew", skew, "must be in [0, 1): at 1 the divergence is 0 whatever the student does")
+        kernel = name if skew else {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}[name]
+    elif name == "alpha_beta":
+        if not (math.isfinite(ab_alpha) and math.isfinite(ab_beta) and ab_alpha + ab_beta != 0):
+            _refuse("ab_alpha, ab_beta", f"{ab_alpha}, {ab_beta}", "must be finite and their sum not 0")
+        kernel = {(1.0, 0.0): "forward_kl", (0.0, 1.0): "reverse_kl"}.get((float(ab_alpha), float(ab_beta)), name)
+    return DivergenceSpec(name, kernel, teacher_share, skew, ab_alpha, ab_beta, vocab_size)
 
 
-def q_phi_prime_of(spec: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """q * d phi / d q per element; finite where p or q underflows to 0."""
-    return PLUG_INS[spec.name][1](spec, lp, lq, p, q)
+def _refuse(argument: str, value: object, rule: str) -> NoReturn:
+    raise ValueError(f"{argument} = {value} {rule}")
 
 
-def _log_mix(la: Tensor, a: float, lb: Tensor, b: float) -> Tensor:
-    """log(a e^la + b e^lb) without underflow."""
-    return torch.logaddexp(la + math.log(a), lb + math.log(b))
+Terms = tuple[Tensor, Tensor]
 
 
-def _gap(la: Tensor, lb: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a (la - lb) - a + b, non-negative; a (la - lb) is 0 where a underflows."""
-    return a * (la - lb) - a + b
+def _forward_kl(spec: DivergenceSpec, block: PairBlock) -> Terms:
+    p = block.p()
+    value = block.log_ratio().mul_(p).sum(1)
+    return value, p.neg_()
 
 
-# Where a sum of phi is a divergence, phi may carry terms that sum to 0 (such as q - p): they make it non-negative.
+def _reverse_kl(spec: DivergenceSpec, block: PairBlock) -> Terms:
+    slope = block.log_ratio().neg_().mul_(block.q())
+    return slope.sum(1), slope
 
 
-def _forward_phi(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    return _gap(lp, lq, p, q)
+def _log_mean(d: Tensor, share: float, out: Tensor) -> Tensor:
+    """log(m / q) for m = share p + (1 - share) q: log(1 + share (e^d - 1)); exactly 0 at d = 0. d is clamped to FAR."""
+    return torch.exp(d.clamp_(-FAR, FAR), out=out).sub_(1.0).mul_(share).add_(1.0).log_()
 
 
-def _forward_grad(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    return -p
+def _jsd(spec: DivergenceSpec, block: PairBlock) -> Terms:
+    b, d = spec.teacher_share, block.log_ratio()
+    if b <= 0.5:
+        q_over_m = _log_mean(d, b, block.spare()).neg_()
+        p_over_m = d.add_(q_over_m)
+    else:  # measured from p, so that b near 1 keeps its digits
+        p_over_m = _log_mean(d.neg_(), 1 - b, block.spare()).neg_()
+        q_over_m = d.add_(p_over_m)  # d holds log q - log p here
+    value = p_over_m.mul_(block.p()).sum(1) / (1 - b)
+    slope = q_over_m.mul_(block.q()).div_(b)
+    return value + slope.sum(1), slope
 
 
-def _reverse_phi(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    return _gap(lq, lp, q, p)
+def _skew_kl(spec: DivergenceSpec, block: PairBlock) -> Terms:
+    d = block.log_ratio()
+    p_over_m = d.sub_(_log_mean(d, spec.skew, block.spare()))
+    value = torch.mul(p_over_m, block.p(), out=block.spare()).sum(1)
+    # -(1 - skew) p q / m + (1 - skew) q
+    return value, p_over_m.exp_().sub_(1.0).mul_(block.q()).mul_(spec.skew - 1)
 
 
-def _reverse_grad(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    return q * (lq - lp)  # the + q of the derivative cancels in q phi' - q Z
+def _skew_reverse_kl(spec: DivergenceSpec, block: PairBlock) -> Terms:
+    q_over_m = _log_mean(block.log_ratio(), 1 - spec.skew, block.spare()).neg_()
+    q = block.q()
+    value = torch.mul(q, q_over_m, out=block.spare(1)).sum(1)
+    # q (log(q / m) + 1 - skew q / m) - (1 - skew) q
+    excess = torch.exp(q_over_m, out=block.spare(1)).sub_(1.0)
+    return value, q_over_m.sub_(excess, alpha=spec.skew).mul_(q)
 
 
-def _jsd_phi(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    b = s.teacher_share
-    lm = _log_mix(lp, b, lq, 1 - b)
-    m = lm.exp()
-    return _gap(lp, lm, p, m) / (1 - b) + _gap(lq, lm, q, m) / b
+def _tvd(spec: DivergenceSpec, block: PairBlock) -> Terms:
+    p, q = block.p(), block.q()
+    gap = torch.sub(q, p, out=block.spare())
+    slope = p.copy_(gap).sign_().mul_(q).mul_(0.5)
+    return gap.abs_().sum(1) / 2, slope
 
 
-def _jsd_grad(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    b = s.teacher_share
-    return q * (lq - _log_mix(lp, b, lq, 1 - b)) / b
+def _alpha_beta(spec: DivergenceSpec, block: PairBlock) -> Terms:
+    """phi = (T(a + b) - T(a)) / b with T(k) = q^(a+b) (e^(k d) - 1) / k, and q phi' = -T(a); limits at 0 included."""
+    a, b = spec.ab_alpha, spec.ab_beta
+    mixed = _power_gap(block, a + b, a)
+    if b != 0:
+        value = (_power_gap(block, a + b, a + b) - mixed).sum(1) / b
+    else:  # the limit b -> 0: (p^a d - T(a)) / a
+        value = (torch.exp(block.log_p().mul_(a)).mul_(block.log_ratio()) - mixed).sum(1) / a
+    return value, mixed.neg_()
 
 
-def _skew_phi(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    lm = _log_mix(lp, s.skew, lq, 1 - s.skew)
-    return _gap(lp, lm, p, lm.exp())
+def _power_gap(block: PairBlock, power: float, k: float) -> Tensor:
+    """q^power (e^(k d) - 1) / k as a new tensor, by one exponential of a sum: neither factor may overflow alone."""
+    d = block.log_ratio()
+    if k == 0:
+        return torch.exp(block.log_q().mul_(power)).mul_(d)
+    exponent = block.log_q().mul_(power).add_((d * k).clamp_(min=0.0))
+    size = torch.expm1(d.abs().mul_(-abs(k))).neg_().mul_(exponent.exp_())
+    return size.mul_(d.sign_()).div_(abs(k))
 
 
-def _skew_grad(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    return -(1 - s.skew) * (lp + lq - _log_mix(lp, s.skew, lq, 1 - s.skew)).exp()
+def _logit_mse(spec: DivergenceSpec, block: PairBlock) -> Terms:
+    d = block.log_ratio()
+    value = torch.mul(d, d, out=block.spare()).sum(1) / spec.vocab_size
+    return value, d.mul_(-2.0 / spec.vocab_size)
 
 
-def _skew_reverse_phi(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    lm = _log_mix(lp, 1 - s.skew, lq, s.skew)
-    return _gap(lq, lm, q, lm.exp())
-
-
-def _skew_reverse_grad(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    ratio = lq - _log_mix(lp, 1 - s.skew, lq, s.skew)
-    return q * (ratio - s.skew * ratio.exp())
-
-
-def _tvd_phi(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    return 0.5 * (p - q).abs()
-
-
-def _tvd_grad(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    return 0.5 * q * (q - p).sign()
-
-
-def _alpha_beta_phi(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    a, b = s.ab_alpha, s.ab_beta
-    own = a / (a + b) * ((a + b) * lp).exp() + b / (a + b) * ((a + b) * lq).exp()
-    return (own - (a * lp + b * lq).exp()) / (a * b)
-
-
-def _alpha_beta_grad(s: DivergenceSpec, lp: Tensor, lq: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    a, b = s.ab_alpha, s.ab_beta
-    # q^b (q^a - p^a) / a as one difference of exponentials: q^b alone may underflow while q^(a+b) does not
-    return (((a + b) * lq).exp() - (a * lp + b * lq).exp()) / a
-
-
-PlugIn = Callable[[DivergenceSpec, Tensor, Tensor, Tensor, Tensor], Tensor]
-
-PLUG_INS: dict[str, tuple[PlugIn, PlugIn]] = {
-    "forward_kl": (_forward_phi, _forward_grad),
-    "reverse_kl": (_reverse_phi, _reverse_grad),
-    "jsd": (_jsd_phi, _jsd_grad),
-    "skew_kl": (_skew_phi, _skew_grad),
-    "skew_reverse_kl": (_skew_reverse_phi, _skew_reverse_grad),
-    "tvd": (_tvd_phi, _tvd_grad),
-    "alpha_beta": (_alpha_beta_phi, _alpha_beta_grad),
+PLUG_INS: dict[str, Callable[[DivergenceSpec, PairBlock], Terms]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
+    "skew_kl": _skew_kl,
+    "skew_reverse_kl": _skew_reverse_kl,
+    "tvd": _tvd,
+    "alpha_beta": _alpha_beta,
+    "logit_mse": _logit_mse,
 }
-"""Name -> (phi, q phi')."""
+"""Name -> (spec, block) -> (value [b], slope [b, n])."""

@@ -1,32 +1,75 @@
-"""Matrix products that accumulate in float32 (float64 for float64 inputs) whatever the inputs' dtype."""
+"""The three matrix products of a language-model head, accumulated in float32 (float64 for float64 inputs).
+
+C tokens of a chunk, D width, n rows of the head. bfloat16 operands on CUDA are multiplied as they are, with a float32
+result (`out_dtype`); everywhere else lower precision is upcast a few head rows at a time, so that no full copy of the
+head appears.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+UPCAST_ELEMENTS = 1 << 20
+"""Elements of the head that are upcast at a time where the device cannot multiply its dtype into the result's."""
+
 
 def work_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any input is, else float32: the dtype of logits, statistics and gradients."""
+    """float64 if any input is, else float32: the dtype of logits and accumulated gradients."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def as_operand(tensor: Tensor, work: torch.dtype) -> Tensor:
-    """`tensor` as `matmul_into` wants it: half precision stays on CUDA, where products of it accumulate in float32;
-    elsewhere it is upcast once."""
-    half = tensor.dtype in (torch.bfloat16, torch.float16)
-    return tensor if half and tensor.is_cuda and work == torch.float32 else tensor.to(work)
+def multiplies_directly(operand: Tensor, work: torch.dtype) -> bool:
+    """Whether products of `operand`'s dtype with a `work` result need no upcast on its device."""
+    return operand.dtype == torch.bfloat16 and operand.is_cuda and work == torch.float32
 
 
-def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """out = a @ b. out [M, N] float32 or float64; a [M, K], b [K, N] both of out's dtype, or half precision on CUDA."""
-    if a.dtype != out.dtype:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    return torch.mm(a, b, out=out)
+def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """out [C, n] = hidden [C, D] @ weight[n, D].T; `out` has the working dtype."""
+    if multiplies_directly(weight, out.dtype):
+        return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    hidden = hidden.to(out.dtype)
+    for rows, part in _upcast_rows(weight, out.dtype):
+        torch.mm(hidden, part.T, out=out[:, rows])
+    return out
 
 
-def add_matmul_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total += a @ b, accumulated in total's dtype. Shapes and dtypes as `matmul_into`."""
-    if a.dtype != total.dtype:
-        return total.add_(torch.mm(a, b, out_dtype=total.dtype))
-    return total.addmm_(a, b)
+def hidden_grad_into(out: Tensor, grad_logits: Tensor, weight: Tensor) -> Tensor:
+    """out [C, D] = grad_logits [C, n] @ weight [n, D]; grad_logits as `gradient_operand` returns it."""
+    if multiplies_directly(weight, out.dtype):
+        return torch.mm(grad_logits, weight, out_dtype=out.dtype, out=out)
+    for first, (rows, part) in enumerate(_upcast_rows(weight, out.dtype)):
+        out.addmm_(grad_logits[:, rows], part, beta=0 if first == 0 else 1)
+    return out
+
+
+def add_weight_grad_(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> Tensor:
+    """total [n, D] += grad_logits[C, n].T @ hidden [C, D]; grad_logits as `gradient_operand` returns it."""
+    if multiplies_directly(hidden, total.dtype):
+        return total.add_(torch.mm(grad_logits.T, hidden, out_dtype=total.dtype))
+    return total.addmm_(grad_logits.T, hidden.to(total.dtype))
+
+
+def gradient_operand(grad_logits: Tensor, operand: Tensor, spare: Tensor | None) -> Tensor:
+    """d(logits) [C, n] in the dtype in which it is multiplied with `operand` (the head or the hidden states).
+
+    Where that is half precision it is rounded into the memory of `spare` (a contiguous slab of grad_logits' dtype
+    with at least C rows, which is spoilt) or, without one, into a new tensor.
+    """
+    if not multiplies_directly(operand, grad_logits.dtype):
+        return grad_logits
+    if spare is None:
+        return grad_logits.to(operand.dtype)
+    num_tokens, columns = grad_logits.shape
+    return spare.view(operand.dtype)[:num_tokens, :columns].copy_(grad_logits)
+
+
+def _upcast_rows(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, weight[rows] in dtype), all rows at once if they have that dtype already."""
+    num_rows, width = weight.shape
+    step = num_rows if weight.dtype == dtype else max(1, UPCAST_ELEMENTS // max(1, width))
+    for first in range(0, num_rows, max(1, step)):
+        rows = slice(first, min(first + step, num_rows))
+        yield rows, weight[rows].to(dtype)

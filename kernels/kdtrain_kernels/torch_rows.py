@@ -1,285 +1,317 @@
-"""Row kernels in torch: statistics and gradients of rows of logits that lie in a slab, a few rows at a time.
+"""Row kernels in torch: statistics, divergences and gradients of rows of logits that lie in a slab.
 
 C rows of a chunk, n columns: the real tokens among this rank's vocabulary rows (padding never reaches a slab; n may
-be 0). Slabs are float32 or float64. Logits are raw (before temperature). No function communicates; statistics of
-several ranks are put together by `merge_stats` and the callers' collectives.
+be 0). Slabs are contiguous, float32 or float64, and hold raw logits, before temperature. No function communicates:
+statistics of several ranks are put together by `merge_stats` on what the caller gathered. Numbers per row are float64,
+so that nothing is lost between the slab's arithmetic and the gradient.
 
-Rows are worked on in blocks that fit a cache, so every temporary is small and each slab is read from memory about
-once per kernel.
+Rows are worked on a few at a time in buffers that fit a cache (`blocks.Scratch`); nothing of the slab's size is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kdtrain_kernels.divergences import DivergenceSpec, phi_of, q_phi_prime_of
-
-CPU_BLOCK = 1 << 17
-"""Elements of a block on the CPU: a handful of such temporaries stays in the second-level cache."""
-DEVICE_BLOCK = 1 << 24
-"""Elements of a block elsewhere: few launches, and at most 64 MiB per temporary."""
+from kdtrain_kernels.blocks import PairBlock, Scratch, row_blocks, shifted
+from kdtrain_kernels.divergences import PLUG_INS, DivergenceSpec
 
 ROW_STATS = 4
-"""Columns of `row_stats`: max, sum exp((s - max)/tau), sum exp(s - max), label's logit."""
+"""Columns of `row_stats`: max, sum exp((s - max) / temperature), sum exp(s - max), the label's logit."""
 PAIR_STATS = 2 * ROW_STATS + 1
 """Columns of `pair_stats`: the student's row_stats, the teacher's, and one sum that couples them."""
 
 
-def row_blocks(slab: Tensor) -> Iterator[slice]:
-    """Consecutive blocks of rows of a [C, n] slab."""
-    num_rows, columns = slab.shape
-    limit = CPU_BLOCK if slab.device.type == "cpu" else DEVICE_BLOCK
-    step = max(1, limit // max(1, columns))
-    for first in range(0, num_rows, step):
-        yield slice(first, min(first + step, num_rows))
+@dataclass(frozen=True, slots=True)
+class LogitMap:
+    """What a head does to its products before the softmax: s = softcap * tanh(logit_scale * product / softcap)."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def apply_(self, logits: Tensor) -> Tensor:
+        """Products -> logits, in place."""
+        if self.logit_scale != 1.0:
+            logits.mul_(self.logit_scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
+    def slope(self, logits: Tensor, out: Tensor) -> Tensor | None:
+        """d logits / d product from the logits, written to `out`; None where it is 1."""
+        if self.softcap is None:
+            return None if self.logit_scale == 1.0 else out.fill_(self.logit_scale)
+        ratio = torch.div(logits, self.softcap, out=out)
+        return ratio.square_().neg_().add_(1.0).mul_(self.logit_scale)
 
 
-def apply_head_(logits: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None) -> Tensor:
-    """logits <- softcap * tanh(logit_scale * (logits + bias) / softcap), in place. bias [n] or None."""
-    if bias is not None:
-        logits += bias
-    if logit_scale != 1.0:
-        logits *= logit_scale
-    if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap)
-    return logits
-
-
-def row_stats(slab: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """[C, ROW_STATS] statistics of one model's rows.
+def row_stats(slab: Tensor, labels: Tensor, temperature: float, scratch: Scratch) -> Tensor:
+    """[C, ROW_STATS] float64 statistics of one model's rows.
 
     labels [C] int64: column of the label on this rank, -1 where another rank (or none) owns it; its logit is then 0.
-    A rank without columns has max -inf and sums 0.
+    Where this rank has no column above -inf, the maximum is -inf and the sums are 0.
     """
-    stats = slab.new_zeros(slab.shape[0], ROW_STATS)
+    stats = torch.zeros(slab.shape[0], ROW_STATS, dtype=torch.float64, device=slab.device)
     if slab.shape[1] == 0:
         stats[:, 0] = float("-inf")
         return stats
-    for rows in row_blocks(slab):
+    for rows in row_blocks(slab, scratch):
         block = slab[rows]
-        peak = block.amax(1, keepdim=True)
-        shifted = block - _finite(peak)
-        stats[rows, 0] = peak[:, 0]
+        peak = block.amax(1)
+        x = torch.sub(block, _finite(peak)[:, None], out=scratch.take(0, len(block)))
+        stats[rows, 0] = peak.double()
         if temperature != 1.0:
-            stats[rows, 1] = (shifted / temperature).exp_().sum(1)
-        stats[rows, 2] = shifted.exp_().sum(1)
-        if temperature == 1.0:
-            stats[rows, 1] = stats[rows, 2]
-    owned = labels >= 0
-    picked = slab.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-    stats[:, 3] = picked.where(owned, 0.0)
+            stats[rows, 1] = torch.div(x, temperature, out=scratch.take(1, len(block))).exp_().sum(1).double()
+        stats[rows, 2] = x.exp_().sum(1).double()
+    if temperature == 1.0:
+        stats[:, 1] = stats[:, 2]
+    picked = slab.gather(1, labels.clamp(min=0)[:, None])[:, 0].double()
+    stats[:, 3] = picked.where(labels >= 0, 0.0)
     return stats
 
 
-def pair_stats(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, spec: DivergenceSpec) -> Tensor:
-    """[C, PAIR_STATS]: row_stats of both models, and the coupling sum of divergences whose Z is known after one round.
+def pair_stats(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
+) -> Tensor:
+    """[C, PAIR_STATS] float64: row_stats of both models, and for reverse_kl the sum that gives Z after one round:
 
-    reverse_kl: sum exp(x - max x) ((x - max x) - (y - max y)) over this rank; logit_mse: sum (x - y); else 0.
+    sum e^x (x - y), with x and y shifted by this rank's maxima and divided by the temperature.
     """
-    stats = torch.cat(
-        [row_stats(student, labels, temperature), row_stats(teacher, labels, temperature), student.new_zeros(len(student), 1)], 1
-    )
-    if student.shape[1] == 0 or spec.name not in ("reverse_kl", "logit_mse"):
-        return stats
-    for rows in row_blocks(student):
-        x, y = student[rows] / temperature, teacher[rows] / temperature
-        if spec.name == "logit_mse":
-            stats[rows, -1] = x.sub_(y).sum(1)
-        else:
-            x -= stats[rows, 0, None] / temperature
-            y -= stats[rows, ROW_STATS, None] / temperature
-            weight = x.exp()
-            stats[rows, -1] = weight.mul_(x.sub_(y)).sum(1)
-    return stats
+    of_s = row_stats(student, labels, temperature, scratch)
+    of_t = row_stats(teacher, labels, temperature, scratch)
+    coupling = of_s.new_zeros(len(student), 1)
+    if spec.kernel == "reverse_kl":
+        peak_s, peak_t = _finite(of_s[:, 0]), _finite(of_t[:, 0])
+        for rows in row_blocks(student, scratch):
+            x = shifted(student[rows], peak_s[rows], temperature, scratch.take(0, len(student[rows])))
+            y = shifted(teacher[rows], peak_t[rows], temperature, scratch.take(1, len(x)))
+            weight = torch.exp(x, out=scratch.take(2, len(x)))
+            coupling[rows, 0] = x.sub_(y).mul_(weight).sum(1).double()
+    return torch.cat([of_s, of_t, coupling], 1)
 
 
 @dataclass(frozen=True, slots=True)
 class RowTotals:
-    """One model's row_stats over the whole vocabulary. All [C].
+    """One model's statistics over the whole vocabulary. All [C] float64.
 
-    lse: log sum exp(s / temperature); lse_1: log sum exp(s); label: the label's logit (0 if no rank owns it).
+    peak: max s; log_sum: log sum exp((s - peak) / temperature); log_sum_1: the same at temperature 1; label: the
+    label's logit (0 if no rank owns it).
     """
 
-    lse: Tensor
-    lse_1: Tensor
+    peak: Tensor
+    log_sum: Tensor
+    log_sum_1: Tensor
     label: Tensor
+
+    def label_nll(self) -> Tensor:
+        """-log softmax(s)[label] at temperature 1, nats."""
+        return self.log_sum_1 + (self.peak - self.label)
 
 
 def merge_stats(gathered: Tensor, temperature: float) -> RowTotals:
     """[ranks, C, ROW_STATS] in rank order -> totals, by the same arithmetic on every rank (bitwise equal)."""
-    peak = gathered[:, :, 0].amax(0)
-    safe = _finite(peak)
-    behind = torch.where(gathered[:, :, 0] == peak, 0.0, gathered[:, :, 0] - safe)
-    sum_1 = (gathered[:, :, 2] * behind.exp()).sum(0)
-    lse_1 = safe + sum_1.log()
-    if temperature == 1.0:
-        lse = lse_1
-    else:
-        lse = safe / temperature + (gathered[:, :, 1] * (behind / temperature).exp()).sum(0).log()
-    return RowTotals(lse, lse_1, gathered[:, :, 3].sum(0))
-
-
-def merge_coupling(
-    gathered: Tensor, student: RowTotals, teacher: RowTotals, temperature: float, spec: DivergenceSpec
-) -> Tensor:
-    """[ranks, C, PAIR_STATS] -> Z [C] for divergences that need no second round.
-
-    forward_kl: -1. reverse_kl: sum q (log q - log p). logit_mse: mean over the vocabulary of x - y.
-    """
-    coupling = gathered[:, :, -1]
-    if spec.name == "logit_mse":
-        return coupling.sum(0) / spec.vocab_size
-    if spec.name == "forward_kl":
-        return torch.full_like(student.lse, -1.0)
-    # Each rank measured from its own maxima; differences of numbers of like size bring them to the common normalisers.
-    offset_s = gathered[:, :, 0] / temperature - student.lse
-    offset_t = gathered[:, :, ROW_STATS] / temperature - teacher.lse
-    empty = torch.isinf(gathered[:, :, 0])
-    part = coupling + gathered[:, :, 1] * (offset_s - offset_t)
-    return (offset_s.exp() * part).masked_fill(empty, 0.0).sum(0)
-
-
-def pair_round2(
-    student: Tensor, teacher: Tensor, lse_s: Tensor, lse_t: Tensor, temperature: float, spec: DivergenceSpec
-) -> Tensor:
-    """This rank's part of Z = sum q phi' [C], for divergences that need the normalisers first."""
-    part = lse_s.new_zeros(len(student))
-    for rows in row_blocks(student):
-        lq, lp = _log_pair(student, teacher, rows, lse_s, lse_t, temperature)
-        part[rows] = q_phi_prime_of(spec, lp, lq, lp.exp(), lq.exp()).sum(1)
-    return part
+    peak, behind = _behind(gathered)
+    log_sum_1 = (gathered[:, :, 2] * behind.exp()).sum(0).log()
+    log_sum = log_sum_1
+    if temperature != 1.0:
+        log_sum = (gathered[:, :, 1] * (behind / temperature).exp()).sum(0).log()
+    return RowTotals(peak, log_sum, log_sum_1, gathered[:, :, 3].sum(0))
 
 
 @dataclass(frozen=True, slots=True)
-class GradInputs:
-    """What turns logits into gradients, per row [C]: normalisers, Z, weights and the label's column (-1: not here).
+class PairTotals:
+    """Both models' totals of a chunk; z [C] float64 is Z of the divergence, once it is known."""
 
-    logit_mse compares logits themselves: its lse_s and lse_t are 0.
-    """
-
-    lse_s: Tensor
-    lse_s_1: Tensor
-    lse_t: Tensor
+    student: RowTotals
+    teacher: RowTotals
     z: Tensor
-    kd_weight: Tensor
-    ce_weight: Tensor
+
+
+def merge_pair_stats(gathered: Tensor, temperature: float, spec: DivergenceSpec) -> PairTotals:
+    """[ranks, C, PAIR_STATS] -> totals. z is final for one-round divergences, 0 for the others until their second."""
+    student = merge_stats(gathered[:, :, :ROW_STATS], temperature)
+    teacher = merge_stats(gathered[:, :, ROW_STATS : 2 * ROW_STATS], temperature)
+    if spec.kernel == "forward_kl":
+        return PairTotals(student, teacher, torch.full_like(student.peak, -1.0))
+    if spec.kernel != "reverse_kl":
+        return PairTotals(student, teacher, torch.zeros_like(student.peak))
+    # Each rank measured x - y from its own maxima; bring its sum to the common ones.
+    _, behind = _behind(gathered)
+    offset = _finite(gathered[:, :, 0]) - _finite(gathered[:, :, ROW_STATS]) - (student.peak - teacher.peak)
+    part = gathered[:, :, -1] + gathered[:, :, 1] * offset / temperature
+    mean_gap = (part * (behind / temperature).exp()).sum(0) / student.log_sum.exp()
+    return PairTotals(student, teacher, mean_gap + teacher.log_sum - student.log_sum)
+
+
+@dataclass(frozen=True, slots=True)
+class RowWeights:
+    """Weights and label columns of a chunk. kd, ce [C] float64; labels [C] int64, -1 where not on this rank."""
+
+    kd: Tensor
+    ce: Tensor
     labels: Tensor
 
 
-def row_grad_(slab: Tensor, lse_1: Tensor, ce_weight: Tensor, labels: Tensor) -> Tensor:
-    """slab <- ce_weight * (softmax(s) - onehot(label)), in place: the gradient of weighted cross-entropy."""
-    for rows in row_blocks(slab):
-        slab[rows].sub_(lse_1[rows, None]).exp_().mul_(ce_weight[rows, None])
-    _subtract_at_labels_(slab, ce_weight, labels)
-    return slab
+def row_grad(slab: Tensor, totals: RowTotals, weights: RowWeights, *, logit_map: LogitMap, scratch: Scratch) -> None:
+    """slab <- d loss / d product for loss = sum ce * CE, in place. The kd weights are not read."""
+    for rows in row_blocks(slab, scratch):
+        block = slab[rows]
+        slope = logit_map.slope(block, scratch.take(0, len(block)))
+        _weigh_ce(_softmax_(block, totals, rows), rows, weights, out=block)
+        if slope is not None:
+            block.mul_(slope)
 
 
-def pair_grad_(student: Tensor, teacher: Tensor, inputs: GradInputs, temperature: float, spec: DivergenceSpec) -> Tensor:
-    """student <- d loss / d s for loss = sum kd_weight tau^2 D + ce_weight CE; teacher is spoilt. Returns D's part [C].
+def pair_round2(
+    student: Tensor, teacher: Tensor, totals: PairTotals, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
+) -> Tensor:
+    """[C, 2] float64: this rank's parts of Z and of D's sum, for divergences that need the normalisers first.
 
-    The cross-entropy term is computed exactly as `row_grad_` does and the divergence added to it, so that with
-    kd_weight 0 the result is bitwise the cross-entropy's.
+    The teacher's slab is left with what `pair_grad` of the same backend wants to find there.
     """
-    divergence = inputs.lse_s.new_zeros(len(student))
-    for rows in row_blocks(student):
-        lq, lp = _log_pair(student, teacher, rows, inputs.lse_s, inputs.lse_t, temperature)
-        slope, divergence[rows] = _slope(lp, lq, inputs.z[rows], spec)
-        block = student[rows]
-        block.sub_(inputs.lse_s_1[rows, None]).exp_().mul_(inputs.ce_weight[rows, None])
-        # d x / d s = 1/tau and the loss carries tau^2: one tau remains
-        block.add_(slope.mul_(temperature * inputs.kd_weight[rows, None]))
-    _subtract_at_labels_(student, inputs.ce_weight, inputs.labels)
-    return divergence
-
-
-def pair_divergence(
-    student: Tensor, teacher: Tensor, inputs: GradInputs, temperature: float, spec: DivergenceSpec
-) -> Tensor:
-    """D's part on this rank [C], when no gradient is wanted."""
-    divergence = inputs.lse_s.new_zeros(len(student))
-    for rows in row_blocks(student):
-        lq, lp = _log_pair(student, teacher, rows, inputs.lse_s, inputs.lse_t, temperature)
-        _, divergence[rows] = _slope(lp, lq, inputs.z[rows], spec)
-    return divergence
-
-
-def _slope(lp: Tensor, lq: Tensor, z: Tensor, spec: DivergenceSpec) -> tuple[Tensor, Tensor]:
-    """(dD/dx [rows, n], D's part [rows]); lp and lq may be spoilt. For logit_mse they are y and x, and z their mean gap."""
-    if spec.name == "logit_mse":
-        gap = lq.sub_(lp).sub_(z[:, None])
-        return gap * (2.0 / spec.vocab_size), gap.square().sum(1) / spec.vocab_size
-    p, q = lp.exp(), lq.exp()
-    if spec.name == "forward_kl":  # the common case without further temporaries
-        slope = q - p
-        value = lp.sub_(lq).mul_(p).sum(1) + slope.sum(1)
-        return slope, value
-    value = phi_of(spec, lp, lq, p, q).sum(1)
-    return q_phi_prime_of(spec, lp, lq, p, q).sub_(q.mul_(z[:, None])), value
-
-
-def pair_measure(
-    student: Tensor, teacher: Tensor, student_totals: RowTotals, teacher_totals: RowTotals, temperature: float
-) -> Tensor:
-    """[C, 4] this rank's parts of: student entropy, teacher entropy (at temperature), forward KL at temperature 1, TVD."""
-    parts = student.new_zeros(len(student), 4)
-    for rows in row_blocks(student):
-        lq, lp = _log_pair(student, teacher, rows, student_totals.lse, teacher_totals.lse, temperature)
-        q, p = lq.exp(), lp.exp()
-        parts[rows, 0] = -(q * lq).sum(1)
-        parts[rows, 1] = -(p * lp).sum(1)
-        parts[rows, 3] = 0.5 * (p - q).abs().sum(1)
-        if temperature != 1.0:
-            lq = student[rows] - student_totals.lse_1[rows, None]
-            lp = teacher[rows] - teacher_totals.lse_1[rows, None]
-            q, p = lq.exp(), lp.exp()
-        parts[rows, 2] = (p * (lp - lq) - p + q).sum(1)
+    parts = torch.zeros(len(student), 2, dtype=torch.float64, device=student.device)
+    for rows in row_blocks(student, scratch):
+        block = _pair_block(student, teacher, rows, totals, temperature, scratch)
+        value, slope = PLUG_INS[spec.kernel](spec, block)
+        teacher[rows].copy_(slope)
+        parts[rows, 0] = slope.sum(1).double()
+        parts[rows, 1] = value.double()
     return parts
 
 
-def first_argmax(slab: Tensor) -> Tensor:
-    """[C, 2]: the largest logit of each row and the smallest column that holds it (-inf and 0 without columns)."""
-    found = slab.new_zeros(len(slab), 2)
+def pair_value(
+    student: Tensor, teacher: Tensor, totals: PairTotals, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
+) -> Tensor:
+    """[C] float64: this rank's part of D's sum, for one-round divergences when no gradient is wanted."""
+    value = torch.zeros(len(student), dtype=torch.float64, device=student.device)
+    for rows in row_blocks(student, scratch):
+        block = _pair_block(student, teacher, rows, totals, temperature, scratch)
+        value[rows] = PLUG_INS[spec.kernel](spec, block)[0].double()
+    return value
+
+
+def pair_grad(
+    student: Tensor,
+    teacher: Tensor,
+    totals: PairTotals,
+    weights: RowWeights,
+    temperature: float,
+    *,
+    spec: DivergenceSpec,
+    logit_map: LogitMap,
+    scratch: Scratch,
+) -> Tensor:
+    """student <- d loss / d product for loss = sum kd * temperature^2 * D + ce * CE, in place; teacher is spoilt.
+
+    Returns D's part [C] float64 for one-round divergences, 0 for the others (`pair_round2` had it). The cross-entropy
+    term is computed as `row_grad` does and the divergence added to it, so that kd weight 0 gives the same bits.
+    """
+    value = torch.zeros(len(student), dtype=torch.float64, device=student.device)
+    # dx/ds = 1 / temperature and the loss carries temperature^2: one temperature remains
+    kd = (weights.kd * temperature).to(student.dtype)
+    for rows in row_blocks(student, scratch):
+        s, t = student[rows], teacher[rows]
+        if spec.two_rounds:
+            slope, q = t, None
+            if not spec.uniform_baseline:
+                q = _probabilities(s, totals.student, rows, temperature, scratch)
+        else:
+            block = _pair_block(student, teacher, rows, totals, temperature, scratch)
+            part, slope = PLUG_INS[spec.kernel](spec, block)
+            value[rows] = part.double()
+            q = block.q()
+        z = totals.z[rows].to(s.dtype)[:, None]
+        if q is None:
+            slope.sub_(z / spec.vocab_size)
+        else:
+            slope.addcmul_(q, z, value=-1)
+        chain = logit_map.slope(s, scratch.take(0, len(s)))
+        softmax = q if q is not None and temperature == 1.0 else _softmax_(s, totals.student, rows)
+        _weigh_ce(softmax, rows, weights, out=s)
+        s.addcmul_(slope, kd[rows, None])
+        if chain is not None:
+            s.mul_(chain)
+    return value
+
+
+def pair_measure(
+    student: Tensor, teacher: Tensor, totals: PairTotals, temperature: float, *, scratch: Scratch
+) -> Tensor:
+    """[C, 4] float64, this rank's parts of what is only measured: sums over columns whose totals over
+    ranks give entropies, forward KL and total variation.
+
+    Columns: sum q x, sum p y (shifted logits), sum p (log p - log q) at temperature 1, half the sum of |p - q|.
+    """
+    parts = torch.zeros(len(student), 4, dtype=torch.float64, device=student.device)
+    for rows in row_blocks(student, scratch):
+        block = _pair_block(student, teacher, rows, totals, temperature, scratch)
+        q, p = block.q(), block.p()
+        parts[rows, 0] = torch.mul(q, block.x, out=block.spare()).sum(1).double()
+        parts[rows, 1] = torch.mul(p, block.y, out=block.spare()).sum(1).double()
+        parts[rows, 3] = q.sub_(p).abs_().sum(1).double() / 2
+        if temperature != 1.0:
+            block = _pair_block(student, teacher, rows, totals, 1.0, scratch)
+            p = block.p()
+        parts[rows, 2] = block.log_ratio().mul_(p).sum(1).double()
+    return parts
+
+
+def first_argmax(slab: Tensor, scratch: Scratch) -> Tensor:
+    """[C, 2] float64: each row's largest logit and the smallest column that holds it (-inf and 0 without columns)."""
+    found = torch.zeros(len(slab), 2, dtype=torch.float64, device=slab.device)
     if slab.shape[1] == 0:
         found[:, 0] = float("-inf")
         return found
-    columns = torch.arange(slab.shape[1], device=slab.device)
-    for rows in row_blocks(slab):
-        peak = slab[rows].amax(1)
-        found[rows, 0] = peak
-        found[rows, 1] = columns.where(slab[rows] == peak[:, None], slab.shape[1]).amin(1).to(slab.dtype)
+    for rows in row_blocks(slab, scratch):
+        block = slab[rows]
+        column = block.argmax(1)  # the first of several maxima
+        found[rows, 0] = block.gather(1, column[:, None])[:, 0].double()
+        found[rows, 1] = column.double()
     return found
 
 
-def head_slope_(gradient: Tensor, logits_squared_ratio: Tensor | None, logit_scale: float) -> Tensor:
-    """gradient <- gradient * d logits / d product; logits_squared_ratio = (s / softcap)^2, or None without a cap."""
-    if logits_squared_ratio is not None:
-        gradient.mul_(logits_squared_ratio.neg_().add_(1.0))
-    if logit_scale != 1.0:
-        gradient.mul_(logit_scale)
-    return gradient
-
-
-def _log_pair(
-    student: Tensor, teacher: Tensor, rows: slice, lse_s: Tensor, lse_t: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """(log q, log p) of a block as new tensors."""
-    if temperature == 1.0:
-        return student[rows] - lse_s[rows, None], teacher[rows] - lse_t[rows, None]
-    return (
-        (student[rows] / temperature).sub_(lse_s[rows, None]),
-        (teacher[rows] / temperature).sub_(lse_t[rows, None]),
+def _pair_block(
+    student: Tensor, teacher: Tensor, rows: slice, totals: PairTotals, temperature: float, scratch: Scratch
+) -> PairBlock:
+    num_rows = len(student[rows])
+    at_one = temperature == 1.0
+    s, t = totals.student, totals.teacher
+    return PairBlock(
+        shifted(student[rows], s.peak[rows], temperature, scratch.take(0, num_rows)),
+        shifted(teacher[rows], t.peak[rows], temperature, scratch.take(1, num_rows)),
+        (s.log_sum_1 if at_one else s.log_sum)[rows],
+        (t.log_sum_1 if at_one else t.log_sum)[rows],
+        scratch,
     )
 
 
-def _subtract_at_labels_(slab: Tensor, weight: Tensor, labels: Tensor) -> None:
-    if slab.shape[1] == 0:
-        return
-    owned = labels >= 0
-    slab.scatter_add_(1, labels.clamp(min=0)[:, None], -weight.where(owned, 0.0)[:, None])
+def _probabilities(logits: Tensor, totals: RowTotals, rows: slice, temperature: float, scratch: Scratch) -> Tensor:
+    """softmax(s / temperature) of a block, in a buffer."""
+    x = shifted(logits, totals.peak[rows], temperature, scratch.take(2, len(logits)))
+    return x.exp_().mul_(torch.exp(-totals.log_sum[rows]).to(x.dtype)[:, None])
+
+
+def _softmax_(block: Tensor, totals: RowTotals, rows: slice) -> Tensor:
+    """block <- softmax(s) at temperature 1; the same operations as `PairBlock.q`, hence the same bits."""
+    block.sub_(totals.peak[rows].to(block.dtype)[:, None]).exp_()
+    return block.mul_(torch.exp(-totals.log_sum_1[rows]).to(block.dtype)[:, None])
+
+
+def _weigh_ce(softmax: Tensor, rows: slice, weights: RowWeights, out: Tensor) -> None:
+    """out <- ce * (softmax - onehot(label))."""
+    ce = weights.ce[rows].to(out.dtype)
+    torch.mul(softmax, ce[:, None], out=out)
+    if out.shape[1]:
+        column = weights.labels[rows]
+        out.scatter_add_(1, column.clamp(min=0)[:, None], -ce.where(column >= 0, 0.0)[:, None])
+
+
+def _behind(gathered: Tensor) -> tuple[Tensor, Tensor]:
+    """(max over ranks [C], every rank's maximum minus it [ranks, C]: 0 or negative, -inf for an empty rank)."""
+    peak = _finite(gathered[:, :, 0].amax(0))
+    return peak, gathered[:, :, 0] - peak
 
 
 def _finite(peak: Tensor) -> Tensor:
