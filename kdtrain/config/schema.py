@@ -6,7 +6,7 @@ Sizes are in tokens unless the name says otherwise. `None` means "decide for me"
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "logit_mse"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
@@ -135,7 +135,7 @@ class ZeroSection:
 
     stage: Literal[0, 1, 2, 3] = 1
     """0: nothing is partitioned over dp; 1: optimizer states; 2: and gradients; 3: and weights."""
-    extra: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     """Expert: further keys of DeepSpeed's zero_optimization section; keys that kdtrain owns are refused."""
 
 
