@@ -1,0 +1,120 @@
+"""A tokenizer folder (tokenizer.json, Hugging Face `tokenizers`): identity, size, document separator, comparison."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from kdtrain.errors import ConfigError, DataError
+
+DEFAULT_SEPARATOR = "<|endoftext|>"
+PROBES = (
+    "Hello world",
+    "  two spaces, a\ttab and\r\n a newline  ",
+    "It's 2026-11-21, 12345.678 and\n  42 things",
+    "def f(x):\n    return x ** 2  # naïve",
+    "Über-Straße, 東京, привет, 🙂",
+    "<|endoftext|> <|im_start|>",
+)
+"""Strings on which tokenizers of the same vocabulary but other rules usually differ."""
+
+
+def tokenizer_file(folder: str | Path) -> Path:
+    """<folder>/tokenizer.json. Raises ConfigError if it is not there."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"{path} does not exist\n  why: token stores and models are matched by their tokenizer\n"
+            "  fix: put the tokenizer.json of the model there (tokenizer.save_pretrained writes it)"
+        )
+    return path
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer in `folder`. Raises ConfigError if there is none, DataError if it cannot be parsed."""
+    path = tokenizer_file(folder)
+    _json(path)
+    return Tokenizer.from_file(str(path))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged: {error}\n  fix: copy it again from the model it belongs to") from error
+    if not isinstance(found, dict) or "model" not in found:
+        raise DataError(f"{path} is not a tokenizer: it has no key 'model'\n  fix: use a Hugging Face tokenizer.json")
+    return found
+
+
+def fingerprint(folder: str | Path) -> str:
+    """sha256 over what decides ids: vocabulary, merges, normaliser, pre-tokenizer and added tokens."""
+    found = _json(tokenizer_file(folder))
+    model = found["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
+    added = sorted((t["id"], t["content"], t.get("special", False)) for t in found.get("added_tokens", []))
+    vocab = model.get("vocab", {})
+    content = {
+        "type": model.get("type"),
+        "vocab": sorted(vocab.items()) if isinstance(vocab, dict) else vocab,
+        "merges": merges,
+        "normalizer": found.get("normalizer"),
+        "pre_tokenizer": found.get("pre_tokenizer"),
+        "added_tokens": added,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """The largest id plus one: the tokenizer's true size, whatever a model's padded head says."""
+    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+
+
+def separator_id(folder: str | Path, tokenizer: Tokenizer, name: str | None = None) -> int:
+    """Id of the token written after every document.
+
+    `name`, else <|endoftext|> where the vocabulary has it, else eos_token of tokenizer_config.json. (An instruct
+    model's eos_token ends a turn, not a document, hence the order.) Raises ConfigError if there is none.
+    """
+    candidates = [name] if name is not None else [DEFAULT_SEPARATOR, _configured_eos(Path(folder))]
+    for candidate in candidates:
+        found = None if candidate is None else tokenizer.token_to_id(candidate)
+        if found is not None:
+            return int(found)
+    raise ConfigError(
+        f"{folder}: no token to separate documents (tried {', '.join(repr(c) for c in candidates if c)})\n"
+        "  why: packed documents must end with a token of their own\n  fix: name one with --separator TOKEN"
+    )
+
+
+def _configured_eos(folder: Path) -> str | None:
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    return eos["content"] if isinstance(eos, dict) else eos
+
+
+def explain_difference(first: str | Path, second: str | Path) -> str | None:
+    """Why the tokenizers of two folders are not interchangeable; None if they give the same ids.
+
+    Equal fingerprints need no look. Else both vocabularies are compared, then the ids of the probe strings.
+    """
+    if fingerprint(first) == fingerprint(second):
+        return None
+    a, b = load_tokenizer(first), load_tokenizer(second)
+    vocab_a, vocab_b = a.get_vocab(with_added_tokens=True), b.get_vocab(with_added_tokens=True)
+    for probe in PROBES:
+        ids_a, ids_b = a.encode(probe, add_special_tokens=False).ids, b.encode(probe, add_special_tokens=False).ids
+        if ids_a != ids_b:
+            return f"{probe!r} is {_short(ids_a)} in {first} and {_short(ids_b)} in {second}"
+    odd = sorted(set(vocab_a.items()) ^ set(vocab_b.items()), key=lambda item: item[1])
+    return f"token {odd[0][0]!r} with id {odd[0][1]} is in only one of them" if odd else None
+
+
+def _short(ids: list[int]) -> str:
+    return str(ids if len(ids) <= 12 else [*ids[:12], "..."])
