@@ -4,9 +4,9 @@ Stands alone: needs torch only (no deepspeed, no transformers), takes its proces
 dropped into another trainer.
 """
 
-from kdtrain.losses import reference
+from kdtrain.losses import matrix, reference
 from kdtrain.losses.cross_entropy import linear_cross_entropy
 from kdtrain.losses.dense_kl import linear_kd_loss
 from kdtrain.losses.types import LossParts, SparseTarget, TopK
 
-__all__ = ["LossParts", "SparseTarget", "TopK", "linear_cross_entropy", "linear_kd_loss", "reference"]
+__all__ = ["LossParts", "SparseTarget", "TopK", "linear_cross_entropy", "linear_kd_loss", "matrix", "reference"]
