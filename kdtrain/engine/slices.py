@@ -1,0 +1,215 @@
+"""Checkpoint slices on disk: write one rank's file, and read any piece of any parameter in any layout.
+
+Knows no process group, no DeepSpeed and no pickle: files are plain safetensors. See docs/design/0005-checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kdtrain.engine.manifest import FileEntry, Manifest, ParameterEntry, Slice, damaged
+from kdtrain.parallel.cut import Cut
+from kdtrain.parallel.shard import pad_piece
+
+_READ_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """A contiguous flat part of one tp rank's piece of a parameter, padding not included.
+
+    kind: of `manifest.KINDS`. offset: flat, inside the unpadded piece. tensor: 1-D float32, any device.
+    """
+
+    name: str
+    kind: str
+    tp_rank: int
+    offset: int
+    tensor: Tensor
+
+    def describe(self) -> Slice:
+        """Everything but the values."""
+        return Slice(self.name, self.kind, self.tp_rank, self.offset, self.tensor.numel())
+
+
+def write_rank_file(path: Path, fragments: Iterable[Fragment]) -> FileEntry:
+    """Write `path` (a safetensors file), fsync it, and say what is in it. One fragment at a time is copied to the host.
+
+    Written here, not by the safetensors package, so that a failure carries its errno and the checksum is of the bytes
+    meant, not of those read back. Raises OSError; the file may then be incomplete.
+    """
+    kept = [fragment for fragment in fragments if fragment.tensor.numel()]
+    header: dict[str, Any] = {}
+    at = 0
+    for fragment in kept:
+        if fragment.tensor.dim() != 1 or fragment.tensor.dtype != torch.float32:
+            raise ValueError(f"{fragment.name}: a fragment is 1-D float32, got {fragment.tensor.dtype}")
+        size = fragment.tensor.numel()
+        header[fragment.describe().key] = {"dtype": "F32", "shape": [size], "data_offsets": [at, at + 4 * size]}
+        at += 4 * size
+    if len(header) != len(kept):
+        raise ValueError(f"{path.name}: two fragments have the same name, kind, tp rank and offset")
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file:
+        _put(file, memoryview(len(text).to_bytes(8, "little") + text), digest)
+        for fragment in kept:
+            values: Any = fragment.tensor.detach().cpu().contiguous().numpy()
+            _put(file, memoryview(values).cast("B"), digest)
+        os.fsync(file.fileno())
+    return FileEntry(path.name, 8 + len(text) + at, digest.hexdigest(), tuple(f.describe() for f in kept))
+
+
+def _put(file: Any, data: memoryview, digest: Any) -> None:
+    digest.update(data)
+    while data:  # an unbuffered write may take a part only (2 GiB on Linux)
+        data = data[file.write(data) :]
+
+
+class CheckpointReader:
+    """One checkpoint folder; a context manager. Opening it reads checkpoint.json and the sizes of all files.
+
+    Every error is a CheckpointError that names the file. Does not communicate.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        self.manifest.check_files(folder)
+        self._stack = ExitStack()
+        self._open: dict[str, Any] = {}
+        self._slices: dict[tuple[str, str], list[tuple[int, Slice, str]]] = defaultdict(list)
+        for entry in self.manifest.files:
+            for s in entry.slices:
+                begin = sum(self.manifest.parameters[s.name].pieces()[: s.tp_rank]) + s.offset
+                self._slices[s.name, s.kind].append((begin, s, entry.file))
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unmap all files."""
+        self._stack.close()
+        self._open = {}
+
+    def names(self) -> list[str]:
+        """Hugging Face names of all parameters, in the model's order."""
+        return list(self.manifest.parameters)
+
+    def verify(self, files: Iterable[str] | None = None) -> None:
+        """Compare the sha256 of `files` (default: all) with what was written. Reads every byte of them."""
+        wanted = None if files is None else set(files)
+        for entry in self.manifest.files:
+            if wanted is not None and entry.file not in wanted:
+                continue
+            digest = hashlib.sha256()
+            path = self.folder / entry.file
+            try:
+                with open(path, "rb") as file:
+                    while block := file.read(_READ_BYTES):
+                        digest.update(block)
+            except OSError as error:
+                raise damaged(path, f"cannot be read: [Errno {error.errno}] {error.strerror}") from error
+            if digest.hexdigest() != entry.sha256:
+                raise damaged(path, f"has sha256 {digest.hexdigest()}, {entry.sha256} was written")
+
+    def read_full(self, name: str, kind: str) -> Tensor:
+        """The full, unpadded parameter (or moment), float32 on the CPU."""
+        shape = self.manifest.parameters[name].shape
+        return self._read_part(name, kind, 0, 0, shape[0]) if shape else self._read_saved(name, kind, 0, 1).reshape(())
+
+    def read_piece(self, name: str, kind: str, cut: Cut | None, tp_rank: int) -> Tensor:
+        """What `tp_rank` holds under `cut` (None: all of it), zero padding included, float32 on the CPU."""
+        if cut is None:
+            return self.read_full(name, kind)
+        return pad_piece(self._read_part(name, kind, cut.dim, *cut.pieces[tp_rank]), cut)
+
+    def read_range(self, name: str, kind: str, cut: Cut | None, tp_rank: int, start: int, stop: int) -> Tensor:
+        """Flat elements [start, stop) of `read_piece`; past the piece's end, zeros. Reads no more than it must."""
+        if cut is not None and cut.padded is not None and cut.dim != 0:
+            raise ValueError(f"{name}: only a cut along dim 0 can be padded, else padding is not at the end")
+        entry = self.manifest.parameters[name]
+        now = ParameterEntry(entry.shape, cut, entry.adam_step)
+        same_cut = cut and entry.cut and (cut.dim, cut.pieces) == (entry.cut.dim, entry.cut.pieces)
+        same_order = same_cut or (_by_rows(now) and _by_rows(entry))
+        piece = 0 if cut is None else tp_rank
+        size = now.pieces()[piece]
+        out = torch.zeros(stop - start)
+        begin, end = min(start, size), min(stop, size)
+        if begin == end:
+            return out
+        if same_order:
+            origin = sum(now.pieces()[:piece])
+            out[: end - begin] = self._read_saved(name, kind, origin + begin, origin + end)
+        else:
+            out[: end - begin] = self.read_piece(name, kind, cut, tp_rank).flatten()[begin:end]
+        return out
+
+    def _read_part(self, name: str, kind: str, dim: int, start: int, stop: int) -> Tensor:
+        """Indices [start, stop) along `dim` of the full parameter."""
+        entry = self.manifest.parameters[name]
+        shape = entry.shape
+        if dim == 0 and _by_rows(entry):
+            row = math.prod(shape[1:])
+            return self._read_saved(name, kind, start * row, stop * row).reshape(stop - start, *shape[1:])
+        out = torch.empty(*shape[:dim], stop - start, *shape[dim + 1 :])
+        at = 0
+        pieces = ((0, shape[0]),) if entry.cut is None else entry.cut.pieces
+        old_dim = 0 if entry.cut is None else entry.cut.dim
+        for (low, high), numel in zip(pieces, entry.pieces(), strict=True):
+            begin, end = (max(low, start), min(high, stop)) if old_dim == dim else (low, high)
+            if begin < end:
+                old = self._read_saved(name, kind, at, at + numel)
+                old = old.reshape(*shape[:old_dim], high - low, *shape[old_dim + 1 :])
+                if old_dim == dim:
+                    out.narrow(dim, begin - start, end - begin).copy_(old.narrow(dim, begin - low, end - begin))
+                else:
+                    out.narrow(old_dim, low, high - low).copy_(old.narrow(dim, start, stop - start))
+            at += numel
+        return out
+
+    def _read_saved(self, name: str, kind: str, start: int, stop: int) -> Tensor:
+        """[stop - start] elements in saved order; coverage was checked when the manifest was read."""
+        out = torch.empty(stop - start)
+        for begin, s, file in self._slices[name, kind]:
+            low, high = max(begin, start), min(begin + s.numel, stop)
+            if low < high:
+                out[low - start : high - start] = self._read_slice(file, s, low - begin, high - begin)
+        return out
+
+    def _read_slice(self, file: str, s: Slice, start: int, stop: int) -> Tensor:
+        path = self.folder / file
+        try:
+            if file not in self._open:
+                self._open[file] = self._stack.enter_context(safe_open(path, framework="pt"))
+            view = self._open[file].get_slice(s.key)
+            found = (view.get_dtype(), list(view.get_shape()))
+            if found != ("F32", [s.numel]):
+                raise damaged(path, f"{s.key!r} is {found}, checkpoint.json says {('F32', [s.numel])}")
+            values: Tensor = view[start:stop]
+        except (SafetensorError, OSError) as error:
+            raise damaged(path, f"{s.key!r} cannot be read: {error}") from error
+        return values
+
+
+def _by_rows(entry: ParameterEntry) -> bool:
+    """Whether the saved order of `entry` is the row-major order of the full parameter."""
+    return entry.cut is None or entry.cut.dim == 0
