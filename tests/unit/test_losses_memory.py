@@ -1,0 +1,107 @@
+"""What the streamed losses hold at once: live bytes over forward and backward, not just the largest tensor."""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kdtrain.dist.vocab import VocabShard
+from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference
+
+VOCAB, BUDGET, WIDTHS = 2000, 1 << 19, (8, 12)
+CHUNK = 32  # tokens: BUDGET / (2 models * 4 bytes * VOCAB), a multiple of 8
+BUFFERS = 11  # cache blocks of the largest formula (alpha_beta); at this vocabulary a block may be as large as a slab
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operations made and that are still alive; and the most there ever were."""
+
+    def __init__(self, *inputs):
+        super().__init__()
+        self.known = {id(x.untyped_storage()): x.untyped_storage() for x in inputs}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage):
+        if id(storage) in self.known:
+            return
+        self.known[id(storage)] = None
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
+
+    def _forget(self, key, size):
+        del self.known[key]
+        self.now -= size
+
+
+def naive(hidden, head, hidden_t, head_t, labels, weight):
+    log_q, log_p = (hidden @ head.T).log_softmax(1), (hidden_t @ head_t.T).log_softmax(1)
+    kl = torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    return kl + torch.nn.functional.nll_loss(log_q, labels, reduction="sum")
+
+
+def plain(hidden, head, hidden_t, head_t, labels, weight):
+    shard = VocabShard.of(VOCAB, multiple=1)
+    return linear_cross_entropy(hidden, head, labels, weight=weight, shard=shard, slab_bytes=BUDGET).loss
+
+
+def streamed(divergence):
+    def loss(hidden, head, hidden_t, head_t, labels, weight):
+        return linear_kd_loss(
+            hidden,
+            head,
+            hidden_t,
+            head_t,
+            labels,
+            divergence=divergence,
+            temperature=2.0,
+            kd_weight=weight,
+            ce_weight=weight,
+            shard=VocabShard.of(VOCAB, multiple=1),
+            slab_bytes=BUDGET,
+            measure=True,
+        ).loss
+
+    return loss
+
+
+def peak(loss_of, tokens):
+    """(most live bytes beyond the inputs, bytes that gradients and per-token float64 numbers may take)."""
+    hidden, head = torch.randn(tokens, WIDTHS[0]).requires_grad_(), torch.randn(VOCAB, WIDTHS[0]).requires_grad_()
+    hidden_t, head_t = torch.randn(tokens, WIDTHS[1]), torch.randn(VOCAB, WIDTHS[1])
+    labels, weight = torch.randint(VOCAB, (tokens,)), torch.ones(tokens)
+    with LiveBytes(hidden, head, hidden_t, head_t, labels, weight) as live:
+        loss_of(hidden, head, hidden_t, head_t, labels, weight).backward()
+    assert hidden.grad is not None
+    assert head.grad is not None
+    # each gradient is held twice while backward scales it; the rest is numbers per token
+    return live.peak, 2 * 4 * WIDTHS[0] * (tokens + VOCAB) + 8 * 16 * tokens
+
+
+def test_the_counter_sees_what_the_naive_formula_holds():
+    counted, _ = peak(naive, 512)
+    slab = 4 * 512 * VOCAB
+    assert 4 * slab <= counted <= 8 * slab
+
+
+@pytest.mark.parametrize("name", [*sorted(reference.DIVERGENCES), None])
+def test_live_bytes_stay_within_slabs_blocks_and_gradients_at_any_number_of_tokens(name):
+    loss_of = plain if name is None else streamed(name)
+    slab = BUDGET // 2
+    extra = []
+    for tokens in (4 * CHUNK, 64 * CHUNK):
+        counted, allowed = peak(loss_of, tokens)
+        assert counted <= BUDGET + BUFFERS * slab + allowed, (name, tokens)
+        extra.append(counted - allowed)
+    assert extra[1] <= extra[0] + slab // 4, "grew with the number of tokens by more than its gradients and numbers"
+    naive_bytes = 4 * 64 * CHUNK * VOCAB
+    assert extra[1] < naive_bytes / 4, "less than a quarter of one [T, V] tensor"
