@@ -383,6 +383,18 @@ BAD = {
         {"head_t": HeadShard(torch.zeros(101, 24), logit_scale=float("inf"))},
         r"head_t.logit_scale = inf, need a finite",
     ),
+    "head device": (
+        {"head_s": torch.zeros(101, 16, device="meta")},
+        r"head_s is torch.float32 on meta, need",
+    ),
+    "teacher device": (
+        {"hidden_t": torch.zeros(9, 24, device="meta"), "head_t": torch.zeros(101, 24, device="meta")},
+        r"hidden_t is on meta, need cpu as hidden_s",
+    ),
+    "label device": (
+        {"labels": torch.zeros(9, dtype=torch.int64, device="meta")},
+        r"labels is on meta, need cpu as the hidden states",
+    ),
     "teacher tokens": ({"hidden_t": torch.zeros(8, 24)}, r"hidden_t has 8 tokens, need 9"),
     "label count": ({"labels": torch.zeros(8, dtype=torch.int64)}, r"labels has shape \(8,\), need \(9,\)"),
     "label dtype": ({"labels": torch.zeros(9)}, r"labels has dtype torch.float32, need int64 or int32"),
