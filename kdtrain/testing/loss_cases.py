@@ -103,7 +103,7 @@ def naive_answer(case: LossCase, dtype: torch.dtype = torch.float64) -> Answer:
         dtype=dtype,
         **{"temperature": 1.0, **case.parameters},
     )
-    loss.backward()
+    torch.autograd.backward(loss)
     assert hidden.grad is not None
     assert weight.grad is not None
     return Answer(loss.detach(), hidden.grad, weight.grad, None if bias is None else bias.grad)
@@ -150,7 +150,7 @@ def streamed_answer(
         measure=measure,
         **case.parameters,
     )
-    parts.loss.backward()
+    torch.autograd.backward(parts.loss)
     assert hidden.grad is not None
     assert head.weight.grad is not None
     grads = head.weight.grad, None if head.bias is None else head.bias.grad
@@ -166,6 +166,25 @@ def identity_case(student: Tensor, teacher: Tensor, case: LossCase) -> LossCase:
     """`case` with these [T, V] logits as hidden states of identity heads: d(hidden) is then d(logits)."""
     eye = torch.eye(student.shape[1], dtype=student.dtype)
     return replace(case, hidden_s=student, head_s=HeadShard(eye), hidden_t=teacher, head_t=HeadShard(eye))
+
+
+def reference_fields(case: LossCase) -> dict[str, Tensor]:
+    """Every per-token field of LossParts [T] in float64, straight from its definition; 0 where there is no label."""
+    temperature = case.parameters.get("temperature", 1.0)
+    s = reference.head_logits(case.hidden_s, case.head_s, case.vocab_size)
+    t = reference.head_logits(case.hidden_t, case.head_t, case.vocab_size)
+    log_q, log_p = (s / temperature).log_softmax(-1), (t / temperature).log_softmax(-1)
+    has_label, real = case.labels >= 0, case.labels.clamp(min=0)
+    return {
+        "ce": reference.cross_entropy(s, real).where(has_label, 0.0),
+        "teacher_ce": reference.cross_entropy(t, real).where(has_label, 0.0),
+        "kd": reference.DIVERGENCES[case.divergence](s, t, **case.parameters),
+        "student_entropy": -(log_q.exp() * log_q).sum(-1),
+        "teacher_entropy": -(log_p.exp() * log_p).sum(-1),
+        "forward_kl": reference.forward_kl(s, t),
+        "tvd": reference.tvd(s, t, temperature=temperature),
+        "agreement": (s.argmax(-1) == t.argmax(-1)).double(),
+    }
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

@@ -14,6 +14,7 @@ from kdtrain.testing.loss_cases import (
     identity_case,
     naive_answer,
     random_case,
+    reference_fields,
     relative_error,
     streamed_answer,
 )
@@ -46,8 +47,12 @@ def _assert_rank_agrees(case: LossCase, *, multiple: int, chunk: int, tolerance:
         if got.grad_bias is not None:
             error = (got.grad_bias.double() - expected.grad_bias[mine]).norm() / expected.grad_bias.norm()
             assert error <= tolerance, where
-    fields = ("ce", "kd", "teacher_ce", "student_entropy", "teacher_entropy", "forward_kl", "tvd", "agreement")
-    return torch.cat([got.loss[None], *(getattr(got.parts, name) for name in fields), got.grad_hidden.flatten()])
+    fields = {name: getattr(got.parts, name) for name in reference_fields(case)}
+    for name, value in reference_fields(case).items():
+        torch.testing.assert_close(
+            fields[name].double(), value, rtol=1e-5, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    return torch.cat([got.loss[None], *fields.values(), got.grad_hidden.flatten()])
 
 
 def _check_divergence(rank: int, world_size: int, name: str) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kdtrain_kernels.matmul import UPCAST_ELEMENTS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -19,6 +20,7 @@ from kdtrain.testing.loss_cases import (
     identity_case,
     naive_answer,
     random_case,
+    reference_fields,
     relative_error,
     streamed_answer,
 )
@@ -160,22 +162,7 @@ def test_cross_entropy_alone_matches_torchs_own():
 def test_measured_values_agree_with_their_definitions():
     case = random_case(37, 101, divergence="jsd", dtype=torch.float64, properties=True, temperature=2.0)
     parts = streamed_answer(case, measure=True, multiple=128)[0].parts
-    s = reference.head_logits(case.hidden_s, case.head_s, 101)
-    t = reference.head_logits(case.hidden_t, case.head_t, 101)
-    real = case.labels.clamp(min=0)
-    has_label = case.labels >= 0
-    lq, lp = (s / 2).log_softmax(-1), (t / 2).log_softmax(-1)
-    expected = {
-        "ce": reference.cross_entropy(s, real).where(has_label, 0.0),
-        "teacher_ce": reference.cross_entropy(t, real).where(has_label, 0.0),
-        "kd": reference.jsd(s, t, temperature=2.0),
-        "student_entropy": -(lq.exp() * lq).sum(-1),
-        "teacher_entropy": -(lp.exp() * lp).sum(-1),
-        "forward_kl": reference.forward_kl(s, t),
-        "tvd": reference.tvd(s, t, temperature=2.0),
-        "agreement": (s.argmax(-1) == t.argmax(-1)).double(),
-    }
-    for name, value in expected.items():
+    for name, value in reference_fields(case).items():
         torch.testing.assert_close(getattr(parts, name), value, rtol=1e-10, atol=1e-12, msg=name)
         assert not getattr(parts, name).requires_grad
     plain = streamed_answer(case)[0].parts
@@ -290,6 +277,15 @@ def test_bfloat16_inputs_lose_no_more_than_their_own_rounding():
         # one rounding of the finished gradient to 8 bits: at most 2^-9 per element
         assert relative_error(got.grad_hidden, expected.grad_hidden) < 2**-9
         assert relative_error(got.grad_weight, expected.grad_weight) < 2**-9
+
+
+def test_a_half_precision_head_is_upcast_in_pieces_without_changing_the_product():
+    case = random_case(3, 20011, dtype=torch.bfloat16, widths=(128, 96))  # 2.5 pieces
+    assert case.head_s.weight.numel() > 2 * UPCAST_ELEMENTS
+    expected, got = naive_answer(case), streamed_answer(case)[0]
+    assert relative_error(got.loss, expected.loss) < 2e-6
+    assert relative_error(got.grad_hidden, expected.grad_hidden) < 2**-9
+    assert relative_error(got.grad_weight, expected.grad_weight) < 2**-9
 
 
 def test_student_and_teacher_may_differ_in_width_and_dtype():
