@@ -168,6 +168,8 @@ def write_checkpoint(
     except CheckpointError:
         if mesh.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
+        if mesh.world_size > 1:
+            dist.barrier(group=mesh.world_group)  # no rank reports the failure, and ends the job, before it is undone
         raise
     return final
 

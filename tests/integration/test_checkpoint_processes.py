@@ -1,0 +1,90 @@
+"""Checkpoints and processes: killed while saving, and reading where DeepSpeed does not exist."""
+
+import importlib.util
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from kdtrain.engine.checkpoint import find_latest, read_state
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(code, *args):
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-c", code, *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def save_until_killed(slices, root, step, state_bytes, limit):
+    """In a child that the kernel kills when it writes byte `limit` of any one file; whether it was killed."""
+    if child := os.fork():
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+        return os.WIFSIGNALED(status)
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    code = 1
+    try:
+        slices.write(root, step=step, state={"fill": "x" * state_bytes})
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def kill_at_every_kind_of_byte(slices, root):
+    good = slices.write(root, step=1, state={"good": True})
+    size = (good / "rank_00000.safetensors").stat().st_size
+    state_bytes = 3 * size  # so that checkpoint.json is the longer file, and the larger limits fall into it
+    limits = [0, 1, 8, size // 2, size - 1, size, 2 * size, 3 * size]
+    for limit in limits:
+        assert save_until_killed(slices, root, 2, state_bytes, limit), limit
+        assert (root / ".step_000002.writing").exists()
+        assert find_latest(root) == good
+        assert read_state(good) == {"good": True}
+    assert not save_until_killed(slices, root, 2, state_bytes, 10 * size)
+    assert sorted(p.name for p in root.iterdir()) == ["step_000001", "step_000002"]
+    assert read_state(find_latest(root))["fill"] == "x" * state_bytes
+
+
+SLICES = ROOT / "tests" / "unit" / "test_checkpoint_slices.py"
+LOAD = """
+import importlib.util, pathlib, sys
+def load(path):
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+"""
+
+
+def test_a_kill_at_any_byte_leaves_the_last_good_checkpoint(tmp_path):
+    code = LOAD + "load(sys.argv[1]).kill_at_every_kind_of_byte(load(sys.argv[2]), pathlib.Path(sys.argv[3]))"
+    run(code, __file__, SLICES, tmp_path)
+
+
+def test_checkpoints_are_read_without_deepspeed(tmp_path):
+    slices = load(SLICES)
+    folder = slices.write(tmp_path, slices.LAYOUTS["three"])
+    code = (
+        "import sys, pathlib; sys.modules['deepspeed'] = None\n"
+        "from kdtrain.engine import checkpoint\n"
+        "import kdtrain.training.export\n"
+        "folder = checkpoint.find_latest(pathlib.Path(sys.argv[1]))\n"
+        "print(folder.name, sum(float(t.sum()) for _, t in checkpoint.read_full_parameters(folder)))"
+    )
+    want = sum(float(slices.values(name, "master").sum()) for name in slices.SHAPES)
+    assert run(code, tmp_path).split() == [folder.name, str(want)]

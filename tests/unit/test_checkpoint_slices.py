@@ -1,0 +1,358 @@
+"""The checkpoint format by itself: any layout to any layout, and every way a folder can be damaged. No DeepSpeed."""
+
+import json
+import math
+import os
+import resource
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdtrain.dist.mesh import Mesh
+from kdtrain.engine.checkpoint import (
+    Description,
+    find_latest,
+    read_full_parameters,
+    read_state,
+    retain,
+    write_checkpoint,
+)
+from kdtrain.engine.manifest import KINDS, FileEntry, Manifest, ParameterEntry, Slice
+from kdtrain.engine.slices import CheckpointReader, Fragment, write_rank_file
+from kdtrain.errors import EXIT_DATA, CheckpointError
+from kdtrain.parallel.cut import Cut, even_cut, padded_cut
+from kdtrain.parallel.shard import split_tensor
+
+SHAPES = {"embed.weight": (11, 6), "o_proj.weight": (6, 9), "stack.weight": (2, 5, 3), "norm.weight": (6,), "scale": ()}
+
+# tp 1, 2 even and uneven, 3 with one rank that holds only padding, and 3 along another dim of `stack`
+LAYOUTS = {
+    "whole": {},
+    "padded to itself": {"embed.weight": padded_cut(0, 11, 1, 16)},
+    "two": {
+        "embed.weight": padded_cut(0, 11, 2, 8),
+        "o_proj.weight": even_cut(1, 9, 2),
+        "stack.weight": even_cut(0, 2, 2),
+    },
+    "three": {
+        "embed.weight": padded_cut(0, 11, 3, 8),
+        "o_proj.weight": Cut(1, ((0, 6), (6, 6), (6, 9))),
+        "stack.weight": even_cut(1, 5, 3),
+    },
+}
+
+
+def values(name, kind):
+    size = math.prod(SHAPES[name])
+    begin = 1 + 1000 * list(SHAPES).index(name) + 100 * KINDS.index(kind)
+    return torch.arange(begin, begin + size, dtype=torch.float32).reshape(SHAPES[name])
+
+
+def fragments(cuts, pieces_of=lambda size: [size]):
+    """Everything every tp rank would write; `pieces_of` says how a flat piece is broken up."""
+    found = []
+    for name in SHAPES:
+        cut = cuts.get(name)
+        for kind in KINDS:
+            for tp_rank in range(1 if cut is None else cut.tp_size):
+                unpadded = None if cut is None else replace(cut, padded=None)
+                flat = split_tensor(values(name, kind), unpadded, tp_rank).flatten()
+                at = 0
+                for size in pieces_of(flat.numel()):
+                    found.append(Fragment(name, kind, tp_rank, at, flat[at : at + size]))
+                    at += size
+                assert at == flat.numel()
+    return found
+
+
+def ragged(size):
+    """1, 2, 3, ... elements, then what is left."""
+    sizes, step = [], 1
+    while size:
+        sizes.append(min(step, size))
+        size -= sizes[-1]
+        step += 1
+    return sizes
+
+
+def about(cuts=None, step=7, state=None):
+    return Description(step, SHAPES, cuts or {}, {"tp": 1}, {"model_type": "none"}, state or {"tokens": 5})
+
+
+def write(root, cuts=None, *, step=7, state=None, pieces_of=ragged):
+    cuts = cuts or {}
+    return write_checkpoint(
+        root, Mesh(), about(cuts, step, state), fragments(cuts, pieces_of), dict.fromkeys(SHAPES, 3)
+    )
+
+
+def write_scattered(folder, cuts, ranks=4):
+    """As several ranks would: the fragments dealt out to files in turn."""
+    folder.mkdir()
+    dealt = fragments(cuts, ragged)
+    files = [write_rank_file(folder / f"rank_{r:05d}.safetensors", dealt[r::ranks]) for r in range(ranks)]
+    entries = {n: ParameterEntry(s, replace(cuts[n], padded=None) if n in cuts else None, 3) for n, s in SHAPES.items()}
+    manifest = Manifest(7, {"tp": 1}, {}, "0" * 16, entries, tuple(files), {"tokens": 5})
+    (folder / "checkpoint.json").write_text(manifest.to_json())
+    return folder
+
+
+@pytest.mark.parametrize("saved", LAYOUTS)
+def test_any_layout_reads_what_any_layout_wrote(tmp_path, saved):
+    with CheckpointReader(write_scattered(tmp_path / "step_000007", LAYOUTS[saved])) as reader:
+        reader.verify()
+        assert reader.names() == list(SHAPES)
+        for name in SHAPES:
+            for kind in KINDS:
+                assert torch.equal(reader.read_full(name, kind), values(name, kind))
+                for cuts in LAYOUTS.values():
+                    cut = cuts.get(name)
+                    for tp_rank in range(1 if cut is None else cut.tp_size):
+                        want = split_tensor(values(name, kind), cut, tp_rank)
+                        got = reader.read_piece(name, kind, cut, tp_rank)
+                        assert got.shape == want.shape
+                        assert torch.equal(got, want), (name, cut, tp_rank)
+
+
+@pytest.mark.parametrize("saved", LAYOUTS)
+def test_a_range_is_the_same_part_of_the_padded_piece_and_zero_past_its_end(tmp_path, saved):
+    with CheckpointReader(write_scattered(tmp_path / "step_000007", LAYOUTS[saved])) as reader:
+        for name in SHAPES:
+            for cuts in LAYOUTS.values():
+                cut = cuts.get(name)
+                for tp_rank in range(1 if cut is None else cut.tp_size):
+                    flat = split_tensor(values(name, "exp_avg"), cut, tp_rank).flatten()
+                    flat = torch.cat([flat, torch.zeros(4)])  # ZeRO-3 pads once more
+                    for start, stop in ((0, len(flat)), (3, 8), (5, 5), (len(flat) - 6, len(flat))):
+                        start, stop = max(start, 0), min(stop, len(flat))
+                        if start <= stop:
+                            got = reader.read_range(name, "exp_avg", cut, tp_rank, start, stop)
+                            assert torch.equal(got, flat[start:stop]), (name, cut, tp_rank, start, stop)
+
+
+def test_a_saved_folder_is_plain_safetensors_and_json(tmp_path):
+    folder = write(tmp_path / "runs" / "checkpoints", LAYOUTS["two"], state={"rng": "00ff", "share": 0.1})
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoint.json", "rank_00000.safetensors"]
+    tensors = load_file(folder / "rank_00000.safetensors")
+    assert torch.equal(tensors["embed.weight|exp_avg|1|0"], values("embed.weight", "exp_avg")[8:].flatten()[:1])
+    found = json.loads((folder / "checkpoint.json").read_text())
+    assert found["parameters"]["embed.weight"] == {
+        "shape": [11, 6],
+        "cut": {"dim": 0, "pieces": [[0, 8], [8, 11]]},
+        "adam_step": 3,
+    }
+    assert read_state(folder) == {"rng": "00ff", "share": 0.1}
+    assert find_latest(tmp_path / "runs" / "checkpoints") == folder
+    full = dict(read_full_parameters(folder))
+    assert list(full) == list(SHAPES)
+    assert all(torch.equal(full[name], values(name, "master")) for name in SHAPES)
+
+
+def test_equal_models_have_equal_fingerprints_in_any_layout(tmp_path):
+    one, two = (Manifest.read(write(tmp_path, LAYOUTS[k], step=s)) for s, k in enumerate(("whole", "three")))
+    other = write_checkpoint(tmp_path, Mesh(), replace(about(step=9), config={"a": 1}), fragments({}), {})
+    assert one.fingerprint == two.fingerprint != Manifest.read(other).fingerprint
+
+
+def edit(folder, change):
+    path = folder / "checkpoint.json"
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+
+
+def drop_a_slice(found):
+    found["files"]["rank_00000.safetensors"]["slices"].pop(5)
+
+
+def repeat_a_slice(found):
+    found["files"]["rank_00000.safetensors"]["slices"].append(["norm.weight", "master", 0, 0, 6])
+
+
+def unknown_slice(found):
+    found["files"]["rank_00000.safetensors"]["slices"].append(["other", "master", 0, 0, 6])
+
+
+def slice_of_a_rank_too_many(found):
+    found["files"]["rank_00000.safetensors"]["slices"].append(["norm.weight", "master", 1, 0, 6])
+
+
+def pieces_with_a_hole(found):
+    found["parameters"]["o_proj.weight"]["cut"]["pieces"] = [[0, 4], [5, 9]]
+
+
+def file_outside(found):
+    found["files"]["../x"] = found["files"]["rank_00000.safetensors"]
+
+
+def version_two(found):
+    found["version"] = 2
+
+
+def without_layout(found):
+    del found["layout"]
+
+
+IN_JSON = {
+    drop_a_slice: "leave a gap or overlap|cover [0-9]+ of",
+    repeat_a_slice: "leave a gap or overlap",
+    unknown_slice: "other.master.0.0.*no parameter of this checkpoint",
+    slice_of_a_rank_too_many: "tp rank 1, which did not exist",
+    pieces_with_a_hole: "do not partition",
+    file_outside: "plain file name",
+    version_two: "format version 2, this kdtrain reads up to 1",
+    without_layout: "KeyError 'layout'",
+}
+DAMAGE = {
+    "other json": (lambda f: (f / "checkpoint.json").write_text("[1]"), "not a kdtrain-checkpoint"),
+    "cut json": (lambda f: os.truncate(f / "checkpoint.json", 200), "checkpoint.json: cannot be read"),
+    "no json": (lambda f: (f / "checkpoint.json").unlink(), "written last"),
+    "no file": (lambda f: (f / "rank_00000.safetensors").unlink(), "rank_00000.safetensors: cannot be found: .Errno 2"),
+    "cut file": (
+        lambda f: os.truncate(f / "rank_00000.safetensors", 100),
+        "rank_00000.safetensors: has 100 bytes, [0-9]+ were written",
+    ),
+    **{change.__name__: (lambda f, c=change: edit(f, c), message) for change, message in IN_JSON.items()},
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_refused_with_the_file_and_the_reason(tmp_path, kind):
+    folder = write(tmp_path, LAYOUTS["two"])
+    damage, message = DAMAGE[kind]
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as refused:
+        CheckpointReader(folder)
+    assert str(folder) in str(refused.value)
+    assert "\n  fix: " in str(refused.value)
+    assert refused.value.exit_code == EXIT_DATA
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_flipped_bit_anywhere_fails_the_checksum(tmp_path):
+    folder = write(tmp_path)
+    path = folder / "rank_00000.safetensors"
+    for at in (0, 20, path.stat().st_size // 2, path.stat().st_size - 1):
+        flip(path, at)
+        with CheckpointReader(folder) as reader, pytest.raises(CheckpointError, match=r"has sha256 [0-9a-f]{64}, "):
+            reader.verify()
+        with pytest.raises(CheckpointError, match="has sha256"):
+            list(read_full_parameters(folder))
+        flip(path, at)
+    list(read_full_parameters(folder))
+
+
+def test_a_file_whose_content_is_another_ranks_is_refused_when_read(tmp_path):
+    folder = write_scattered(tmp_path / "step_000001", LAYOUTS["whole"])
+    first, second = folder / "rank_00000.safetensors", folder / "rank_00001.safetensors"
+    shutil.copy(second, first)
+    edit(folder, lambda m: m["files"][first.name].update(size=first.stat().st_size))
+    with CheckpointReader(folder) as reader, pytest.raises(CheckpointError, match="cannot be read"):
+        reader.read_full("embed.weight", "master")
+
+
+def test_a_save_that_does_not_cover_the_model_is_not_completed(tmp_path):
+    good = write(tmp_path, step=1)
+    short = [f for f in fragments({}, ragged) if (f.name, f.offset) != ("norm.weight", 3)]
+    with pytest.raises(CheckpointError, match=r"step_000002 was not saved.*norm.weight.*cover 3 of 6"):
+        write_checkpoint(tmp_path, Mesh(), about(step=2), short, {})
+    assert list(tmp_path.iterdir()) == [good]
+
+
+def test_a_state_that_json_cannot_hold_is_an_error_before_anything_is_written(tmp_path):
+    with pytest.raises(TypeError, match="bytes"):
+        write(tmp_path / "root", state={"rng": b"12"})
+    assert not (tmp_path / "root").exists()
+
+
+def test_fragments_must_be_flat_float32_and_distinct(tmp_path):
+    with pytest.raises(ValueError, match=r"1-D float32, got torch\.bfloat16"):
+        write_rank_file(tmp_path / "a", [Fragment("a", "master", 0, 0, torch.zeros(3, dtype=torch.bfloat16))])
+    with pytest.raises(ValueError, match="two fragments"):
+        write_rank_file(tmp_path / "a", [Fragment("a", "master", 0, 0, torch.zeros(3))] * 2)
+    entry = write_rank_file(tmp_path / "a", [Fragment("a", "master", 0, 4, torch.arange(8.0)[::2])])
+    assert entry == FileEntry("a", (tmp_path / "a").stat().st_size, entry.sha256, (Slice("a", "master", 0, 4, 4),))
+    assert load_file(tmp_path / "a")["a|master|0|4"].tolist() == [0.0, 2.0, 4.0, 6.0]
+
+
+@pytest.mark.parametrize("limit", [0, 7, 100, 2000, 4000])
+def test_a_full_disk_names_the_file_and_the_errno_and_leaves_the_former_checkpoints(tmp_path, limit):
+    good = write(tmp_path, step=1)
+    size = (good / "rank_00000.safetensors").stat().st_size
+    assert limit < size
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"step_000002 was not saved: rank 0: .*\[Errno 27\] File too large"):
+            write(tmp_path, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert list(tmp_path.iterdir()) == [good]
+    assert find_latest(tmp_path) == good
+
+
+def test_a_root_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"file/root: \[Errno 20\]"):
+        write(tmp_path / "file" / "root")
+
+
+def test_saving_the_same_step_again_replaces_it_and_never_leaves_none(tmp_path):
+    folder = write(tmp_path, state={"try": 1})
+    assert write(tmp_path, state={"try": 2}) == folder
+    assert read_state(folder) == {"try": 2}
+    assert list(tmp_path.iterdir()) == [folder]
+    # killed between the two renames: the former folder has stepped aside, the new one is not there yet
+    aside = folder.rename(tmp_path / ".step_000007.replaced")
+    assert find_latest(tmp_path) == aside
+    assert write(tmp_path, state={"try": 3}) == folder
+    # killed after them, before the former one was removed
+    shutil.copytree(folder, aside)
+    assert find_latest(tmp_path) == folder
+    write(tmp_path, step=8)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000007", "step_000008"]
+
+
+def test_the_newest_complete_checkpoint_is_found_and_damaged_ones_are_reported(tmp_path, caplog, monkeypatch):
+    from kdtrain.log import LOGGER
+
+    monkeypatch.setattr(LOGGER, "propagate", True)
+    assert find_latest(tmp_path / "nowhere") is None
+    assert find_latest(tmp_path) is None
+    for step in (999_999, 1_000_000, 5, 12):
+        write(tmp_path, step=step)
+    (tmp_path / "step_2000000").write_text("a file")
+    (tmp_path / "step_3000000.bak").mkdir()
+    assert find_latest(tmp_path).name == "step_1000000"
+    assert not caplog.records
+    os.truncate(tmp_path / "step_1000000" / "rank_00000.safetensors", 50)
+    (tmp_path / "step_999999" / "checkpoint.json").unlink()
+    assert find_latest(tmp_path).name == "step_000012"
+    assert ["step_1000000" in caplog.messages[0], "step_999999" in caplog.messages[1]] == [True, True]
+    edit(tmp_path / "step_000012", lambda found: found.update(version=9))
+    with pytest.raises(CheckpointError, match="newer kdtrain"):
+        find_latest(tmp_path)
+
+
+def test_only_the_newest_complete_checkpoints_stay(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        write(tmp_path, step=step)
+    (tmp_path / "step_000004" / "checkpoint.json").unlink()
+    (tmp_path / "notes").mkdir()
+    retain(tmp_path, 9)
+    assert len(list(tmp_path.iterdir())) == 6
+    retain(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_000003", "step_000004", "step_000005"]
+    retain(tmp_path, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_000005"]
+    with pytest.raises(ValueError, match="at least 1"):
+        retain(tmp_path, 0)
+    retain(tmp_path / "nowhere", 1)
