@@ -1,6 +1,6 @@
 """Time and peak memory of the distillation loss on hidden states, on this CPU, against two usual formulas.
 
-    python benchmarks/bench_loss_head.py            # measures (under 4 minutes) -> benchmarks/results/loss_head_cpu.csv
+    python benchmarks/bench_loss_head.py            # measures, 5 minutes -> benchmarks/results/loss_head_cpu.csv
     python benchmarks/bench_loss_head.py --table    # CSV -> docs/results/loss_head_cpu.md, and prints it
 
 The first command alone regenerates the results. Loss: sum of forward KL and cross-entropy over all tokens, at
