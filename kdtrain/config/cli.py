@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kdtrain.config.load import Loaded, drop_launcher_arguments, load_run, to_yaml
+from kdtrain.config.launcher import fill_launcher_environment, require_meeting_point, world_size
+from kdtrain.config.load import Loaded, drop_launcher_arguments, load_run, yaml_lines
+from kdtrain.config.problems import DEFAULT
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.validate import check
-from kdtrain.errors import KdtrainError
+from kdtrain.errors import EXIT_DONE, ConfigError, KdtrainError
 from kdtrain.log import rank_from_environment
+
+EXIT_INTERRUPTED = 130
+HELP, PRINT_CONFIG, CHECK = ("--help", "-h"), "--print-config", "--check"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,75 +35,91 @@ class Request:
         return self.loaded.config
 
 
-SLURM_VARIABLES = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_NTASKS"}
-
-
-def fill_launcher_environment(environ: MutableMapping[str, str]) -> None:
-    """Under srun without another launcher, derive RANK, LOCAL_RANK and WORLD_SIZE from SLURM's variables.
-
-    Only inside a job step of several tasks. MASTER_ADDR and MASTER_PORT must be exported by the job script
-    (docs/operations.md); ConfigError otherwise is torch's to raise.
-    """
-    if "RANK" in environ or "SLURM_STEP_ID" not in environ or int(environ.get("SLURM_NTASKS", "1")) < 2:
-        return
-    for name, source in SLURM_VARIABLES.items():
-        if source in environ:
-            environ.setdefault(name, environ[source])
-
-
 def parse(argv: Sequence[str], doc: str | None) -> Request:
-    """Configuration of the words `argv`, checked. `doc` heads --help.
+    """Configuration of the words `argv`, checked for as many ranks as the launcher announced. `doc` heads --help.
 
-    `--help [section]` and `--print-config` print and raise SystemExit(0). Raises ConfigError with every problem.
+    `--help [section]` and `--print-config` print on rank 0 and raise SystemExit(0); printing shows a configuration
+    that loads, whether or not it could run. Raises ConfigError with every problem.
     """
     fill_launcher_environment(os.environ)
     words = drop_launcher_arguments(argv)
-    if "--help" in words or "-h" in words:
-        from kdtrain.config.explain import help_text
-
-        sections = [word for word in words if not word.startswith("-") and "=" not in word and ".yaml" not in word]
-        _print_once(help_text(doc or "", sections[0] if sections else None))
-        raise SystemExit(0)
-    flags = {word for word in words if word in ("--check", "--print-config")}
+    if any(word in HELP for word in words):
+        _print_help(words, doc or "")
+        raise SystemExit(EXIT_DONE)
+    flags = {word for word in words if word in (CHECK, PRINT_CONFIG)}
     loaded = load_run([word for word in words if word not in flags])
-    if "--print-config" in flags:
+    if PRINT_CONFIG in flags:
         _print_once(print_config(loaded))
-        raise SystemExit(0)
-    check(loaded, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    return Request(loaded, check_only="--check" in flags)
+        if CHECK not in flags:
+            raise SystemExit(EXIT_DONE)
+    check(loaded, world_size=world_size(os.environ))
+    if CHECK not in flags:  # WORLD_SIZE=8 python launch/train.py ... --check asks about a layout without its ranks
+        require_meeting_point(os.environ)
+    return Request(loaded, check_only=CHECK in flags)
+
+
+def _print_help(words: Sequence[str], doc: str) -> None:
+    from kdtrain.config.explain import help_text
+
+    sections = [word for word in words if not word.startswith("-") and "=" not in word and ".yaml" not in word]
+    _print_once(help_text(doc, sections[0] if sections else None))
 
 
 def print_config(loaded: Loaded) -> str:
-    """The resolved configuration as YAML, each key that was set followed by where."""
-    lines, path = [], []
-    for line in to_yaml(loaded.config).splitlines():
-        stripped = line.lstrip()
-        name, colon, _ = stripped.partition(":")
-        if colon and not stripped.startswith("-"):
-            depth = (len(line) - len(stripped)) // 2
-            path = [*path[:depth], name]
-            origin = loaded.origins.get(".".join(path))
-            line = f"{line}  # {origin}" if origin else line
-        lines.append(line)
-    return "\n".join(lines)
+    """The resolved configuration as YAML; where each setting that is not a default was made, behind it."""
+    lines = list(yaml_lines(loaded.config))
+    width = min(60, max(len(line) for _, line in lines))
+    shown = []
+    for key, line in lines:
+        origin = loaded.origins.get(key, DEFAULT)
+        shown.append(line if origin == DEFAULT else f"{line:<{width}}  # {origin}")
+    return "\n".join(shown)
 
 
 def run_script(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Call main(argv) and return the process's exit code (kdtrain.errors).
 
-    A KdtrainError is printed by rank 0, without a traceback; anything unforeseen passes through, with its
-    traceback.
+    A KdtrainError becomes its exit code and its message, without a traceback (see `_report`). Ctrl-C is 130. Anything
+    unforeseen passes through: Python prints its traceback and exits with 1.
     """
     try:
         return main(argv)
     except KdtrainError as error:
-        if rank_from_environment() == 0:
-            print(f"kdtrain: {error}", file=sys.stderr, flush=True)
+        _report(error)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        return EXIT_INTERRUPTED
+
+
+def _report(error: KdtrainError) -> None:
+    """Say it once, yet never nowhere.
+
+    Rank 0 prints the message. What is wrong with a configuration all ranks of a node see alike, so elsewhere the first
+    rank of each node prints it (a path may be missing on one node only); any other error may have met one rank alone,
+    so every other rank prints its first line.
+    """
+    sys.stdout.flush()
+    rank = rank_from_environment()
+    if rank == 0:
+        print(f"kdtrain: {error}", file=sys.stderr, flush=True)
+        return
+    local_rank = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    where = f"kdtrain: rank {rank} on {os.uname().nodename}"
+    if not isinstance(error, ConfigError):
+        print(f"{where}: {str(error).partition(chr(10))[0]}", file=sys.stderr, flush=True)
+    elif local_rank == "0":
+        print(f"{where}: {error}", file=sys.stderr, flush=True)
 
 
 def _print_once(text: str) -> None:
-    if rank_from_environment() == 0:
+    """To stdout on rank 0. A reader that closes the pipe early (`| head`) is no error."""
+    if rank_from_environment() != 0:
+        return
+    try:
         print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit; give it somewhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+__all__ = ["Request", "fill_launcher_environment", "parse", "print_config", "run_script"]

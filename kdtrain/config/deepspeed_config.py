@@ -2,45 +2,87 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from kdtrain.config.schema import RunConfig
 
-OWNED_ZERO_KEYS = (
-    "stage",
-    "overlap_comm",
-    "offload_optimizer",
-    "offload_param",
-    "ignore_unused_parameters",
-    "zero_quantized_weights",
-    "zero_quantized_gradients",
-    "zero_hpz_partition_size",
-    "mics_shard_size",
-)
-"""Keys of zero_optimization that zero.extra may not set: kdtrain decides them, or does not support what they do."""
+NEVER = 10**9
+"""A number of steps no run reaches."""
+
+EXTRA_ZERO_KEYS: dict[str, Literal["count", "switch"]] = {
+    "reduce_bucket_size": "count",
+    "allgather_bucket_size": "count",
+    "sub_group_size": "count",
+    "stage3_prefetch_bucket_size": "count",
+    "stage3_param_persistence_threshold": "count",
+    "stage3_model_persistence_threshold": "count",
+    "stage3_max_live_parameters": "count",
+    "stage3_max_reuse_distance": "count",
+    "stage3_module_granularity_threshold": "count",
+    "stage3_use_all_reduce_for_fetch_params": "switch",
+    "stage3_allgather_sequential": "switch",
+    "reduce_scatter": "switch",
+    "use_multi_rank_bucket_allreduce": "switch",
+    "allgather_partitions": "switch",
+    "memory_efficient_linear": "switch",
+    "log_trace_cache_warnings": "switch",
+    "enable_sanity_checks": "switch",
+}
+"""Keys of zero_optimization that zero.extra may set: they trade memory for speed. Counts are of elements."""
+
+OWNED_ZERO_KEYS: dict[str, str] = {
+    "stage": "it is zero.stage",
+    "overlap_comm": "it depends on the stage: DeepSpeed refuses it in stages 0 and 1 with unmanaged accumulation",
+    "compute_grad_norm": "the norm is reported and clipped in every run",
+    "offload_optimizer": "offloading is not supported: it would compile an operator when the run starts",
+    "offload_param": "offloading is not supported: it would compile an operator when the run starts",
+    "contiguous_gradients": "accumulation over any number of micro-batches is tested with it only",
+    "round_robin_gradients": "it changes which rank holds which optimizer state",
+    "zenflow": "it changes when gradients are applied",
+    "zero_hpz_partition_size": "ZeRO++ is not supported: its group is one per process",
+    "zero_quantized_weights": "ZeRO++ is not supported: it rounds the weights",
+    "zero_quantized_nontrainable_weights": "ZeRO++ is not supported: it rounds the weights",
+    "zero_quantized_gradients": "ZeRO++ is not supported: it rounds the gradients",
+    "mics_shard_size": "DeepSpeed has removed it",
+    "legacy_stage1": "stage 1 has one implementation here",
+    "parameter_alignment": "it pads what checkpoints read",
+    "save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
+    "elastic_checkpoint": "checkpoints are kdtrain's own and readable in any layout",
+    "load_from_fp32_weights": "checkpoints are kdtrain's own",
+    "pipeline_loading_checkpoint": "checkpoints are kdtrain's own",
+    "stage3_gather_16bit_weights_on_model_save": "export is kdtrain's own",
+    "stage3_gather_fp16_weights_on_model_save": "export is kdtrain's own",
+    "ignore_unused_parameters": "a parameter without a gradient is a fault here",
+    "leaf_module": "kdtrain decides where weights are gathered",
+    "override_module_apply": "kdtrain decides where weights are gathered",
+}
+"""Keys that zero.extra may not set, and why."""
 
 
 def deepspeed_config(cfg: RunConfig, *, on_cuda: bool) -> dict[str, Any]:
     """A fresh dictionary for `deepspeed.initialize`, which writes into it.
 
     Gradients are accumulated and reduced in float32 (DeepSpeed's default is the model's dtype), and accumulation is
-    not managed: any number of backward calls, then one step. The optimizer is ours and not described here.
+    not managed: any number of backward calls, then one step. The optimizer, the schedule and all reports are ours and
+    not described here. Communication overlaps with backward where there is something to overlap: on CUDA, stage 2, 3.
     """
+    clip = cfg.optim.grad_clip
     return {
         "train_micro_batch_size_per_gpu": cfg.data.sequences_per_micro_batch,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         # always stated: without the key DeepSpeed clips at 1
-        "gradient_clipping": cfg.optim.grad_clip or 0.0,
+        "gradient_clipping": 0.0 if clip is None else clip,
         "bf16": {"enabled": cfg.student.dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
-            "stage": cfg.zero.stage,
-            "overlap_comm": on_cuda and cfg.zero.stage == 2,
             **cfg.zero.extra,
+            "stage": cfg.zero.stage,
+            "overlap_comm": on_cuda and cfg.zero.stage >= 2,
         },
+        # kdtrain passes torch's AdamW, which is not on DeepSpeed's list of classes it has tried
         "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
+        "steps_per_print": NEVER,
         "checkpoint": {"tag_validation": "Fail"},
     }

@@ -7,94 +7,100 @@ from __future__ import annotations
 
 import ast
 import textwrap
-from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
 
 from kdtrain.config import schema
+from kdtrain.config.keys import MUST_BE_SET, Key, all_keys, suggestion, wants
+from kdtrain.config.problems import show
 from kdtrain.errors import ConfigError
+
+INTRODUCTION = """
+A run is described by `CONFIG.yaml [MORE.yaml ...] [key=value ...]`. Later wins: the defaults below, files named by
+`extends`, files from left to right, `key=value`. Files are merged setting by setting; a list is replaced as a whole.
+
+- `extends: FILE` (or a list of files) at the top of a file names parents, relative to that file. All other paths are
+  relative to the current folder.
+- `${oc.env:NAME}` stands for an environment variable, `${section.key}` for another setting.
+- `optim.lr=1e-3` sets one key from the command line, `optim={lr: 1e-3, eps: 1e-6}` several, `optim.grad_clip=null`
+  sets null. Lists: `data.train=[a,b]`. Integers may be written 2_000_000 or 2e6.
+- `--help [key]` prints this page or a part of it; `--print-config` the resolved configuration and where each setting
+  was made; `--check` opens stores and models, estimates memory and stops.
+
+A configuration that cannot run ends with exit code 2 and names every problem at once, with file and line.
+"""
 
 
 @dataclass(frozen=True, slots=True)
-class Setting:
-    """One field: dotted key, type as written in the schema, default as YAML ("???" if it must be set), meaning."""
+class Doc:
+    """One key: what it accepts, its default as YAML, what it means. accepts and default are empty for sections."""
 
-    key: str
-    type: str
+    key: Key
+    accepts: str
     default: str
-    doc: str
-    is_section: bool
+    text: str
 
 
-def settings() -> list[Setting]:
-    """Every setting in schema order, sections included."""
-    return list(_walk(schema.RunConfig, "", _documentation()))
-
-
-def _documentation() -> dict[str, dict[str, tuple[str, str]]]:
-    """class -> field -> (type as written, doc string below it); class docs under the field name ""."""
-    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
-    found: dict[str, dict[str, tuple[str, str]]] = {}
-    for node in tree.body:
-        if not isinstance(node, ast.ClassDef):
+def documented() -> list[Doc]:
+    """Every key with its documentation, in schema order, sections before their members. KeyError if one has none."""
+    strings, keys = _strings(), all_keys()
+    found = []
+    for name, key in keys.items():
+        if key.section:
+            found.append(Doc(key, "", "", strings[key.section.__name__]))
             continue
-        members = found[node.name] = {"": ("", ast.get_docstring(node) or "")}
-        for member, after in zip(node.body, [*node.body[1:], None], strict=True):
-            if isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name):
-                doc = ""
-                if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                    doc = " ".join(str(after.value.value).split())
-                members[member.target.id] = (ast.unparse(member.annotation), doc)
+        parent, _, leaf = name.rpartition(".")
+        owner = keys[parent].section
+        assert owner is not None
+        default = "must be set" if key.default == MUST_BE_SET else show(key.default)
+        found.append(Doc(key, wants(key.hint), default, strings[f"{owner.__name__}.{leaf}"]))
     return found
 
 
-def _walk(section: type, prefix: str, docs: dict[str, dict[str, tuple[str, str]]]) -> Iterator[Setting]:
-    hints = get_type_hints(section)
-    for field in fields(section):  # type: ignore[arg-type]
-        key, hint = f"{prefix}{field.name}", hints[field.name]
-        written, doc = docs[section.__name__][field.name]
-        if is_dataclass(hint):
-            assert isinstance(hint, type)
-            yield Setting(key, "section", "", docs[hint.__name__][""][1], True)
-            yield from _walk(hint, f"{key}.", docs)
-        else:
-            yield Setting(key, _type(written), _default(field), doc, False)
+def _strings() -> dict[str, str]:
+    """ "Class" -> its docstring and "Class.field" -> the string below the field, on one line each."""
+    found: dict[str, str] = {}
+    for node in ast.parse(Path(schema.__file__).read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        found[node.name] = " ".join((ast.get_docstring(node) or "").split())
+        for member, after in zip(node.body, node.body[1:], strict=False):
+            if not (isinstance(member, ast.AnnAssign) and isinstance(member.target, ast.Name)):
+                continue
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                found[f"{node.name}.{member.target.id}"] = " ".join(str(after.value.value).split())
+    return found
 
 
-def _type(written: str) -> str:
-    """Aliases of the schema spelt out: a reader needs the choices, not their name."""
-    alias = getattr(schema, written, None)
-    choices = getattr(alias, "__args__", None)
-    text = written if choices is None else " | ".join(str(choice) for choice in choices)
-    if text.startswith("Literal["):
-        text = " | ".join(part.strip().strip("'\"") for part in text[len("Literal[") : -1].split(","))
-    return text.replace("None", "null")
+def help_text(doc: str, name: str | None = None) -> str:
+    """What --help prints: the script's own line and all keys, or only `name` and what is below it.
+
+    Raises ConfigError if there is no such key.
+    """
+    docs = documented()
+    if name is not None and name not in all_keys():
+        meant = suggestion(name, all_keys())
+        tops = ", ".join(d.key.name for d in docs if d.key.section and "." not in d.key.name)
+        raise ConfigError(
+            f"--help {name}: there is no such section or setting\n"
+            f"  fix: {f'did you mean {meant}? ' if meant else ''}the sections are {tops}"
+        )
+    lines = [] if name else [doc.strip(), "", _plain(INTRODUCTION)]
+    for entry in docs:
+        if name is None or entry.key.name == name or entry.key.name.startswith(f"{name}."):
+            lines += _help_lines(entry)
+    return "\n".join(lines).strip("\n")
 
 
-def _default(field: Any) -> str:
-    value = field.default if field.default is not MISSING else field.default_factory()
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(list(value)) if isinstance(value, tuple) else str(value)
+def _plain(text: str) -> str:
+    return text.strip().replace("`", "")
 
 
-def help_text(doc: str, section: str | None = None) -> str:
-    """What --help prints: the script's own line, then all keys, or those below `section`. ConfigError if unknown."""
-    chosen = [s for s in settings() if section is None or s.key == section or s.key.startswith(f"{section}.")]
-    if not chosen:
-        tops = ", ".join(s.key for s in settings() if s.is_section and "." not in s.key)
-        raise ConfigError(f"--help {section}: no such section or key\n  fix: use one of {tops}")
-    lines = [doc.strip(), "", "--help [section]  --print-config  --check", ""]
-    for setting in chosen:
-        if setting.is_section:
-            lines += ["", f"{setting.key}: {' '.join(setting.doc.split())}"]
-        else:
-            lines.append(f"  {setting.key} ({setting.type}) = {setting.default}")
-            lines += textwrap.wrap(setting.doc, 108, initial_indent="      ", subsequent_indent="      ")
-    return "\n".join(lines)
+def _help_lines(entry: Doc) -> list[str]:
+    if entry.key.section:
+        return ["", f"{entry.key.name}: {_plain(entry.text)}"]
+    body = textwrap.wrap(_plain(entry.text), 112, initial_indent="      ", subsequent_indent="      ")
+    return [f"  {entry.key.name} = {entry.default}    ({entry.accepts})", *body]
 
 
 def markdown() -> str:
@@ -102,19 +108,19 @@ def markdown() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated by `python -m kdtrain.config.explain > docs/configuration.md`; do not edit.",
-        "",
-        "A run is `CONFIG.yaml [MORE.yaml ...] [key=value ...]`; later wins. `extends: FILE` (or a list) names parents,",
-        "relative to the file. `${oc.env:NAME}` reads an environment variable. Other paths are relative to the current",
-        "folder. `--help [section]` prints this page, `--print-config` the resolved configuration with the origin of",
-        "each key, `--check` validates it against the stores and models and estimates memory.",
+        "<!-- Generated by `python -m kdtrain.config.explain > docs/configuration.md`; do not edit. -->",
+        INTRODUCTION.rstrip("\n"),
     ]
-    for setting in settings():
-        if setting.is_section:
-            lines += ["", f"## {setting.key}", "", " ".join(setting.doc.split()), ""]
+    docs = documented()
+    parents = {doc.key.name.rpartition(".")[0] for doc in docs if not doc.key.section}
+    for entry in docs:
+        if entry.key.section:
+            lines += ["", f"## {entry.key.name}", "", entry.text]
+            has_settings = entry.key.name in parents
+            lines += ["", "| key | accepts | default | meaning |", "|---|---|---|---|"] if has_settings else []
         else:
-            kind = setting.type.replace("|", "\\|")
-            lines.append(f"- `{setting.key}` ({kind}), default `{setting.default}`. {setting.doc}")
+            cells = (f"`{entry.key.name}`", entry.accepts, f"`{entry.default}`", entry.text)
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 

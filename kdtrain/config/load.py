@@ -8,220 +8,212 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kdtrain.config.problems import Problem, format_problems
+from kdtrain.config.keys import MUST_BE_SET, Key, all_keys, wants
+from kdtrain.config.problems import DEFAULT, Problem, format_problems
 from kdtrain.config.schema import RunConfig
+from kdtrain.config.source import COMMAND_LINE, Dumper, Setting, read_words
 from kdtrain.errors import ConfigError
 
-COMMAND_LINE = "command line"
-OPAQUE = ("zero.extra",)
-"""Settings that are free-form mappings: taken whole."""
 LAUNCHER_ARGUMENTS = ("--local_rank", "--local-rank", "--deepspeed", "--deepspeed_config")
+"""What launchers append to a script's own words, as `--local_rank=3` or `--local-rank 3`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A configuration and, for every dotted key that was set, "file.yaml:12" or "command line"."""
+    """A configuration and, for every dotted key, "file.yaml:12", "command line" or "default"."""
 
     config: RunConfig
     origins: dict[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class _Setting:
-    key: str
-    value: Any
-    origin: str
-
-
 def drop_launcher_arguments(argv: Sequence[str]) -> list[str]:
-    """`argv` without what launchers append (`--local_rank=3`, `--local-rank 3`)."""
+    """`argv` without what launchers append."""
     kept: list[str] = []
-    skip_next = False
+    takes_value = False
     for word in argv:
-        if skip_next and not word.startswith("-") and "=" not in word and not word.endswith((".yaml", ".yml")):
-            skip_next = False
-            continue
-        skip_next = False
         name, equals, _ = word.partition("=")
-        if name in LAUNCHER_ARGUMENTS:
-            skip_next = not equals
-            continue
-        kept.append(word)
+        if takes_value and not word.startswith("-") and not equals and not word.endswith((".yaml", ".yml")):
+            takes_value = False
+        elif name in LAUNCHER_ARGUMENTS:
+            takes_value = not equals
+        else:
+            takes_value = False
+            kept.append(word)
     return kept
 
 
 def load_run(argv: Sequence[str]) -> Loaded:
     """`CONFIG.yaml [MORE.yaml ...] [key=value ...]` -> Loaded. Raises ConfigError listing every problem at once."""
+    known = all_keys()
     problems: list[Problem] = []
-    settings: list[_Setting] = []
-    files = []
-    for word in drop_launcher_arguments(argv):
-        if word.startswith("-"):
-            problems.append(Problem("", None, f"{word}: no such option", "use key=value; --help lists all keys"))
-        elif "=" in word:
-            settings.extend(_override(word, problems))
-        elif word.endswith((".yaml", ".yml")):
-            files.append(Path(word))
-        else:
-            problems.append(
-                Problem("", None, f"{word!r} is neither a .yaml file nor key=value", "write key=value, without spaces")
-            )
-    if not files:
-        problems.append(Problem("", None, "no CONFIG.yaml was given", "name one; configs/demo holds examples"))
-    from_files = [setting for path in files for setting in _read(path, (), problems)]
-    return _merge([*from_files, *settings], problems)
-
-
-def _override(word: str, problems: list[Problem]) -> list[_Setting]:
-    key, _, text = word.partition("=")
-    try:
-        value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        problems.append(Problem("", None, f"{word!r} is not valid YAML: {_first_line(error)}", "quote the value"))
-        return []
-    return [_Setting(key, value, COMMAND_LINE)] if not isinstance(value, dict) or key in OPAQUE else [
-        _Setting(f"{key}.{inner}", leaf, COMMAND_LINE) for inner, leaf in _leaves(value, key)
-    ]
-
-
-def _leaves(mapping: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in mapping.items():
-        if isinstance(value, dict) and f"{prefix}.{name}" not in OPAQUE and value:
-            for inner, leaf in _leaves(value, f"{prefix}.{name}"):
-                yield f"{name}.{inner}", leaf
-        else:
-            yield str(name), value
-
-
-def _read(path: Path, parents: tuple[Path, ...], problems: list[Problem]) -> list[_Setting]:
-    """The settings of a file, its parents' first."""
-    resolved = path.resolve()
-    if resolved in parents:
-        chain = " -> ".join(p.name for p in (*parents, resolved))
-        problems.append(Problem("", None, f"{path}: `extends` goes in a circle: {chain}", "remove one of them"))
-        return []
-    try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
-        problems.append(Problem("", None, f"{path}: cannot be read: {error.strerror}", "check the path"))
-        return []
-    except UnicodeDecodeError as error:
-        problems.append(Problem("", None, f"{path}: not UTF-8 at byte {error.start}", "save the file as UTF-8"))
-        return []
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        reason = getattr(error, "problem", None) or _first_line(error)
-        problems.append(Problem("", None, f"{path}{line}: not valid YAML: {reason}", "mend the file there"))
-        return []
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        problems.append(Problem("", None, f"{path}: must be a mapping of sections", "begin with e.g. `run: {name: x}`"))
-        return []
-    own: list[_Setting] = []
-    inherited: list[_Setting] = []
-    for setting in _node_settings(root, "", path, problems):
-        if setting.key != "extends":
-            own.append(setting)
-            continue
-        names = setting.value if isinstance(setting.value, list) else [setting.value]
-        for name in names:
-            inherited.extend(_read(path.parent / str(name), (*parents, resolved), problems))
-    return [*inherited, *own]
-
-
-def _node_settings(node: yaml.MappingNode, prefix: str, path: Path, problems: list[Problem]) -> Iterator[_Setting]:
-    """Leaves of a YAML mapping with the line each key stands on."""
-    seen: dict[str, int] = {}
-    for key_node, value_node in node.value:
-        line = key_node.start_mark.line + 1
-        key = f"{prefix}{key_node.value}"
-        if key in seen:
-            problems.append(
-                Problem("", None, f"{path}:{line}: {key} is set twice, first in line {seen[key]}", "remove one of them")
-            )
-            continue
-        seen[key] = line
-        if isinstance(value_node, yaml.MappingNode) and key not in OPAQUE and value_node.value:
-            yield from _node_settings(value_node, f"{key}.", path, problems)
-        else:
-            yield _Setting(key, _construct(value_node), f"{path}:{line}")
-
-
-def _construct(node: yaml.Node) -> Any:
-    loader = yaml.SafeLoader("")
-    try:
-        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
-    finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
-
-
-def _merge(settings: list[_Setting], problems: list[Problem]) -> Loaded:
+    settings = read_words(drop_launcher_arguments(argv), known, problems)
     tree = OmegaConf.structured(RunConfig)
-    origins: dict[str, str] = {}
-    reported: set[str] = set()
-    for setting in settings:
-        if isinstance(setting.value, dict) and not setting.value and setting.key not in OPAQUE:
-            continue  # `section: {}` sets nothing
-        try:
-            OmegaConf.update(tree, setting.key, setting.value, merge=False, force_add=False)
-            origins[setting.key] = setting.origin
-        except OmegaConfBaseException as error:
-            message = f"{setting.origin}: {setting.key}: {_first_line(error)}"
-            if message not in reported:
-                problems.append(Problem("", None, message, _fix_for(error)))
-            reported.add(message)
-    for key in sorted(OmegaConf.missing_keys(tree)):
-        problems.append(Problem("", None, f"{key} is not set, and has no default", f"set it, e.g. {key}=..."))
-    config = None
-    if not problems:
-        try:
-            config = OmegaConf.to_object(tree)
-        except OmegaConfBaseException as error:
-            key = getattr(error, "full_key", None) or "?"
-            where = origins.get(key, "default")
-            problems.append(
-                Problem("", None, f"{where}: {key}: {_first_line(error)}", "set the environment variable, or the key")
-            )
+    origins = {name: DEFAULT for name, key in known.items() if not key.section}
+    refused, unset = _apply(settings, tree, known, origins, problems)
+    # where no file could be read everything is missing, which is no news
+    if not problems or any(setting.origin != COMMAND_LINE for setting in settings):
+        for name in (name for name in known if name in unset - refused):
+            problems.append(Problem(name, MUST_BE_SET, "has no default and must be set", f"set it, e.g. {name}=..."))
+    _resolve(tree, known, origins, refused | unset, problems)
     if problems:
         raise ConfigError(format_problems(problems, origins))
+    config = OmegaConf.to_object(tree)
     assert isinstance(config, RunConfig)
     return Loaded(config, origins)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _apply(
+    settings: Sequence[Setting], tree: DictConfig, known: dict[str, Key], origins: dict[str, str],
+    problems: list[Problem],
+) -> tuple[set[str], set[str]]:  # fmt: skip
+    """Write the settings into `tree` and `origins`. Returns the keys that were refused, and those left at ???."""
+    refused: set[str] = set()
+    placeholders = {name for name, key in known.items() if key.default == MUST_BE_SET}
+    for setting in settings:
+        key = known.get(setting.key)
+        placeholders.discard(setting.key)
+        if setting.value == MUST_BE_SET:
+            placeholders.add(setting.key)
+            origins[setting.key] = setting.origin
+            continue
+        try:
+            value = setting.value if key is None else _exact(setting.value, key.hint)
+            OmegaConf.update(tree, setting.key, value, merge=False)
+        except (OmegaConfBaseException, _WrongType) as error:
+            hint = Any if key is None else key.hint
+            problems.append(_bad_value(setting.key, setting.value, hint, setting.origin, error))
+            refused.add(setting.key)
+            continue
+        origins[setting.key] = setting.origin
+        if key is None:  # a member of a free-form mapping
+            origins[setting.key.rpartition(".")[0]] = setting.origin
+    return refused, placeholders
 
 
-def _fix_for(error: OmegaConfBaseException) -> str:
-    kind = type(error).__name__
-    if kind in ("ConfigKeyError", "ConfigAttributeError"):
-        return "correct the name; --help lists every key"
-    return "give a value of the type that --help states"
+class _WrongType(ValueError):
+    """A value that OmegaConf would convert and a reader would not."""
+
+
+def _exact(value: Any, hint: Any) -> Any:
+    """`value`, with 2e9 made an integer where one is wanted. Raises _WrongType where 0 or 1 stand for false or true."""
+    members = get_args(hint) or (hint,)
+    choices = members if get_origin(hint) is Literal else ()
+    if isinstance(value, bool) and bool not in members:
+        raise _WrongType
+    if isinstance(value, int) and not isinstance(value, bool) and bool in members:
+        raise _WrongType
+    integral = int in members or any(isinstance(choice, int) for choice in choices)
+    if isinstance(value, float) and integral and float not in members and value.is_integer():
+        return int(value)
+    return value
+
+
+def _bad_value(key: str, value: Any, hint: Any, origin: str, error: Exception) -> Problem:
+    reason = str(error).strip().splitlines()
+    if reason and "interpolation" in str(error).lower():
+        return Problem(key, value, f"cannot be resolved: {reason[0]}", "write ${oc.env:NAME} or ${section.key}", origin)
+    listed = [part for part in (hint, *get_args(hint)) if get_origin(part) in (list, tuple)]
+    example = f"write it as a list: {key}: [...]" if listed and not isinstance(value, list) else None
+    return Problem(key, value, f"is not {wants(hint)}", example or f"--help {key} explains it", origin)
+
+
+def _resolve(
+    tree: DictConfig, known: dict[str, Key], origins: dict[str, str], settled: set[str], problems: list[Problem]
+) -> None:
+    """Replace ${...} by values; the problems of `settled` keys have been reported already."""
+    for name, key in known.items():
+        if key.section or name in settled:
+            continue
+        try:
+            value = OmegaConf.select(tree, name)
+            if OmegaConf.is_config(value):
+                value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+            exact = value if key.is_free_form else _exact(value, key.hint)
+            OmegaConf.update(tree, name, _escaped(exact), merge=False)
+        except (OmegaConfBaseException, _WrongType) as error:
+            problems.append(_unresolved(name, _raw(tree, name), key, origins[name], error))
+
+
+def _raw(tree: DictConfig, name: str) -> Any:
+    """The value as written, ${...} included."""
+    parent, _, leaf = name.rpartition(".")
+    return OmegaConf.to_container(OmegaConf.select(tree, parent), resolve=False).get(leaf)  # type: ignore[union-attr]
+
+
+def _unresolved(name: str, raw: Any, key: Key, origin: str, error: Exception) -> Problem:
+    variable = re.search(r"Environment variable '(.*?)' not found", str(error))
+    if variable:
+        why = f"needs the environment variable {variable[1]}, which is not set"
+        return Problem(name, raw, why, f"export {variable[1]}=..., or set {name}=... here", origin)
+    if "${" not in str(raw):
+        return _bad_value(name, raw, key.hint, origin, error)
+    reason = str(error).strip().splitlines()[0]
+    if any(words in reason for words in ("could not be converted", "Invalid value", "not a valid")):
+        why = f"stands for something that is not {wants(key.hint)}"
+    else:
+        why = f"cannot be resolved: {reason}"
+    return Problem(name, raw, why, "write ${oc.env:NAME} or ${section.key}", origin)
 
 
 def as_dict(cfg: RunConfig) -> dict[str, Any]:
-    """The configuration as plain nested values (tuples become lists)."""
+    """The configuration as plain nested values that JSON can hold (tuples become lists)."""
     plain: dict[str, Any] = json.loads(json.dumps(asdict(cfg)))
     return plain
 
 
 def to_yaml(cfg: RunConfig) -> str:
-    """YAML that loads back to an equal object."""
-    return OmegaConf.to_yaml(OmegaConf.create(as_dict(cfg)))
+    """YAML that `load_run` loads back to an equal object."""
+    return "".join(f"{line}\n" for _, line in yaml_lines(cfg))
+
+
+def yaml_lines(cfg: RunConfig) -> Iterator[tuple[str, str]]:
+    """(dotted key, line of YAML): one line per section and per setting, in schema order."""
+    return _lines(cfg, "", 0)
+
+
+def _lines(section: Any, prefix: str, depth: int) -> Iterator[tuple[str, str]]:
+    for field in fields(section):
+        value, key, indent = getattr(section, field.name), f"{prefix}{field.name}", "  " * depth
+        if is_dataclass(value):
+            yield key, f"{indent}{field.name}:{'' if fields(value) else ' {}'}"
+            yield from _lines(value, f"{key}.", depth + 1)
+        else:
+            yield key, f"{indent}{field.name}: {_scalar(value)}"
+
+
+def _scalar(value: Any) -> str:
+    text = yaml.dump(
+        _escaped(value), Dumper=Dumper, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _escaped(value: Any) -> Any:
+    """`value` with a literal ${ protected from being resolved again."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda found: f"{found[1] * 2}\\${{", value)
+    if isinstance(value, (list, tuple)):
+        return [_escaped(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _escaped(item) for key, item in value.items()}
+    return value
 
 
 def config_hash(cfg: RunConfig) -> str:
-    """sha256 of the resolved configuration, hexadecimal; equal for equal configurations."""
+    """sha256 of the resolved configuration, hexadecimal; equal for equal configurations, in any process."""
     return hashlib.sha256(json.dumps(asdict(cfg), sort_keys=True).encode()).hexdigest()
+
+
+__all__ = [
+    "COMMAND_LINE", "LAUNCHER_ARGUMENTS", "Loaded", "as_dict", "config_hash", "drop_launcher_arguments", "load_run",
+    "to_yaml", "yaml_lines",
+]  # fmt: skip

@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+DEFAULT = "default"
+"""Origin of a setting that nobody set."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One reason why a run cannot start.
 
-    key: dotted setting ("" if the problem is not one setting's). value: as given. why: completes the sentence
-    "<key> = <value> ...". fix: what to do.
+    key: dotted setting, "" if the problem is not one setting's. value: as given. why: completes the sentence
+    "<key> = <value> ..."; without a key it is the whole sentence. fix: what to do. origin: "file.yaml:12" or
+    "command line"; None where the loader's record of origins knows it.
     """
 
     key: str
     value: object
     why: str
     fix: str
+    origin: str | None = None
 
 
-def format_problems(problems: Iterable[Problem], origins: dict[str, str]) -> str:
-    """All problems, each with where its setting came from, the reason and a fix."""
-    found = list(problems)
+def format_problems(problems: Iterable[Problem], origins: Mapping[str, str]) -> str:
+    """All problems, each with where its setting came from, the reason and a fix; the count comes first."""
+    found = list(dict.fromkeys(_blocks(problems, origins)))
     count = f"{len(found)} problem{'s' if len(found) != 1 else ''} in this run's configuration"
-    blocks = []
-    for problem in found:
+    return "\n\n".join([count, *found])
+
+
+def _blocks(problems: Iterable[Problem], origins: Mapping[str, str]) -> Iterable[str]:
+    """One block of text per problem."""
+    for problem in problems:
         if problem.key:
-            where = origins.get(problem.key, "default")
-            head = f"  {problem.key} = {_shown(problem.value)}    [{where}]\n      {problem.why}"
+            origin = problem.origin or origins.get(problem.key, DEFAULT)
+            head = f"  {problem.key} = {show(problem.value)}    [{origin}]\n      {problem.why}"
         else:
-            head = f"  {problem.why}"
-        blocks.append(f"{head}\n      fix: {problem.fix}")
-    return "\n\n".join([count, *blocks])
+            head = f"  {f'{problem.origin}: ' if problem.origin else ''}{problem.why}"
+        yield f"{head}\n      fix: {problem.fix}"
 
 
-def _shown(value: object) -> str:
-    return "null" if value is None else str(value)
+def show(value: object) -> str:
+    """A value as one would write it in YAML, cut to a readable length."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(show(item) for item in value)}]"
+    text = " ".join(str(value).split())
+    return text if len(text) <= 120 else f"{text[:117]}..."

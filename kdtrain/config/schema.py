@@ -18,7 +18,7 @@ class RunSection:
     """Identity and life of a run."""
 
     name: str = "???"
-    """Names the run folder <output_dir>/<name> and the wandb run."""
+    """Names the run folder `<output_dir>/<name>` and the wandb run."""
     output_dir: str = "runs"
     """Folder that holds run folders."""
     seed: int = 1
@@ -136,7 +136,8 @@ class ZeroSection:
     stage: Literal[0, 1, 2, 3] = 1
     """0: nothing is partitioned over dp; 1: optimizer states; 2: and gradients; 3: and weights."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Expert: further keys of DeepSpeed's zero_optimization section; keys that kdtrain owns are refused."""
+    """Expert: further keys of DeepSpeed's zero_optimization section, e.g. {reduce_bucket_size: 2e8}; only keys
+    that trade memory for speed are accepted."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -191,7 +192,7 @@ class CheckpointSection:
     keep_last: int = 2
     """How many of the newest checkpoints stay."""
     export: bool = True
-    """Write the finished student as a Hugging Face folder <run>/export."""
+    """Write the finished student as a Hugging Face folder `<run>/export`."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Iterator
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from kdtrain.config.deepspeed_config import OWNED_ZERO_KEYS
+from kdtrain.config.deepspeed_config import EXTRA_ZERO_KEYS, OWNED_ZERO_KEYS
+from kdtrain.config.keys import suggestion_among
 from kdtrain.config.load import Loaded
+from kdtrain.config.paths import missing_paths
 from kdtrain.config.problems import Problem, format_problems
-from kdtrain.config.schema import RunConfig
+from kdtrain.config.schema import DistillObjective, RunConfig, ScheduleSection
 from kdtrain.errors import ConfigError
 
 MIN_SLAB_BYTES = 1 << 20
+MAX_NAME_LENGTH = 128
+NAME_LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
+DIVERGENCE_SETTINGS = {
+    "teacher_share": ("jsd",),
+    "skew": ("skew_kl", "skew_reverse_kl"),
+    "ab_alpha": ("alpha_beta",),
+    "ab_beta": ("alpha_beta",),
+}
+"""Field of objective.distill -> the divergences that read it."""
 
 
 def check(loaded: Loaded, *, world_size: int) -> None:
-    """Raise one ConfigError with everything that is wrong; return if nothing is."""
+    """Raise one ConfigError with everything that is wrong, paths included; return if nothing is."""
     cfg = loaded.config
     found = [*problems(cfg, world_size=world_size), *missing_paths(cfg)]
     if found:
@@ -28,51 +36,87 @@ def check(loaded: Loaded, *, world_size: int) -> None:
 
 
 def problems(cfg: RunConfig, *, world_size: int) -> Iterator[Problem]:
-    """Problems that need nothing but the values. World size: ranks that will run."""
+    """Problems that need nothing but the values. world_size: ranks that will run, all of them the student's."""
+    yield from _texts(cfg, "")
     yield from _run(cfg)
     yield from _models(cfg)
     yield from _data(cfg)
     yield from _layout(cfg, world_size)
+    yield from _zero(cfg)
     yield from _objective(cfg)
+    if cfg.objective.name == "distill":
+        yield from _distill(cfg.objective.distill)
     yield from _optimizer(cfg)
     yield from _schedule(cfg)
     yield from _cadence(cfg)
 
 
+def _texts(section: Any, prefix: str) -> Iterator[Problem]:
+    """Texts that can be no name and no path, wherever they stand."""
+    for field in fields(section):
+        key, value = f"{prefix}{field.name}", getattr(section, field.name)
+        if is_dataclass(value):
+            yield from _texts(value, f"{key}.")
+            continue
+        for text in value if isinstance(value, list) else [value]:
+            if text == "":
+                yield Problem(key, "''", "is empty", "give it a value, or remove the key")
+            elif isinstance(text, str) and not text.isprintable():
+                yield Problem(key, repr(text), "holds a control character", "remove it")
+
+
 def _run(cfg: RunConfig) -> Iterator[Problem]:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", cfg.run.name):
-        yield Problem("run.name", cfg.run.name, "cannot name a folder", "use letters, digits, '.', '_' and '-'")
-    if cfg.run.seed < 0:
-        yield Problem("run.seed", cfg.run.seed, "is negative", "use 0 or more")
-    if cfg.run.time_limit_s is not None and cfg.run.time_limit_s <= 0:
-        yield Problem("run.time_limit_s", cfg.run.time_limit_s, "is not positive", "give seconds, or null for no limit")
+    run = cfg.run
+    if run.name and (run.name[0] in "._-" or not NAME_LETTERS.issuperset(run.name) or len(run.name) > MAX_NAME_LENGTH):
+        yield Problem(
+            "run.name", run.name, "cannot name a folder and a wandb run",
+            f"use at most {MAX_NAME_LENGTH} letters, digits, '.', '_' and '-', a letter or digit first",
+        )  # fmt: skip
+    if run.seed < 0:
+        yield Problem("run.seed", run.seed, "is negative", "use 0 or more")
+    if run.time_limit_s is not None and not 0 < run.time_limit_s < math.inf:
+        yield Problem("run.time_limit_s", run.time_limit_s, "is not a positive number", "seconds, or null for no limit")
 
 
 def _models(cfg: RunConfig) -> Iterator[Problem]:
-    if (cfg.student.weights is None) == (cfg.student.architecture is None):
+    weights, architecture = cfg.student.weights, cfg.student.architecture
+    if weights is None and architecture is None:
         yield Problem(
-            "student.architecture", cfg.student.architecture,
-            f"and student.weights = {cfg.student.weights or 'null'}: exactly one of them must be set",
-            "architecture for a student from scratch, weights to start from a pretrained one",
+            "student.architecture", None, "and student.weights is null too: there is no student",
+            "name an architecture to start from scratch, or a Hugging Face folder as student.weights",
+        )  # fmt: skip
+    if weights is not None and architecture is not None:
+        yield Problem(
+            "student.architecture", architecture, f"would be ignored: student.weights = {weights}",
+            "set one of the two to null: architecture is for a student from scratch",
         )  # fmt: skip
     if cfg.objective.name == "distill" and cfg.teacher.weights is None:
         yield Problem(
             "teacher.weights", None, "but objective.name = distill needs a teacher",
             "name a Hugging Face model folder, or set objective.name=pretrain",
         )  # fmt: skip
+    has_teacher = cfg.teacher.weights is not None
+    for role, model in (("student", cfg.student), *((("teacher", cfg.teacher),) if has_teacher else ())):
+        if model.attention.startswith("flash") and model.dtype == "float32":
+            yield Problem(
+                f"{role}.attention", model.attention, f"cannot work on {role}.dtype = float32",
+                f"set {role}.dtype=bfloat16, or {role}.attention=auto",
+            )  # fmt: skip
 
 
 def _data(cfg: RunConfig) -> Iterator[Problem]:
     d = cfg.data
     if not d.train:
-        yield Problem("data.train", d.train, "names no token store", "make one with launch/prepare_corpus.py")
-    if d.train_weights is not None and (
-        len(d.train_weights) != len(d.train) or any(not w > 0 or math.isinf(w) for w in d.train_weights)
-    ):
+        yield Problem("data.train", [], "names no token store", "make one with launch/prepare_corpus.py")
+    if d.train_weights is not None and len(d.train_weights) != len(d.train):
         yield Problem(
-            "data.train_weights", d.train_weights, f"does not give one positive weight for each of the {len(d.train)} "
-            "stores in data.train", "list as many weights as stores, or null",
+            "data.train_weights", d.train_weights, f"gives {len(d.train_weights)} weights for the {len(d.train)} "
+            "stores of data.train", "list as many weights as stores, or null: in proportion to their tokens",
         )  # fmt: skip
+    if d.train_weights is not None and not all(0 < weight < math.inf for weight in d.train_weights):
+        yield Problem(
+            "data.train_weights", d.train_weights, "are not all positive numbers", "leave a store out to not use it"
+        )
     for name, least in (("seq_len", 2), ("tokens_per_step", 1), ("sequences_per_micro_batch", 1), ("prefetch", 0)):
         value = getattr(d, name)
         if value < least:
@@ -80,45 +124,83 @@ def _data(cfg: RunConfig) -> Iterator[Problem]:
 
 
 def _layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
-    tp = cfg.parallel.tp
-    if tp < 1 or world_size % tp:
+    tp, d = cfg.parallel.tp, cfg.data
+    if tp < 1:
+        yield Problem("parallel.tp", tp, "is smaller than 1", "1 means that each rank holds the whole student")
+        return
+    if world_size % tp:
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
         yield Problem(
             "parallel.tp", tp, f"does not divide the number of ranks ({world_size})",
-            f"use one of {divisors}, or start a multiple of {max(tp, 1)} ranks (deepspeed --num_accelerators N)",
+            f"use one of {divisors}, or start a multiple of {tp} ranks (deepspeed --num_accelerators {tp})",
         )  # fmt: skip
         return
-    d, dp = cfg.data, world_size // tp
+    dp = world_size // tp
     unit = d.seq_len * d.sequences_per_micro_batch * dp
-    if unit > 0 and d.tokens_per_step > 0 and d.tokens_per_step % unit:
-        nearest = max(1, round(d.tokens_per_step / unit)) * unit
+    if min(d.seq_len, d.sequences_per_micro_batch, d.tokens_per_step) >= 1 and d.tokens_per_step % unit:
+        below = d.tokens_per_step // unit * unit
+        near = f"{below} or {below + unit}" if below else f"{unit}"
         yield Problem(
             "data.tokens_per_step", d.tokens_per_step, f"is not a multiple of {unit} = seq_len {d.seq_len} x "
-            f"sequences_per_micro_batch {d.sequences_per_micro_batch} x dp {dp}", f"the nearest is {nearest}",
+            f"sequences_per_micro_batch {d.sequences_per_micro_batch} x dp {dp}",
+            f"use {near}, or another data.sequences_per_micro_batch",
         )  # fmt: skip
-    if cfg.zero.stage == 0 and cfg.student.dtype == "bfloat16":
+
+
+def _zero(cfg: RunConfig) -> Iterator[Problem]:
+    zero = cfg.zero
+    if zero.stage == 0 and cfg.student.dtype == "bfloat16":
         yield Problem(
-            "zero.stage", 0, "with student.dtype = bfloat16 keeps no float32 master weights that a checkpoint could hold",
-            "use zero.stage=1, which costs no more, or student.dtype=float32",
+            "zero.stage", 0, "with student.dtype = bfloat16 would keep no float32 master weights",
+            "use zero.stage=1, which costs no more memory, or student.dtype=float32",
         )  # fmt: skip
-    owned = sorted(set(cfg.zero.extra) & set(OWNED_ZERO_KEYS))
-    if owned:
-        yield Problem("zero.extra", cfg.zero.extra, f"sets {', '.join(owned)}, which kdtrain decides", "remove them")
+    for name, value in zero.extra.items():
+        key = f"zero.extra.{name}"
+        if name in OWNED_ZERO_KEYS:
+            yield Problem(key, value, f"is not yours to set: {OWNED_ZERO_KEYS[name]}", "remove it")
+        elif name not in EXTRA_ZERO_KEYS:
+            meant = suggestion_among(name, EXTRA_ZERO_KEYS)
+            fix = f"did you mean {meant}?" if meant else f"known: {', '.join(EXTRA_ZERO_KEYS)}"
+            yield Problem(key, value, "is no key of DeepSpeed's zero_optimization that may be set", fix)
+        elif EXTRA_ZERO_KEYS[name] == "switch" and not isinstance(value, bool):
+            yield Problem(key, value, "is neither true nor false", "write true or false")
+        elif EXTRA_ZERO_KEYS[name] == "count" and not _is_count(value):
+            yield Problem(key, value, "is not a whole number of elements", "write e.g. 500_000_000 or 5e8")
+
+
+def _is_count(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return value >= 0 and math.isfinite(value) and value == int(value)
 
 
 def _objective(cfg: RunConfig) -> Iterator[Problem]:
     for section in fields(cfg.objective):
         chosen = getattr(cfg.objective, section.name)
-        if section.name in ("name", cfg.objective.name) or chosen == type(chosen)():
+        if section.name in ("name", cfg.objective.name):
             continue
-        yield Problem(
-            f"objective.{section.name}", "(changed)", f"would be ignored: objective.name = {cfg.objective.name}",
-            f"remove the section, or set objective.name={section.name}",
-        )  # fmt: skip
-    d = cfg.objective.distill
-    if cfg.objective.name != "distill":
-        return
+        for field, value in _changed(chosen, type(chosen)()):
+            yield Problem(
+                f"objective.{section.name}.{field}", value, f"would be ignored: objective.name = {cfg.objective.name}",
+                f"remove it, or set objective.name={section.name}",
+            )  # fmt: skip
+
+
+def _changed(section: Any, defaults: Any) -> Iterator[tuple[str, Any]]:
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if value != getattr(defaults, field.name):
+            yield field.name, value
+
+
+def _distill(d: DistillObjective) -> Iterator[Problem]:
     key = "objective.distill."
+    for name, value in _changed(d, DistillObjective()):
+        if d.divergence not in DIVERGENCE_SETTINGS.get(name, (d.divergence,)):
+            yield Problem(
+                key + name, value, f"would be ignored: {key}divergence = {d.divergence}",
+                f"remove it, or use the divergence {' or '.join(DIVERGENCE_SETTINGS[name])}",
+            )  # fmt: skip
     if not 0 <= d.kd_weight <= 1:
         yield Problem(key + "kd_weight", d.kd_weight, "is not in [0, 1]", "it is a mixing weight, 0.5 mixes evenly")
     if not 0 < d.temperature < math.inf:
@@ -126,12 +208,19 @@ def _objective(cfg: RunConfig) -> Iterator[Problem]:
     if d.divergence == "jsd" and not 0 < d.teacher_share < 1:
         yield Problem(key + "teacher_share", d.teacher_share, "is not in (0, 1)", "its ends are forward_kl, reverse_kl")
     if d.divergence in ("skew_kl", "skew_reverse_kl") and not 0 < d.skew < 1:
-        yield Problem(key + "skew", d.skew, "is not in (0, 1)", "0.1 is usual; 0 is forward_kl or reverse_kl")
-    if d.divergence == "alpha_beta" and (d.ab_alpha == 0 or d.ab_beta == 0 or d.ab_alpha + d.ab_beta == 0):
+        yield Problem(key + "skew", d.skew, "is not in (0, 1)", "0.1 is usual; at 0 it is forward_kl or reverse_kl")
+    if d.divergence != "alpha_beta":
+        return
+    exponents = (("ab_alpha", d.ab_alpha), ("ab_beta", d.ab_beta))
+    for name, value in exponents:
+        if value == 0 or not math.isfinite(value):
+            yield Problem(
+                key + name, value, "is 0 or not a finite number", "the limits (1, 0) and (0, 1) are the two KLs"
+            )
+    if all(value != 0 for _, value in exponents) and d.ab_alpha + d.ab_beta == 0:
         yield Problem(
-            key + "ab_alpha", d.ab_alpha, f"and ab_beta = {d.ab_beta}: neither they nor their sum may be 0",
-            "the limits (1, 0) and (0, 1) are forward_kl and reverse_kl",
-        )  # fmt: skip
+            key + "ab_beta", d.ab_beta, f"and ab_alpha = {d.ab_alpha} add up to 0", "change one of them: 0.5, 0.5 works"
+        )
 
 
 def _optimizer(cfg: RunConfig) -> Iterator[Problem]:
@@ -140,39 +229,59 @@ def _optimizer(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem("optim.lr", o.lr, "is not a positive number", "3e-4 is usual")
     if not all(0 <= beta < 1 for beta in o.betas):
         yield Problem("optim.betas", list(o.betas), "are not both in [0, 1)", "[0.9, 0.95] is usual")
-    if not o.eps > 0:
-        yield Problem("optim.eps", o.eps, "is not positive", "1e-8 is usual")
-    if not o.weight_decay >= 0:
-        yield Problem("optim.weight_decay", o.weight_decay, "is negative", "0.1 is usual, 0 switches it off")
-    if o.grad_clip is not None and not o.grad_clip > 0:
-        yield Problem("optim.grad_clip", o.grad_clip, "is not positive", "1.0 is usual; null switches clipping off")
+    if not 0 < o.eps < math.inf:
+        yield Problem("optim.eps", o.eps, "is not a positive number", "1e-8 is usual")
+    if not 0 <= o.weight_decay < math.inf:
+        yield Problem("optim.weight_decay", o.weight_decay, "is not 0 or more", "0.1 is usual, 0 switches it off")
+    if o.grad_clip is not None and not 0 < o.grad_clip < math.inf:
+        yield Problem("optim.grad_clip", o.grad_clip, "is not a positive number", "1.0 is usual, null: no clipping")
 
 
 def _schedule(cfg: RunConfig) -> Iterator[Problem]:
     s, total = cfg.schedule, cfg.train.total_tokens
-    if total < cfg.data.tokens_per_step:
+    if total < max(1, cfg.data.tokens_per_step):
         yield Problem(
             "train.total_tokens", total, f"is less than one step (data.tokens_per_step = {cfg.data.tokens_per_step})",
             "train for at least one step",
         )  # fmt: skip
+        return
     if not 0 <= s.warmup_tokens <= total:
-        yield Problem("schedule.warmup_tokens", s.warmup_tokens, f"is not in [0, {total}]", "1 % of the run is usual")
-    if s.decay_tokens is not None and not 0 < s.decay_tokens <= total - s.warmup_tokens:
         yield Problem(
-            "schedule.decay_tokens", s.decay_tokens, f"is not in (0, {total - s.warmup_tokens}], what the warm-up leaves",
-            "a tenth of train.total_tokens is usual",
+            "schedule.warmup_tokens", s.warmup_tokens, f"is not in [0, {total}] (train.total_tokens)",
+            "a hundredth of the run is usual",
         )  # fmt: skip
+    elif s.shape == "wsd":
+        yield from _decay(s, total)
     if s.decay_tokens is not None and s.shape != "wsd":
         yield Problem(
             "schedule.decay_tokens", s.decay_tokens, f"would be ignored: schedule.shape = {s.shape}",
             "remove it, or set schedule.shape=wsd",
         )  # fmt: skip
+    if s.shape == "constant" and s.min_lr_ratio != ScheduleSection().min_lr_ratio:
+        yield Problem(
+            "schedule.min_lr_ratio", s.min_lr_ratio, "would be ignored: schedule.shape = constant",
+            "remove it, or choose a shape that decays",
+        )  # fmt: skip
     if not 0 <= s.min_lr_ratio <= 1:
         yield Problem("schedule.min_lr_ratio", s.min_lr_ratio, "is not in [0, 1]", "0.1 is usual")
 
 
+def _decay(s: ScheduleSection, total: int) -> Iterator[Problem]:
+    left = total - s.warmup_tokens
+    if s.decay_tokens is None and total // 10 > left:
+        yield Problem(
+            "schedule.decay_tokens", None, f"means {total // 10} tokens, but the warm-up leaves {left}",
+            "shorten schedule.warmup_tokens, or set schedule.decay_tokens",
+        )  # fmt: skip
+    if s.decay_tokens is not None and not 0 < s.decay_tokens <= left:
+        yield Problem(
+            "schedule.decay_tokens", s.decay_tokens, f"is not in (0, {left}], what the warm-up leaves",
+            "a tenth of train.total_tokens is usual",
+        )  # fmt: skip
+
+
 def _cadence(cfg: RunConfig) -> Iterator[Problem]:
-    positive: tuple[tuple[str, Any], ...] = (
+    positive: tuple[tuple[str, int | None], ...] = (
         ("log.every_steps", cfg.log.every_steps),
         ("eval.every_steps", cfg.eval.every_steps),
         ("eval.max_tokens", cfg.eval.max_tokens),
@@ -181,42 +290,20 @@ def _cadence(cfg: RunConfig) -> Iterator[Problem]:
     )
     for key, value in positive:
         if value is not None and value < 1:
-            yield Problem(key, value, "is not positive", "use 1 or more")
+            yield Problem(key, value, "is smaller than 1", "use 1 or more")
     if cfg.data.validation is None and (cfg.eval.every_steps is not None or cfg.eval.max_tokens is not None):
-        yield Problem("data.validation", None, "but eval is configured", "name a token store, or remove the section eval")
-    if cfg.train.slab_bytes < MIN_SLAB_BYTES:
-        yield Problem("train.slab_bytes", cfg.train.slab_bytes, f"is less than {MIN_SLAB_BYTES} bytes", "2**30 is usual")
-
-
-def missing_paths(cfg: RunConfig) -> Iterator[Problem]:
-    """Paths that are not what they should be. Looks at the file system, writes nothing."""
-    stores = [("data.train", path) for path in cfg.data.train]
-    stores += [("data.validation", cfg.data.validation)] if cfg.data.validation is not None else []
-    for key, path in stores:
-        yield from _needs(key, path, "manifest.json", "a token store", "make one with launch/prepare_corpus.py")
-    for key, path in (("student.weights", cfg.student.weights), ("teacher.weights", cfg.teacher.weights)):
-        if path is not None:
-            yield from _needs(key, path, "config.json", "a Hugging Face model folder", "download or import the model first")
-    if cfg.run.resume not in ("auto", "never") and not Path(cfg.run.resume).exists():
-        yield Problem("run.resume", cfg.run.resume, "does not exist", "use auto, never, or the path of a checkpoint")
-    folder = _nearest_existing(Path(cfg.run.output_dir).absolute())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         yield Problem(
-            "run.output_dir", cfg.run.output_dir, f"cannot be written: {folder} is "
-            f"{'not writable for you' if folder.is_dir() else 'not a folder'}", "choose another folder or its permissions",
+            "data.validation", None, "but the section eval is set", "name a token store, or remove the section eval"
+        )
+    if cfg.train.slab_bytes < MIN_SLAB_BYTES:
+        yield Problem(
+            "train.slab_bytes", cfg.train.slab_bytes, f"is less than {MIN_SLAB_BYTES} bytes", "1073741824 is usual"
+        )
+    wandb = cfg.log.wandb
+    if set(wandb.project) & set("/\\#?%:") or len(wandb.project) > MAX_NAME_LENGTH:
+        yield Problem(
+            "log.wandb.project", wandb.project, "is no name that wandb accepts",
+            f"at most {MAX_NAME_LENGTH} characters, none of / \\ # ? % :",
         )  # fmt: skip
-
-
-def _needs(key: str, path: str, file: str, what: str, fix: str) -> Iterator[Problem]:
-    if not Path(path).is_dir():
-        yield Problem(key, path, "does not exist" if not Path(path).exists() else "is not a folder", fix)
-    elif not (Path(path) / file).is_file():
-        yield Problem(key, path, f"is not {what}: it has no {file}", fix)
-
-
-def _nearest_existing(path: Path) -> Path:
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
+    if wandb.entity is not None and "/" in wandb.entity:
+        yield Problem("log.wandb.entity", wandb.entity, "is not one name", "entity and project are two settings")
