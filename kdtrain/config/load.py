@@ -107,8 +107,6 @@ def _exact(value: Any, hint: Any) -> Any:
     """`value`, with 2e9 made an integer where one is wanted. Raises _WrongType where 0 or 1 stand for false or true."""
     members = get_args(hint) or (hint,)
     choices = members if get_origin(hint) is Literal else ()
-    if isinstance(value, bool) and bool not in members:
-        raise _WrongType
     if isinstance(value, int) and not isinstance(value, bool) and bool in members:
         raise _WrongType
     integral = int in members or any(isinstance(choice, int) for choice in choices)

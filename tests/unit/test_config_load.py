@@ -306,6 +306,9 @@ def test_the_hash_tells_configurations_apart_and_is_the_same_in_every_process(wr
     other = replace(cfg, run=replace(cfg.run, seed=2))
     assert config_hash(cfg) != config_hash(other)
     assert config_hash(replace(other, run=replace(other.run, seed=1))) == config_hash(cfg)
+    one, two = (replace(cfg, zero=ZeroSection(extra=extra)) for extra in ({"a": 1, "b": 2}, {"b": 2, "a": 1}))
+    assert one == two
+    assert config_hash(one) == config_hash(two) != config_hash(cfg)
     code = "import sys; from kdtrain.config.load import *; print(config_hash(load_run(sys.argv[1:]).config))"
     env = os.environ | {"PYTHONHASHSEED": "5", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code, "one.yaml"], env=env, capture_output=True, text=True, check=True)
