@@ -12,4 +12,9 @@ def main(request: Request) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(lambda argv: main(parse(argv, __doc__)), sys.argv[1:]))
+    code = run_script(lambda argv: main(parse(argv, __doc__)), sys.argv[1:])
+    if "torch" in sys.modules:  # this process has been a rank
+        from kdtrain.engine.bootstrap import leave
+
+        leave(code)
+    sys.exit(code)

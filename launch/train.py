@@ -2,7 +2,11 @@
 
 import sys
 
-from kdtrain.config.cli import Request, parse, run_script  # no torch yet: mistakes are reported in a fraction of a second
+from kdtrain.config.cli import (
+    Request,
+    parse,
+    run_script,
+)  # no torch yet: mistakes are reported in a fraction of a second
 
 
 def main(request: Request) -> int:
@@ -12,4 +16,9 @@ def main(request: Request) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(lambda argv: main(parse(argv, __doc__)), sys.argv[1:]))
+    code = run_script(lambda argv: main(parse(argv, __doc__)), sys.argv[1:])
+    if "torch" in sys.modules:  # this process has been a rank
+        from kdtrain.engine.bootstrap import leave
+
+        leave(code)
+    sys.exit(code)

@@ -1,25 +1,28 @@
 """Start and end a rank: process group, device, and DeepSpeed's habits.
 
-Works under the `deepspeed` launcher, torchrun, SLURM (`kdtrain.config.cli` fills in the variables) and with no launcher
-at all, as a world of one.
+Works under the `deepspeed` launcher, torchrun, SLURM (`kdtrain.config.launcher` fills in the variables) and with no
+launcher at all, as a world of one.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
-import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-DEFAULT_TIMEOUT_MIN = 60
+from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RunStopped
+
+DEFAULT_TIMEOUT_MIN = 60.0
 """Minutes a collective may wait. DeepSpeed's 10 are too few while one rank still reads a large teacher."""
 
 
@@ -36,34 +39,71 @@ def start() -> Runtime:
     """Join the process group and pick the device. Every rank must call it, once, before any engine is built.
 
     NCCL on CUDA, gloo on the CPU, where DeepSpeed's shared-memory operator is switched off: it would be compiled at
-    run time. Communicates: rendezvous of all ranks.
+    run time. Communicates: rendezvous of all ranks. Raises ConfigError when the environment cannot work.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if not use_cuda:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
+        index = device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
+        os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed sets the device from it, engine by engine
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        device = torch.device("cpu")
     _start_process_group("nccl" if use_cuda else "gloo")
     _start_deepspeed(use_cuda)
     return Runtime(dist.get_rank(), dist.get_world_size(), device)
 
 
+def device_index(local_rank: int, visible: int) -> int:
+    """Which of the `visible` CUDA devices is this process's.
+
+    A scheduler may show each process its own device only, as number 0. Raises ConfigError when there are too few.
+    """
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise ConfigError(
+            f"local rank {local_rank} finds {visible} CUDA devices on {os.uname().nodename}\n"
+            "  why: every rank needs a device of its own\n"
+            f"  fix: start {visible} ranks on this node, or show it more devices (CUDA_VISIBLE_DEVICES)"
+        )
+    return local_rank
+
+
+def collective_timeout() -> timedelta:
+    """DEEPSPEED_TIMEOUT in minutes, else DEFAULT_TIMEOUT_MIN. Raises ConfigError unless it is a positive number."""
+    text = os.environ.get("DEEPSPEED_TIMEOUT", str(DEFAULT_TIMEOUT_MIN))
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise ConfigError(
+            f"DEEPSPEED_TIMEOUT = {text!r} in the environment is not a number of minutes\n"
+            "  why: it limits how long a collective waits for the slowest rank\n"
+            f"  fix: unset it ({DEFAULT_TIMEOUT_MIN:.0f} minutes then), or give a positive number"
+        )
+    return timedelta(minutes=minutes)
+
+
 def _start_process_group(backend: str) -> None:
     if dist.is_initialized():
         return
-    timeout = timedelta(minutes=float(os.environ.get("DEEPSPEED_TIMEOUT", DEFAULT_TIMEOUT_MIN)))
+    timeout = collective_timeout()
     if "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
         return
-    # No launcher: a world of one meets itself in a file and needs no free port.
-    folder = tempfile.mkdtemp(prefix="kdtrain_")
-    store = Path(folder) / "rendezvous"
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1, timeout=timeout)
+    if (announced := int(os.environ.get("WORLD_SIZE", "1"))) != 1:
+        raise ConfigError(
+            f"WORLD_SIZE = {announced} in the environment, but MASTER_ADDR is not set\n"
+            "  why: the ranks cannot find each other; training alone would be another run\n"
+            "  fix: start it with a launcher, set MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE"
+        )
+    # No launcher: a world of one meets itself in memory and needs no free port.
+    store = dist.HashStore()  # type: ignore[attr-defined]  # public, but its stub forgets it
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-    store.unlink(missing_ok=True)
-    Path(folder).rmdir()
 
 
 def _start_deepspeed(use_cuda: bool) -> None:
@@ -71,7 +111,9 @@ def _start_deepspeed(use_cuda: bool) -> None:
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # importing it set the level back
+    # DeepSpeed 0.19 still calls the old names; nobody who reads a run's output can change that.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if not use_cuda:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False)
@@ -79,20 +121,26 @@ def _start_deepspeed(use_cuda: bool) -> None:
 
 @contextmanager
 def runtime() -> Iterator[Runtime]:
-    """`start` on entry; on a clean exit a barrier, so that no rank leaves while another still needs it."""
+    """`start` on entry. Ranks that end well, or stop after saving, leave together: no launcher kills a slower one.
+
+    Communicates: `start`'s rendezvous and, unless another exception passes, a barrier at the end.
+    """
     running = start()
-    yield running
-    if dist.is_initialized():
+    try:
+        yield running
+    except RunStopped:
         dist.barrier()
+        raise
+    dist.barrier()
 
 
-def leave(exit_code: int) -> None:
+def leave(exit_code: int) -> NoReturn:
     """End this process now: flush, and skip interpreter tear-down, where gloo's threads abort now and then.
 
-    Does not return. Call it last, and only in a process that is nothing but a rank.
+    Call it last, and only in a process that is nothing but a rank.
     """
-    if exit_code == 0 and dist.is_initialized():
-        dist.destroy_process_group()
+    if exit_code in (EXIT_DONE, EXIT_STOPPED) and dist.is_initialized():
+        dist.destroy_process_group()  # not after a failure: other ranks may be in a collective
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
