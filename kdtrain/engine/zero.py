@@ -20,6 +20,7 @@ from kdtrain.dist.collectives import reduce_sum_
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import HeadShard
 from kdtrain.engine.optim import build_adamw
+from kdtrain.errors import DataError, ParallelError
 from kdtrain.models.backbone import Backbone, call_with_head
 
 R = TypeVar("R")
@@ -65,8 +66,14 @@ class StudentEngine:
         """Accumulate the gradient of loss_sum / num_valid_tokens summed over all data ranks.
 
         loss_sum: this rank's sum over tokens. num_valid_tokens: of the whole step, over all ranks. May be called any
-        number of times before `step`.
+        number of times before `step`, equally often on all data ranks. Raises DataError when num_valid_tokens is 0.
         """
+        if not num_valid_tokens > 0:
+            raise DataError(
+                f"this step has {num_valid_tokens:g} valid tokens\n"
+                "  why: the loss is a mean over valid tokens, and every position of the step is masked\n"
+                "  fix: look at the documents of data.train; one-token documents have nothing to predict"
+            )
         # DeepSpeed averages gradients over dp; multiplying by dp turns its average into the sum that we mean.
         scale = self.mesh.dp_size / num_valid_tokens
         self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
@@ -108,9 +115,19 @@ class StudentEngine:
 
 
 def _check_marks(backbone: Backbone) -> None:
-    """A cut parameter without its mark would be counted once too rarely in the norm, silently. AssertionError."""
+    """ParallelError unless exactly the parameters that are cut over several ranks are marked as such.
+
+    DeepSpeed sums the squares of marked gradients over tp and counts unmarked ones once: with a mark forgotten, norm
+    and clipping would be wrong without a sign.
+    """
     for name, param in backbone.hf_parameters():
-        cut, marked = name in backbone.cuts, bool(getattr(param, "tensor_model_parallel", False))
-        if backbone.cuts.get(name) is not None and backbone.cuts[name].tp_size == 1:
-            continue
-        assert cut == marked, f"{name}: {'cut' if cut else 'replicated'}, but tensor_model_parallel is {marked}"
+        cut = backbone.cuts.get(name)
+        if cut is not None and cut.tp_size == 1:
+            continue  # alone on its tp axis: both ways of counting agree
+        marked = bool(getattr(param, "tensor_model_parallel", False))
+        if marked != (cut is not None):
+            raise ParallelError(
+                f"{name} is {'replicated' if cut is None else 'cut'} over tp, but tensor_model_parallel is {marked}\n"
+                "  why: the gradient norm, and with it clipping, would silently be wrong\n"
+                "  fix: cut models with kdtrain.parallel.shard_model and Backbone.cuts, which set the mark"
+            )

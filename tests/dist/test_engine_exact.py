@@ -1,0 +1,201 @@
+"""What must hold to the last bit or stop a run: float32 sums under bfloat16, non-finite steps, forgotten marks."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdtrain.errors import EXIT_DATA, DataError, ParallelError
+from kdtrain.testing.ranks import RankPool
+
+pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
+
+LAYOUTS = str(Path(__file__).with_name("test_engine_layouts.py"))
+REPEATS = 64  # a power of two, and sums of up to 64 equal bfloat16 numbers are exact in float32, not in bfloat16
+
+
+def load_helpers():
+    spec = importlib.util.spec_from_file_location("engine_layouts", LAYOUTS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def fresh_pool():
+    pools = []
+
+    def start(world_size):
+        pools.append(RankPool(world_size, preload=("torch", "deepspeed")))
+        return pools[-1]
+
+    yield start
+    for pool in pools:
+        pool.close()
+
+
+def fragments(engine):
+    """This rank's part of master weights and moments, and AdamW's step counts."""
+    from kdtrain.engine import zero_state
+
+    found = {fragment.describe().key: fragment.tensor.clone() for fragment in zero_state.local_fragments(engine)}
+    return found, zero_state.local_adam_steps(engine)
+
+
+def differences(one, other):
+    assert one[0].keys() == other[0].keys()
+    found = [key for key, value in one[0].items() if not torch.equal(value, other[0][key])]
+    return found + [name for name, step in one[1].items() if other[1][name] != step]
+
+
+def moments(engine):
+    return {key: value for key, value in fragments(engine)[0].items() if "|exp_avg|" in key}
+
+
+def gradients_of_step(engine, parts, total):
+    """exp_avg after one step of these micro-batches, and the norm that the engine reported."""
+    test = load_helpers()
+    for part in parts:
+        engine.backward(test.forward(engine, part).loss, total)
+    result = engine.step(1e-3)
+    assert result.applied
+    return moments(engine), result.grad_norm
+
+
+def repeated_micro_batches(rank, world_size, folder):
+    """Per ZeRO stage under bfloat16: a batch once, and the same batch 64 times with 64 times the token count."""
+    test = load_helpers()
+    mesh = test.join(world_size)[2]
+    part = test.step_batch(1).rows(0, 2)
+    found = {}
+    for stage in (1, 2, 3):
+        answers = []
+        for repeats in (1, REPEATS):
+            case = test.Case("qwen3", 2, stage, (0, 0, 0), dtype="bfloat16")
+            engine = test.start_engine(folder, mesh, case, clip=None)
+            answers.append(gradients_of_step(engine, [part] * repeats, 18.0 * repeats))
+            engine.close()
+        (once, norm), (often, same_norm) = answers
+        assert norm == same_norm
+        found[stage] = [key for key in once if not torch.equal(once[key], often[key])]
+        assert any(value.any() for value in once.values())
+    return found
+
+
+def test_gradients_under_bfloat16_accumulate_in_float32(fresh_pool, tmp_path):
+    for found in fresh_pool(2).run(repeated_micro_batches, folder=tmp_path):
+        assert found == {1: [], 2: [], 3: []}
+
+
+def two_micro_batches(rank, world_size, folder, save_to):
+    """Two micro-batches of unequal token counts: one on each of two data ranks, or both on one rank."""
+    from kdtrain.engine import checkpoint
+
+    test = load_helpers()
+    mesh = test.join(world_size)[1]
+    batch = test.step_batch(1).rows(3, 5)  # 7 and 10 valid tokens
+    parts = [batch.rows(0, 1), batch.rows(1, 2)]
+    norms = []
+    for stage in (1, 2, 3):
+        case = test.Case("llama", 1, stage, (0, 0, 0), dtype="bfloat16")
+        engine = test.start_engine(folder, mesh, case, clip=None)
+        mine = parts if world_size == 1 else [parts[rank]]
+        norms.append(gradients_of_step(engine, mine, 16.0)[1])  # a power of two: dividing by it is exact
+        checkpoint.save(folder / f"{save_to}{stage}", engine, step=1, state={})
+        engine.close()
+    return norms
+
+
+def test_gradients_under_bfloat16_are_reduced_over_data_ranks_in_float32(fresh_pool, tmp_path):
+    from kdtrain.engine.slices import CheckpointReader
+
+    alone = fresh_pool(1).run(two_micro_batches, folder=tmp_path, save_to="alone")[0]
+    shared = fresh_pool(2).run(two_micro_batches, folder=tmp_path, save_to="shared")[0]
+    assert shared == pytest.approx(alone, rel=1e-6)
+    for stage in (1, 2, 3):
+        with (
+            CheckpointReader(tmp_path / f"alone{stage}" / "step_000001") as want,
+            CheckpointReader(tmp_path / f"shared{stage}" / "step_000001") as got,
+        ):
+            for name in want.names():
+                right = want.read_full(name, "exp_avg")
+                assert right.any()
+                assert torch.equal(got.read_full(name, "exp_avg"), right), f"ZeRO {stage}: {name}"
+
+
+def poisoned_steps(rank, world_size, folder, tp, stages):
+    """A step that is non-finite on rank 0 alone changes nothing anywhere, and the next one is as if it never was."""
+    test = load_helpers()
+    mesh = test.join(world_size)[tp]
+    for stage, dtype in stages:
+        case = test.Case("llama_untied", tp, stage, (0, 0, 0), dtype=dtype)
+        engine = test.start_engine(folder, mesh, case)
+        for number, poison in enumerate((float("nan"), float("inf"), None)):
+            before = fragments(engine)
+            for part in test.micro_batches(test.step_batch(1), mesh, 4):
+                loss = test.forward(engine, part).loss
+                engine.backward(loss * poison if rank == 0 and poison is not None else loss, 39.0)
+            result = engine.step(1e-3)
+            if poison is not None:
+                assert not result.applied, (case.name, number)
+                assert not result.grad_norm < float("inf"), (case.name, number)
+                assert differences(before, fragments(engine)) == [], (case.name, number)
+        assert result.applied
+        twin = test.start_engine(folder, mesh, case)
+        for part in test.micro_batches(test.step_batch(1), mesh, 4):
+            twin.backward(test.forward(twin, part).loss, 39.0)
+        assert twin.step(1e-3) == result
+        assert differences(fragments(twin), fragments(engine)) == [], case.name
+        engine.close()
+        twin.close()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(tp, fresh_pool, tmp_path):
+    cases = [*((stage, "float32") for stage in (0, 1, 2, 3)), *((stage, "bfloat16") for stage in (1, 2, 3))]
+    fresh_pool(2).run(poisoned_steps, folder=tmp_path, tp=tp, stages=cases)
+
+
+def refused_engines(rank, world_size, folder):
+    """Forgotten and superfluous marks, a step without valid tokens, and a run without clipping."""
+    from kdtrain.engine.zero import StudentEngine
+
+    test = load_helpers()
+    mesh = test.join(world_size)[2]
+    messages = []
+    for name, mark in (("model.layers.1.mlp.up_proj.weight", False), ("model.norm.weight", True)):
+        backbone = test.build_backbone(folder, "llama", mesh)
+        dict(backbone.hf_parameters())[name].tensor_model_parallel = mark
+        with pytest.raises(ParallelError) as refused:
+            StudentEngine(backbone, mesh, test.configuration(1), device=torch.device("cpu"))
+        messages.append(str(refused.value))
+    norms = []
+    for stage in (0, 1, 2, 3):
+        engine = test.start_engine(folder, mesh, test.Case("llama", 2, stage, (0, 0, 0)), clip=None)
+        part = test.step_batch(1).rows(0, 4)
+        with pytest.raises(DataError) as refused:
+            engine.backward(test.forward(engine, part).loss, 0.0)
+        messages.append(str(refused.value))
+        gradient, norm = gradients_of_step(engine, [part], 1.0)  # summed, not averaged: far above any default clip
+        squares = sum(float((value.double() / 0.1).square().sum()) for value in gradient.values())
+        norms.append((norm, squares))
+        engine.close()
+    return messages, norms
+
+
+def test_forgotten_marks_and_empty_steps_are_refused_and_null_means_no_clipping(fresh_pool, tmp_path):
+    assert DataError.exit_code == EXIT_DATA
+    answers = fresh_pool(2).run(refused_engines, folder=tmp_path)
+    for messages, _ in answers:
+        assert messages[0].startswith(
+            "model.layers.1.mlp.up_proj.weight is cut over tp, but tensor_model_parallel is Fa"
+        )
+        assert messages[1].startswith("model.norm.weight is replicated over tp, but tensor_model_parallel is True")
+        assert len(messages) == 6
+        assert all("0 valid tokens" in message for message in messages[2:])
+    for stage in range(4):
+        norm = answers[0][1][stage][0]
+        whole = sum(answer[1][stage][1] for answer in answers) ** 0.5
+        assert norm > 10
+        assert norm == pytest.approx(whole, rel=1e-5), f"ZeRO {stage}: clipped, or the norm is not the gradient's"

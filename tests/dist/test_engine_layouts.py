@@ -1,0 +1,305 @@
+"""Three optimizer steps under DeepSpeed in many layouts, against plain torch: whole logits, autograd, AdamW."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdtrain.config.schema import RunConfig
+from kdtrain.data.batch import Batch
+from kdtrain.dist.mesh import Mesh
+from kdtrain.engine import checkpoint
+from kdtrain.engine.slices import CheckpointReader
+from kdtrain.losses import linear_cross_entropy
+from kdtrain.models.load import ModelSpec, load_backbone
+from kdtrain.models.tiny import tiny_config
+from kdtrain.testing.ranks import RankPool
+
+pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
+
+VOCAB, SEQUENCES, SEQ_LEN = 299, 8, 11
+RATES = (1e-2, 3e-3, 2e-3)  # of the three steps
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
+
+FAMILIES = {
+    "llama": tiny_config("smollm", tie_word_embeddings=True),  # 3 key/value groups: tp 2 is uneven
+    "llama_untied": tiny_config("smollm"),
+    "qwen3": tiny_config("qwen3"),
+    "qwen3_tied": tiny_config("qwen3", tie_word_embeddings=True),
+    "gpt_neox": tiny_config("gpt_neox"),
+    "gpt_neox_tied": tiny_config("gpt_neox", tie_word_embeddings=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A layout and how each of the three steps is cut into micro-batches: sequences per micro-batch and data rank."""
+
+    family: str
+    tp: int
+    stage: int
+    micro: tuple[int, int, int]
+    recompute: bool = False
+    dtype: str = "float32"
+
+    @property
+    def tolerance(self):
+        return TOLERANCE[self.dtype]
+
+    @property
+    def name(self):
+        micro = ".".join(str(m) for m in self.micro)
+        return (
+            f"{self.family}-tp{self.tp}-zero{self.stage}-{micro}-{self.dtype}{'-recompute' if self.recompute else ''}"
+        )
+
+
+CASES = {
+    1: [
+        Case("llama", 1, 0, (8, 8, 8)),
+        Case("llama_untied", 1, 1, (1, 1, 1)),
+        Case("qwen3_tied", 1, 2, (8, 1, 3)),
+        Case("gpt_neox", 1, 3, (1, 8, 3), recompute=True),
+    ],
+    2: [
+        *(Case("llama", 2, stage, (8, 1, 4)) for stage in (0, 1, 2, 3)),
+        *(Case("llama", 1, stage, (4, 1, 3)) for stage in (0, 1, 2, 3)),
+        Case("llama_untied", 2, 1, (8, 8, 8), recompute=True),
+        Case("qwen3", 2, 2, (1, 1, 8)),
+        Case("gpt_neox_tied", 2, 3, (3, 8, 1)),
+        Case("llama", 2, 1, (8, 1, 4), dtype="bfloat16"),
+        Case("llama_untied", 1, 2, (1, 3, 4), dtype="bfloat16"),
+        Case("qwen3", 2, 3, (3, 8, 1), recompute=True, dtype="bfloat16"),
+    ],
+    4: [
+        Case("gpt_neox", 2, 0, (4, 2, 1)),
+        Case("llama_untied", 2, 1, (1, 4, 2)),
+        Case("qwen3", 2, 2, (2, 4, 3), recompute=True),
+        Case("qwen3_tied", 2, 3, (1, 2, 4)),
+        Case("llama_untied", 1, 3, (1, 2, 2)),
+    ],
+}
+
+
+def configuration(stage, *, dtype="float32", clip=0.5):
+    cfg = RunConfig()
+    cfg.zero.stage, cfg.student.dtype = stage, dtype
+    cfg.optim.eps, cfg.optim.grad_clip, cfg.optim.weight_decay = 1e-4, clip, 0.3
+    return cfg
+
+
+def build_backbone(folder, family, mesh, *, dtype="float32", recompute=False):
+    path = folder / f"{family}.json"
+    if not path.exists():
+        path.write_text(json.dumps(FAMILIES[family]))
+    spec = ModelSpec(architecture=str(path), dtype=dtype, attention="sdpa", activation_checkpointing=recompute)
+    backbone = load_backbone(spec, mesh, vocab_size=VOCAB, trainable=True, seed=3)
+    shift_vectors(backbone)
+    return backbone
+
+
+def shift_vectors(backbone):
+    """Norms and biases away from ones and zeros, alike in all layouts: else a mistake in them would not show."""
+    for name, param in backbone.hf_parameters():
+        if param.dim() == 1:
+            cut = backbone.cuts.get(name)
+            size = backbone.full_shapes()[name][0]
+            full = 0.3 * torch.sin(torch.arange(size) + len(name))
+            start, stop = (0, size) if cut is None else cut.pieces[backbone.shard.start // backbone.shard.rows]
+            param.data += full[start:stop].to(param.dtype)
+
+
+def step_batch(step):
+    """Eight packed sequences whose counts of valid tokens are 11, 0, 1 and so on; the same in every layout."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(VOCAB, (SEQUENCES, SEQ_LEN + 1), generator=generator)
+    positions = torch.arange(SEQ_LEN).expand(SEQUENCES, -1).clone()
+    positions[::2, 4:] -= 4  # two documents in every other sequence
+    valid = torch.tensor([11, 0, 1, 7, 10, 2, 5, 3])
+    return Batch(
+        input_ids=tokens[:, :-1],
+        labels=tokens[:, 1:],
+        loss_mask=(torch.arange(SEQ_LEN) < valid[:, None]).float(),
+        position_ids=positions,
+        sample_ids=torch.arange(SEQUENCES),
+    )
+
+
+def micro_batches(batch, mesh, sequences):
+    per_rank = SEQUENCES // mesh.dp_size
+    mine = batch.rows(mesh.dp_rank * per_rank, (mesh.dp_rank + 1) * per_rank)
+    return [mine.rows(start, min(start + sequences, per_rank)) for start in range(0, per_rank, sequences)]
+
+
+def forward(engine, batch, factor=1.0):
+    return engine(
+        batch,
+        lambda hidden, head: linear_cross_entropy(
+            hidden,
+            head,
+            batch.labels.reshape(-1),
+            weight=batch.loss_mask.reshape(-1) * factor,
+            shard=engine.backbone.shard,
+            group=engine.mesh.tp_group,
+            slab_bytes=16 * engine.backbone.shard.rows * 3,  # several chunks of tokens
+        ),
+    )
+
+
+def make_step(engine, step, micro, *, factor=1.0):
+    """(loss per valid token over all data ranks, StepResult)"""
+    batch = step_batch(step)
+    total = float(batch.num_valid_tokens())
+    loss = 0.0
+    for part in micro_batches(batch, engine.mesh, micro):
+        parts = forward(engine, part, factor)
+        engine.backward(parts.loss, total)
+        loss += float(parts.loss.detach()) / total
+    result = engine.step(RATES[step - 1])
+    losses = [None] * engine.mesh.dp_size
+    if engine.mesh.dp_size > 1:
+        torch.distributed.all_gather_object(losses, loss, group=engine.mesh.dp_group)
+        loss = sum(losses)
+    return loss, result
+
+
+def evaluate(engine):
+    with torch.no_grad(), engine.eval_mode():
+        batch = step_batch(9)
+        parts = forward(engine, batch)
+        assert not parts.loss.requires_grad
+        return float(parts.loss) / float(batch.num_valid_tokens())
+
+
+def join(world_size):
+    """The meshes to train on, by tp."""
+    from kdtrain.engine import bootstrap
+
+    assert bootstrap.start().world_size == world_size
+    return {tp: Mesh.build(tp) for tp in (1, 2) if world_size % tp == 0}
+
+
+def start_engine(folder, mesh, case, **settings):
+    from kdtrain.engine.zero import StudentEngine
+
+    backbone = build_backbone(folder, case.family, mesh, dtype=case.dtype, recompute=case.recompute)
+    cfg = configuration(case.stage, dtype=case.dtype, **settings)
+    return StudentEngine(backbone, mesh, cfg, device=torch.device("cpu"))
+
+
+def run_cases(rank, world_size, folder, cases):
+    """Per case: losses, gradient norms, an evaluation. Checkpoints after steps 1 and 3 hold what else there is."""
+    meshes = join(world_size)
+    answers = []
+    for case in cases:
+        engine = start_engine(folder, meshes[case.tp], case)
+        root = folder / case.name
+        steps = []
+        for step in (1, 2, 3):
+            loss, result = make_step(engine, step, case.micro[step - 1])
+            assert result.applied
+            steps.append((loss, result.grad_norm))
+            if step != 2:
+                checkpoint.save(root, engine, step=step, state={})
+            else:
+                evaluate(engine)  # in the middle: it must not disturb training
+        answers.append((steps, evaluate(engine)))
+        engine.close()
+    return answers
+
+
+@dataclass(slots=True)
+class Oracle:
+    """What plain torch says: per step loss and norm, step 1's clipped gradients, the final weights and evaluation."""
+
+    steps: list
+    grads: dict
+    weights: dict
+    evaluation: float
+
+
+def oracle(folder, family):
+    backbone = build_backbone(folder, family, Mesh())
+    named = dict(backbone.hf_parameters())
+    matrices = [p for p in named.values() if p.dim() > 1]
+    vectors = [p for p in named.values() if p.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.3}, {"params": vectors, "weight_decay": 0.0}]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-4)
+    found = Oracle([], {}, {}, 0.0)
+
+    def loss_of(batch):
+        logits = F.linear(backbone.hidden_states(batch), backbone.lm_head_shard.weight[:VOCAB])
+        losses = F.cross_entropy(logits, batch.labels.flatten(), reduction="none")
+        return (losses * batch.loss_mask.flatten()).sum() / batch.loss_mask.sum()
+
+    for step, rate in enumerate(RATES, 1):
+        adam.zero_grad()
+        loss = loss_of(step_batch(step))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(named.values(), 0.5)
+        assert norm > 0.6, "clipping would not be tested"
+        found.steps.append((loss.item(), norm.item()))
+        if step == 1:
+            found.grads = {name: param.grad.clone() for name, param in named.items()}
+        for group in adam.param_groups:
+            group["lr"] = rate
+        adam.step()
+    with torch.no_grad():
+        found.evaluation = float(loss_of(step_batch(9)))
+    found.weights = {name: param.detach().clone() for name, param in named.items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def oracles(folder):
+    return {family: oracle(folder, family) for family in FAMILIES}
+
+
+@pytest.fixture
+def fresh_pool():
+    """fresh_pool(n) -> n new processes: DeepSpeed keeps process-wide state that no other test may meet."""
+    pools = []
+
+    def start(world_size):
+        pools.append(RankPool(world_size, preload=("torch", "deepspeed")))
+        return pools[-1]
+
+    yield start
+    for pool in pools:
+        pool.close()
+
+
+def check_case(case, answer, want: Oracle, root: Path):
+    steps, evaluation = answer
+    for number, ((loss, norm), (right_loss, right_norm)) in enumerate(zip(steps, want.steps, strict=True), 1):
+        assert loss == pytest.approx(right_loss, rel=case.tolerance), f"{case.name}: loss of step {number}"
+        assert norm == pytest.approx(right_norm, rel=case.tolerance), f"{case.name}: gradient norm of step {number}"
+    assert evaluation == pytest.approx(want.evaluation, rel=case.tolerance), case.name
+    with CheckpointReader(root / "step_000001") as first, CheckpointReader(root / "step_000003") as last:
+        assert sorted(first.names()) == sorted(want.weights)
+        for name in first.names():
+            rows = first.manifest.parameters[name].shape[0]  # the rest is padding of a vocabulary
+            grad, right = first.read_full(name, "exp_avg") / (1 - 0.9), want.grads[name][:rows]
+            scale = float(right.norm())
+            assert scale > 1e-3, f"{case.name}: {name} has no gradient to compare"
+            error = float((grad - right).norm()) / scale
+            assert error < case.tolerance, f"{case.name}: gradient of {name} is off by {error:.1e}"
+            error = float((last.read_full(name, "master") - want.weights[name][:rows]).abs().max())
+            assert error < case.tolerance, f"{case.name}: {name} after three steps is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_every_layout_makes_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
+    answers = fresh_pool(world_size).run(run_cases, folder=folder, cases=CASES[world_size])
+    for rank in range(world_size):
+        assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
+    for case, answer in zip(CASES[world_size], answers[0], strict=True):
+        check_case(case, answer, oracles[case.family], folder / case.name)
