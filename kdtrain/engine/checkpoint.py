@@ -32,8 +32,11 @@ if TYPE_CHECKING:
     from kdtrain.models.backbone import Backbone
 
 _NAME = re.compile(r"step_(\d{6,})")
-# Of a config these do not change what the model computes from its weights, or change with the library's version.
-_VOLATILE = frozenset({"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"})
+# Keys of a config that do not change what the model computes from its weights, or change with the library's version.
+_VOLATILE = frozenset(
+    "_name_or_path architectures bos_token_id dtype eos_token_id id2label initializer_range label2id output_attentions "
+    "output_hidden_states problem_type return_dict torch_dtype transformers_version use_cache".split()
+)
 
 
 @dataclass(frozen=True, slots=True)

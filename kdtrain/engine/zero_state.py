@@ -95,19 +95,17 @@ def restore_local(engine: StudentEngine, reader: CheckpointReader) -> None:
 def refresh_parameters(engine: StudentEngine) -> None:
     """Make the working parameters (bfloat16 or float32) from the float32 weights, as the end of a step does.
 
-    Communicates: stages 1 and 2 all-gather the working parameters over dp, stage 3 those it keeps whole.
+    Communicates at stages 1 and 2: one all-gather of the working parameters over dp.
     """
     zero = engine.deepspeed.optimizer
     with torch.no_grad():
         if engine.zero_stage in (1, 2):
             zero.update_lp_params()
         elif engine.zero_stage == 3:
-            zero.parameter_offload.partition_all_parameters()
+            zero.parameter_offload.partition_all_parameters()  # whole copies are stale; forward gathers them anew
             flats = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
             for working, master in flats:
                 working.copy_(master)  # every ds_tensor is a view of a working buffer
-            if zero.persistent_parameters:
-                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
 def _writes(engine: StudentEngine, owned: _Owned) -> bool:
