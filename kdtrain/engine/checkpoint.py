@@ -34,8 +34,23 @@ if TYPE_CHECKING:
 _NAME = re.compile(r"step_(\d{6,})")
 # Keys of a config that do not change what the model computes from its weights, or change with the library's version.
 _VOLATILE = frozenset(
-    "_name_or_path architectures bos_token_id dtype eos_token_id id2label initializer_range label2id output_attentions "
-    "output_hidden_states problem_type return_dict torch_dtype transformers_version use_cache".split()
+    (
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
 )
 
 
