@@ -26,7 +26,9 @@ OUTPUT = Path(__file__).resolve().parent.parent / "kdtrain/assets/demo"
 MIN_CHARACTERS = 400
 MAX_SEEN = 0.3  # share of a document's characters that may stand in shorter ones
 MAX_PAGES = 10  # a paragraph on more pages than this is furniture
-INDEX_PAGES = re.compile(r"^(doc_.*|.*_index|requirements|matrix.*|toc.*|sitemap)\.html$")  # made by machine: lists of links
+INDEX_PAGES = re.compile(
+    r"^(doc_.*|.*_index|requirements|matrix.*|toc.*|sitemap)\.html$"
+)  # made by machine: lists of links
 FOOTERS = re.compile(
     r"\n+(This page last modified on .*|See also lists of\s+Objects,\s+Constants, and\s+Functions\.)\s*$"
 )
@@ -63,12 +65,13 @@ class PageText(HTMLParser):
 def sqlite_documents(deb: Path, folder: Path):
     subprocess.run(["dpkg-deb", "-x", str(deb), str(folder)], check=True)
     documents = []
-    for page in sorted((folder / "usr/share/doc/sqlite3").rglob("*.html")):
+    root = folder / "usr/share/doc/sqlite3"
+    for page in sorted(root.rglob("*.html")):
         if not INDEX_PAGES.match(page.name):
             parser = PageText()
             parser.feed(page.read_text(encoding="utf-8", errors="replace"))
             text = FOOTERS.sub("", FOOTERS.sub("", tidy("".join(parser.parts))))
-            documents.append({"text": text, "source": f"sqlite3-doc/{page.name}"})
+            documents.append({"text": text, "source": f"sqlite3-doc/{page.relative_to(root)}"})
     return [d for d in without_repeats(documents) if len(d["text"]) >= MIN_CHARACTERS and "\ufffd" not in d["text"]]
 
 
