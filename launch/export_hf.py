@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a Hugging Face folder.   python launch/export_hf.py RUN_OR_CHECKPOINT OUT [--dtype bfloat16]"""
+"""Turn a checkpoint into a Hugging Face folder.   python launch/export_hf.py RUN_OR_CHECKPOINT OUT"""
 
 import argparse
 import sys

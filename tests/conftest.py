@@ -8,11 +8,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import multiprocessing
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 
 import pytest
 
-from kdtrain.testing.ranks import RankPool
+from kdtrain.testing.ranks import ENGINE_MODULES, RankPool
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the one fork server now, with all that engines import if a test needs it, while other tests run."""
+    if any(item.get_closest_marker("deepspeed") for item in session.items) and not session.config.option.collectonly:
+        multiprocessing.set_forkserver_preload(list(ENGINE_MODULES))
+        forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")
@@ -27,4 +36,18 @@ def rank_pool() -> Iterator[Callable[[int], RankPool]]:
 
     yield get
     for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture
+def fresh_pool() -> Iterator[Callable[[int], RankPool]]:
+    """fresh_pool(n) -> n new processes, for this test alone: DeepSpeed keeps process-wide state."""
+    pools: list[RankPool] = []
+
+    def start(world_size: int) -> RankPool:
+        pools.append(RankPool(world_size, preload=ENGINE_MODULES))
+        return pools[-1]
+
+    yield start
+    for pool in pools:
         pool.close()

@@ -1,1 +1,1 @@
-
+"""Tokens: stores, packing, order, loading."""

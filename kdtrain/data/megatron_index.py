@@ -48,11 +48,15 @@ def read_index(path: Path) -> MegatronIndex:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}\n  fix: prepare the corpus again") from error
     if len(head) < HEADER.size or head[:9] != MAGIC:
-        raise DataError(f"{path} is not a Megatron index (it begins with {head[:9]!r})\n  fix: prepare the corpus again")
+        raise DataError(
+            f"{path} is not a Megatron index (it begins with {head[:9]!r})\n  fix: prepare the corpus again"
+        )
     _, version, code, num_sequences, num_documents = HEADER.unpack(head)
     expected = HEADER.size + 12 * num_sequences + 8 * num_documents
     if version != 1 or code not in DTYPES:
-        raise DataError(f"{path}: version {version}, dtype code {code} are not supported (need 1 and one of {list(DTYPES)})")
+        raise DataError(
+            f"{path}: version {version}, dtype code {code} are not supported (need 1 and one of {list(DTYPES)})"
+        )
     if size != expected:
         raise DataError(
             f"{path} is {'truncated' if size < expected else 'damaged'}: {size} bytes, its header says {expected}\n"

@@ -45,11 +45,15 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for entry in map(Path, inputs):
         if entry.is_dir():
-            found.update(dict.fromkeys(sorted(p for p in entry.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES)))
+            found.update(
+                dict.fromkeys(sorted(p for p in entry.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES))
+            )
         elif entry.is_file():
             found[entry] = None
         else:
-            raise ConfigError(f"{entry} does not exist\n  fix: name text files, .jsonl files (also .xz, .gz) or folders")
+            raise ConfigError(
+                f"{entry} does not exist\n  fix: name text files, .jsonl files (also .xz, .gz) or folders"
+            )
     if not found:
         raise ConfigError(f"no text in {', '.join(map(str, inputs))} (looked for {', '.join(TEXT_SUFFIXES)})")
     return list(found)
@@ -69,7 +73,9 @@ def read_documents(files: Iterable[Path], settings: PrepareSettings) -> Iterator
         is_json = ".jsonl" in path.suffixes or path.suffix == ".json"
         try:
             with _open(path) as file:
-                texts = _json_lines(path, file, settings) if is_json else iter([_decode(path, file.read(), 0, settings)])
+                texts = (
+                    _json_lines(path, file, settings) if is_json else iter([_decode(path, file.read(), 0, settings)])
+                )
                 yield from (text for text in texts if text.strip())
         except (OSError, lzma.LZMAError, EOFError) as error:
             raise DataError(f"{path}: cannot be read: {error}\n  fix: copy the file again") from error
@@ -100,7 +106,9 @@ def _json_lines(path: Path, file: IO[bytes], settings: PrepareSettings) -> Itera
         value = record.get(settings.field) if isinstance(record, dict) else None
         if not isinstance(value, str):
             keys = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise DataError(f"{path}:{number}: no text under {settings.field!r} (found {keys})\n  fix: name it with --field")
+            raise DataError(
+                f"{path}:{number}: no text under {settings.field!r} (found {keys})\n  fix: name it with --field"
+            )
         yield value
 
 

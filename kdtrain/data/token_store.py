@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -62,7 +63,9 @@ class Manifest:
 class TokenStore:
     """Random access to documents and to the stream of all tokens, memory-mapped. Thread-safe; keeps no state."""
 
-    def __init__(self, path: Path, manifest: Manifest, bins: list[np.ndarray], indices: list[MegatronIndex]) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, bins: Sequence[np.ndarray], indices: list[MegatronIndex]
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self._bins = bins
@@ -168,7 +171,9 @@ class TokenStoreWriter:
         try:
             self._temporary.mkdir(parents=True)
         except OSError as error:
-            raise ConfigError(f"{self.folder}: cannot be written: {error.strerror}\n  fix: choose another folder") from error
+            raise ConfigError(
+                f"{self.folder}: cannot be written: {error.strerror}\n  fix: choose another folder"
+            ) from error
         self._shards: list[Shard] = []
         self._sizes: list[int] = []
         self._file: Any = None
@@ -241,7 +246,9 @@ class TokenStoreWriter:
 def _read_manifest(path: Path) -> Manifest:
     file = path / "manifest.json"
     if not file.is_file():
-        raise DataError(f"{path} is not a token store: it has no manifest.json\n  fix: make one with launch/prepare_corpus.py")
+        raise DataError(
+            f"{path} is not a token store: it has no manifest.json\n  fix: make one with launch/prepare_corpus.py"
+        )
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if found.get("format") != FORMAT or found.get("version") != VERSION:
@@ -252,7 +259,9 @@ def _read_manifest(path: Path) -> Manifest:
         shards = tuple(Shard(**shard) for shard in found.pop("shards"))
         return Manifest(**found, shards=shards)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file} is damaged: {error}\n  fix: copy the store again, or prepare the corpus again") from error
+        raise DataError(
+            f"{file} is damaged: {error}\n  fix: copy the store again, or prepare the corpus again"
+        ) from error
 
 
 def _check_size(path: Path, expected: int) -> None:

@@ -1,1 +1,1 @@
-
+"""Ranks: mesh, collectives, vocabulary shards."""

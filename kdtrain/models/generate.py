@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 def continue_text(folder: Path, prompt: str, *, max_new_tokens: int = 40) -> str:
     """The prompt and its greedy continuation by the model in `folder`, repetition discouraged. Reads no network."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    model.train(False)
     ids = torch.tensor([tokenizer(prompt)["input_ids"]])
     out = model.generate(
         ids,
@@ -22,4 +24,4 @@ def continue_text(folder: Path, prompt: str, *, max_new_tokens: int = 40) -> str
         repetition_penalty=1.3,
         pad_token_id=0,
     )
-    return tokenizer.decode(out[0], skip_special_tokens=True)
+    return str(tokenizer.decode(out[0], skip_special_tokens=True))

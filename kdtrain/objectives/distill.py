@@ -28,7 +28,9 @@ class Distill:
     Hinton et al. 2015 (arXiv 1503.02531) for the mix and tau^2; the divergences are in `losses/reference.py`.
     """
 
-    def __init__(self, student: Student, teacher: TeacherSource, settings: DistillObjective, layout: HeadLayout) -> None:
+    def __init__(
+        self, student: Student, teacher: TeacherSource, settings: DistillObjective, layout: HeadLayout
+    ) -> None:
         self.student = student
         self.teacher = teacher
         self._settings = settings

@@ -1,1 +1,1 @@
-
+"""Where knowledge comes from."""

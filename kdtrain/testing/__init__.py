@@ -1,1 +1,1 @@
-
+"""What tests of distributed code need."""

@@ -21,12 +21,27 @@ from typing import Any
 
 TIMEOUT_S = 120.0
 
+ENGINE_MODULES = (
+    "torch",
+    "torch._dynamo",
+    "torch._inductor.utils",
+    "torch._functorch.aot_autograd",
+    "deepspeed",
+    "deepspeed.runtime.zero.stage3",
+    "transformers.models.llama.modeling_llama",
+    "kdtrain.models.load",
+    "kdtrain.engine.zero",
+    "kdtrain.engine.checkpoint",
+)
+"""What ranks that build engines import, seconds in all. A fork server that has them shares them with every rank."""
+
 
 def _load(path: str) -> ModuleType:
     name = "ranks_" + Path(path).stem
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec and spec.loader
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
@@ -43,7 +58,7 @@ def _worker(rank: int, world_size: int, store: str, jobs: Any, results: Any, env
     while (job := jobs.get()) is not None:
         path, name, kwargs = job
         try:
-            answer = (rank, getattr(_load(path), name)(rank, world_size, **kwargs), None)
+            answer: tuple[int, Any, str | None] = (rank, getattr(_load(path), name)(rank, world_size, **kwargs), None)
             pickle.dumps(answer)
         except BaseException as error:  # a worker reports whatever a test raised, assertion or exit
             answer = (rank, None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
@@ -58,9 +73,14 @@ def _worker(rank: int, world_size: int, store: str, jobs: Any, results: Any, env
 
 
 class RankPool:
-    """`world_size` live processes; `run` calls a module-level function on all of them and returns their answers."""
+    """`world_size` live processes; `run` calls a module-level function on all of them and returns their answers.
 
-    def __init__(self, world_size: int, env: dict[str, str] | None = None, preload: tuple[str, ...] = ("torch",)) -> None:
+    preload: imported once by the fork server that all pools of this process share, unless it is running already.
+    """
+
+    def __init__(
+        self, world_size: int, env: dict[str, str] | None = None, preload: tuple[str, ...] = ("torch",)
+    ) -> None:
         self.world_size = world_size
         self._env = env or {}
         self._context = mp.get_context("forkserver")

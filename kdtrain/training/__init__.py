@@ -1,1 +1,1 @@
-
+"""The composition root and the loop."""

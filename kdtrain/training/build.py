@@ -119,6 +119,7 @@ def evaluation_batches(cfg: RunConfig, inputs: Inputs, mesh: Mesh) -> Iterator[B
 
 def costs_of(cfg: RunConfig, models: Models, mesh: Mesh, device: torch.device) -> Costs:
     """FLOPs per token of both models and the devices' peak."""
+
     def of(backbone: Backbone) -> tuple[object, int, int]:
         return backbone.config, backbone.num_parameters(), cfg.data.seq_len
 

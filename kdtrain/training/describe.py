@@ -17,7 +17,13 @@ def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh)
     """The lines above the first step: layout, models, loss, data, memory."""
     student = models.student
     origin = "from scratch" if cfg.student.weights is None else f"from {cfg.student.weights}"
-    LOGGER.info("mesh     %d ranks = dp %d x tp %d   zero: student %d", mesh.world_size, mesh.dp_size, mesh.tp_size, cfg.zero.stage)
+    LOGGER.info(
+        "mesh     %d ranks = dp %d x tp %d   zero: student %d",
+        mesh.world_size,
+        mesh.dp_size,
+        mesh.tp_size,
+        cfg.zero.stage,
+    )
     LOGGER.info(
         "student  %s   %s parameters, %s, %s, %s", cfg.student.architecture or cfg.student.weights,
         f"{student.num_parameters():,}", origin, cfg.student.dtype, student.config._attn_implementation,
@@ -56,7 +62,10 @@ def estimate(cfg: RunConfig, inputs: Inputs, dp_size: int) -> MemoryEstimate:
     """Bytes per rank, from configurations alone."""
     teacher = build.teacher_spec(cfg)
     return estimate_memory(
-        cfg, _size(build.student_spec(cfg), inputs), None if teacher is None else _size(teacher, inputs), dp_size=dp_size
+        cfg,
+        _size(build.student_spec(cfg), inputs),
+        None if teacher is None else _size(teacher, inputs),
+        dp_size=dp_size,
     )
 
 

@@ -51,8 +51,10 @@ def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | Non
     item = BYTES[cfg.student.dtype]
     per_layer = 16 * tokens * student.width * item
     layers = student.num_layers
-    activations = per_layer + layers * tokens * student.width * item if cfg.student.activation_checkpointing else (
-        layers * per_layer
+    activations = (
+        per_layer + layers * tokens * student.width * item
+        if cfg.student.activation_checkpointing
+        else (layers * per_layer)
     )
     parts = {
         "weights": local * item / (dp_size if stage == 3 else 1),

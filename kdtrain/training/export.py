@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+
 from kdtrain.engine import checkpoint
 from kdtrain.errors import CheckpointError, ConfigError
 from kdtrain.models.export import export_hf

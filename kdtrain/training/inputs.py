@@ -47,3 +47,30 @@ def open_inputs(cfg: RunConfig, specs: Sequence[ModelSpec]) -> Inputs:
             _model_tokenizer(first, role, Path(folder))
     vocab_size = first.manifest.vocab_size
     return Inputs(train, validation, vocab_size, max(model_rows(spec, vocab_size) for spec in specs))
+
+
+def _same_tokenizer(first: TokenStore, other: TokenStore) -> None:
+    if first.manifest.tokenizer_fingerprint == other.manifest.tokenizer_fingerprint:
+        return
+    difference = explain_difference(first.path / "tokenizer", other.path / "tokenizer")
+    if difference is not None:
+        raise StoreMismatch(
+            f"{first.path} and {other.path} were made with different tokenizers: {difference}\n"
+            "  why: one token id must mean one thing\n  fix: prepare both with the same tokenizer"
+        )
+
+
+def _model_tokenizer(store: TokenStore, role: str, folder: Path) -> None:
+    if not (folder / "tokenizer.json").is_file():
+        raise StoreMismatch(
+            f"{role}.weights = {folder} has no tokenizer.json to compare with {store.path}'s\n"
+            "  why: ids that mean other tokens would be learned without a word\n"
+            "  fix: put the model's tokenizer.json there, or convert it with tokenizer.save_pretrained"
+        )
+    difference = explain_difference(store.path / "tokenizer", folder)
+    if difference is not None:
+        raise StoreMismatch(
+            f"{store.path} was made with another tokenizer than the {role}'s ({folder}): {difference}\n"
+            f"  fingerprints: {store.manifest.tokenizer_fingerprint[:16]} and {fingerprint(folder)[:16]}\n"
+            "  fix: prepare the corpus with that model's tokenizer (launch/prepare_corpus.py --tokenizer)"
+        )

@@ -26,7 +26,8 @@ from kdtrain.telemetry.environment import describe, headline
 from kdtrain.telemetry.jsonl_sink import JsonlSink
 from kdtrain.telemetry.run_folder import RunFolder
 from kdtrain.telemetry.wandb_sink import WandbSink
-from kdtrain.training import build, describe as describing
+from kdtrain.training import build
+from kdtrain.training import describe as describing
 from kdtrain.training.cadence import Cadence, StopRequest
 from kdtrain.training.checkpoints import Checkpoints, find_resume_point
 from kdtrain.training.evaluator import Evaluator
@@ -83,9 +84,7 @@ def run_evaluation(request: Request) -> int:
     return 0
 
 
-def _train(
-    request: Request, inputs: Inputs, mesh: Mesh, device: torch.device, folder: Path, stop: StopRequest
-) -> None:
+def _train(request: Request, inputs: Inputs, mesh: Mesh, device: torch.device, folder: Path, stop: StopRequest) -> None:
     cfg = request.config
     models = build.build_models(cfg, inputs, mesh, device, trainable=True)
     resume_from = on_main(mesh, lambda: find_resume_point(cfg, folder))
@@ -189,5 +188,3 @@ def _same_everywhere(mesh: Mesh, what: str, digest: str) -> None:
             "  why: ranks that disagree would hang or train different models\n"
             "  fix: give every node the same files and the same command line"
         )
-
-

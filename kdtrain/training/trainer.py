@@ -55,7 +55,9 @@ class Trainer:
             num_valid_tokens, stop = self._agree(micro_batches)
             if stop:
                 self._save(metrics)
-                raise RunStopped(f"stopped at step {self.progress.step} ({self.stop.reason}); saved, resume with the same command")
+                raise RunStopped(
+                    f"stopped at step {self.progress.step} ({self.stop.reason}); saved, resume with the same command"
+                )
             measure = cadence.log(self.progress.step + 1)
             result, lr = self._optimizer_step(micro_batches, num_valid_tokens, metrics, measure)
             self.progress.step += 1

@@ -15,7 +15,6 @@ from kdtrain.errors import CheckpointError
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.ranks import RankPool
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
@@ -32,19 +31,6 @@ CASES = [
     (2, "bfloat16", "tied", 299),
     (3, "bfloat16", "tied", 101),
 ]
-
-
-@pytest.fixture
-def fresh_pool():
-    pools = []
-
-    def start(world_size):
-        pools.append(RankPool(world_size, preload=("torch", "deepspeed")))
-        return pools[-1]
-
-    yield start
-    for pool in pools:
-        pool.close()
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from kdtrain.engine.slices import CheckpointReader
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.ranks import RankPool
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
@@ -261,20 +260,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def oracles(folder):
     return {family: oracle(folder, family) for family in FAMILIES}
-
-
-@pytest.fixture
-def fresh_pool():
-    """fresh_pool(n) -> n new processes: DeepSpeed keeps process-wide state that no other test may meet."""
-    pools = []
-
-    def start(world_size):
-        pools.append(RankPool(world_size, preload=("torch", "deepspeed")))
-        return pools[-1]
-
-    yield start
-    for pool in pools:
-        pool.close()
 
 
 def check_case(case, answer, want: Oracle, root: Path):
