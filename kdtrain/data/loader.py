@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from kdtrain.data.batch import Batch
@@ -14,12 +14,22 @@ from kdtrain.data.token_store import TokenStore
 from kdtrain.errors import StoreMismatch
 
 
+_NAMES = {
+    "seed": "run.seed",
+    "seq_len": "data.seq_len",
+    "reset_positions": "data.reset_positions",
+    "stores": "data.train (fingerprints of the stores)",
+    "weights": "data.train_weights",
+}
+
+
 class StepLoader:
     """Iterator over optimizer steps: each item is the list of this data rank's micro-batches, on the CPU.
 
     Step n takes positions [n G, (n + 1) G) of one order that depends on seed, stores and weights alone (G =
     sequences_per_step); each data rank takes a contiguous share of them. So neither dp, tp nor the micro-batch size
-    changes what a step learns from. With prefetch > 0 a thread works that many steps ahead. Does not communicate.
+    changes what a step learns from. With prefetch > 0 a thread works that many steps ahead. start_sequence: sequences
+    the whole run consumed before. Does not communicate. ValueError if a step cannot be divided; DataError as BlendOrder.
     """
 
     def __init__(
@@ -35,6 +45,7 @@ class StepLoader:
         seed: int = 1,
         reset_positions: bool = True,
         prefetch: int = 2,
+        start_sequence: int = 0,
     ) -> None:
         share, odd = divmod(sequences_per_step, dp_size)
         if odd or share % sequences_per_micro_batch:
@@ -55,7 +66,7 @@ class StepLoader:
             "stores": [store.manifest.fingerprint for store in stores],
             "weights": None if weights is None else list(weights),
         }
-        self._position = 0
+        self._position = start_sequence
         self._prefetch = prefetch
         self._ahead: _Ahead | None = None
 
@@ -68,7 +79,7 @@ class StepLoader:
             step = self._step(self._position)
         else:
             if self._ahead is None:
-                self._ahead = _Ahead(self, self._position)
+                self._ahead = _Ahead(self._step, self._position, self._per_step, self._prefetch)
             step = self._ahead.get()
         self._position += self._per_step
         return step
@@ -85,19 +96,25 @@ class StepLoader:
         packed = [pack(self._stores[s], k, self._seq_len, reset_positions=self._reset_positions) for s, k in places]
         return stack(packed, [s << STORE_SHIFT | k for s, k in places])
 
-    def state_dict(self, sequences: int | None = None) -> dict[str, Any]:
-        """What a checkpoint keeps: sequences consumed so far (default: drawn) and the identity of the order."""
-        return {"sequences": self._position if sequences is None else sequences, **self._identity}
+    def state_dict(self, sequences_consumed: int | None = None) -> dict[str, Any]:
+        """What a checkpoint keeps, JSON-ready: sequences consumed by the whole run (default: handed out so far, which
+        prefetching does not change) and what the order depends on."""
+        consumed = self._position if sequences_consumed is None else sequences_consumed
+        return {"sequences": consumed, **self._identity}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after state["sequences"], in any layout. StoreMismatch if the order would be another one."""
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raises StoreMismatch, naming both values, if a run in `state` drew from another order than this one."""
         for key, mine in self._identity.items():
             if state.get(key) != mine:
                 raise StoreMismatch(
-                    f"the checkpoint's data order differs in {key}: {state.get(key)} there, {mine} here\n"
-                    "  why: the run would see some text twice and some never\n"
+                    f"the checkpoint's data order differs in {_NAMES[key]}: {state.get(key)} in the checkpoint, "
+                    f"{mine} here\n  why: the run would see some text twice and some never\n"
                     "  fix: continue with the same stores, weights, data.seq_len and run.seed, or start a new run"
                 )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after state["sequences"], in any layout. StoreMismatch as `check_state`."""
+        self.check_state(state)
         self.close()
         self._position = int(state["sequences"])
 
@@ -109,39 +126,28 @@ class StepLoader:
 
 
 class _Ahead:
-    """A thread that prepares steps in order into a bounded queue."""
+    """A thread that prepares steps in order, `depth` of them ahead; each waits in a future, its error too."""
 
-    def __init__(self, loader: StepLoader, position: int) -> None:
-        self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=loader._prefetch)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(loader, position), name="kdtrain-data", daemon=True)
-        self._thread.start()
+    def __init__(self, make: Callable[[int], list[Batch]], position: int, stride: int, depth: int) -> None:
+        self._make, self._stride, self._next = make, stride, position
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="kdtrain-data")
+        self._waiting: deque[Future[list[Batch]]] = deque()
+        for _ in range(depth):
+            self._submit()
 
-    def _work(self, loader: StepLoader, position: int) -> None:
-        while not self._stop.is_set():
-            try:
-                item: list[Batch] | BaseException = loader._step(position)
-            except BaseException as error:  # handed over to the thread that waits for data
-                item = error
-            while not self._stop.is_set():
-                try:
-                    self._queue.put(item, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if isinstance(item, BaseException):
-                return
-            position += loader._per_step
+    def _submit(self) -> None:
+        self._waiting.append(self._executor.submit(self._make, self._next))
+        self._next += self._stride
 
     def get(self) -> list[Batch]:
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+        """The next step; an error of the thread is raised here, again at each later call."""
+        step = self._waiting[0].result()
+        self._waiting.popleft()
+        self._submit()
+        return step
 
     def close(self) -> None:
-        self._stop.set()
-        self._thread.join(timeout=10)
+        self._executor.shutdown(wait=True, cancel_futures=True)
 
 
 def validation_batches(
@@ -157,18 +163,15 @@ def validation_batches(
     """The first sequences of `store` in order, the incomplete last one included, dealt out over data ranks.
 
     max_tokens: stop after this many tokens, at least one sequence. Every data rank gets the same number of batches of
-    the same shape; places without a sequence repeat the first one with a loss mask of 0.
+    the same shape; places without a sequence repeat sequence 0 with a loss mask of 0.
     """
     total = max(1, -(-(store.num_tokens - 1) // seq_len))
     if max_tokens is not None:
         total = min(total, max(1, max_tokens // seq_len))
-    per_round = sequences_per_batch * dp_size
-    for start in range(0, total, per_round):
-        mine = range(start + dp_rank * sequences_per_batch, start + (dp_rank + 1) * sequences_per_batch)
-        packed = []
-        for sequence in mine:
-            ids, labels, mask, positions = pack(
-                store, sequence if sequence < total else 0, seq_len, reset_positions=reset_positions
-            )
-            packed.append((ids, labels, mask if sequence < total else mask * 0.0, positions))
-        yield stack(packed, list(mine))
+    for start in range(0, total, sequences_per_batch * dp_size):
+        first = start + dp_rank * sequences_per_batch
+        places = range(first, first + sequences_per_batch)
+        packed = [pack(store, k if k < total else 0, seq_len, reset_positions=reset_positions) for k in places]
+        batch = stack(packed, [k if k < total else 0 for k in places])
+        batch.loss_mask[max(total - first, 0) :] = 0.0
+        yield batch

@@ -26,7 +26,7 @@ CODES: dict[Any, int] = {np.dtype(kind): code for code, kind in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class MegatronIndex:
-    """A parsed .idx; arrays are memory-mapped. dtype of the .bin; sizes [n] int32; pointers [n] int64; documents [m]."""
+    """A parsed .idx, memory-mapped. dtype of the .bin; sizes [n] int32; pointers [n] int64; documents [m]."""
 
     dtype: np.dtype[Any]
     sizes: np.ndarray

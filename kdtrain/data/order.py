@@ -6,14 +6,13 @@ Any position can be asked for at once, so a resumed run needs one integer and no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 
 from kdtrain.errors import DataError
 
 BLOCK = 1 << 16
-"""Positions over which the shares of a blend hold exactly."""
+"""Positions after which the schedule of a blend repeats; shares are rounded to whole sequences in it."""
 STORE_SHIFT = 40
 """sample_id = store << STORE_SHIFT | sequence: room for 2^40 sequences per store."""
 
@@ -32,7 +31,7 @@ def permute(index: np.ndarray | int, size: int, *keys: int) -> np.ndarray:
     """Where a pseudo-random permutation of [0, size) sends `index`; another permutation for each tuple of keys.
 
     A balanced Feistel network on the next even power of two, walked until it lands inside (Black and Rogaway 2002):
-    a bijection by construction, counter-based, four steps on average at worst.
+    a bijection by construction, counter-based, at most four walks on average.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)
@@ -50,12 +49,27 @@ def permute(index: np.ndarray | int, size: int, *keys: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
+def schedule(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Places of sum(counts) draws: at each, the store, and how often that store came before. Both [sum(counts)] int64.
+
+    The j-th draw of store i is due at (j + 1/2) / counts[i] and draws are served in order of their due times (the rule
+    of the largest deficit, solved for all places at once): any beginning of length n holds a store's share of n within
+    one plus half the number of stores.
+    """
+    counts = np.asarray(counts, dtype=np.int64)
+    stores = np.repeat(np.arange(len(counts)), counts)
+    rank = np.concatenate([np.arange(count) for count in counts])
+    places = np.lexsort((stores, (rank + 0.5) / counts[stores]))
+    return stores[places], rank[places]
+
+
 class BlendOrder:
     """The infinite order of sequences of several stores.
 
     sizes: sequences of each store. weights: share of each, any positive numbers (None: in proportion to the sizes).
-    Each store is passed through in a fresh permutation per epoch; in every BLOCK positions each store has exactly its
-    share, at shuffled places. Raises DataError for an empty store or a share that rounds to nothing.
+    Each store is passed through in a fresh permutation per epoch; in every BLOCK positions each store has its share, to
+    the nearest whole sequence, spread evenly. Raises DataError for an empty store, a weight that is no positive number,
+    or a share that rounds to nothing.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
@@ -65,38 +79,36 @@ class BlendOrder:
                     f"data.train[{number}] has not one complete sequence\n"
                     "  fix: use a larger corpus, or a smaller data.seq_len"
                 )
-        shares = np.asarray(sizes if weights is None else weights, dtype=np.float64)
-        exact = shares / shares.sum() * BLOCK
-        counts = np.floor(exact).astype(np.int64)
-        by_remainder = np.argsort(-(exact - counts), kind="stable")
-        counts[by_remainder[: BLOCK - int(counts.sum())]] += 1
-        if (counts == 0).any():
-            number = int(np.argmin(counts))
-            raise DataError(
-                f"data.train[{number}] has a share of {shares[number] / shares.sum():.2e}, less than one sequence in {BLOCK}\n"
-                "  why: it would never be drawn\n  fix: raise its weight, or leave it out"
-            )
-        self._sizes, self._counts, self._seed = list(sizes), counts, seed
-        self._block = lru_cache(maxsize=4)(self._make_block)
-
-    def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each place of a block: the store, and how many places before it in the block have the same store."""
-        places = permute(np.arange(BLOCK), BLOCK, self._seed, 1, block)
-        stores = np.repeat(np.arange(len(self._counts)), self._counts)[places]
-        rank = np.zeros(BLOCK, dtype=np.int64)
-        for store in range(len(self._counts)):
-            mine = stores == store
-            rank[mine] = np.arange(int(mine.sum()))
-        return stores, rank
+        self._sizes, self._seed = [int(size) for size in sizes], seed
+        self._counts = _counts(np.asarray(sizes if weights is None else weights, dtype=np.float64), len(sizes))
+        self._stores, self._rank = schedule(self._counts)
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """(store, sequence in it) at a position >= 0 of the order."""
-        if len(self._sizes) == 1:
-            store, drawn = 0, position
-        else:
-            block, place = divmod(position, BLOCK)
-            stores, rank = self._block(block)
-            store = int(stores[place])
-            drawn = block * int(self._counts[store]) + int(rank[place])
+        """(store, sequence in it) at a position >= 0 of the order. Costs the same anywhere."""
+        if position < 0:
+            raise IndexError(f"position {position} is negative")
+        block, place = divmod(position, BLOCK)
+        store = int(self._stores[place])
+        drawn = block * int(self._counts[store]) + int(self._rank[place])
         epoch, index = divmod(drawn, self._sizes[store])
-        return store, int(permute(index, self._sizes[store], self._seed, 2, store, epoch)[0])
+        return store, int(permute(index, self._sizes[store], self._seed, store, epoch)[0])
+
+
+def _counts(weights: np.ndarray, num_stores: int) -> np.ndarray:
+    """Draws of each store in a block: BLOCK in total, rounded by largest remainder."""
+    if len(weights) != num_stores or not np.all((weights > 0) & np.isfinite(weights)):
+        raise DataError(
+            f"weights {weights.tolist()} do not fit {num_stores} stores\n  fix: give each store one positive weight"
+        )
+    exact = weights / weights.sum() * BLOCK
+    counts = np.floor(exact).astype(np.int64)
+    by_remainder = np.argsort(-(exact - counts), kind="stable")
+    counts[by_remainder[: BLOCK - int(counts.sum())]] += 1
+    if (counts == 0).any():
+        number = int(np.argmin(counts))
+        share = weights[number] / weights.sum()
+        raise DataError(
+            f"data.train[{number}] has a share of {share:.2e}, less than one sequence in {BLOCK}\n"
+            "  why: it would never be drawn\n  fix: raise its weight, or leave it out"
+        )
+    return counts

@@ -24,8 +24,13 @@ def pack(store: TokenStore, sequence: int, seq_len: int, *, reset_positions: boo
 
     With reset_positions, position_ids restart at each document and nothing is predicted across a border: the label
     after a document's last token does not count. Tokens past the end of the store are 0 and do not count.
+    IndexError for a sequence that begins outside the store.
     """
     start = sequence * seq_len
+    if not 0 <= start < store.num_tokens:
+        raise IndexError(
+            f"sequence {sequence} of {seq_len} tokens is outside the {store.num_tokens} tokens of {store.path}"
+        )
     stop = min(start + seq_len + 1, store.num_tokens)
     tokens = np.zeros(seq_len + 1, dtype=np.int64)
     tokens[: stop - start] = store.tokens(start, stop)

@@ -162,7 +162,8 @@ def _encode(texts: list[str]) -> list[np.ndarray]:
 
 def _tokenised(texts: Iterable[str], folder: Path, workers: int) -> Iterator[tuple[str, np.ndarray]]:
     """(text, ids) in the order of `texts`, whatever the number of workers."""
-    batches = iter(lambda it=iter(texts): list(itertools.islice(it, BATCH_DOCUMENTS)), [])  # type: ignore[misc]
+    source = iter(texts)
+    batches = iter(lambda: list(itertools.islice(source, BATCH_DOCUMENTS)), [])
     if workers == 1:
         _start_worker(str(folder))
         for batch in batches:

@@ -247,7 +247,7 @@ def _read_manifest(path: Path) -> Manifest:
     file = path / "manifest.json"
     if not file.is_file():
         raise DataError(
-            f"{path} is not a token store: it has no manifest.json\n  fix: make one with launch/prepare_corpus.py"
+            f"{path} is no token store: it has no manifest.json\n  fix: make one with launch/prepare_corpus.py"
         )
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import HeadShard
 from kdtrain.engine.optim import build_adamw
 from kdtrain.errors import DataError, ParallelError
+from kdtrain.log import LOGGER
 from kdtrain.models.backbone import Backbone, call_with_head
 
 R = TypeVar("R")
@@ -54,9 +56,11 @@ class StudentEngine:
             # DeepSpeed reports no norm without ZeRO, and averages it over stale groups: ours is taken in a hook.
             settings["gradient_clipping"] = 0.0
             self.optimizer.register_step_pre_hook(self._clip_without_zero)
-        self.deepspeed: Any = deepspeed.initialize(
-            model=backbone, optimizer=self.optimizer, config=settings, mpu=mesh, dist_init_required=False
-        )[0]
+        with redirect_stdout(io.StringIO()) as said:  # its bfloat16 optimizer prints memory tables, unasked
+            self.deepspeed: Any = deepspeed.initialize(
+                model=backbone, optimizer=self.optimizer, config=settings, mpu=mesh, dist_init_required=False
+            )[0]
+        LOGGER.debug("DeepSpeed said while starting: %s", said.getvalue())
 
     def __call__(self, batch: Batch, head_fn: Callable[[Tensor, HeadShard], R]) -> R:
         """What head_fn(hidden_states [T, D], head rows) returns, through the engine (ZeRO-3 gathers weights)."""

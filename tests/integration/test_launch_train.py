@@ -1,0 +1,256 @@
+"""A whole run through the deepspeed launcher: train, stop, resume bitwise, evaluate, export, and refuse bad input."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.deepspeed
+
+
+def environment():
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+
+
+def script(name, *words):
+    command = [sys.executable, str(ROOT / "launch" / name), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=250, check=False)
+
+
+def launcher(*words, ranks=2):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    tool = Path(sys.executable).with_name("deepspeed")
+    return [
+        sys.executable, str(tool), "--num_accelerators", str(ranks), "--master_port", str(port),
+        str(ROOT / "launch/train.py"), *map(str, words),
+    ]  # fmt: skip
+
+
+def deepspeed(*words, ranks=2):
+    return subprocess.run(
+        launcher(*words, ranks=ranks), capture_output=True, text=True, env=environment(), timeout=280, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Text, a byte-pair tokenizer trained on it, stores made by the script, a random teacher folder, a config."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from kdtrain.models.tiny import tiny_config
+
+    folder = tmp_path_factory.mktemp("world")
+    texts = [p.read_text(encoding="utf-8") for p in sorted((ROOT / "docs").rglob("*.md"))]
+    with (folder / "text.jsonl").open("w") as file:
+        for text in texts:
+            for part in text.split("\n\n"):
+                file.write(json.dumps({"text": part}) + "\n")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=389, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    teacher = folder / "teacher"
+    settings = tiny_config("smollm", vocab_size=389, max_position_embeddings=64)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(teacher)
+    tokenizer.save(str(teacher / "tokenizer.json"))
+    (teacher / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    student = folder / "student.json"
+    student.write_text(json.dumps(tiny_config("qwen3", max_position_embeddings=64, tie_word_embeddings=True)))
+    done = script(
+        "prepare_corpus.py", "--tokenizer", teacher, "--output", folder / "data", "--validation-share", 0.1,
+        "--workers", 1, folder / "text.jsonl",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder / "config.yaml").write_text(
+        f"""
+run: {{name: run, output_dir: {folder}/runs}}
+student: {{architecture: {student}, dtype: float32}}
+teacher: {{weights: {teacher}, dtype: float32}}
+data:
+  train: [{folder}/data/train]
+  validation: {folder}/data/validation
+  seq_len: 32
+  tokens_per_step: 256
+  sequences_per_micro_batch: 4
+objective: {{name: distill, distill: {{kd_weight: 0.7, temperature: 2.0}}}}
+parallel: {{tp: 2}}
+train: {{total_tokens: 2048, slab_bytes: 1048576}}
+schedule: {{warmup_tokens: 512}}
+eval: {{every_steps: 4, max_tokens: 512}}
+log: {{every_steps: 1}}
+debug: {{self_check: false}}
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(world):
+    done = deepspeed(world / "config.yaml", "run.name=whole")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return world / "runs/whole", done.stdout
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(run):
+    volatile = ("time/", "throughput/", "memory/")
+    return [{k: v for k, v in r.items() if not k.startswith(volatile)} for r in records(run)]
+
+
+def test_a_run_through_the_launcher_ends_with_everything_in_its_folder(finished):
+    run, out = finished
+    assert "mesh     2 ranks = dp 1 x tp 2" in out
+    names = {p.name for p in run.iterdir()}
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "STATUS", "export", "checkpoints"} <= names
+    assert (run / "STATUS").read_text().startswith("done")
+    evals = [r for r in records(run) if "eval/val_nll" in r]
+    assert [r["data/step"] for r in evals] == [0, 4, 8]
+    assert evals[-1]["eval/val_nll"] < evals[0]["eval/val_nll"]
+    assert evals[-1]["eval/kl_to_teacher"] < evals[0]["eval/kl_to_teacher"]
+
+
+def test_the_export_gives_the_logits_of_the_checkpoint(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from kdtrain.engine.checkpoint import find_latest, read_full_parameters
+
+    run, _ = finished
+    model = AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    ids = torch.tensor([tokenizer("A store describes itself.")["input_ids"]])
+    exported = model(ids).logits
+    state = dict(read_full_parameters(find_latest(run / "checkpoints")))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    torch.testing.assert_close(model(ids).logits, exported, rtol=1e-5, atol=1e-5)
+
+
+def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(world, finished):
+    whole, _ = finished
+    words = (world / "config.yaml", "run.name=parts", "train.total_tokens=2048")
+    first = deepspeed(*words, "run.time_limit_s=0.001", "checkpoint.every_steps=3")
+    assert first.returncode == 75, first.stdout + first.stderr
+    process = subprocess.Popen(
+        launcher(*words, "checkpoint.every_steps=3"), env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    signalled = False
+    for line in process.stdout:
+        if line.startswith("step") and not signalled:
+            ranks = [p for p in _descendants(process.pid) if "--local_rank" in _command(p)]
+            for pid in ranks:
+                os.kill(pid, signal.SIGTERM)
+            signalled = True
+    assert process.wait(timeout=120) in (75, 143, 1)
+    last = deepspeed(*words)
+    assert last.returncode == 0, last.stdout + last.stderr
+    assert without_clock(world / "runs/parts") == without_clock(whole)
+    from safetensors.torch import load_file
+
+    a = load_file(whole / "export/model.safetensors")
+    b = load_file(world / "runs/parts/export/model.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _descendants(pid):
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *_descendants(int(child))]
+    return found
+
+
+def _command(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+
+
+def test_one_process_without_a_launcher_trains_the_same_student(world, finished):
+    whole, _ = finished
+    done = script("train.py", world / "config.yaml", "run.name=alone", "parallel.tp=1", "checkpoint.export=false")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for mine, theirs in zip(records(world / "runs/alone"), records(whole), strict=True):
+        for key in ("loss/total", "optim/grad_norm", "eval/val_nll", "eval/kl_to_teacher"):
+            if key in theirs:
+                assert mine[key] == pytest.approx(theirs[key], rel=2e-4), (key, theirs["data/step"])
+
+
+def test_an_export_can_be_evaluated_by_itself(world, finished):
+    run, _ = finished
+    done = script(
+        "eval_model.py", world / "config.yaml", "parallel.tp=1", "student.architecture=null",
+        f"student.weights={run / 'export'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    means = json.loads(done.stdout.splitlines()[-1])
+    assert means["eval/val_nll"] == pytest.approx(records(run)[-1]["eval/val_nll"], rel=1e-4)
+
+
+def test_check_says_what_would_run_and_starts_nothing(world):
+    done = script("train.py", world / "config.yaml", "run.name=never", "parallel.tp=1", "--check")
+    assert done.returncode == 0, done.stderr
+    assert "memory   estimate" in done.stdout
+    assert "check    passed" in done.stdout
+    assert not (world / "runs/never").exists()
+
+
+def test_a_truncated_store_is_refused_by_name_with_code_3(world, tmp_path):
+    import shutil
+
+    store = tmp_path / "store"
+    shutil.copytree(world / "data/train", store)
+    path = store / "shard_00000.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    done = script("train.py", world / "config.yaml", "parallel.tp=1", f"data.train=[{store}]", "run.name=broken")
+    assert done.returncode == 3
+    assert f"{path} is truncated" in done.stderr
+    assert not (world / "runs/broken").exists()
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_with_both_ids(world, tmp_path):
+    import shutil
+
+    other = tmp_path / "teacher"
+    shutil.copytree(world / "teacher", other)
+    found = json.loads((other / "tokenizer.json").read_text())
+    found["model"]["merges"] = found["model"]["merges"][:-40]
+    (other / "tokenizer.json").write_text(json.dumps(found))
+    done = script("train.py", world / "config.yaml", "parallel.tp=1", f"teacher.weights={other}", "run.name=odd")
+    assert done.returncode == 3
+    assert "another tokenizer than the teacher's" in done.stderr
+
+
+def test_more_tp_ranks_than_key_value_groups_is_one_clear_message(world):
+    done = deepspeed(world / "config.yaml", "run.name=wide", "parallel.tp=2", "teacher.layout=tp", ranks=2)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((world / "student.json").read_text())
+    narrow = world / "narrow.json"
+    narrow.write_text(json.dumps({**config, "num_key_value_heads": 1}))
+    done = deepspeed(world / "config.yaml", "run.name=narrow", f"student.architecture={narrow}")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "key/value" in done.stderr
+
+
+def test_a_misspelt_key_ends_in_code_2_before_torch_is_imported(world):
+    started = time.monotonic()
+    done = script("train.py", world / "config.yaml", "objective.distil.kd_weight=1")
+    assert done.returncode == 2
+    assert "Did you mean" in done.stderr or "did you mean" in done.stderr.lower()
+    assert time.monotonic() - started < 60
