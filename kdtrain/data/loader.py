@@ -13,7 +13,6 @@ from kdtrain.data.packing import num_sequences, pack, stack
 from kdtrain.data.token_store import TokenStore
 from kdtrain.errors import StoreMismatch
 
-
 _NAMES = {
     "seed": "run.seed",
     "seq_len": "data.seq_len",
@@ -29,7 +28,9 @@ class StepLoader:
     Step n takes positions [n G, (n + 1) G) of one order that depends on seed, stores and weights alone (G =
     sequences_per_step); each data rank takes a contiguous share of them. So neither dp, tp nor the micro-batch size
     changes what a step learns from. With prefetch > 0 a thread works that many steps ahead. start_sequence: sequences
-    the whole run consumed before. Does not communicate. ValueError if a step cannot be divided; DataError as BlendOrder.
+    the whole run consumed before. Does not communicate.
+
+    Raises ValueError if a step cannot be divided over ranks and micro-batches, DataError as BlendOrder.
     """
 
     def __init__(

@@ -7,6 +7,7 @@ tokens, n int64 byte pointers, m int64 indices of sequences that begin documents
 from __future__ import annotations
 
 import struct
+from bisect import bisect_left
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,26 @@ class MegatronIndex:
         """Tokens in the .bin file."""
         return 0 if len(self.sizes) == 0 else int(self.pointers[-1]) // self.dtype.itemsize + int(self.sizes[-1])
 
+    def sequence_at(self, byte: int) -> int:
+        """The first sequence that begins at or after `byte` of the .bin file. Logarithmic, copies nothing."""
+        return bisect_left(self.pointers, byte)
+
+    def check(self, path: Path, *, probes: int | None = None) -> None:
+        """Sequences must follow each other without gap. probes: look at so many places (None: at all of them).
+
+        Raises DataError naming `path` and the first sequence that is wrong.
+        """
+        n = len(self.sizes)
+        step = 1 if probes is None else max(1, n // probes)
+        sizes, pointers = self.sizes[: n - 1 : step].astype(np.int64), self.pointers[: n - 1 : step]
+        wrong = (sizes < 0) | (pointers + sizes * self.dtype.itemsize != self.pointers[1::step])
+        if n and (self.pointers[0] != 0 or wrong.any() or self.sizes[-1] < 0):
+            where = 0 if self.pointers[0] != 0 else int(np.argmax(wrong)) * step if wrong.any() else n - 1
+            raise DataError(
+                f"{path} is damaged: sequence {where} of {n} does not end where the next begins\n"
+                "  fix: copy the store again, or prepare the corpus again"
+            )
+
 
 def read_index(path: Path) -> MegatronIndex:
     """Map an .idx file. Raises DataError naming the file if it is missing, foreign, truncated or inconsistent."""
@@ -62,7 +83,7 @@ def read_index(path: Path) -> MegatronIndex:
             f"{path} is {'truncated' if size < expected else 'damaged'}: {size} bytes, its header says {expected}\n"
             "  fix: copy the store again, or prepare the corpus again"
         )
-    raw = np.memmap(path, mode="r", dtype=np.uint8)
+    raw = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
     sizes = raw[HEADER.size : HEADER.size + 4 * num_sequences].view(np.int32)
     pointers = raw[HEADER.size + 4 * num_sequences : HEADER.size + 12 * num_sequences].view(np.int64)
     documents = raw[HEADER.size + 12 * num_sequences :].view(np.int64)

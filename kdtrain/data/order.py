@@ -49,14 +49,13 @@ def permute(index: np.ndarray | int, size: int, *keys: int) -> np.ndarray:
     return out.astype(np.int64)
 
 
-def schedule(counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def schedule(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Places of sum(counts) draws: at each, the store, and how often that store came before. Both [sum(counts)] int64.
 
     The j-th draw of store i is due at (j + 1/2) / counts[i] and draws are served in order of their due times (the rule
     of the largest deficit, solved for all places at once): any beginning of length n holds a store's share of n within
     one plus half the number of stores.
     """
-    counts = np.asarray(counts, dtype=np.int64)
     stores = np.repeat(np.arange(len(counts)), counts)
     rank = np.concatenate([np.arange(count) for count in counts])
     places = np.lexsort((stores, (rank + 0.5) / counts[stores]))
@@ -101,7 +100,7 @@ def _counts(weights: np.ndarray, num_stores: int) -> np.ndarray:
             f"weights {weights.tolist()} do not fit {num_stores} stores\n  fix: give each store one positive weight"
         )
     exact = weights / weights.sum() * BLOCK
-    counts = np.floor(exact).astype(np.int64)
+    counts: np.ndarray = np.floor(exact).astype(np.int64)
     by_remainder = np.argsort(-(exact - counts), kind="stable")
     counts[by_remainder[: BLOCK - int(counts.sum())]] += 1
     if (counts == 0).any():

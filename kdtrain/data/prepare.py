@@ -1,37 +1,44 @@
-"""Text to token stores: read, tokenise in several processes, split off validation, write."""
+"""Text to token stores: tokenise in several processes, split off validation, write. `kdtrain.data.text` reads."""
 
 from __future__ import annotations
 
-import gzip
+import functools
 import hashlib
-import itertools
-import json
-import lzma
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
+from kdtrain.data.megatron_index import DTYPES, read_index
+from kdtrain.data.text import find_files, read_documents
 from kdtrain.data.token_store import Manifest, TokenStoreWriter
 from kdtrain.data.tokenizer import load_tokenizer, separator_id
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.log import LOGGER
 
-BATCH_DOCUMENTS = 64
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".json", ".xz", ".gz")
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 1 << 20
+"""A worker's portion ends at the first of these; it bounds memory and never changes the result."""
 REPORT_EVERY_S = 10.0
+Report = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class PrepareSettings:
-    """How to read and cut. field: of JSON lines. errors: "strict" or "replace" for invalid UTF-8. validation_share: of
-    documents, chosen by a hash of their text. workers: processes; None: one per core."""
+    """How to read and cut.
+
+    field: of JSON lines. errors: "strict", or "replace" for invalid UTF-8. validation_share: of documents, chosen by a
+    hash of their text. separator: token after each document, None as `kdtrain.data.tokenizer.separator_id` chooses.
+    workers: processes; None: one per core this process may use.
+    """
 
     field: str = "text"
     errors: str = "strict"
@@ -40,174 +47,181 @@ class PrepareSettings:
     workers: int | None = None
 
 
-def find_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """Files named by paths and folders (searched recursively), in a fixed order, each once. ConfigError if none."""
-    found: dict[Path, None] = {}
-    for entry in map(Path, inputs):
-        if entry.is_dir():
-            found.update(
-                dict.fromkeys(sorted(p for p in entry.rglob("*") if p.is_file() and p.suffix in TEXT_SUFFIXES))
-            )
-        elif entry.is_file():
-            found[entry] = None
-        else:
-            raise ConfigError(
-                f"{entry} does not exist\n  fix: name text files, .jsonl files (also .xz, .gz) or folders"
-            )
-    if not found:
-        raise ConfigError(f"no text in {', '.join(map(str, inputs))} (looked for {', '.join(TEXT_SUFFIXES)})")
-    return list(found)
-
-
-def _open(path: Path) -> IO[bytes]:
-    opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
-    return opener(path, "rb")  # type: ignore[no-any-return]
-
-
-def read_documents(files: Iterable[Path], settings: PrepareSettings) -> Iterator[str]:
-    """Texts in order: one per line of a JSON-lines file, one per other file. Empty texts are left out.
-
-    Raises DataError naming file and place: invalid UTF-8, malformed JSON, a missing field, a damaged archive.
-    """
-    for path in files:
-        is_json = ".jsonl" in path.suffixes or path.suffix == ".json"
-        try:
-            with _open(path) as file:
-                texts = (
-                    _json_lines(path, file, settings) if is_json else iter([_decode(path, file.read(), 0, settings)])
-                )
-                yield from (text for text in texts if text.strip())
-        except (OSError, lzma.LZMAError, EOFError) as error:
-            raise DataError(f"{path}: cannot be read: {error}\n  fix: copy the file again") from error
-
-
-def _decode(path: Path, data: bytes, offset: int, settings: PrepareSettings) -> str:
-    try:
-        return data.decode("utf-8", errors=settings.errors)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: invalid UTF-8 at byte {offset + error.start} ({data[error.start : error.start + 4].hex(' ')})\n"
-            "  why: silently replaced characters would be learned\n"
-            "  fix: convert the file (iconv -t UTF-8), or accept replacement characters with --errors replace"
-        ) from error
-
-
-def _json_lines(path: Path, file: IO[bytes], settings: PrepareSettings) -> Iterator[str]:
-    offset = 0
-    for number, line in enumerate(file, start=1):
-        text = _decode(path, line, offset, settings)
-        offset += len(line)
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not valid JSON: {error.msg}\n  fix: one JSON object per line") from error
-        value = record.get(settings.field) if isinstance(record, dict) else None
-        if not isinstance(value, str):
-            keys = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise DataError(
-                f"{path}:{number}: no text under {settings.field!r} (found {keys})\n  fix: name it with --field"
-            )
-        yield value
-
-
 def is_validation(text: str, share: float) -> bool:
     """Whether a document belongs to validation: by a hash of its text, so the same in any order and any corpus."""
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big") < share * 2.0**64
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2.0**64
 
 
 def prepare_corpus(
     inputs: Sequence[str | Path], tokenizer_dir: str | Path, output: str | Path, settings: PrepareSettings
 ) -> dict[str, Manifest]:
-    """Write <output>/train and, if asked for, <output>/validation. Both appear at the end or neither is touched.
+    """Write <output>/train and, if validation_share > 0, <output>/validation; both complete, or neither.
 
-    Deterministic: the stores' bytes do not depend on the number of workers. Raises ConfigError or DataError with the
-    file and place.
+    The stores' bytes do not depend on the number of workers. Raises ConfigError or DataError with the file and place,
+    DataError when a store would be empty.
     """
-    output = Path(output)
-    tokenizer = load_tokenizer(tokenizer_dir)
-    separator = separator_id(tokenizer_dir, tokenizer, settings.separator)
+    if not 0 <= settings.validation_share < 1:
+        raise ConfigError(f"validation_share = {settings.validation_share} is not in [0, 1)\n  fix: for example 0.01")
+    separator = separator_id(tokenizer_dir, settings.separator)
     files = find_files(inputs)
     source = f"{len(files)} files: " + ", ".join(p.name for p in files[:8]) + (", ..." if len(files) > 8 else "")
     names = ["train", "validation"] if settings.validation_share > 0 else ["train"]
     with ExitStack() as stack:
         writers = {
-            name: stack.enter_context(TokenStoreWriter(output / name, tokenizer_dir, separator, source=source))
+            name: stack.enter_context(TokenStoreWriter(Path(output) / name, tokenizer_dir, separator, source=source))
             for name in names
         }
-        with _progress() as report:
-            texts = read_documents(files, settings)
-            for text, ids in _tokenised(texts, Path(tokenizer_dir), settings.workers or os.cpu_count() or 1):
-                held_out = len(names) > 1 and is_validation(text, settings.validation_share)
-                size = len(text.encode("utf-8", "surrogatepass"))
-                writers["validation" if held_out else "train"].add(ids, size)
-                report(len(ids) + 1)
+        report = stack.enter_context(progress())
+        texts = read_documents(files, field=settings.field, errors=settings.errors)
+        for text, ids in tokenised(texts, Path(tokenizer_dir), settings.workers or len(os.sched_getaffinity(0))):
+            held_out = len(names) > 1 and is_validation(text, settings.validation_share)
+            writers["validation" if held_out else "train"].add(ids, len(text.encode()))
+            report(len(ids) + 1)
+        for writer in writers.values():  # all of them can still fail here, so none appears yet
+            writer.finish()
         return {name: writer.commit() for name, writer in writers.items()}
 
 
-_WORKER: dict[str, Any] = {}
-"""The tokenizer of a worker process, set once by its initialiser."""
+def import_megatron(
+    prefixes: Sequence[str | Path], tokenizer_dir: str | Path, output: str | Path, separator: str | None = None
+) -> dict[str, Manifest]:
+    """Write <output>/train from Megatron pairs PREFIX.bin and PREFIX.idx, which carry no word of their tokenizer.
+
+    Documents follow the pairs' document index; each ends with one separator, whether or not it did before. The size of
+    the text is measured on the decoded tokens. Raises DataError for damaged files or ids outside the vocabulary.
+    """
+    tokenizer = load_tokenizer(tokenizer_dir)
+    end = separator_id(tokenizer_dir, separator)
+    source = "Megatron " + ", ".join(Path(prefix).name for prefix in prefixes)
+    with TokenStoreWriter(Path(output) / "train", tokenizer_dir, end, source=source) as writer, progress() as report:
+        for prefix in prefixes:
+            for ids in megatron_documents(Path(prefix)):
+                ids = ids[:-1] if len(ids) and ids[-1] == end else ids
+                writer.add(ids, _decoded_bytes(tokenizer, ids))
+                report(len(ids) + 1)
+        return {"train": writer.commit()}
 
 
-def _start_worker(folder: str) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _WORKER["tokenizer"] = load_tokenizer(folder)
+def _decoded_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
+    """UTF-8 bytes of the text; ids that no tokenizer can have are left to the writer to refuse."""
+    if len(ids) and ids.min() < 0:
+        return 0
+    return len(tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode())
 
 
-def _encode(texts: list[str]) -> list[np.ndarray]:
-    encoded = _WORKER["tokenizer"].encode_batch(texts, add_special_tokens=False)
+def megatron_documents(prefix: Path) -> Iterator[np.ndarray]:
+    """Ids of each document of a pair, in order; empty ones left out. Raises DataError for a damaged pair."""
+    path = prefix.with_name(prefix.name + ".idx")
+    index = read_index(path)
+    index.check(path)
+    documents, data = np.asarray(index.documents), prefix.with_name(prefix.name + ".bin")
+    ordered = len(documents) == 0 or (documents[0] == 0 and (np.diff(documents) >= 0).all())
+    if not ordered or (len(documents) and documents[-1] != len(index.sizes)) or index.dtype.kind not in "iu":
+        raise DataError(
+            f"{path}: its document index does not divide its {len(index.sizes)} sequences of {index.dtype}\n"
+            f"  fix: build the pair again (dtype one of {[d.__name__ for d in DTYPES.values()]} that are integers)"
+        )
+    expected, found = index.num_tokens * index.dtype.itemsize, data.stat().st_size if data.is_file() else -1
+    if found != expected:
+        what = "is missing" if found < 0 else f"has {found} bytes"
+        raise DataError(f"{data} {what}, {path.name} describes {expected}\n  fix: copy the pair again")
+    if expected == 0:
+        return
+    tokens = np.memmap(data, mode="r", dtype=index.dtype)
+    edges = np.append(np.asarray(index.pointers), expected) // index.dtype.itemsize
+    for first, last in zip(edges[documents[:-1]], edges[documents[1:]], strict=True):
+        if last > first:
+            yield np.asarray(tokens[first:last])
+
+
+@functools.lru_cache(maxsize=1)
+def _worker_tokenizer(folder: str) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+def _quiet_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
     return [np.asarray(e.ids, dtype=np.int32) for e in encoded]
 
 
-def _tokenised(texts: Iterable[str], folder: Path, workers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """(text, ids) in the order of `texts`, whatever the number of workers."""
-    source = iter(texts)
-    batches = iter(lambda: list(itertools.islice(source, BATCH_DOCUMENTS)), [])
+def _encode_in_worker(folder: str, texts: list[str]) -> list[np.ndarray]:
+    return _encode(_worker_tokenizer(folder), texts)
+
+
+def _portions(texts: Iterable[str]) -> Iterator[list[str]]:
+    portion: list[str] = []
+    characters = 0
+    for text in texts:
+        portion.append(text)
+        characters += len(text)
+        if len(portion) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield portion
+            portion, characters = [], 0
+    if portion:
+        yield portion
+
+
+def tokenised(texts: Iterable[str], folder: Path, workers: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(text, ids) in the order of `texts`, whatever the number of workers.
+
+    Raises DataError when a worker process dies (most often for want of memory).
+    """
     if workers == 1:
-        _start_worker(str(folder))
-        for batch in batches:
-            yield from zip(batch, _encode(batch), strict=True)
+        tokenizer = load_tokenizer(folder)
+        for portion in _portions(texts):
+            yield from zip(portion, _encode(tokenizer, portion), strict=True)
         return
     context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, initializer=_start_worker, initargs=(str(folder),)) as pool:
-        waiting: list[tuple[list[str], Any]] = []
-        for batch in batches:
-            waiting.append((batch, pool.apply_async(_encode, (batch,))))
-            if len(waiting) >= 4 * workers:
-                first, answer = waiting.pop(0)
-                yield from zip(first, answer.get(), strict=True)
-        for first, answer in waiting:
-            yield from zip(first, answer.get(), strict=True)
+    waiting: deque[tuple[list[str], Future[list[np.ndarray]]]] = deque()
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_quiet_worker) as pool:
+        try:
+            for portion in _portions(texts):
+                waiting.append((portion, pool.submit(_encode_in_worker, str(folder), portion)))
+                if len(waiting) >= 4 * workers:
+                    first, answer = waiting.popleft()
+                    yield from zip(first, answer.result(), strict=True)
+            while waiting:
+                first, answer = waiting.popleft()
+                yield from zip(first, answer.result(), strict=True)
+        except BrokenProcessPool as error:
+            raise DataError(
+                f"a tokenising process died: {error}\n  why: most often the machine ran out of memory\n"
+                "  fix: use fewer --workers, or split very large documents"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
+def progress() -> Iterator[Report]:
     """A function to call with the tokens of each document; a bar on a terminal, else a line every ten seconds."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     documents = tokens = 0
-    console = Console()
-    if console.is_terminal:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("reading")
-
-            def show(count: int) -> None:
-                nonlocal documents, tokens
-                documents, tokens = documents + 1, tokens + count
-                bar.update(task, description=f"{documents:,} documents, {tokens:,} tokens")
-
-            yield show
-        return
     last = time.monotonic()
+    console = Console()
 
-    def line(count: int) -> None:
-        nonlocal documents, tokens, last
-        documents, tokens = documents + 1, tokens + count
+    def count(new: int) -> str:
+        nonlocal documents, tokens
+        documents, tokens = documents + 1, tokens + new
+        return f"{documents:,} documents, {tokens:,} tokens"
+
+    def line(new: int) -> None:
+        nonlocal last
+        text = count(new)
         if time.monotonic() - last > REPORT_EVERY_S:
             last = time.monotonic()
-            LOGGER.info("prepare  %s documents, %s tokens", f"{documents:,}", f"{tokens:,}")
+            LOGGER.info("prepare  %s", text)
 
-    yield line
+    if not console.is_terminal:
+        yield line
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("reading")
+        yield lambda new: bar.update(task, description=count(new))

@@ -6,27 +6,36 @@ it. It is written under a temporary name and renamed at the end, so a half-writt
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 
 from kdtrain.data.megatron_index import MegatronIndex, index_bytes, read_index
-from kdtrain.data.tokenizer import fingerprint, load_tokenizer, vocab_size
+from kdtrain.data.tokenizer import fingerprint, vocab_size
 from kdtrain.errors import ConfigError, DataError
 
 FORMAT, VERSION = "kdtrain-token-store", 1
 TOKENIZER = "tokenizer"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+"""What is copied of a tokenizer's folder, which may hold a model's gigabytes too."""
 SHARD_TOKENS = 1 << 30
 """Tokens after which a new shard begins."""
+DTYPES = ("uint16", "int32")
+"""Of tokens: uint16 for vocabularies of at most 65535."""
+INDEX_PROBES = 4096
+"""Places of each index that `open` looks at; `verify` looks at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +102,7 @@ class TokenStore:
                     f"{len(index.sizes)} documents, {index.num_tokens} tokens; the manifest says {dtype}, "
                     f"{shard.num_documents}, {shard.num_tokens}\n  fix: prepare the corpus again"
                 )
+            index.check(path / f"{shard.name}.idx", probes=INDEX_PROBES)
             bins.append(np.memmap(path / f"{shard.name}.bin", mode="r", dtype=dtype))
             indices.append(index)
         return cls(path, manifest, bins, indices)
@@ -135,12 +145,12 @@ class TokenStore:
             if first >= stop or start >= last:
                 continue
             size = index.dtype.itemsize
-            low, high = np.searchsorted(index.pointers, [(start - first) * size, (stop - first) * size])
+            low, high = (index.sequence_at((edge - first) * size) for edge in (start, stop))
             parts.append(index.pointers[low:high] // size + first)
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def verify(self) -> None:
-        """Read every byte and compare checksums. Raises DataError naming the damaged file."""
+        """Read every byte: checksums, whole indices, the tokenizer. Raises DataError naming the damaged file."""
         for shard in self.manifest.shards:
             for suffix, expected in ((".bin", shard.bin_sha256), (".idx", shard.idx_sha256)):
                 path = self.path / (shard.name + suffix)
@@ -150,23 +160,41 @@ class TokenStore:
                         f"{path} is damaged: sha256 {found}, the manifest says {expected}\n"
                         "  fix: copy the store again, or prepare the corpus again"
                     )
+        for shard, index in zip(self.manifest.shards, self._indices, strict=True):
+            index.check(self.path / f"{shard.name}.idx")
+        found = fingerprint(self.path / TOKENIZER)
+        if found != self.manifest.tokenizer_fingerprint:
+            raise DataError(
+                f"{self.path / TOKENIZER} is not the tokenizer that made the tokens: fingerprint {found}, the manifest "
+                f"says {self.manifest.tokenizer_fingerprint}\n  fix: copy the store again, or prepare the corpus again"
+            )
 
 
 class TokenStoreWriter:
     """Writes a store document by document; `commit` makes it appear, anything else leaves nothing behind.
 
-    Use as a context manager. Raises ConfigError if `folder` exists or cannot be written.
+    Use as a context manager. Not thread-safe. Raises ConfigError if `folder` exists or cannot be written, or if the
+    tokenizer is missing; DataError when the disk is full.
     """
 
-    def __init__(self, folder: str | Path, tokenizer_dir: str | Path, separator_id: int, *, source: str) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        tokenizer_dir: str | Path,
+        separator_id: int,
+        *,
+        source: str,
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> None:
         self.folder = Path(folder)
-        if self.folder.exists():
-            raise ConfigError(f"{self.folder} exists already\n  fix: name a new folder, or remove this one")
         self._tokenizer_dir = Path(tokenizer_dir)
-        self._vocab_size = vocab_size(load_tokenizer(tokenizer_dir))
+        self._vocab_size = vocab_size(tokenizer_dir)
         self._separator_id = separator_id
         self._source = source
+        self._shard_tokens = shard_tokens
         self._dtype = np.dtype(np.uint16 if self._vocab_size <= 65535 else np.int32)
+        if self.folder.exists():
+            raise ConfigError(f"{self.folder} exists already\n  fix: name a new folder, or remove this one")
         self._temporary = self.folder.with_name(f".{self.folder.name}.writing.{uuid.uuid4().hex[:8]}")
         try:
             self._temporary.mkdir(parents=True)
@@ -176,31 +204,40 @@ class TokenStoreWriter:
             ) from error
         self._shards: list[Shard] = []
         self._sizes: list[int] = []
-        self._file: Any = None
+        self._file: BinaryIO | None = None
         self._digest = hashlib.sha256()
         self._text_bytes = 0
+        self._manifest: Manifest | None = None
 
     def add(self, ids: np.ndarray | list[int], text_bytes: int) -> None:
         """One document: its ids, without separator, and the size of its text in UTF-8 bytes."""
         tokens = np.append(np.asarray(ids, dtype=np.int64), self._separator_id)
-        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
-            raise DataError(f"token {int(tokens.max())} is not in [0, {self._vocab_size}), the tokenizer's vocabulary")
-        if self._file is None:
-            self._file = (self._temporary / f"shard_{len(self._shards):05d}.bin").open("wb")
-            self._digest = hashlib.sha256()
-        data = tokens.astype(self._dtype).tobytes()
-        self._file.write(data)
-        self._digest.update(data)
-        self._sizes.append(len(tokens))
-        self._text_bytes += text_bytes
-        if self._file.tell() >= SHARD_TOKENS * self._dtype.itemsize:
-            self._close_shard()
+        outside = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
+        if len(outside):
+            raise DataError(
+                f"document {sum(s.num_documents for s in self._shards) + len(self._sizes)}: token {int(outside[0])} is "
+                f"not in [0, {self._vocab_size}), the vocabulary of {self._tokenizer_dir}\n"
+                "  fix: name the tokenizer that made the tokens"
+            )
+        with _disk_errors(self.folder):
+            if self._file is None:
+                self._file = (self._temporary / f"shard_{len(self._shards):05d}.bin").open("wb")
+                self._digest = hashlib.sha256()
+            data = tokens.astype(self._dtype).tobytes()
+            self._file.write(data)
+            self._digest.update(data)
+            self._sizes.append(len(tokens))
+            self._text_bytes += text_bytes
+            if self._file.tell() >= self._shard_tokens * self._dtype.itemsize:
+                self._close_shard()
 
     def _close_shard(self) -> None:
         if self._file is None:
             return
         name = f"shard_{len(self._shards):05d}"
-        _flush_and_close(self._file)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
         self._file = None
         index = index_bytes(np.asarray(self._sizes), self._dtype)
         _write(self._temporary / f"{name}.idx", index)
@@ -213,23 +250,41 @@ class TokenStoreWriter:
         )  # fmt: skip
         self._sizes = []
 
+    def finish(self) -> Manifest:
+        """Write everything to disk, still under the temporary name. Raises DataError if no document was added."""
+        if self._manifest is not None:
+            return self._manifest
+        with _disk_errors(self.folder):
+            self._close_shard()
+            if not self._shards:
+                raise DataError(
+                    f"{self.folder}: no documents\n  why: a store without tokens cannot be trained on\n"
+                    "  fix: name files that hold text"
+                )
+            (self._temporary / TOKENIZER).mkdir()
+            for file in sorted(self._tokenizer_dir.iterdir()):
+                if file.name in TOKENIZER_FILES:
+                    _write(self._temporary / TOKENIZER / file.name, file.read_bytes())
+            together = hashlib.sha256("".join(s.bin_sha256 + s.idx_sha256 for s in self._shards).encode()).hexdigest()
+            manifest = Manifest(
+                dtype=str(self._dtype), num_documents=sum(s.num_documents for s in self._shards),
+                num_tokens=sum(s.num_tokens for s in self._shards), text_bytes=self._text_bytes,
+                vocab_size=self._vocab_size, separator_id=self._separator_id,
+                tokenizer_fingerprint=fingerprint(self._tokenizer_dir), source=self._source, fingerprint=together,
+                shards=tuple(self._shards),
+            )  # fmt: skip
+            _write(self._temporary / "manifest.json", (json.dumps(asdict(manifest), indent=2) + "\n").encode())
+            _sync_folder(self._temporary / TOKENIZER)
+            _sync_folder(self._temporary)
+        self._manifest = manifest
+        return manifest
+
     def commit(self) -> Manifest:
-        """Finish: checksums, manifest, rename. Raises DataError if no document was added."""
-        self._close_shard()
-        if not self._shards:
-            raise DataError(f"{self.folder}: no documents\n  why: a store without tokens cannot be trained on")
-        shutil.copytree(self._tokenizer_dir, self._temporary / TOKENIZER, ignore=_only_tokenizer_files)
-        together = hashlib.sha256("".join(s.bin_sha256 + s.idx_sha256 for s in self._shards).encode()).hexdigest()
-        manifest = Manifest(
-            dtype=str(self._dtype), num_documents=sum(s.num_documents for s in self._shards),
-            num_tokens=sum(s.num_tokens for s in self._shards), text_bytes=self._text_bytes,
-            vocab_size=self._vocab_size, separator_id=self._separator_id,
-            tokenizer_fingerprint=fingerprint(self._tokenizer_dir), source=self._source, fingerprint=together,
-            shards=tuple(self._shards),
-        )  # fmt: skip
-        _write(self._temporary / "manifest.json", (json.dumps(asdict(manifest), indent=2) + "\n").encode())
-        os.rename(self._temporary, self.folder)
-        _sync_folder(self.folder.parent)
+        """`finish`, then give the store its name: it is either there and whole, or not there."""
+        manifest = self.finish()
+        with _disk_errors(self.folder):
+            os.rename(self._temporary, self.folder)
+            _sync_folder(self.folder.parent)
         return manifest
 
     def __enter__(self) -> TokenStoreWriter:
@@ -239,29 +294,53 @@ class TokenStoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk fails again at the flush; the file goes either way
+                self._file.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{folder}: writing failed: {error.strerror}\n  why: nothing was kept\n"
+            "  fix: free some space or choose another folder, then run again"
+        ) from error
 
 
 def _read_manifest(path: Path) -> Manifest:
     file = path / "manifest.json"
     if not file.is_file():
-        raise DataError(
-            f"{path} is no token store: it has no manifest.json\n  fix: make one with launch/prepare_corpus.py"
-        )
+        inside = [name for name in ("train", "validation") if (path / name / "manifest.json").is_file()]
+        fix = f"name {path / inside[0]}" if inside else "make one with launch/prepare_corpus.py"
+        raise DataError(f"{path} is not a token store: it has no manifest.json\n  fix: {fix}")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if found.get("format") != FORMAT or found.get("version") != VERSION:
             raise DataError(
-                f"{file}: format {found.get('format')!r} version {found.get('version')!r}; this kdtrain reads {FORMAT!r} "
-                f"version {VERSION}\n  fix: prepare the corpus again, or use the kdtrain that wrote it"
+                f"{file}: format {found.get('format')!r} version {found.get('version')!r}; this kdtrain reads "
+                f"{FORMAT!r} version {VERSION}\n  fix: prepare the corpus again, or use the kdtrain that wrote it"
             )
         shards = tuple(Shard(**shard) for shard in found.pop("shards"))
-        return Manifest(**found, shards=shards)
+        manifest = Manifest(**found, shards=shards)
+        tokens, documents = sum(s.num_tokens for s in shards), sum(s.num_documents for s in shards)
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{file} is damaged: {error}\n  fix: copy the store again, or prepare the corpus again"
         ) from error
+    wrong = (manifest.num_tokens, manifest.num_documents) != (tokens, documents)
+    if wrong or manifest.dtype not in DTYPES or not all(s.num_tokens > 0 and s.num_documents > 0 for s in shards):
+        raise DataError(
+            f"{file} is damaged: {manifest.num_documents} documents, {manifest.num_tokens} tokens of "
+            f"{manifest.dtype!r}, but its shards hold {documents} and {tokens}, and the dtype must be "
+            f"one of {DTYPES} and no shard empty\n"
+            "  fix: copy the store again, or prepare the corpus again"
+        )
+    if not shards:
+        raise DataError(f"{path} is empty: its manifest lists no shards\n  fix: prepare the corpus again")
+    return manifest
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -275,12 +354,6 @@ def _check_size(path: Path, expected: int) -> None:
         )
 
 
-def _only_tokenizer_files(folder: str, names: list[str]) -> list[str]:
-    """What not to copy: everything but a tokenizer's small text files (a model folder may hold gigabytes)."""
-    wanted = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template")
-    return [n for n in names if not n.startswith(wanted) or (Path(folder) / n).is_dir()]
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -291,12 +364,6 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush_and_close(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
 
 
 def _sync_folder(path: Path) -> None:

@@ -23,6 +23,9 @@ PROBES = (
 """Strings on which tokenizers of the same vocabulary but other rules usually differ."""
 
 
+_ADDED_TOKEN = ("id", "content", "special", "single_word", "lstrip", "rstrip", "normalized")
+
+
 def tokenizer_file(folder: str | Path) -> Path:
     """<folder>/tokenizer.json. Raises ConfigError if it is not there."""
     path = Path(folder) / "tokenizer.json"
@@ -38,15 +41,38 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer in `folder`. Raises ConfigError if there is none, DataError if it cannot be parsed."""
     path = tokenizer_file(folder)
     _json(path)
-    return Tokenizer.from_file(str(path))
+    with _LibraryErrors(path):
+        return Tokenizer.from_file(str(path))
 
 
-def _json(path: Path) -> dict[str, Any]:
+class _LibraryErrors:
+    """Turns what `tokenizers` raises into a DataError. It raises bare `Exception`; a subclass is another error."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is Exception:
+            raise DataError(
+                f"{self._path} is not a tokenizer that the tokenizers library reads: {error}\n"
+                "  fix: copy it again from the model it belongs to, or install a newer tokenizers"
+            ) from error
+
+
+def _object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is damaged: {error}\n  fix: copy it again from the model it belongs to") from error
-    if not isinstance(found, dict) or "model" not in found:
+    return found if isinstance(found, dict) else {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    found = _object(path)
+    if not isinstance(found.get("model"), dict):
         raise DataError(f"{path} is not a tokenizer: it has no key 'model'\n  fix: use a Hugging Face tokenizer.json")
     return found
 
@@ -55,11 +81,11 @@ def fingerprint(folder: str | Path) -> str:
     """sha256 over what decides ids: vocabulary, merges, normaliser, pre-tokenizer and added tokens."""
     found = _json(tokenizer_file(folder))
     model = found["model"]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges", [])]
-    added = sorted((t["id"], t["content"], t.get("special", False)) for t in found.get("added_tokens", []))
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
+    added = sorted(([t.get(key) for key in _ADDED_TOKEN] for t in found.get("added_tokens") or []), key=lambda t: t[0])
     vocab = model.get("vocab", {})
     content = {
-        "type": model.get("type"),
+        "model": {key: value for key, value in model.items() if key not in ("vocab", "merges") and value},
         "vocab": sorted(vocab.items()) if isinstance(vocab, dict) else vocab,
         "merges": merges,
         "normalizer": found.get("normalizer"),
@@ -69,17 +95,21 @@ def fingerprint(folder: str | Path) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def vocab_size(tokenizer: Tokenizer) -> int:
-    """The largest id plus one: the tokenizer's true size, whatever a model's padded head says."""
-    return int(max(tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+def vocab_size(folder: str | Path) -> int:
+    """The largest id plus one: the tokenizer's true size, whatever a model's padded head says. Raises as above."""
+    ids = load_tokenizer(folder).get_vocab(with_added_tokens=True).values()
+    if not ids:
+        raise DataError(f"{tokenizer_file(folder)} has no tokens\n  fix: copy it again from the model it belongs to")
+    return int(max(ids)) + 1
 
 
-def separator_id(folder: str | Path, tokenizer: Tokenizer, name: str | None = None) -> int:
+def separator_id(folder: str | Path, name: str | None = None) -> int:
     """Id of the token written after every document.
 
     `name`, else <|endoftext|> where the vocabulary has it, else eos_token of tokenizer_config.json. (An instruct
     model's eos_token ends a turn, not a document, hence the order.) Raises ConfigError if there is none.
     """
+    tokenizer = load_tokenizer(folder)
     candidates = [name] if name is not None else [DEFAULT_SEPARATOR, _configured_eos(Path(folder))]
     for candidate in candidates:
         found = None if candidate is None else tokenizer.token_to_id(candidate)
@@ -93,17 +123,15 @@ def separator_id(folder: str | Path, tokenizer: Tokenizer, name: str | None = No
 
 def _configured_eos(folder: Path) -> str | None:
     path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return None
-    eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-    found = eos["content"] if isinstance(eos, dict) else eos
+    eos = _object(path).get("eos_token") if path.is_file() else None
+    found = eos.get("content") if isinstance(eos, dict) else eos
     return found if isinstance(found, str) else None
 
 
 def explain_difference(first: str | Path, second: str | Path) -> str | None:
     """Why the tokenizers of two folders are not interchangeable; None if they give the same ids.
 
-    Equal fingerprints need no look. Else both vocabularies are compared, then the ids of the probe strings.
+    Equal fingerprints need no look. Else the ids of the probe strings are compared, then both vocabularies.
     """
     if fingerprint(first) == fingerprint(second):
         return None
@@ -112,10 +140,15 @@ def explain_difference(first: str | Path, second: str | Path) -> str | None:
     for probe in PROBES:
         ids_a, ids_b = a.encode(probe, add_special_tokens=False).ids, b.encode(probe, add_special_tokens=False).ids
         if ids_a != ids_b:
-            return f"{probe!r} is {_short(ids_a)} in {first} and {_short(ids_b)} in {second}"
+            same = [x == y for x, y in zip(ids_a, ids_b, strict=False)]
+            start = max(0, (len(same) if all(same) else same.index(False)) - 4)
+            shown_a, shown_b = _short(ids_a, start), _short(ids_b, start)
+            return f"{probe!r} is {shown_a} in {first} and {shown_b} in {second}"
     odd = sorted(set(vocab_a.items()) ^ set(vocab_b.items()), key=lambda item: item[1])
     return f"token {odd[0][0]!r} with id {odd[0][1]} is in only one of them" if odd else None
 
 
-def _short(ids: list[int]) -> str:
-    return str(ids if len(ids) <= 12 else [*ids[:12], "..."])
+def _short(ids: list[int], start: int) -> str:
+    """At most twelve ids from `start` on."""
+    cut = ids[start : start + 12]
+    return f"[{'..., ' if start else ''}{', '.join(map(str, cut))}{', ...' if start + 12 < len(ids) else ''}]"
