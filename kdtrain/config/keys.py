@@ -34,6 +34,11 @@ class Key:
         return get_origin(self.hint) is dict
 
     @property
+    def is_list(self) -> bool:
+        """Whether every value but null is a list."""
+        return all(get_origin(part) in (list, tuple) for part in _alternatives(self.hint))
+
+    @property
     def is_text(self) -> bool:
         """Whether the value, or each item of it, is a string: then 007 and 1.10 are text, not numbers."""
         return any(part is str or get_args(part)[:1] == (str,) for part in _alternatives(self.hint))

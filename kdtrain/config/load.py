@@ -135,6 +135,8 @@ def _resolve(
             value = OmegaConf.select(tree, name)
             if OmegaConf.is_config(value):
                 value = OmegaConf.to_container(value, resolve=True, throw_on_missing=True)
+            elif key.is_list and isinstance(value, str):
+                raise _WrongType  # OmegaConf takes any text with ${ in it for a list to come
             exact = value if key.is_free_form else _exact(value, key.hint)
             OmegaConf.update(tree, name, _escaped(exact), merge=False)
         except (OmegaConfBaseException, _WrongType) as error:
@@ -154,8 +156,10 @@ def _unresolved(name: str, raw: Any, key: Key, origin: str, error: Exception) ->
         return Problem(name, raw, why, f"export {variable[1]}=..., or set {name}=... here", origin)
     if "${" not in str(raw):
         return _bad_value(name, raw, key.hint, origin, error)
-    reason = str(error).strip().splitlines()[0]
-    if any(words in reason for words in ("could not be converted", "Invalid value", "not a valid")):
+    reason = "".join(str(error).strip().splitlines()[:1])
+    if isinstance(error, _WrongType) or any(
+        words in reason for words in ("could not be converted", "Invalid value", "not a valid")
+    ):
         why = f"stands for something that is not {wants(key.hint)}"
     else:
         why = f"cannot be resolved: {reason}"

@@ -17,6 +17,7 @@ from kdtrain.errors import ConfigError
 
 MIN_SLAB_BYTES = 1 << 20
 MAX_NAME_LENGTH = 128
+MAX_SEED = 2**64 - 1
 NAME_LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
 DIVERGENCE_SETTINGS = {
     "teacher_share": ("jsd",),
@@ -74,6 +75,8 @@ def _run(cfg: RunConfig) -> Iterator[Problem]:
         )  # fmt: skip
     if run.seed < 0:
         yield Problem("run.seed", run.seed, "is negative", "use 0 or more")
+    if run.seed > MAX_SEED:
+        yield Problem("run.seed", run.seed, f"is larger than {MAX_SEED}, torch's largest seed", "use a smaller number")
     if run.time_limit_s is not None and not 0 < run.time_limit_s < math.inf:
         yield Problem("run.time_limit_s", run.time_limit_s, "is not a positive number", "seconds, or null for no limit")
 
@@ -298,6 +301,10 @@ def _cadence(cfg: RunConfig) -> Iterator[Problem]:
     if cfg.train.slab_bytes < MIN_SLAB_BYTES:
         yield Problem(
             "train.slab_bytes", cfg.train.slab_bytes, f"is less than {MIN_SLAB_BYTES} bytes", "1073741824 is usual"
+        )
+    if cfg.debug.check_replicas:  # whoever asks for a safety check must not believe that it happens
+        yield Problem(
+            "debug.check_replicas", True, "would be ignored: no step compares replicas yet", "set it to false"
         )
     wandb = cfg.log.wandb
     if set(wandb.project) & set("/\\#?%:") or len(wandb.project) > MAX_NAME_LENGTH:

@@ -50,6 +50,7 @@ CASES = {
     "accent in name": ({"run__name": "\xe9"}, "run.name", "cannot name a folder"),
     "long name": ({"run__name": "a" * 129}, "run.name", "at most 128"),
     "seed": ({"run__seed": -1}, "run.seed", "is negative"),
+    "seed beyond torch's": ({"run__seed": 2**64}, "run.seed", "is larger than 18446744073709551615"),
     "time limit": ({"run__time_limit_s": 0.0}, "run.time_limit_s", "is not a positive number"),
     "time limit nan": ({"run__time_limit_s": math.nan}, "run.time_limit_s", "is not a positive number"),
     "no student": ({"student__architecture": None}, "student.architecture", "there is no student"),
@@ -142,6 +143,7 @@ CASES = {
     "eval without data": ({"eval__every_steps": 5}, "data.validation", "but the section eval is set"),
     "slab": ({"train__slab_bytes": 1000}, "train.slab_bytes", "is less than 1048576 bytes"),
     "wandb project": ({"log__wandb__project": "a/b"}, "log.wandb.project", "is no name that wandb accepts"),
+    "replicas": ({"debug__check_replicas": True}, "debug.check_replicas", "no step compares replicas"),
     "wandb entity": ({"log__wandb__entity": "a/b"}, "log.wandb.entity", "is not one name"),
 }  # fmt: skip
 
@@ -168,6 +170,7 @@ def test_each_mistake_is_one_problem_that_says_why_and_how_to_mend_it(case):
          "teacher__dtype": "float32"},
         {"student__weights": "w", "student__architecture": None},
         {"zero__stage": 0, "student__dtype": "float32"},
+        {"run__seed": 2**64 - 1},
         {"zero__extra": {"reduce_bucket_size": 5e8, "sub_group_size": 7, "reduce_scatter": False}},
         {"data__train_weights": [1e-9, 5.0], "data__validation": "v", "eval__every_steps": 1, "eval__max_tokens": 1},
         {"schedule__shape": "wsd", "schedule__decay_tokens": 960},
