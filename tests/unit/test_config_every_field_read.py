@@ -1,0 +1,85 @@
+"""A setting that nobody reads would be accepted and change nothing."""
+
+import ast
+from pathlib import Path
+
+from kdtrain.config.keys import all_keys
+from kdtrain.config.schema import RunConfig
+
+PACKAGE = Path(__file__).resolve().parents[2] / "kdtrain"
+KEYS = all_keys()
+SECTION_OF_CLASS = {RunConfig.__name__: ""} | {key.section.__name__: name for name, key in KEYS.items() if key.section}
+ROOTS = ("cfg", "config")
+"""Names and attributes that hold a whole RunConfig."""
+READ_ELSEWHERE = {
+    "zero.extra": "kdtrain.config.deepspeed_config hands it to DeepSpeed",
+    "train.kernels": "auto and torch both mean torch: there is one backend",
+    "debug.check_replicas": "true is refused by kdtrain.config.validate",
+}
+"""Settings that nobody outside kdtrain.config reads, and why that misleads no user."""
+
+
+class Reads:
+    """Dotted keys that a class or a function reads, through `cfg.a.b`, `s = cfg.a; s.b`, `self._s = s; self._s.b` or
+    a parameter annotated with a section's class."""
+
+    def __init__(self, scope):
+        self.keys = set()
+        self._names = dict.fromkeys(ROOTS, "")
+        for node in ast.walk(scope):
+            if isinstance(node, ast.arg) and node.annotation is not None:
+                section = SECTION_OF_CLASS.get(ast.unparse(node.annotation).rpartition(".")[2])
+                if section is not None:
+                    self._names[node.arg] = section
+        for _ in range(3):  # an alias of an alias of an alias
+            for node in ast.walk(scope):
+                if isinstance(node, ast.Assign):
+                    self._remember(node.targets[0], node.value)
+        for node in ast.walk(scope):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                self.keys.add(self._key(node))
+
+    def _remember(self, target, value):
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for one, other in zip(target.elts, value.elts, strict=True):
+                self._remember(one, other)
+        key = self._key(value)
+        if key == "" or (key in KEYS and KEYS[key].section):
+            self._names[ast.unparse(target)] = key
+
+    def _key(self, node):
+        """Dotted key that the expression stands for, "" for the whole configuration, None for anything else."""
+        known = self._names.get(ast.unparse(node)) if isinstance(node, (ast.Name, ast.Attribute)) else None
+        if known is not None or not isinstance(node, ast.Attribute):
+            return known
+        parent = self._key(node.value)
+        if parent is None:
+            return "" if node.attr in ROOTS else None
+        key = f"{parent}.{node.attr}".lstrip(".")
+        return key if key in KEYS else None
+
+
+def keys_read(source):
+    """Keys that top-level functions and classes of a module read."""
+    scopes = [n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    return set().union(*(Reads(scope).keys for scope in scopes))
+
+
+def test_every_setting_is_read_by_the_code_that_it_is_for():
+    files = [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE / "config"]
+    assert len(files) > 40
+    read = set().union(*(keys_read(path.read_text(encoding="utf-8")) for path in files))
+    unread = {name for name, key in KEYS.items() if not key.section} - read
+    assert unread == set(READ_ELSEWHERE)
+
+
+def test_zero_extra_is_read_where_the_exception_says():
+    assert "zero.extra" in keys_read((PACKAGE / "config" / "deepspeed_config.py").read_text(encoding="utf-8"))
+
+
+def test_a_setting_counts_as_read_only_in_its_own_section():
+    assert "train.kernels" not in keys_read("def f(cfg, call):\n    return call.kernels, cfg.log.kernels")
+    assert "train.kernels" not in keys_read("def f(cfg):\n    cfg.train.kernels = 'torch'")
+    assert "train.kernels" in keys_read("def f(self):\n    t, d = self.cfg.train, 1\n    return t.kernels")
+    text = "class C:\n  def __init__(self, s: TrainSection): self._s = s\n  def f(self): return self._s.kernels"
+    assert "train.kernels" in keys_read(text)
