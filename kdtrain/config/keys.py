@@ -41,7 +41,10 @@ class Key:
     @property
     def is_text(self) -> bool:
         """Whether the value, or each item of it, is a string: then 007 and 1.10 are text, not numbers."""
-        return any(part is str or get_args(part)[:1] == (str,) for part in _alternatives(self.hint))
+        items = (
+            part if get_origin(part) not in (list, tuple) else get_args(part)[0] for part in _alternatives(self.hint)
+        )
+        return str in items
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
