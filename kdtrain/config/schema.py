@@ -232,7 +232,7 @@ class DebugSection:
     """Switches for finding faults."""
 
     check_replicas: bool = False
-    """Compare batches and replicated tensors over tp ranks each step; slow."""
+    """Compare the micro-batches of all tp ranks, element for element, each step; slow."""
     self_check: bool = True
     """Before the first step: label cross-entropy of the teacher must beat its +-1 shifts, and tokenizers must agree."""
 

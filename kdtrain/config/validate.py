@@ -302,10 +302,6 @@ def _cadence(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "train.slab_bytes", cfg.train.slab_bytes, f"is less than {MIN_SLAB_BYTES} bytes", "1073741824 is usual"
         )
-    if cfg.debug.check_replicas:  # whoever asks for a safety check must not believe that it happens
-        yield Problem(
-            "debug.check_replicas", True, "would be ignored: no step compares replicas yet", "set it to false"
-        )
     wandb = cfg.log.wandb
     if set(wandb.project) & set("/\\#?%:") or len(wandb.project) > MAX_NAME_LENGTH:
         yield Problem(

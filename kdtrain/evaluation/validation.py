@@ -68,12 +68,12 @@ class Validation:
             if signal is None:
                 return linear_cross_entropy(
                     hidden, head, labels, weight=weight, shard=layout.shard, group=layout.group,
-                    slab_bytes=layout.slab_bytes,
+                    slab_bytes=layout.slab_bytes, backend=layout.backend,
                 )  # fmt: skip
             return linear_kd_loss(
                 hidden, head, signal.hidden_states, signal.head, labels, divergence="forward_kl", temperature=1.0,
                 kd_weight=weight, ce_weight=weight, shard=layout.shard, group=layout.group,
-                slab_bytes=layout.slab_bytes, measure=True,
+                slab_bytes=layout.slab_bytes, backend=layout.backend, measure=True,
             )  # fmt: skip
 
         return self._student(batch, head_fn)

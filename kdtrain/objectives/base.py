@@ -25,11 +25,12 @@ class Student(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HeadLayout:
-    """How the student's head is cut and how much memory its loss may use."""
+    """How the student's head is cut, how much memory its loss may use, and which row kernels compute it."""
 
     shard: VocabShard
     group: Group
     slab_bytes: int
+    backend: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)

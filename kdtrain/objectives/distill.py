@@ -56,6 +56,7 @@ class Distill:
                 shard=layout.shard,
                 group=layout.group,
                 slab_bytes=layout.slab_bytes,
+                backend=layout.backend,
                 teacher_share=s.teacher_share,
                 skew=s.skew,
                 ab_alpha=s.ab_alpha,

@@ -32,6 +32,7 @@ class Pretrain:
                 shard=layout.shard,
                 group=layout.group,
                 slab_bytes=layout.slab_bytes,
+                backend=layout.backend,
             )
 
         parts = self.student(batch, head_fn)

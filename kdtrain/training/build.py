@@ -61,7 +61,7 @@ def build_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, device: torch.devic
         student_spec(cfg), mesh, vocab_size=inputs.vocab_size, total_rows=rows, device=device, trainable=trainable,
         seed=cfg.run.seed,
     )  # fmt: skip
-    layout = HeadLayout(student.shard, mesh.tp_group, cfg.train.slab_bytes)
+    layout = HeadLayout(student.shard, mesh.tp_group, cfg.train.slab_bytes, cfg.train.kernels)
     if spec is None:
         return Models(student, None, layout, None)
     # A plain teacher is whole on every rank, padded to the rows of all the student's shards together.

@@ -31,7 +31,7 @@ def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout) ->
         weight = mask.reshape(-1)
         parts = linear_cross_entropy(
             signal.hidden_states, signal.head, labels.reshape(-1), weight=weight, shard=layout.shard,
-            group=layout.group, slab_bytes=layout.slab_bytes,
+            group=layout.group, slab_bytes=layout.slab_bytes, backend=layout.backend,
         )  # fmt: skip
         return float(parts.loss / weight.sum().clamp(min=1.0))
 

@@ -21,6 +21,7 @@ from kdtrain.training.cadence import Cadence, StopRequest
 from kdtrain.training.checkpoints import Checkpoints
 from kdtrain.training.evaluator import Evaluator
 from kdtrain.training.progress import Progress
+from kdtrain.training.replicas import check_replicas
 from kdtrain.training.report import Reporter
 from kdtrain.training.timing import PhaseTimer
 
@@ -72,7 +73,10 @@ class Trainer:
 
     def _next_micro_batches(self) -> list[Batch]:
         with self.timer.phase("data_wait"):
-            return [batch.to(self.device) for batch in next(self.loader)]
+            micro_batches = [batch.to(self.device) for batch in next(self.loader)]
+        if self.cfg.debug.check_replicas:
+            check_replicas(micro_batches, self.mesh)
+        return micro_batches
 
     def _agree(self, micro_batches: list[Batch]) -> tuple[float, bool]:
         """Global number of valid tokens of this step, and whether any rank wants to stop. One all-reduce, world."""

@@ -237,9 +237,17 @@ def test_a_teacher_with_another_tokenizer_is_refused_with_both_ids(world, tmp_pa
     assert "another tokenizer than the teacher's" in done.stderr
 
 
-def test_more_tp_ranks_than_key_value_groups_is_one_clear_message(world):
-    done = deepspeed(world / "config.yaml", "run.name=wide", "parallel.tp=2", "teacher.layout=tp", ranks=2)
+def test_the_teachers_layout_changes_nothing(world, finished):
+    whole, _ = finished
+    done = deepspeed(world / "config.yaml", "run.name=cut", "teacher.layout=tp", "debug.check_replicas=true")
     assert done.returncode == 0, done.stderr
+    for mine, theirs in zip(records(world / "runs/cut"), records(whole), strict=True):
+        for key in ("loss/total", "loss/kd", "optim/grad_norm", "eval/kl_to_teacher"):
+            if key in theirs:
+                assert mine[key] == pytest.approx(theirs[key], rel=1e-4), (key, theirs["data/step"])
+
+
+def test_more_tp_ranks_than_key_value_groups_is_one_clear_message(world):
     config = json.loads((world / "student.json").read_text())
     narrow = world / "narrow.json"
     narrow.write_text(json.dumps({**config, "num_key_value_heads": 1}))

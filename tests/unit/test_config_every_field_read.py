@@ -13,8 +13,6 @@ ROOTS = ("cfg", "config")
 """Names and attributes that hold a whole RunConfig."""
 READ_ELSEWHERE = {
     "zero.extra": "kdtrain.config.deepspeed_config hands it to DeepSpeed",
-    "train.kernels": "auto and torch both mean torch: there is one backend",
-    "debug.check_replicas": "true is refused by kdtrain.config.validate",
 }
 """Settings that nobody outside kdtrain.config reads, and why that misleads no user."""
 

@@ -143,7 +143,6 @@ CASES = {
     "eval without data": ({"eval__every_steps": 5}, "data.validation", "but the section eval is set"),
     "slab": ({"train__slab_bytes": 1000}, "train.slab_bytes", "is less than 1048576 bytes"),
     "wandb project": ({"log__wandb__project": "a/b"}, "log.wandb.project", "is no name that wandb accepts"),
-    "replicas": ({"debug__check_replicas": True}, "debug.check_replicas", "no step compares replicas"),
     "wandb entity": ({"log__wandb__entity": "a/b"}, "log.wandb.entity", "is not one name"),
 }  # fmt: skip
 
