@@ -1,0 +1,258 @@
+"""The order of sequences and the loader over it: one order in every layout, resumable from one integer."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from kdtrain.data.loader import StepLoader
+from kdtrain.data.order import BLOCK, STORE_SHIFT, BlendOrder, permute, schedule
+from kdtrain.errors import DataError, StoreMismatch
+from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+
+SEQ = 8
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stores")
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    return [
+        write_store(folder / str(n), random_documents(count, seed=n), tokenizer) for n, count in enumerate((20, 9, 31))
+    ]
+
+
+def loader(stores, *, micro=2, rank=0, ranks=1, seed=7, weights=(0.5, 0.2, 0.3), **more):
+    settings = {"prefetch": 0, "seq_len": SEQ, "sequences_per_step": 12} | more
+    return StepLoader(
+        stores, weights, sequences_per_micro_batch=micro, dp_rank=rank, dp_size=ranks, seed=seed, **settings
+    )
+
+
+def samples(steps):
+    return [int(i) for step in steps for batch in step for i in batch.sample_ids]
+
+
+def take(source, count):
+    return [next(source) for _ in range(count)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 255, 256, 257, 1000])
+def test_permute_is_a_bijection_that_moves_with_every_key(size):
+    for keys in ((0,), (1, 2, 3), (-5, 1 << 70)):
+        assert sorted(permute(np.arange(size), size, *keys).tolist()) == list(range(size))
+    if size > 100:
+        orders = {tuple(permute(np.arange(size), size, *keys)) for keys in ((0,), (1,), (0, 0), (0, 1), (1, 0))}
+        assert len(orders) == 5
+
+
+def test_permute_gives_one_index_what_it_gives_in_a_row():
+    row = permute(np.arange(1000), 1000, 3, 1)
+    assert [int(permute(i, 1000, 3, 1)[0]) for i in range(0, 1000, 37)] == row[::37].tolist()
+
+
+def test_a_permutation_leaves_no_trace_of_the_old_neighbours():
+    row = permute(np.arange(4096), 4096, 5).astype(np.float64)
+    # correlation of 4096 independent pairs: standard deviation 1/64; 5 of them
+    for lag in (1, 2, 64):
+        assert abs(np.corrcoef(row[:-lag], row[lag:])[0, 1]) < 5 / 64
+    assert abs(np.corrcoef(row, np.arange(4096))[0, 1]) < 5 / 64
+    assert len(set(np.diff(row).tolist())) > 2000
+
+
+@pytest.mark.parametrize("counts", [[1], [3, 1], [1, 1, 1], [700, 200, 100], [1, 997, 2, 13, 41]])
+def test_every_beginning_of_a_schedule_holds_its_shares(counts):
+    stores, rank = schedule(np.array(counts))
+    total = sum(counts)
+    for store, count in enumerate(counts):
+        drawn = np.cumsum(stores == store)
+        due = np.arange(1, total + 1) * count / total
+        assert np.abs(drawn - due).max() <= 1 + len(counts) / 2
+        assert rank[stores == store].tolist() == list(range(count))
+
+
+def test_an_epoch_visits_every_sequence_once_and_the_next_one_in_another_order():
+    order = BlendOrder([37], None, seed=3)
+    first, second = ([order[37 * e + i] for i in range(37)] for e in (0, 1))
+    assert sorted(first) == sorted(second) == [(0, k) for k in range(37)]
+    assert first != second
+    assert first != [BlendOrder([37], None, seed=4)[i] for i in range(37)]
+
+
+def test_stores_of_a_blend_run_through_their_own_epochs():
+    order = BlendOrder([11, 5], [3.0, 1.0], seed=3)
+    drawn = [order[i] for i in range(4 * 40)]
+    for store, size in enumerate((11, 5)):
+        mine = [k for s, k in drawn if s == store]
+        for epoch in range(len(mine) // size):
+            assert sorted(mine[epoch * size : (epoch + 1) * size]) == list(range(size))
+    assert sum(s == 0 for s, _ in drawn) == 120
+
+
+def test_shares_and_epochs_hold_across_the_schedules_repetition():
+    sizes, weights = [10**6, 10**5], [2.0, 1.0]
+    order = BlendOrder(sizes, weights, seed=3)
+    around = [order[i] for i in range(BLOCK - 300, BLOCK + 300)]
+    assert len(set(around)) == 600
+    assert abs(sum(s == 0 for s, _ in around) - 400) <= 4
+
+
+def test_without_weights_the_share_of_a_store_is_its_size():
+    order = BlendOrder([300, 100], None, seed=1)
+    drawn = [order[i] for i in range(400)]
+    assert abs(sum(s == 0 for s, _ in drawn) - 300) <= 2
+
+
+def test_far_positions_cost_what_near_ones_cost_and_stay_in_range():
+    order = BlendOrder([10**9, 3], [1.0, 1e-3], seed=1)
+    for position in (10**12, 2**45 + 1):
+        store, sequence = order[position]
+        assert 0 <= sequence < (10**9, 3)[store]
+    with pytest.raises(IndexError):
+        order[-1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "message"),
+    [
+        ([5, 0], None, r"data.train\[1\] has not one complete sequence"),
+        ([5, 5], [1.0], "do not fit 2 stores"),
+        ([5, 5], [1.0, 0.0], "one positive weight"),
+        ([5, 5], [1.0, float("nan")], "one positive weight"),
+        ([5, 5], [1.0, 1e-9], "would never be drawn"),
+    ],
+)
+def test_a_blend_that_cannot_be_drawn_is_refused(sizes, weights, message):
+    with pytest.raises(DataError, match=message):
+        BlendOrder(sizes, weights, seed=1)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 12), (2, 3), (3, 2), (4, 1), (6, 2), (12, 1)])
+def test_the_samples_of_a_step_are_the_same_in_any_layout(stores, ranks, micro):
+    reference = take(loader(stores), 5)
+    per_rank = [take(loader(stores, rank=r, ranks=ranks, micro=micro), 5) for r in range(ranks)]
+    for number in range(5):
+        together = [batch for steps in per_rank for batch in steps[number]]
+        assert {len(b.sample_ids) for b in together} == {micro}
+        for name in ("sample_ids", "input_ids", "labels", "loss_mask", "position_ids"):
+            mine = torch.cat([getattr(b, name) for b in together])
+            assert torch.equal(mine, torch.cat([getattr(b, name) for b in reference[number]])), name
+
+
+def test_a_sample_id_names_store_and_sequence_and_its_tokens(stores):
+    for step in take(loader(stores), 3):
+        for batch in step:
+            for sample, ids in zip(batch.sample_ids.tolist(), batch.input_ids, strict=True):
+                store, sequence = sample >> STORE_SHIFT, sample & ((1 << STORE_SHIFT) - 1)
+                assert ids.tolist() == stores[store].tokens(sequence * SEQ, (sequence + 1) * SEQ).tolist()
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 2), (2, 3), (4, 1)])
+def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(stores, prefetch, ranks, micro):
+    reference = samples(take(loader(stores), 9))
+    first = loader(stores, prefetch=2)
+    seen = samples(take(first, 4))
+    state = json.loads(json.dumps(first.state_dict()))
+    first.close()
+    assert state["sequences"] == 48
+    parts = []
+    for rank in range(ranks):
+        resumed = loader(stores, rank=rank, ranks=ranks, micro=micro, prefetch=prefetch)
+        next(resumed)  # a loader that already worked is set back too
+        resumed.load_state_dict(state)
+        parts.append(take(resumed, 5))
+        resumed.close()
+    for number in range(5):
+        seen += samples([steps[number] for steps in parts])
+    assert seen == reference
+    started = loader(stores, start_sequence=48, prefetch=prefetch)
+    assert samples(take(started, 5)) == reference[48:]
+    started.close()
+
+
+def test_prefetching_does_not_move_the_position_that_is_saved(stores):
+    ahead = loader(stores, prefetch=4)
+    take(ahead, 3)
+    assert ahead.state_dict()["sequences"] == 36
+    assert ahead.state_dict(24)["sequences"] == 24
+    ahead.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "values"),
+    [
+        ({"seed": 8}, "run.seed", ("7", "8")),
+        ({"seq_len": 9}, "data.seq_len", ("8", "9")),
+        ({"weights": (0.4, 0.3, 0.3)}, "data.train_weights", ("[0.5, 0.2, 0.3]", "[0.4, 0.3, 0.3]")),
+        ({"weights": None}, "data.train_weights", ("[0.5, 0.2, 0.3]", "None")),
+        ({"reset_positions": False}, "data.reset_positions", ("True", "False")),
+    ],
+)
+def test_another_order_is_refused_with_both_values(stores, change, name, values):
+    state = loader(stores).state_dict(24)
+    other = loader(stores, **change)
+    for refuse in (other.check_state, other.load_state_dict):
+        with pytest.raises(StoreMismatch) as caught:
+            refuse(state)
+        for text in (name, f"{values[0]} in the checkpoint", f"{values[1]} here", "fix:"):
+            assert text in str(caught.value)
+    loader(stores).check_state(state)
+
+
+def test_another_corpus_is_refused_with_both_fingerprints(stores):
+    state = loader(stores).state_dict(24)
+    with pytest.raises(StoreMismatch) as caught:
+        loader([stores[0], stores[2], stores[1]]).load_state_dict(state)
+    assert str(caught.value).count(stores[1].manifest.fingerprint) == 2
+    assert "data.train" in str(caught.value)
+
+
+def test_a_step_that_cannot_be_divided_is_refused(stores):
+    for ranks, micro in ((5, 1), (2, 4)):
+        with pytest.raises(ValueError, match="not a multiple"):
+            loader(stores, ranks=ranks, micro=micro)
+
+
+class Failing:
+    """A store whose tokens cannot be read after some time, as on a disk that goes away."""
+
+    def __init__(self, store, reads):
+        self.manifest, self.num_tokens, self.path = store.manifest, store.num_tokens, store.path
+        self._store, self._left = store, reads
+
+    def tokens(self, start, stop):
+        self._left -= 1
+        if self._left < 0:
+            raise OSError(5, "Input/output error")
+        return self._store.tokens(start, stop)
+
+    def document_starts(self, start, stop):
+        return self._store.document_starts(start, stop)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_an_error_while_reading_ahead_reaches_the_loop_at_its_step(stores, prefetch):
+    broken = StepLoader(
+        [Failing(stores[0], 2 * 4)], seq_len=SEQ, sequences_per_step=4, sequences_per_micro_batch=2, prefetch=prefetch
+    )
+    take(broken, 2)  # what could be read is handed out
+    for _ in range(2):  # and asking again does not hang
+        with pytest.raises(OSError, match="Input/output error"):
+            next(broken)
+    broken.close()
+
+
+def test_closing_ends_the_thread_and_reading_can_go_on(stores):
+    before = threading.active_count()
+    ahead = loader(stores, prefetch=2)
+    seen = samples(take(ahead, 2))
+    assert threading.active_count() == before + 1
+    ahead.close()
+    ahead.close()
+    assert threading.active_count() == before
+    seen += samples(take(ahead, 2))
+    ahead.close()
+    assert seen == samples(take(loader(stores), 4))

@@ -1,0 +1,111 @@
+"""Tokenizer folders: identity, size, separator, and how a difference is told."""
+
+import json
+
+import pytest
+
+from kdtrain.data.tokenizer import explain_difference, fingerprint, load_tokenizer, separator_id, vocab_size
+from kdtrain.errors import ConfigError, DataError
+from kdtrain.testing.tiny_data import write_tokenizer
+
+
+def edit(folder, change):
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    change(content)
+    file.write_text(json.dumps(content, indent=3), encoding="utf-8")
+    return folder
+
+
+def test_the_fingerprint_ignores_layout_and_what_never_changes_ids(tmp_path):
+    a, b = write_tokenizer(tmp_path / "a"), write_tokenizer(tmp_path / "b")
+    edit(
+        b,
+        lambda t: t.update(truncation={"max_length": 9, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}),
+    )
+    assert (a / "tokenizer.json").read_bytes() != (b / "tokenizer.json").read_bytes()
+    assert fingerprint(a) == fingerprint(b)
+    assert explain_difference(a, b) is None
+
+
+def test_the_fingerprint_reads_merges_written_in_either_way(tmp_path):
+    a, b = write_tokenizer(tmp_path / "a"), write_tokenizer(tmp_path / "b")
+    edit(a, lambda t: t["model"].update(merges=[["a", "b"]]))
+    edit(b, lambda t: t["model"].update(merges=["a b"]))
+    assert fingerprint(a) == fingerprint(b) != fingerprint(write_tokenizer(tmp_path / "c"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update(normalizer={"type": "Lowercase"}),
+        lambda t: t["pre_tokenizer"].update(add_prefix_space=True),
+        lambda t: t["added_tokens"][0].update(lstrip=True),
+        lambda t: t["model"].update(byte_fallback=True),
+    ],
+)
+def test_the_fingerprint_changes_with_whatever_changes_ids(tmp_path, change):
+    a = write_tokenizer(tmp_path / "a")
+    assert fingerprint(a) != fingerprint(edit(write_tokenizer(tmp_path / "b"), change))
+
+
+def test_the_size_counts_to_the_largest_id(tmp_path):
+    assert vocab_size(write_tokenizer(tmp_path / "a")) == 257
+    assert vocab_size(write_tokenizer(tmp_path / "b", more=["<x>", "<y>"])) == 259
+
+
+def test_the_separator_is_what_was_named_then_endoftext_then_eos(tmp_path):
+    a = write_tokenizer(tmp_path / "a", more=["<|im_end|>"], eos="<|im_end|>")
+    assert separator_id(a) == 0
+    assert separator_id(a, "<|im_end|>") == 257
+
+    def rename(t):
+        t["model"]["vocab"]["</s>"] = t["model"]["vocab"].pop("<|endoftext|>")
+        t["added_tokens"][0]["content"] = "</s>"
+
+    b = edit(write_tokenizer(tmp_path / "b", eos="</s>"), rename)
+    assert separator_id(b) == 0
+    (b / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    assert separator_id(b) == 0
+    (b / "tokenizer_config.json").unlink()
+    with pytest.raises(ConfigError, match="--separator TOKEN"):
+        separator_id(b)
+    with pytest.raises(ConfigError, match="tried '<nope>'"):
+        separator_id(a, "<nope>")
+
+
+def test_a_difference_is_told_by_the_first_probe_with_both_lists_of_ids(tmp_path):
+    a, b = write_tokenizer(tmp_path / "a"), write_tokenizer(tmp_path / "b", lowercase=True)
+    told = explain_difference(a, b)
+    ids_a, ids_b = (load_tokenizer(f).encode("Hello world").ids for f in (a, b))
+    assert ids_a[0] != ids_b[0]
+    assert told.startswith(f"'Hello world' is [{ids_a[0]}, ")
+    assert f"[{ids_b[0]}, " in told
+
+
+def test_a_difference_far_into_a_probe_is_shown_and_not_cut_off(tmp_path):
+    a = write_tokenizer(tmp_path / "a")
+    b = edit(write_tokenizer(tmp_path / "b"), lambda t: t.update(normalizer={"type": "NFC"}))
+    assert explain_difference(a, b) is None  # other rules, same ids on every probe
+    c = edit(write_tokenizer(tmp_path / "c"), lambda t: t["model"]["vocab"].update({"d": 300}))
+    told = explain_difference(a, c)
+    shown_a, shown_c = told.split(" is ")[1].split(" in ")[0], told.split(" and ")[1].split(" in ")[0]
+    assert shown_a != shown_c
+    assert "300" in shown_c
+
+
+def test_a_token_that_no_probe_uses_is_still_found(tmp_path):
+    a, b = write_tokenizer(tmp_path / "a"), write_tokenizer(tmp_path / "b", more=["<tool>"])
+    assert explain_difference(a, b) == "token '<tool>' with id 257 is in only one of them"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": {"type": "BPE", "vocab": 3}}', '{"model": {}}'])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer\.json .*\n  fix: "):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"tokenizer\.json does not exist"):
+        fingerprint(tmp_path)
