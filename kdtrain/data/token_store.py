@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -34,8 +35,10 @@ SHARD_TOKENS = 1 << 30
 """Tokens after which a new shard begins."""
 DTYPES = ("uint16", "int32")
 """Of tokens: uint16 for vocabularies of at most 65535."""
+MAPPED_SHARDS = 128
+"""Shards mapped at a time, two files each."""
 INDEX_PROBES = 4096
-"""Places of each index that `open` looks at; `verify` looks at all."""
+"""Places of all indices together that `open` looks at; `verify` looks at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +73,16 @@ class Manifest:
 
 
 class TokenStore:
-    """Random access to documents and to the stream of all tokens, memory-mapped. Thread-safe; keeps no state."""
+    """Random access to documents and to the stream of all tokens, memory-mapped. Thread-safe.
 
-    def __init__(
-        self, path: Path, manifest: Manifest, bins: Sequence[np.ndarray], indices: list[MegatronIndex]
-    ) -> None:
+    A mapped file costs a file descriptor, of which a process often has 1024; so at most MAPPED_SHARDS are mapped at a
+    time, and a store may have any number. `open` makes one.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self._bins = bins
-        self._indices = indices
+        self._shard = lru_cache(maxsize=MAPPED_SHARDS)(partial(_map_shard, path, manifest))
         self._token_edges = np.cumsum([0, *(s.num_tokens for s in manifest.shards)])
         self._document_edges = np.cumsum([0, *(s.num_documents for s in manifest.shards)])
 
@@ -90,22 +94,9 @@ class TokenStore:
         """
         path = Path(folder)
         manifest = _read_manifest(path)
-        bins, indices = [], []
-        for shard in manifest.shards:
-            for suffix, expected in ((".bin", shard.bin_bytes), (".idx", shard.idx_bytes)):
-                _check_size(path / (shard.name + suffix), expected)
-            index = read_index(path / f"{shard.name}.idx")
-            dtype = np.dtype(manifest.dtype)
-            if index.dtype != dtype or len(index.sizes) != shard.num_documents or index.num_tokens != shard.num_tokens:
-                raise DataError(
-                    f"{path / shard.name}.idx does not describe what {path}/manifest.json says: {index.dtype}, "
-                    f"{len(index.sizes)} documents, {index.num_tokens} tokens; the manifest says {dtype}, "
-                    f"{shard.num_documents}, {shard.num_tokens}\n  fix: prepare the corpus again"
-                )
-            index.check(path / f"{shard.name}.idx", probes=INDEX_PROBES)
-            bins.append(np.memmap(path / f"{shard.name}.bin", mode="r", dtype=dtype))
-            indices.append(index)
-        return cls(path, manifest, bins, indices)
+        for number in range(len(manifest.shards)):
+            _map_shard(path, manifest, number)
+        return cls(path, manifest)
 
     def __len__(self) -> int:
         """Documents."""
@@ -121,29 +112,34 @@ class TokenStore:
         if not 0 <= document < len(self):
             raise IndexError(f"document {document} is not in [0, {len(self)})")
         shard = int(np.searchsorted(self._document_edges, document, side="right")) - 1
-        index = self._indices[shard]
+        tokens, index = self._shard(shard)
         local = document - int(self._document_edges[shard])
         start = int(index.pointers[local]) // index.dtype.itemsize
-        return self._bins[shard][start : start + int(index.sizes[local])]
+        return tokens[start : start + int(index.sizes[local])]
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of all documents one after the other, as int64. IndexError outside the store."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) are not in [0, {self.num_tokens})")
-        parts = []
-        for shard in range(len(self._bins)):
+        out = np.empty(stop - start, dtype=np.int64)  # filled shard by shard, so that no shard stays mapped for it
+        for shard in self._shards_of(start, stop):
             first, last = int(self._token_edges[shard]), int(self._token_edges[shard + 1])
-            if first < stop and start < last:
-                parts.append(self._bins[shard][max(start, first) - first : min(stop, last) - first])
-        return np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, dtype=np.int64)
+            low, high = max(start, first), min(stop, last)
+            out[low - start : high - start] = self._shard(shard)[0][low - first : high - first]
+        return out
+
+    def _shards_of(self, start: int, stop: int) -> range:
+        """Numbers of the shards that hold tokens of [start, stop); no shard is empty."""
+        if start >= stop:
+            return range(0)
+        first, last = np.searchsorted(self._token_edges, [start, stop - 1], side="right") - 1
+        return range(max(int(first), 0), min(int(last), len(self.manifest.shards) - 1) + 1)
 
     def document_starts(self, start: int, stop: int) -> np.ndarray:
         """Positions p in [start, stop) of the token stream at which a document begins, ascending, int64."""
         parts = []
-        for shard, index in enumerate(self._indices):
-            first, last = int(self._token_edges[shard]), int(self._token_edges[shard + 1])
-            if first >= stop or start >= last:
-                continue
+        for shard in self._shards_of(start, stop):
+            first, index = int(self._token_edges[shard]), self._shard(shard)[1]
             size = index.dtype.itemsize
             low, high = (index.sequence_at((edge - first) * size) for edge in (start, stop))
             parts.append(index.pointers[low:high] // size + first)
@@ -160,8 +156,8 @@ class TokenStore:
                         f"{path} is damaged: sha256 {found}, the manifest says {expected}\n"
                         "  fix: copy the store again, or prepare the corpus again"
                     )
-        for shard, index in zip(self.manifest.shards, self._indices, strict=True):
-            index.check(self.path / f"{shard.name}.idx")
+        for number, shard in enumerate(self.manifest.shards):
+            self._shard(number)[1].check(self.path / f"{shard.name}.idx")
         found = fingerprint(self.path / TOKENIZER)
         if found != self.manifest.tokenizer_fingerprint:
             raise DataError(
@@ -341,6 +337,24 @@ def _read_manifest(path: Path) -> Manifest:
     if not shards:
         raise DataError(f"{path} is empty: its manifest lists no shards\n  fix: prepare the corpus again")
     return manifest
+
+
+def _map_shard(path: Path, manifest: Manifest, number: int) -> tuple[np.ndarray, MegatronIndex]:
+    """Tokens and index of a shard, mapped, sizes and a sample of the index checked. Raises DataError."""
+    shard, dtype = manifest.shards[number], np.dtype(manifest.dtype)
+    for suffix, expected in ((".bin", shard.bin_bytes), (".idx", shard.idx_bytes)):
+        _check_size(path / (shard.name + suffix), expected)
+    index = read_index(path / f"{shard.name}.idx")
+    tokens = np.asarray(np.memmap(path / f"{shard.name}.bin", mode="r", dtype=dtype))
+    found = (str(index.dtype), len(index.sizes), index.num_tokens, len(tokens))
+    if found != (manifest.dtype, shard.num_documents, shard.num_tokens, shard.num_tokens):
+        raise DataError(
+            f"{path / shard.name}.idx does not describe what {path}/manifest.json says: {index.dtype}, "
+            f"{len(index.sizes)} documents, {index.num_tokens} tokens; the manifest says {dtype}, "
+            f"{shard.num_documents}, {shard.num_tokens}, in {shard.bin_bytes} bytes\n  fix: prepare the corpus again"
+        )
+    index.check(path / f"{shard.name}.idx", probes=max(1, INDEX_PROBES // len(manifest.shards)))
+    return tokens, index
 
 
 def _check_size(path: Path, expected: int) -> None:
