@@ -19,6 +19,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--separator", metavar="TOKEN", help="after each document (<|endoftext|>, else eos_token)")
     parser.add_argument("--field", default="text", help="of JSON lines (default: %(default)s)")
     parser.add_argument("--errors", choices=["strict", "replace"], default="strict", help="on invalid UTF-8")
+    parser.add_argument("--split-on", metavar="LINE", help="between documents of a text file ('': blank lines)")
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     parser.add_argument("--from-megatron", action="store_true", help="INPUT are Megatron prefixes; all become train/")
     a = parser.parse_args(argv)
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     if a.from_megatron:
         made = import_megatron(a.inputs, a.tokenizer, a.output, a.separator)
     else:
-        settings = PrepareSettings(a.field, a.errors, a.validation_share, a.separator, a.workers)
+        settings = PrepareSettings(a.field, a.errors, a.validation_share, a.separator, a.workers, a.split_on)
         made = prepare_corpus(a.inputs, a.tokenizer, a.output, settings)
     for name, manifest in made.items():
         print(f"{a.output}/{name}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")

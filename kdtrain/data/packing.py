@@ -9,6 +9,7 @@ import torch
 
 from kdtrain.data.batch import Batch
 from kdtrain.data.token_store import TokenStore
+from kdtrain.errors import DataError
 
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """input_ids, labels, loss_mask, position_ids of one sequence, each [S]."""
@@ -24,7 +25,7 @@ def pack(store: TokenStore, sequence: int, seq_len: int, *, reset_positions: boo
 
     With reset_positions, position_ids restart at each document and nothing is predicted across a border: the label
     after a document's last token does not count. Tokens past the end of the store are 0 and do not count.
-    IndexError for a sequence that begins outside the store.
+    IndexError for a sequence that begins outside the store, DataError for a token outside the vocabulary.
     """
     start = sequence * seq_len
     if not 0 <= start < store.num_tokens:
@@ -34,6 +35,14 @@ def pack(store: TokenStore, sequence: int, seq_len: int, *, reset_positions: boo
     stop = min(start + seq_len + 1, store.num_tokens)
     tokens = np.zeros(seq_len + 1, dtype=np.int64)
     tokens[: stop - start] = store.tokens(start, stop)
+    if (
+        tokens.min() < 0 or tokens.max() >= store.manifest.vocab_size
+    ):  # on a device it would be an assert without a name
+        bad = int(np.argmax((tokens < 0) | (tokens >= store.manifest.vocab_size)))
+        raise DataError(
+            f"{store.path} is damaged: token {start + bad} is {int(tokens[bad])}, not in "
+            f"[0, {store.manifest.vocab_size})\n  fix: name the damaged file with TokenStore.verify, then copy it again"
+        )
     positions = np.arange(seq_len, dtype=np.int64)
     mask = np.ones(seq_len, dtype=np.float32)
     if reset_positions:

@@ -37,7 +37,8 @@ class PrepareSettings:
 
     field: of JSON lines. errors: "strict", or "replace" for invalid UTF-8. validation_share: of documents, chosen by a
     hash of their text. separator: token after each document, None as `kdtrain.data.tokenizer.separator_id` chooses.
-    workers: processes; None: one per core this process may use.
+    workers: processes; None: one per core this process may use. split_on: line between documents of a text file
+    (`kdtrain.data.text.read_documents`), None: a text file is one document.
     """
 
     field: str = "text"
@@ -45,6 +46,7 @@ class PrepareSettings:
     validation_share: float = 0.0
     separator: str | None = None
     workers: int | None = None
+    split_on: str | None = None
 
 
 def is_validation(text: str, share: float) -> bool:
@@ -72,14 +74,23 @@ def prepare_corpus(
             for name in names
         }
         report = stack.enter_context(progress())
-        texts = read_documents(files, field=settings.field, errors=settings.errors)
+        texts = read_documents(files, field=settings.field, errors=settings.errors, split_on=settings.split_on)
+        with_separator = 0
         for text, ids in tokenised(texts, Path(tokenizer_dir), settings.workers or len(os.sched_getaffinity(0))):
             held_out = len(names) > 1 and is_validation(text, settings.validation_share)
             writers["validation" if held_out else "train"].add(ids, len(text.encode()))
+            with_separator += bool((ids == separator).any())
             report(len(ids) + 1)
         for writer in writers.values():  # all of them can still fail here, so none appears yet
             writer.finish()
-        return {name: writer.commit() for name, writer in writers.items()}
+        # train last: whoever finds it finds the text held out from it too
+        made = {name: writers[name].commit() for name in reversed(names)}
+    if with_separator:
+        LOGGER.warning(
+            "prepare  %s documents hold the separator (token %d) inside their text, which keeps them one document; "
+            "if it marks borders in a text file, use --split-on", f"{with_separator:,}", separator
+        )  # fmt: skip
+    return {name: made[name] for name in names}
 
 
 def import_megatron(
@@ -144,7 +155,7 @@ def _quiet_worker() -> None:
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    encoded = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     return [np.asarray(e.ids, dtype=np.int32) for e in encoded]
 
 

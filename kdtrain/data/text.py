@@ -47,10 +47,14 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     return list(found.values())
 
 
-def read_documents(files: Iterable[Path], *, field: str = "text", errors: str = "strict") -> Iterator[str]:
+def read_documents(
+    files: Iterable[Path], *, field: str = "text", errors: str = "strict", split_on: str | None = None
+) -> Iterator[str]:
     """Texts in order: one per line of a JSON-lines file, one per other file. Blank texts are left out.
 
     errors: "strict", or "replace" to turn invalid UTF-8 into U+FFFD. A byte-order mark at the beginning is dropped.
+    split_on: text files hold several documents, between lines that equal it, white space around it aside; "" is a
+    blank line. Such files are read line by line.
     Raises DataError naming file and place: invalid UTF-8, malformed JSON, a missing field, a damaged archive.
     """
     for path in files:
@@ -58,6 +62,8 @@ def read_documents(files: Iterable[Path], *, field: str = "text", errors: str = 
             with _open(path) as file:
                 if _inner_suffix(path) in JSON_SUFFIXES:
                     texts = _json_lines(path, file, field, errors)
+                elif split_on is not None:
+                    texts = _parts(path, file, split_on.strip(), errors)
                 else:
                     texts = iter([_decode(path, file.read(), 0, errors)])
                 yield from (text for text in texts if text.strip())
@@ -82,6 +88,20 @@ def _decode(path: Path, data: bytes, offset: int, errors: str) -> str:
             "  why: silently replaced characters would be learned\n"
             "  fix: convert the file (iconv -t UTF-8), or accept replacement characters with --errors replace"
         ) from error
+
+
+def _parts(path: Path, file: IO[bytes], marker: str, errors: str) -> Iterator[str]:
+    offset = 0
+    part: list[str] = []
+    for line in file:
+        text = _decode(path, line, offset, errors)
+        offset += len(line)
+        if text.strip() == marker:
+            yield "".join(part)
+            part = []
+        else:
+            part.append(text)
+    yield "".join(part)
 
 
 def _json_lines(path: Path, file: IO[bytes], field: str, errors: str) -> Iterator[str]:

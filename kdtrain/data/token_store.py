@@ -98,6 +98,11 @@ class TokenStore:
             _map_shard(path, manifest, number)
         return cls(path, manifest)
 
+    @staticmethod
+    def create(folder: str | Path, tokenizer_dir: str | Path, separator_id: int, *, source: str) -> TokenStoreWriter:
+        """A writer for a new store, to be used as a context manager and ended by its `commit`."""
+        return TokenStoreWriter(folder, tokenizer_dir, separator_id, source=source)
+
     def __len__(self) -> int:
         """Documents."""
         return self.manifest.num_documents

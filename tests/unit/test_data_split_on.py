@@ -1,0 +1,128 @@
+"""Several documents in one text file, the separator in the text, tokens that no vocabulary has."""
+
+import importlib.util
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdtrain.config.cli import run_script
+from kdtrain.data import prepare, token_store
+from kdtrain.data.packing import pack
+from kdtrain.data.prepare import PrepareSettings, prepare_corpus
+from kdtrain.data.text import read_documents
+from kdtrain.data.token_store import TokenStore
+from kdtrain.data.tokenizer import load_tokenizer
+from kdtrain.errors import EXIT_DONE, DataError
+from kdtrain.testing.tiny_data import SEPARATOR, SEPARATOR_ID, write_store, write_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def logged(caplog, monkeypatch):
+    monkeypatch.setattr(prepare.LOGGER, "propagate", True)
+    caplog.set_level(logging.INFO, logger="kdtrain")
+    return caplog
+
+
+@pytest.mark.parametrize(
+    ("content", "marker", "documents"),
+    [
+        ("one\ntwo\n%%\nthree\n", "%%", ["one\ntwo\n", "three\n"]),
+        ("one\n  %%  \r\n%%\nthree", "%%", ["one\n", "three"]),  # an empty part is left out
+        ("one\n%% not a border\n%%%\n", "%%", ["one\n%% not a border\n%%%\n"]),
+        ("one\ntwo\n\n \nthree\n", "", ["one\ntwo\n", "three\n"]),
+        ("%%\none\n%%", "%%", ["one\n"]),
+        ("\ufeff%%\none", "%%", ["one"]),
+    ],
+)
+def test_a_text_file_is_split_at_lines_that_equal_the_marker(tmp_path, content, marker, documents):
+    path = tmp_path / "a.txt"
+    path.write_bytes(content.encode())
+    assert list(read_documents([path], split_on=marker)) == documents
+    assert list(read_documents([path])) == [content.removeprefix("\ufeff")]
+
+
+def test_json_lines_are_not_split(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one\\n%%\\ntwo"}\n')
+    assert list(read_documents([path], split_on="%%")) == ["one\n%%\ntwo"]
+
+
+def test_invalid_utf8_in_a_later_line_is_placed_in_the_file(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\n%%\nab\xffc\n")
+    with pytest.raises(DataError, match="invalid UTF-8 at byte 9"):
+        list(read_documents([path], split_on="%%"))
+
+
+def test_the_script_splits_on_the_line_it_is_given(tmp_path, tokenizer, capsys):
+    spec = importlib.util.spec_from_file_location("script_prepare_corpus", ROOT / "launch/prepare_corpus.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    (tmp_path / "a.txt").write_text(f"one\n{SEPARATOR}\ntwo\n")
+    words = ["--tokenizer", str(tokenizer), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert run_script(script.main, [*words, "--split-on", SEPARATOR, str(tmp_path / "a.txt")]) == EXIT_DONE
+    assert "2 documents, 10 tokens" in capsys.readouterr().out
+
+
+def test_a_separator_inside_a_text_is_pointed_out_and_does_not_end_the_document(tmp_path, tokenizer, logged):
+    (tmp_path / "a.txt").write_text(f"one\n{SEPARATOR}\ntwo\n")
+    (tmp_path / "b.txt").write_text("three")
+    settings = PrepareSettings(workers=1)
+    prepare_corpus([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer, tmp_path / "out", settings)
+    assert "1 documents hold the separator (token 0)" in logged.text
+    assert "--split-on" in logged.text
+    assert len(TokenStore.open(tmp_path / "out/train")) == 2
+    logged.clear()
+    prepare_corpus([tmp_path / "b.txt"], tokenizer, tmp_path / "again", settings)
+    assert "separator" not in logged.text
+
+
+def test_train_appears_only_after_the_text_held_out_from_it(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(40)))
+    there = []
+    rename = token_store.os.rename
+    monkeypatch.setattr(token_store.os, "rename", lambda a, b: (rename(a, b), there.append(Path(b).name)))
+    made = prepare_corpus(
+        [tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", PrepareSettings(validation_share=0.5, workers=1)
+    )
+    assert there == ["validation", "train"]
+    assert list(made) == ["train", "validation"]
+
+
+def test_ids_are_those_of_the_tokenizer_one_text_at_a_time(tmp_path, tokenizer):
+    texts = ["a b", "\u6771\u4eac na\u00efve \U0001f642", f"x{SEPARATOR}y", "  two  spaces\t"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    prepare_corpus(sorted(tmp_path.glob("*.txt")), tokenizer, tmp_path / "out", PrepareSettings(workers=1))
+    store, encode = TokenStore.open(tmp_path / "out/train"), load_tokenizer(tokenizer).encode
+    for number, text in enumerate(texts):
+        assert store[number].tolist() == [*encode(text, add_special_tokens=False).ids, SEPARATOR_ID]
+
+
+def test_create_gives_the_writer_of_a_store(tmp_path, tokenizer):
+    with TokenStore.create(tmp_path / "store", tokenizer, SEPARATOR_ID, source="by hand") as writer:
+        writer.add([7, 8], text_bytes=2)
+        writer.commit()
+    store = TokenStore.open(tmp_path / "store")
+    assert store[0].tolist() == [7, 8, SEPARATOR_ID]
+    assert store.manifest.source == "by hand"
+
+
+def test_a_token_outside_the_vocabulary_is_named_before_it_reaches_a_model(tmp_path, tokenizer):
+    store = write_store(tmp_path / "store", [[5, 6, 7, 8], [9, 10]], tokenizer)
+    data = np.fromfile(store.path / "shard_00000.bin", dtype=np.uint16)
+    data[5] = 40000
+    data.tofile(store.path / "shard_00000.bin")
+    damaged = TokenStore.open(tmp_path / "store")
+    assert pack(damaged, 0, 3)[0].tolist() == [5, 6, 7]
+    with pytest.raises(DataError, match=r"store is damaged: token 5 is 40000, not in \[0, 257\)"):
+        pack(damaged, 1, 3)
