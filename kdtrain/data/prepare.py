@@ -57,7 +57,10 @@ def is_validation(text: str, share: float) -> bool:
 def prepare_corpus(
     inputs: Sequence[str | Path], tokenizer_dir: str | Path, output: str | Path, settings: PrepareSettings
 ) -> dict[str, Manifest]:
-    """Write <output>/train and, if validation_share > 0, <output>/validation; both complete, or neither.
+    """Write <output>/train and, if validation_share > 0, <output>/validation.
+
+    Neither appears before both are complete; they are renamed one after the other, validation first, so a kill between
+    the two renames leaves a whole validation/ alone, which the next call asks to remove.
 
     The stores' bytes do not depend on the number of workers. Raises ConfigError or DataError with the file and place,
     DataError when a store would be empty.
