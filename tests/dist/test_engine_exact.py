@@ -50,7 +50,7 @@ def gradients_of_step(engine, parts, total):
     """exp_avg after one step of these micro-batches, and the norm that the engine reported."""
     test = load_helpers()
     for part in parts:
-        engine.backward(test.forward(engine, part).loss, total)
+        engine.backward(test.objective_of(engine)(part).loss_sum, total)
     result = engine.step(1e-3)
     assert result.applied
     return moments(engine), result.grad_norm
@@ -128,7 +128,7 @@ def poisoned_steps(rank, world_size, folder):
         for number, poison in enumerate((float("nan"), float("inf"), None)):
             before = fragments(engine)
             for part in test.micro_batches(test.step_batch(1), mesh, 4):
-                loss = test.forward(engine, part).loss
+                loss = test.objective_of(engine)(part).loss_sum
                 engine.backward(loss * poison if rank == 0 and poison is not None else loss, 39.0)
             result = engine.step(1e-3)
             if poison is not None:
@@ -138,7 +138,7 @@ def poisoned_steps(rank, world_size, folder):
         assert result.applied
         twin = test.start_engine(folder, mesh, case)  # the same, without the poisoned steps
         for part in test.micro_batches(test.step_batch(1), mesh, 4):
-            twin.backward(test.forward(twin, part).loss, 39.0)
+            twin.backward(test.objective_of(twin)(part).loss_sum, 39.0)
         assert twin.step(1e-3) == result
         assert differences(fragments(twin), fragments(engine)) == [], case.name
         engine.close()
@@ -167,7 +167,7 @@ def refused_engines(rank, world_size, folder):
         engine = test.start_engine(folder, mesh, test.Case("llama", 2, stage, (0, 0, 0)), clip=None)
         part = test.step_batch(1).rows(0, 4)
         with pytest.raises(DataError) as refused:
-            engine.backward(test.forward(engine, part).loss, 0.0)
+            engine.backward(test.objective_of(engine)(part).loss_sum, 0.0)
         messages.append(str(refused.value))
         gradient, norm = gradients_of_step(engine, [part], 1.0)  # summed, not averaged: far above any default clip
         squares = sum(float((value.double() / 0.1).square().sum()) for value in gradient.values())

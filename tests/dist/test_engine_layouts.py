@@ -8,18 +8,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kdtrain.config.schema import RunConfig
+from kdtrain.config.schema import DistillObjective, RunConfig
 from kdtrain.data.batch import Batch
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.slices import CheckpointReader
-from kdtrain.losses import linear_cross_entropy
+from kdtrain.losses.reference import skew_kl
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
+from kdtrain.objectives.base import HeadLayout
+from kdtrain.objectives.distill import Distill
+from kdtrain.objectives.pretrain import Pretrain
+from kdtrain.teacher.online import OnlineTeacher
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
 VOCAB, SEQUENCES, SEQ_LEN = 299, 8, 11
+TEACHER, KD = "qwen3_tied", DistillObjective(divergence="skew_kl", temperature=2.0, kd_weight=0.7, skew=0.3)
 RATES = (1e-2, 3e-3, 2e-3)  # of the three steps
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
 
@@ -43,6 +48,7 @@ class Case:
     micro: tuple[int, int, int]
     recompute: bool = False
     dtype: str = "float32"
+    teacher: str | None = None  # its layout; without one the loss is plain cross-entropy
 
     @property
     def tolerance(self):
@@ -51,9 +57,13 @@ class Case:
     @property
     def name(self):
         micro = ".".join(str(m) for m in self.micro)
-        return (
-            f"{self.family}-tp{self.tp}-zero{self.stage}-{micro}-{self.dtype}{'-recompute' if self.recompute else ''}"
-        )
+        extras = "".join(f"-{extra}" for extra in ("recompute" * self.recompute, self.teacher) if extra)
+        return f"{self.family}-tp{self.tp}-zero{self.stage}-{micro}-{self.dtype}{extras}"
+
+    @property
+    def what(self):
+        """What the steps depend on, and nothing of the layout."""
+        return self.family, self.teacher is not None
 
 
 CASES = {
@@ -62,6 +72,7 @@ CASES = {
         Case("llama_untied", 1, 1, (1, 1, 1)),
         Case("qwen3_tied", 1, 2, (8, 1, 3)),
         Case("gpt_neox", 1, 3, (1, 8, 3), recompute=True),
+        Case("llama", 1, 2, (8, 3, 1), teacher="plain"),
     ],
     2: [
         *(Case("llama", 2, stage, (8, 1, 4)) for stage in (0, 1, 2, 3)),
@@ -69,6 +80,9 @@ CASES = {
         Case("llama_untied", 2, 1, (8, 8, 8), recompute=True),
         Case("qwen3", 2, 2, (1, 1, 8)),
         Case("gpt_neox_tied", 2, 3, (3, 8, 1)),
+        *(Case("llama", 2, 1, (8, 1, 3), teacher=layout) for layout in ("plain", "tp")),
+        Case("llama", 2, 3, (3, 8, 1), teacher="plain"),
+        Case("llama", 1, 0, (4, 1, 3), teacher="plain"),
         Case("llama", 2, 1, (8, 1, 4), dtype="bfloat16"),
         Case("llama_untied", 1, 2, (1, 3, 4), dtype="bfloat16"),
         Case("qwen3", 2, 3, (3, 8, 1), recompute=True, dtype="bfloat16"),
@@ -79,6 +93,8 @@ CASES = {
         Case("qwen3", 2, 2, (2, 4, 3), recompute=True),
         Case("qwen3_tied", 2, 3, (1, 2, 4)),
         Case("llama_untied", 1, 3, (1, 2, 2)),
+        Case("llama", 2, 2, (3, 1, 4), teacher="plain"),
+        Case("llama", 2, 1, (4, 1, 3), teacher="tp"),
     ],
 }
 
@@ -90,14 +106,27 @@ def configuration(stage, *, dtype="float32", clip=0.5):
     return cfg
 
 
-def build_backbone(folder, family, mesh, *, dtype="float32", recompute=False):
+def model_spec(folder, family, **settings):
     path = folder / f"{family}.json"
     if not path.exists():
         path.write_text(json.dumps(FAMILIES[family]))
-    spec = ModelSpec(architecture=str(path), dtype=dtype, attention="sdpa", activation_checkpointing=recompute)
+    return ModelSpec(architecture=str(path), attention="sdpa", **settings)
+
+
+def build_backbone(folder, family, mesh, *, dtype="float32", recompute=False):
+    spec = model_spec(folder, family, dtype=dtype, activation_checkpointing=recompute)
     backbone = load_backbone(spec, mesh, vocab_size=VOCAB, trainable=True, seed=3)
     shift_vectors(backbone)
     return backbone
+
+
+def build_teacher(folder, mesh=None, shard=None, layout="plain"):
+    """Another family than the student's, with another width. Without a mesh: the whole decoder, for the oracle."""
+    alone = load_backbone(
+        model_spec(folder, TEACHER, dtype="float32"), mesh if layout == "tp" else Mesh(), vocab_size=VOCAB,
+        total_rows=shard and shard.rows * mesh.tp_size, trainable=False, seed=8,
+    )  # fmt: skip
+    return OnlineTeacher(alone, mesh, shard) if mesh else alone
 
 
 def shift_vectors(backbone):
@@ -133,30 +162,21 @@ def micro_batches(batch, mesh, sequences):
     return [mine.rows(start, min(start + sequences, per_rank)) for start in range(0, per_rank, sequences)]
 
 
-def forward(engine, batch, factor=1.0):
-    return engine(
-        batch,
-        lambda hidden, head: linear_cross_entropy(
-            hidden,
-            head,
-            batch.labels.reshape(-1),
-            weight=batch.loss_mask.reshape(-1) * factor,
-            shard=engine.backbone.shard,
-            group=engine.mesh.tp_group,
-            slab_bytes=16 * engine.backbone.shard.rows * 3,  # several chunks of tokens
-        ),
-    )
+def objective_of(engine, teacher=None):
+    slab_bytes = 16 * engine.backbone.shard.rows * 3  # several chunks of tokens
+    layout = HeadLayout(engine.backbone.shard, engine.mesh.tp_group, slab_bytes)
+    return Pretrain(engine, layout) if teacher is None else Distill(engine, teacher, KD, layout)
 
 
-def make_step(engine, step, micro, *, factor=1.0):
+def make_step(engine, step, micro, *, teacher=None):
     """(loss per valid token over all data ranks, StepResult)"""
     batch = step_batch(step)
     total = float(batch.num_valid_tokens())
     loss = 0.0
     for part in micro_batches(batch, engine.mesh, micro):
-        parts = forward(engine, part, factor)
-        engine.backward(parts.loss, total)
-        loss += float(parts.loss.detach()) / total
+        loss_sum = objective_of(engine, teacher)(part).loss_sum
+        engine.backward(loss_sum, total)
+        loss += float(loss_sum.detach()) / total
     result = engine.step(RATES[step - 1])
     losses = [None] * engine.mesh.dp_size
     if engine.mesh.dp_size > 1:
@@ -165,12 +185,12 @@ def make_step(engine, step, micro, *, factor=1.0):
     return loss, result
 
 
-def evaluate(engine):
+def evaluate(engine, teacher=None):
     with torch.no_grad(), engine.eval_mode():
         batch = step_batch(9)
-        parts = forward(engine, batch)
-        assert not parts.loss.requires_grad
-        return float(parts.loss) / float(batch.num_valid_tokens())
+        loss_sum = objective_of(engine, teacher)(batch).loss_sum
+        assert not loss_sum.requires_grad
+        return float(loss_sum) / float(batch.num_valid_tokens())
 
 
 def join(world_size):
@@ -194,18 +214,20 @@ def run_cases(rank, world_size, folder, cases):
     meshes = join(world_size)
     answers = []
     for case in cases:
-        engine = start_engine(folder, meshes[case.tp], case)
+        mesh = meshes[case.tp]
+        engine = start_engine(folder, mesh, case)
+        teacher = case.teacher and build_teacher(folder, mesh, engine.backbone.shard, case.teacher)
         root = folder / case.name
         steps = []
         for step in (1, 2, 3):
-            loss, result = make_step(engine, step, case.micro[step - 1])
+            loss, result = make_step(engine, step, case.micro[step - 1], teacher=teacher)
             assert result.applied
             steps.append((loss, result.grad_norm))
             if step != 2:
                 checkpoint.save(root, engine, step=step, state={})
             else:
-                evaluate(engine)  # in the middle: it must not disturb training
-        answers.append((steps, evaluate(engine)))
+                evaluate(engine, teacher)  # in the middle: it must not disturb training
+        answers.append((steps, evaluate(engine, teacher)))
         engine.close()
     return answers
 
@@ -220,7 +242,12 @@ class Oracle:
     evaluation: float
 
 
-def oracle(folder, family):
+def logits_of(backbone, batch):
+    return F.linear(backbone.hidden_states(batch), backbone.lm_head_shard.weight[:VOCAB])
+
+
+def oracle(folder, family, distils):
+    teacher = build_teacher(folder) if distils else None
     backbone = build_backbone(folder, family, Mesh())
     named = dict(backbone.hf_parameters())
     matrices = [p for p in named.values() if p.dim() > 1]
@@ -230,8 +257,11 @@ def oracle(folder, family):
     found = Oracle([], {}, {}, 0.0)
 
     def loss_of(batch):
-        logits = F.linear(backbone.hidden_states(batch), backbone.lm_head_shard.weight[:VOCAB])
+        logits = logits_of(backbone, batch)
         losses = F.cross_entropy(logits, batch.labels.flatten(), reduction="none")
+        if teacher is not None:
+            kd = skew_kl(logits, logits_of(teacher, batch), temperature=2.0, skew=0.3, dtype=torch.float32)
+            losses = 0.7 * 4.0 * kd + 0.3 * losses
         return (losses * batch.loss_mask.flatten()).sum() / batch.loss_mask.sum()
 
     for step, rate in enumerate(RATES, 1):
@@ -259,7 +289,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def oracles(folder):
-    return {family: oracle(folder, family) for family in FAMILIES}
+    return {what: oracle(folder, *what) for what in {case.what for cases in CASES.values() for case in cases}}
 
 
 def check_case(case, answer, want: Oracle, root: Path):
@@ -287,4 +317,4 @@ def test_every_layout_makes_the_steps_of_plain_torch(world_size, fresh_pool, fol
     for rank in range(world_size):
         assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
     for case, answer in zip(CASES[world_size], answers[0], strict=True):
-        check_case(case, answer, oracles[case.family], folder / case.name)
+        check_case(case, answer, oracles[case.what], folder / case.name)
