@@ -17,6 +17,7 @@ Every function does nothing when its group is None or has one rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,13 +54,27 @@ def gather_ranks(tensor: Tensor, group: Group) -> Tensor:
 
     Communicates: one all-gather. Not differentiable.
     """
+    return start_gather(tensor, group)()
+
+
+def start_gather(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
+    """Start what `gather_ranks` does and return at once; the answer's call waits for it and gives the tensor.
+
+    Communicates: one all-gather, beside whatever the caller computes before it asks. All ranks must start and finish
+    their gathers in the same order.
+    """
     size = group_size(group)
     if size == 1:
-        return tensor.unsqueeze(0)
-    tensor = tensor.contiguous()
-    out = torch.empty((size, *tensor.shape), dtype=tensor.dtype, device=tensor.device)
-    dist.all_gather(list(out.unbind(0)), tensor, group=group)
-    return out
+        return lambda: tensor.unsqueeze(0)
+    mine = tensor.contiguous()
+    out = torch.empty((size, *mine.shape), dtype=mine.dtype, device=mine.device)
+    work = dist.all_gather(list(out.unbind(0)), mine, group=group, async_op=True)
+
+    def finish() -> Tensor:
+        work.wait()
+        return out
+
+    return finish
 
 
 class _CopyToTp(torch.autograd.Function):

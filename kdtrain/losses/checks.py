@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from kdtrain.dist.collectives import Group
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.losses.stream import bytes_per_token, is_token
 
@@ -86,8 +87,21 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature = {temperature}, need a finite number > 0")
 
 
-def check_slab_bytes(slab_bytes: int, shard: VocabShard, work: torch.dtype) -> None:
-    """Room for the logits of at least one token."""
-    least = bytes_per_token(shard.rows, work)
+def check_slab_bytes(slab_bytes: int, shard: VocabShard, group: Group, work: torch.dtype) -> None:
+    """Room for the logits of at least one token per chunk in flight."""
+    least = bytes_per_token(shard, group, work)
     if slab_bytes < least:
         raise ValueError(f"slab_bytes = {slab_bytes}, need at least {least}: both models' logits of one token")
+
+
+def check_main_grad(main_grad: Tensor | None, weight: Tensor, work: torch.dtype) -> None:
+    """A buffer [v, D] in the working dtype, on the head's device, for a head that wants a gradient."""
+    if main_grad is None:
+        return
+    if main_grad.shape != weight.shape or main_grad.dtype != work or main_grad.device != weight.device:
+        raise ValueError(
+            f"main_grad is {tuple(main_grad.shape)} {main_grad.dtype} on {main_grad.device}, need "
+            f"{tuple(weight.shape)} {work} on {weight.device}: the head's gradient is accumulated in it"
+        )
+    if not (weight.requires_grad and torch.is_grad_enabled()):
+        raise ValueError("main_grad is given, but no gradient of the head is wanted; leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -10,10 +11,9 @@ import torch
 from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.dispatch import row_kernels
 from kdtrain_kernels.matmul import work_dtype
-from kdtrain_kernels.torch_rows import RowWeights
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, gather_ranks
+from kdtrain.dist.collectives import Group, start_gather
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, stream
 from kdtrain.losses.types import LossParts
@@ -28,6 +28,8 @@ def linear_cross_entropy(
     shard: VocabShard,
     group: Group = None,
     slab_bytes: int = stream.DEFAULT_SLAB_BYTES,
+    z_weight: Tensor | None = None,
+    main_grad: Tensor | None = None,
     backend: str = "auto",
 ) -> LossParts:
     """sum_t weight[t] * -log q(labels[t]), with q = softmax of the head's logits over the whole vocabulary.
@@ -35,34 +37,42 @@ def linear_cross_entropy(
     hidden [T, D], replicated over `group`; head [v, D] (or a HeadShard with bias, scale, soft-cap), this rank's rows;
     labels [T], global ids, any value where weight is 0; weight [T], constants. Returns LossParts with `loss` (float32,
     float64 for float64 inputs) and `ce` [T], nats (0 where the label is not a token), both replicated.
+    z_weight [T] adds sum_t z_weight[t] lse[t]^2, with lse = log sum exp of the logits (z-loss, PaLM, arXiv 2204.02311).
+    main_grad [v, D] in the working dtype receives d(head) on top of what it holds, in forward, and the weight gets no
+    .grad: backward must then be called once, with an upstream gradient of 1 (ValueError else).
 
     Memory beyond inputs and returned gradients: slab_bytes (half of it on the CPU, where no second slab is needed)
     and a few cache blocks. Gradients are computed here, so backward only scales them: d(hidden) [T, D] complete on
     every rank, d(head) of this rank's rows, 0 in padding rows; with no_grad none of that work is done.
-    Communicates over `group`: one all-gather of [C, 4] per chunk and, if hidden needs a gradient, one all-reduce of
-    [T, D]; nothing in backward. Raises ValueError for arguments that do not fit; nothing is computed then.
+    Communicates over `group`: one all-gather of [C, 4] per chunk, hidden behind the next chunk, and, if hidden needs a
+    gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for arguments that do not fit; nothing is
+    computed then.
     """
     head = stream.as_head(head)
     checks.check_model("", hidden, head, shard)
-    checks.check_labels_and_weights(labels, {"weight": weight}, hidden)
-    checks.check_slab_bytes(slab_bytes, shard, work_dtype(hidden))
+    weights = {"weight": weight} if z_weight is None else {"weight": weight, "z_weight": z_weight}
+    checks.check_labels_and_weights(labels, weights, hidden)
+    checks.check_slab_bytes(slab_bytes, shard, group, work_dtype(hidden))
+    checks.check_main_grad(main_grad, head.weight, work_dtype(hidden))
     kernels = row_kernels(backend, hidden.device)
     checks.check_label_range(labels, weight, shard)
     wanted = stream.Wanted.of(hidden, head)
-    call = _Call(head, labels, weight.detach(), shard, group, slab_bytes, wanted, kernels)
+    tokens = stream.TokenWeights.of(weight, weight, z_weight, stream.local_labels(labels, shard))
+    call = _Call(head, labels, tokens, shard, group, slab_bytes, main_grad, wanted, kernels)
     with torch.autocast(hidden.device.type, enabled=False):
-        loss, ce = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, call)
-    return LossParts(loss=loss, ce=ce)
+        loss, ce, lse = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, call)
+    return LossParts(loss=loss, ce=ce, lse=lse)
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
     head: HeadShard
     labels: Tensor
-    weight: Tensor
+    weights: stream.TokenWeights
     shard: VocabShard
     group: Group
     slab_bytes: int
+    main_grad: Tensor | None
     wanted: stream.Wanted
     kernels: ModuleType
 
@@ -71,31 +81,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradient in forward: backward holds d(hidden) and d(head) only."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
+    ) -> tuple[Tensor, Tensor, Tensor]:
         work, kernels = work_dtype(hidden), call.kernels
-        rows = stream.chunk_rows(call.slab_bytes, call.shard.rows, work)
-        side = stream.ModelSide.of(hidden, call.head, call.shard, rows, work)
-        scratch = Scratch.of(side.slab)
-        grads = stream.GradientBuffers.zeros(hidden, call.head, call.wanted, work)
-        columns = stream.local_labels(call.labels, call.shard)
-        token_weight = call.weight.double()
-        ce = torch.zeros(hidden.shape[0], dtype=torch.float64, device=hidden.device)
-        for chunk in stream.chunks(hidden.shape[0], rows):
-            logits = side.logits(chunk)
-            stats = kernels.row_stats(logits, columns[chunk], 1.0, scratch)
-            totals = kernels.merge_stats(gather_ranks(stats, call.group), 1.0)
-            ce[chunk] = totals.label_nll()
+        rows = stream.chunk_rows(call.slab_bytes, call.shard, call.group, work)
+        depth = stream.in_flight(call.group)
+        side = stream.ModelSide.of(hidden, call.head, call.shard, rows, depth, work)
+        scratch = Scratch.of(side.slabs[0])
+        grads = stream.GradientBuffers.zeros(hidden, call.head, call.wanted, work, call.main_grad)
+        ce, lse = torch.zeros(2, hidden.shape[0], dtype=torch.float64, device=hidden.device)
+
+        def begin(chunk: slice, slot: int) -> tuple[Tensor, Callable[[], Tensor]]:
+            logits = side.logits(chunk, slot)
+            stats = kernels.row_stats(logits, call.weights.columns[chunk], 1.0, scratch)
+            return logits, start_gather(stats, call.group)
+
+        def finish(chunk: slice, begun: tuple[Tensor, Callable[[], Tensor]]) -> None:
+            logits, gathered = begun
+            totals = kernels.merge_stats(gathered(), 1.0)
+            ce[chunk], lse[chunk] = totals.label_nll(), totals.lse()
             if call.wanted.any:
-                weights = RowWeights(token_weight[chunk], token_weight[chunk], columns[chunk])
-                kernels.row_grad(logits, totals, weights, logit_map=side.logit_map, scratch=scratch)
-                grads.add(side, chunk, logits, None)
+                weights = call.weights.of_chunk(chunk, lse[chunk])
+                operand = kernels.row_grad(
+                    logits, totals, weights, logit_map=side.logit_map, scratch=scratch, operand_dtype=side.operand_dtype
+                )
+                grads.add(side, chunk, operand)
+
+        stream.in_turns(hidden.shape[0], rows, depth, begin, finish)
         ce = ce.where(stream.is_token(call.labels, call.shard), 0.0)
-        loss = (token_weight * ce).sum().to(work)
-        stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group)
-        ce = ce.to(work)
-        ctx.mark_non_differentiable(ce)
-        return loss, ce
+        loss = ((call.weights.ce * ce).sum() + call.weights.z_loss(lse)).to(work)
+        stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)
+        ce, lse = ce.to(work), lse.to(work)
+        ctx.mark_non_differentiable(ce, lse)
+        return loss, ce, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, grad_ce: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return (*stream.scaled_gradients(ctx, grad_loss), None)

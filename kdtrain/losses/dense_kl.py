@@ -7,6 +7,7 @@ Derivation: docs/design/0004-streamed-loss.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -16,10 +17,10 @@ from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.dispatch import row_kernels
 from kdtrain_kernels.divergences import DivergenceSpec, divergence_spec
 from kdtrain_kernels.matmul import work_dtype
-from kdtrain_kernels.torch_rows import LogitMap, PairTotals, RowWeights
+from kdtrain_kernels.torch_rows import PairTotals
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, gather_ranks
+from kdtrain.dist.collectives import Group, gather_ranks, start_gather
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, stream
 from kdtrain.losses.types import LossParts
@@ -44,6 +45,8 @@ def linear_kd_loss(
     ab_alpha: float = 0.5,
     ab_beta: float = 0.5,
     measure: bool = False,
+    z_weight: Tensor | None = None,
+    main_grad: Tensor | None = None,
     backend: str = "auto",
 ) -> LossParts:
     """sum_t kd_weight[t] temperature^2 D[t] + ce_weight[t] CE[t], with D the divergence of `losses.reference`.
@@ -52,7 +55,8 @@ def linear_kd_loss(
     rank's rows of both heads, cut alike; labels [T] global ids, any value where ce_weight is 0; weights [T], constants.
     The teacher's arguments never receive a gradient. Only the parameters of the chosen divergence are read. With
     `measure`, LossParts also has entropies, KL at temperature 1, total variation and top-1 agreement per token (one
-    more reading of both logits). Everything returned is replicated over the group; values in nats.
+    more reading of both logits). z_weight and main_grad as in `linear_cross_entropy`. Everything returned is replicated
+    over the group; values in nats.
 
     Where kd_weight is 0 everywhere, loss and gradients are bitwise those of `linear_cross_entropy`.
     Memory beyond inputs and returned gradients: slab_bytes and a few cache blocks. Gradients are computed here, so
@@ -67,25 +71,27 @@ def linear_kd_loss(
     checks.check_model("_s", hidden_s, head_s, shard)
     checks.check_model("_t", hidden_t, head_t, shard)
     checks.check_teacher(hidden_s, hidden_t)
-    checks.check_labels_and_weights(labels, {"kd_weight": kd_weight, "ce_weight": ce_weight}, hidden_s)
+    weights = {"kd_weight": kd_weight, "ce_weight": ce_weight}
+    checks.check_labels_and_weights(labels, weights if z_weight is None else weights | {"z_weight": z_weight}, hidden_s)
     checks.check_temperature(temperature)
-    checks.check_slab_bytes(slab_bytes, shard, work_dtype(hidden_s, hidden_t))
+    checks.check_slab_bytes(slab_bytes, shard, group, work_dtype(hidden_s, hidden_t))
+    checks.check_main_grad(main_grad, head_s.weight, work_dtype(hidden_s, hidden_t))
     parameters = {"teacher_share": teacher_share, "skew": skew, "ab_alpha": ab_alpha, "ab_beta": ab_beta}
     spec = divergence_spec(divergence, shard.vocab_size, **parameters)
     kernels = row_kernels(backend, hidden_s.device)
     checks.check_label_range(labels, ce_weight, shard)
-    columns = stream.local_labels(labels, shard)
     call = _Call(
         head_s=head_s,
         hidden_t=hidden_t.detach(),
         head_t=head_t,
         labels=labels,
-        weights=RowWeights(kd_weight.detach().double(), ce_weight.detach().double(), columns),
+        weights=stream.TokenWeights.of(kd_weight, ce_weight, z_weight, stream.local_labels(labels, shard)),
         spec=spec,
         temperature=float(temperature),
         shard=shard,
         group=group,
         slab_bytes=slab_bytes,
+        main_grad=main_grad,
         measure=measure,
         wanted=stream.Wanted.of(hidden_s, head_s),
         kernels=kernels,
@@ -96,11 +102,11 @@ def linear_kd_loss(
     return LossParts(loss=loss, **{name: table[_FIELDS.index(name)] for name in names})
 
 
-_FIELDS = ("ce", "teacher_ce", "agreement", "kd", "student_entropy", "teacher_entropy", "forward_kl", "tvd")
+_FIELDS = ("lse", "ce", "teacher_ce", "agreement", "kd", "student_entropy", "teacher_entropy", "forward_kl", "tvd")
 """Rows of the table that the Function returns: fields of LossParts. From "kd" on they are sums over columns, of which
 each rank holds its part until the end of the call."""
-_CE, _TEACHER_CE, _AGREEMENT, _KD, _STUDENT_ENTROPY, _TEACHER_ENTROPY, _FORWARD_KL, _TVD = range(8)
-_ALWAYS = ("ce", "teacher_ce", "kd")
+_LSE, _CE, _TEACHER_CE, _AGREEMENT, _KD, _STUDENT_ENTROPY, _TEACHER_ENTROPY, _FORWARD_KL, _TVD = range(9)
+_ALWAYS = ("lse", "ce", "teacher_ce", "kd")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,15 +115,20 @@ class _Call:
     hidden_t: Tensor
     head_t: HeadShard
     labels: Tensor
-    weights: RowWeights
+    weights: stream.TokenWeights
     spec: DivergenceSpec
     temperature: float
     shard: VocabShard
     group: Group
     slab_bytes: int
+    main_grad: Tensor | None
     measure: bool
     wanted: stream.Wanted
     kernels: ModuleType
+
+
+_Begun = tuple[tuple[Tensor, Tensor], Callable[[], Tensor]]
+"""A chunk's student and teacher logits, and its statistics of all ranks once they have been gathered."""
 
 
 class _LinearKd(torch.autograd.Function):
@@ -126,22 +137,40 @@ class _LinearKd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
         work = work_dtype(hidden, call.hidden_t)
-        rows = stream.chunk_rows(call.slab_bytes, call.shard.rows, work)
-        student = stream.ModelSide.of(hidden, call.head_s, call.shard, rows, work)
-        teacher = stream.ModelSide.of(call.hidden_t, call.head_t, call.shard, rows, work)
-        scratch = Scratch.of(student.slab)
-        grads = stream.GradientBuffers.zeros(hidden, call.head_s, call.wanted, work)
+        rows = stream.chunk_rows(call.slab_bytes, call.shard, call.group, work)
+        depth = stream.in_flight(call.group)
+        student = stream.ModelSide.of(hidden, call.head_s, call.shard, rows, depth, work)
+        teacher = stream.ModelSide.of(call.hidden_t, call.head_t, call.shard, rows, depth, work)
+        scratch = Scratch.of(student.slabs[0])
+        grads = stream.GradientBuffers.zeros(hidden, call.head_s, call.wanted, work, call.main_grad)
         table = torch.zeros(len(_FIELDS) + 1, hidden.shape[0], dtype=torch.float64, device=hidden.device)
-        for chunk in stream.chunks(hidden.shape[0], rows):
-            slabs = student.logits(chunk), teacher.logits(chunk)
-            weights = RowWeights(call.weights.kd[chunk], call.weights.ce[chunk], call.weights.labels[chunk])
-            _chunk(call, slabs, weights, table[:, chunk], scratch)
+
+        def begin(chunk: slice, slot: int) -> _Begun:
+            slabs = student.logits(chunk, slot), teacher.logits(chunk, slot)
+            stats = call.kernels.pair_stats(
+                *slabs, call.weights.columns[chunk], call.temperature, spec=call.spec, scratch=scratch
+            )
+            return slabs, start_gather(stats, call.group)
+
+        def finish(chunk: slice, begun: _Begun) -> None:
+            slabs, gathered = begun
+            totals = call.kernels.merge_pair_stats(gathered(), call.temperature, call.spec)
+            totals = _divergence_of_chunk(call, slabs, totals, table[:, chunk], scratch)
             if call.wanted.any:
-                grads.add(student, chunk, slabs[0], teacher.slab)
+                weights = call.weights.of_chunk(chunk, table[_LSE, chunk])
+                value, operand = call.kernels.pair_grad(
+                    *slabs, totals, weights, call.temperature, spec=call.spec, logit_map=student.logit_map,
+                    scratch=scratch, operand_dtype=student.operand_dtype,
+                )  # fmt: skip
+                table[_KD, chunk] += value
+                grads.add(student, chunk, operand)
+
+        stream.in_turns(hidden.shape[0], rows, depth, begin, finish)
         _finish_table(call, table)
         kd = call.weights.kd * (call.temperature**2 * table[_KD])
-        loss = ((call.weights.ce * table[_CE]).sum() + kd.where(call.weights.kd != 0, 0.0).sum()).to(work)
-        stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group)
+        ce_and_z = (call.weights.ce * table[_CE]).sum() + call.weights.z_loss(table[_LSE])
+        loss = (ce_and_z + kd.where(call.weights.kd != 0, 0.0).sum()).to(work)
+        stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)
         fields = table[:-1].to(work)
         ctx.mark_non_differentiable(fields)
         return loss, fields
@@ -151,12 +180,12 @@ class _LinearKd(torch.autograd.Function):
         return (*stream.scaled_gradients(ctx, grad_loss), None)
 
 
-def _chunk(call: _Call, slabs: tuple[Tensor, Tensor], weights: RowWeights, table: Tensor, scratch: Scratch) -> None:
-    """Fill a chunk's columns of the table; if wanted, turn the student's slab into d loss / d product."""
+def _divergence_of_chunk(
+    call: _Call, slabs: tuple[Tensor, Tensor], totals: PairTotals, table: Tensor, scratch: Scratch
+) -> PairTotals:
+    """Fill a chunk's columns of the table with what needs no gradient; the totals with Z in them."""
     kernels, temperature, spec = call.kernels, call.temperature, call.spec
-    stats = kernels.pair_stats(*slabs, weights.labels, temperature, spec=spec, scratch=scratch)
-    totals: PairTotals = kernels.merge_pair_stats(gather_ranks(stats, call.group), temperature, spec)
-    table[_CE] = totals.student.label_nll()
+    table[_CE], table[_LSE] = totals.student.label_nll(), totals.student.lse()
     table[_TEACHER_CE] = totals.teacher.label_nll()
     if call.measure:
         _measure(call, slabs, totals, table, scratch)
@@ -164,14 +193,10 @@ def _chunk(call: _Call, slabs: tuple[Tensor, Tensor], weights: RowWeights, table
         parts = kernels.pair_round2(*slabs, totals, temperature, spec=spec, scratch=scratch)
         totals = replace(totals, z=gather_ranks(parts[:, 0], call.group).sum(0))
         table[_KD] = parts[:, 1]
-    table[-1] = totals.z
-    if call.wanted.any:
-        logit_map = LogitMap(call.head_s.logit_scale, call.head_s.softcap)
-        table[_KD] += kernels.pair_grad(
-            *slabs, totals, weights, temperature, spec=spec, logit_map=logit_map, scratch=scratch
-        )
-    elif not spec.two_rounds:
+    elif not call.wanted.any:
         table[_KD] = kernels.pair_value(*slabs, totals, temperature, spec=spec, scratch=scratch)
+    table[-1] = totals.z
+    return totals
 
 
 def _measure(call: _Call, slabs: tuple[Tensor, Tensor], totals: PairTotals, table: Tensor, scratch: Scratch) -> None:
@@ -201,4 +226,4 @@ def _finish_table(call: _Call, table: Tensor) -> None:
     table[_KD : last + 1] = gather_ranks(table[_KD : last + 1], call.group).sum(0)
     table[_KD] = call.spec.finish(table[_KD], table[-1])
     table[_FORWARD_KL].clamp_(min=0.0)
-    table[:_AGREEMENT] *= stream.is_token(call.labels, call.shard)
+    table[_CE:_AGREEMENT] *= stream.is_token(call.labels, call.shard)

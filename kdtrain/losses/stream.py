@@ -5,16 +5,16 @@ Shapes: T tokens, C tokens of a chunk, D width, v rows of the head on this rank,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from kdtrain_kernels.matmul import add_weight_grad_, gradient_operand, hidden_grad_into, logits_into
-from kdtrain_kernels.torch_rows import LogitMap
+from kdtrain_kernels.matmul import add_weight_grad_, hidden_grad_into, logits_into, operand_dtype
+from kdtrain_kernels.torch_rows import LogitMap, RowWeights
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, reduce_sum_
+from kdtrain.dist.collectives import Group, group_size, reduce_sum_
 from kdtrain.dist.vocab import HeadShard, VocabShard
 
 SLABS = 2
@@ -23,26 +23,53 @@ kd_weight 0 multiplies the same blocks and is bitwise the plain one."""
 
 DEFAULT_SLAB_BYTES = 1 << 30
 
+ROW_MULTIPLE = 128
+"""Rows of a slab start this many elements apart, or a multiple: row kernels then load 16 bytes at a time."""
 
-def bytes_per_token(rows: int, work: torch.dtype) -> int:
-    """Slab bytes that one token of a chunk takes on a rank with `rows` head rows."""
-    return SLABS * rows * work.itemsize
+Begun = TypeVar("Begun")
 
 
-def chunk_rows(slab_bytes: int, rows: int, work: torch.dtype) -> int:
+def in_flight(group: Group) -> int:
+    """Chunks that are worked on at a time: with several ranks two, so that one's exchange hides behind the other."""
+    return 2 if group_size(group) > 1 else 1
+
+
+def bytes_per_token(shard: VocabShard, group: Group, work: torch.dtype) -> int:
+    """Slab bytes that one token per chunk takes on this rank, over all chunks in flight."""
+    return SLABS * in_flight(group) * row_stride(shard) * work.itemsize
+
+
+def row_stride(shard: VocabShard) -> int:
+    """Elements from one row of a slab to the next."""
+    return -(-shard.rows // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def chunk_rows(slab_bytes: int, shard: VocabShard, group: Group, work: torch.dtype) -> int:
     """Tokens of a chunk: as many as fit in slab_bytes, a multiple of 8 if 8 fit.
 
     Depends on nothing else: not on T, so that a token's arithmetic does not depend on the batch it came in; and not
     on this rank's real tokens, so that all ranks take part in the same collectives.
     """
-    fitting = slab_bytes // bytes_per_token(rows, work)
+    fitting = slab_bytes // bytes_per_token(shard, group, work)
     return fitting - fitting % 8 if fitting >= 8 else fitting
 
 
-def chunks(num_tokens: int, rows: int) -> Iterator[slice]:
-    """Consecutive slices of at most `rows` tokens."""
-    for first in range(0, num_tokens, rows):
-        yield slice(first, min(first + rows, num_tokens))
+def in_turns(
+    num_tokens: int, rows: int, depth: int, begin: Callable[[slice, int], Begun], finish: Callable[[slice, Begun], None]
+) -> None:
+    """begin(chunk, slot) and finish(chunk, what begin returned) for consecutive chunks of at most `rows` tokens.
+
+    Up to `depth` chunks are begun before the first of them is finished; `slot` counts 0 to depth - 1 and is not given
+    to another chunk before that. The order is the same on all ranks.
+    """
+    waiting: list[tuple[slice, Begun]] = []
+    for index, first in enumerate(range(0, num_tokens, rows)):
+        chunk = slice(first, min(first + rows, num_tokens))
+        if len(waiting) == depth:
+            finish(*waiting.pop(0))
+        waiting.append((chunk, begin(chunk, index % depth)))
+    for entry in waiting:
+        finish(*entry)
 
 
 def as_head(head: Tensor | HeadShard) -> HeadShard:
@@ -62,28 +89,66 @@ def is_token(labels: Tensor, shard: VocabShard) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenWeights:
+    """Constants per token. kd, ce [T] float64, z [T] float64 or None; columns [T] int64 as `local_labels` has them."""
+
+    kd: Tensor
+    ce: Tensor
+    z: Tensor | None
+    columns: Tensor
+
+    @classmethod
+    def of(cls, kd: Tensor, ce: Tensor, z: Tensor | None, columns: Tensor) -> TokenWeights:
+        """From the caller's weights, in any floating-point dtype."""
+        return cls(kd.detach().double(), ce.detach().double(), None if z is None else z.detach().double(), columns)
+
+    def of_chunk(self, chunk: slice, lse: Tensor) -> RowWeights:
+        """What row kernels need for a chunk. lse [C] float64: log sum exp of the student's logits."""
+        ce = self.ce[chunk]
+        softmax = ce if self.z is None else ce + 2.0 * self.z[chunk] * lse
+        return RowWeights(self.kd[chunk], ce, self.columns[chunk], softmax)
+
+    def z_loss(self, lse: Tensor) -> Tensor:
+        """sum_t z[t] lse[t]^2, 0-d float64; positions of weight 0 do not count whatever they hold. lse [T] float64."""
+        if self.z is None:
+            return lse.new_zeros(())
+        return (self.z * lse.square()).where(self.z != 0, 0.0).sum()
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSide:
-    """One model's operands, real tokens only: hidden [T, D], weight [n, D], bias [n], and the slab for its logits."""
+    """One model's operands, real tokens only: hidden [T, D], weight [n, D], bias [n]; slabs for chunks of its logits.
+
+    slabs [depth, C, n], rows apart by `row_stride`.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     logit_map: LogitMap
-    slab: Tensor
+    slabs: Tensor
 
     @classmethod
-    def of(cls, hidden: Tensor, head: HeadShard, shard: VocabShard, rows: int, work: torch.dtype) -> ModelSide:
-        """Slice off padding rows (they never take part) and allocate the slab for chunks of `rows` tokens."""
-        n = shard.valid_rows
-        slab = torch.empty(min(rows, hidden.shape[0]), n, dtype=work, device=hidden.device)
+    def of(
+        cls, hidden: Tensor, head: HeadShard, shard: VocabShard, rows: int, depth: int, work: torch.dtype
+    ) -> ModelSide:
+        """Slice off padding rows (they never take part) and allocate slabs for `depth` chunks of `rows` tokens."""
+        n, num_tokens = shard.valid_rows, hidden.shape[0]
+        depth = max(1, min(depth, -(-num_tokens // rows)))
+        memory = torch.empty(depth, min(rows, num_tokens), row_stride(shard), dtype=work, device=hidden.device)
         bias = None if head.bias is None else head.bias.detach()[:n].to(work)
         logit_map = LogitMap(head.logit_scale, head.softcap)
-        return cls(hidden.detach(), head.weight.detach()[:n], bias, logit_map, slab)
+        return cls(hidden.detach(), head.weight.detach()[:n], bias, logit_map, memory[:, :, :n])
 
-    def logits(self, rows: slice) -> Tensor:
-        """[C, n] logits of a chunk, in the slab: the previous chunk's are gone."""
-        hidden = self.hidden[rows]
-        out = logits_into(self.slab[: hidden.shape[0]], hidden, self.weight)
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """In which d(logits) is multiplied with the head and the hidden states."""
+        return operand_dtype(self.weight, self.slabs.dtype)
+
+    def logits(self, chunk: slice, slot: int) -> Tensor:
+        """[C, n] logits of a chunk, in a slab of its own: those of the slot's last chunk are gone."""
+        hidden = self.hidden[chunk]
+        out = logits_into(self.slabs[slot, : hidden.shape[0]], hidden, self.weight)
         if self.bias is not None:
             out.add_(self.bias)
         return self.logit_map.apply_(out)
@@ -122,47 +187,65 @@ class GradientBuffers:
     bias: Tensor | None
 
     @classmethod
-    def zeros(cls, hidden: Tensor, head: HeadShard, wanted: Wanted, work: torch.dtype) -> GradientBuffers:
-        """Buffers for what is wanted."""
+    def zeros(
+        cls, hidden: Tensor, head: HeadShard, wanted: Wanted, work: torch.dtype, main_grad: Tensor | None = None
+    ) -> GradientBuffers:
+        """Buffers for what is wanted. main_grad [v, D] takes the weight's gradient on top of what it holds."""
 
         def zeros(like: Tensor | None, is_wanted: bool) -> Tensor | None:
             return torch.zeros_like(like, dtype=work) if is_wanted and like is not None else None
 
         return cls(
             zeros(hidden.detach(), wanted.hidden),
-            zeros(head.weight.detach(), wanted.weight),
+            zeros(head.weight.detach(), wanted.weight) if main_grad is None else main_grad,
             zeros(None if head.bias is None else head.bias.detach(), wanted.bias),
         )
 
-    def add(self, side: ModelSide, rows: slice, grad_logits: Tensor, spare: Tensor | None) -> None:
-        """Take in a chunk's d loss / d product [C, n]. `spare`: a slab whose contents are no longer needed."""
+    def add(self, side: ModelSide, chunk: slice, grad_logits: Tensor) -> None:
+        """Take in a chunk's d loss / d product [C, n], in side.operand_dtype."""
         n = grad_logits.shape[1]
         if n == 0:
             return
         if self.bias is not None:
-            self.bias[:n] += grad_logits.sum(0)
-        operand = gradient_operand(grad_logits, side.weight, spare)
+            self.bias[:n] += grad_logits.sum(0, dtype=self.bias.dtype)
         if self.hidden is not None:
-            hidden_grad_into(self.hidden[rows], operand, side.weight)
+            hidden_grad_into(self.hidden[chunk], grad_logits, side.weight)
         if self.weight is not None:
-            add_weight_grad_(self.weight[:n], operand, side.hidden[rows])
+            add_weight_grad_(self.weight[:n], grad_logits, side.hidden[chunk])
 
 
 def save_gradients(
-    ctx: Any, grads: GradientBuffers, inputs: tuple[Tensor, Tensor, Tensor | None], group: Group
+    ctx: Any,
+    grads: GradientBuffers,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    group: Group,
+    main_grad: Tensor | None = None,
 ) -> None:
     """Complete d(hidden) over the group and keep all gradients for backward, in the dtypes of `inputs`.
 
-    Communicates: one all-reduce of [T, D] if d(hidden) is wanted.
+    Communicates: one all-reduce of [T, D] if d(hidden) is wanted. With main_grad the weight's is in place already.
     """
     if grads.hidden is not None:
         reduce_sum_(grads.hidden, group)
+    ctx.fused = main_grad is not None
     kept = []
-    for gradient, like in zip((grads.hidden, grads.weight, grads.bias), inputs, strict=True):
+    weight = None if ctx.fused else grads.weight
+    for gradient, like in zip((grads.hidden, weight, grads.bias), inputs, strict=True):
         kept.append(None if gradient is None or like is None else gradient.to(like.dtype))
     ctx.save_for_backward(*kept)
 
 
 def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    """The kept gradients times the upstream scalar. Does not communicate: the upstream scalar is replicated."""
+    """The kept gradients times the upstream scalar. Does not communicate: the upstream scalar is replicated.
+
+    Raises ValueError (on a device: fails an assertion there) if main_grad was used and the upstream scalar is not 1.
+    """
+    if ctx.fused:
+        if grad_loss.device.type != "cpu":
+            torch._assert_async(grad_loss == 1)
+        elif grad_loss.item() != 1:
+            raise ValueError(
+                f"the loss was scaled by {grad_loss.item():g} before backward, need 1 with main_grad: its gradient was "
+                "added in forward; put the factor into kd_weight and ce_weight"
+            )
     return tuple(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)

@@ -15,6 +15,7 @@ class LossParts:
                    sum_t kd_weight[t] * temperature^2 * D[t] + ce_weight[t] * CE[t]
     kd             [T] detached, D in nats at the loss temperature, without weights and temperature^2; None if no KD
     ce             [T] detached, -log q(label) at temperature 1
+    lse            [T] detached, log sum exp of the student's logits at temperature 1
     teacher_ce     [T] detached, -log p(label) at temperature 1; None without a dense teacher
     student_entropy, teacher_entropy   [T] detached, nats, at the loss temperature; None unless measured
     forward_kl     [T] detached, KL(teacher||student) at temperature 1, whatever the divergence; None unless measured
@@ -24,6 +25,7 @@ class LossParts:
 
     loss: Tensor
     ce: Tensor
+    lse: Tensor
     kd: Tensor | None = None
     teacher_ce: Tensor | None = None
     student_entropy: Tensor | None = None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdtrain.dist.collectives import Group, group_rank, group_size
 from kdtrain.dist.vocab import HeadShard, VocabShard
-from kdtrain.losses import LossParts, linear_kd_loss, reference
+from kdtrain.losses import LossParts, linear_kd_loss, reference, stream
 
 GARBAGE = 1e3
 """What padding rows of a head hold in a case: they must not matter."""
@@ -134,7 +134,6 @@ def streamed_answer(
     shard = VocabShard.of(case.vocab_size, group_rank(group), group_size(group), multiple=multiple)
     head = cut_head(case.head_s, shard)
     hidden = case.hidden_s.clone().requires_grad_()
-    itemsize = 8 if case.hidden_s.dtype == torch.float64 else 4
     parts = linear_kd_loss(
         hidden,
         head,
@@ -146,7 +145,7 @@ def streamed_answer(
         ce_weight=case.ce_weight,
         shard=shard,
         group=group,
-        slab_bytes=2 * itemsize * shard.rows * chunk,
+        slab_bytes=stream.bytes_per_token(shard, group, case.hidden_s.dtype) * chunk,
         measure=measure,
         **case.parameters,
     )

@@ -103,3 +103,13 @@ class PairBlock:
     def spare(self, index: int = 0) -> Tensor:
         """Buffers for the caller's own use."""
         return self.scratch.take(6 + index, len(self.x))
+
+
+def front_of_rows(slab: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C, n] of a narrower dtype over the front of each row's memory of a [C, n] slab.
+
+    The row stride in bytes stays. Row i of the answer may be written once row i of the slab has been read.
+    """
+    num_rows, columns = slab.shape
+    whole = slab.as_strided((num_rows, slab.stride(0)), (slab.stride(0), 1))
+    return whole.view(dtype)[:, :columns]

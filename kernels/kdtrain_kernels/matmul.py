@@ -37,7 +37,7 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def hidden_grad_into(out: Tensor, grad_logits: Tensor, weight: Tensor) -> Tensor:
-    """out [C, D] = grad_logits [C, n] @ weight [n, D]; grad_logits as `gradient_operand` returns it."""
+    """out [C, D] = grad_logits [C, n] @ weight [n, D]; grad_logits in `operand_dtype`."""
     if multiplies_directly(weight, out.dtype):
         return torch.mm(grad_logits, weight, out_dtype=out.dtype, out=out)
     for first, (rows, part) in enumerate(_upcast_rows(weight, out.dtype)):
@@ -46,24 +46,15 @@ def hidden_grad_into(out: Tensor, grad_logits: Tensor, weight: Tensor) -> Tensor
 
 
 def add_weight_grad_(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> Tensor:
-    """total [n, D] += grad_logits[C, n].T @ hidden [C, D]; grad_logits as `gradient_operand` returns it."""
+    """total [n, D] += grad_logits[C, n].T @ hidden [C, D]; grad_logits in `operand_dtype`."""
     if multiplies_directly(hidden, total.dtype):
         return total.add_(torch.mm(grad_logits.T, hidden, out_dtype=total.dtype))
     return total.addmm_(grad_logits.T, hidden.to(total.dtype))
 
 
-def gradient_operand(grad_logits: Tensor, operand: Tensor, spare: Tensor | None) -> Tensor:
-    """d(logits) [C, n] in the dtype in which it is multiplied with `operand` (the head or the hidden states).
-
-    Where that is half precision it is rounded into the memory of `spare` (a contiguous slab of grad_logits' dtype
-    with at least C rows, which is spoilt) or, without one, into a new tensor.
-    """
-    if not multiplies_directly(operand, grad_logits.dtype):
-        return grad_logits
-    if spare is None:
-        return grad_logits.to(operand.dtype)
-    num_tokens, columns = grad_logits.shape
-    return spare.view(operand.dtype)[:num_tokens, :columns].copy_(grad_logits)
+def operand_dtype(operand: Tensor, work: torch.dtype) -> torch.dtype:
+    """The dtype in which d(logits), computed in `work`, is multiplied with `operand` (the head or hidden states)."""
+    return operand.dtype if multiplies_directly(operand, work) else work
 
 
 def _upcast_rows(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -1,7 +1,8 @@
 """Row kernels in torch: statistics, divergences and gradients of rows of logits that lie in a slab.
 
 C rows of a chunk, n columns: the real tokens among this rank's vocabulary rows (padding never reaches a slab; n may
-be 0). Slabs are contiguous, float32 or float64, and hold raw logits, before temperature. No function communicates:
+be 0). Slabs are float32 or float64 and hold raw logits, before temperature; their rows may lie further apart than n
+(what is between is of no meaning). No function communicates:
 statistics of several ranks are put together by `merge_stats` on what the caller gathered. Numbers per row are float64,
 so that nothing is lost between the slab's arithmetic and the gradient.
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdtrain_kernels.blocks import PairBlock, Scratch, row_blocks, shifted
+from kdtrain_kernels.blocks import PairBlock, Scratch, front_of_rows, row_blocks, shifted
 from kdtrain_kernels.divergences import PLUG_INS, DivergenceSpec
 
 ROW_STATS = 4
@@ -105,6 +106,10 @@ class RowTotals:
     log_sum_1: Tensor
     label: Tensor
 
+    def lse(self) -> Tensor:
+        """log sum exp s at temperature 1."""
+        return self.peak + self.log_sum_1
+
     def label_nll(self) -> Tensor:
         """-log softmax(s)[label] at temperature 1, nats."""
         return self.log_sum_1 + (self.peak - self.label)
@@ -147,21 +152,40 @@ def merge_pair_stats(gathered: Tensor, temperature: float, spec: DivergenceSpec)
 
 @dataclass(frozen=True, slots=True)
 class RowWeights:
-    """Weights and label columns of a chunk. kd, ce [C] float64; labels [C] int64, -1 where not on this rank."""
+    """Weights and label columns of a chunk.
+
+    kd, ce [C] float64; labels [C] int64, -1 where not on this rank. softmax [C] float64: what softmax(s) is multiplied
+    with in the gradient, ce and 2 z lse together for a loss with sum ce * CE + z * lse^2.
+    """
 
     kd: Tensor
     ce: Tensor
     labels: Tensor
+    softmax: Tensor
 
 
-def row_grad(slab: Tensor, totals: RowTotals, weights: RowWeights, *, logit_map: LogitMap, scratch: Scratch) -> None:
-    """slab <- d loss / d product for loss = sum ce * CE, in place. The kd weights are not read."""
+def row_grad(
+    slab: Tensor,
+    totals: RowTotals,
+    weights: RowWeights,
+    *,
+    logit_map: LogitMap,
+    scratch: Scratch,
+    operand_dtype: torch.dtype,
+) -> Tensor:
+    """d loss / d product [C, n] for loss = sum ce * CE + z * lse^2, in the slab's memory. The kd weights are not read.
+
+    In the slab's own dtype it is the slab; rounded to a narrower one, a view of the front of each of its rows.
+    """
+    operand = _operand(slab, operand_dtype)
     for rows in row_blocks(slab, scratch):
         block = slab[rows]
         slope = logit_map.slope(block, scratch.take(0, len(block)))
         _weigh_ce(_softmax_(block, totals, rows), rows, weights, out=block)
         if slope is not None:
             block.mul_(slope)
+        _store(block, operand[rows])
+    return operand
 
 
 def pair_round2(
@@ -202,12 +226,15 @@ def pair_grad(
     spec: DivergenceSpec,
     logit_map: LogitMap,
     scratch: Scratch,
-) -> Tensor:
-    """student <- d loss / d product for loss = sum kd * temperature^2 * D + ce * CE, in place; teacher is spoilt.
+    operand_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """(D's part, d loss / d product) for loss = sum kd * temperature^2 * D + ce * CE + z * lse^2; spoils both slabs.
 
-    Returns D's part [C] float64 for one-round divergences, 0 for the others (`pair_round2` had it). The cross-entropy
-    term is computed as `row_grad` does and the divergence added to it, so that kd weight 0 gives the same bits.
+    D's part [C] float64 for one-round divergences, 0 for the others (`pair_round2` had it). The gradient [C, n] lies in
+    the student's slab as `row_grad`'s does; the terms without kd are computed as there and the divergence is added, so
+    that kd weight 0 gives the same bits.
     """
+    operand = _operand(student, operand_dtype)
     value = torch.zeros(len(student), dtype=torch.float64, device=student.device)
     # dx/ds = 1 / temperature and the loss carries temperature^2: one temperature remains
     kd = (weights.kd * temperature).to(student.dtype)
@@ -233,7 +260,8 @@ def pair_grad(
         s.addcmul_(slope, kd[rows, None])
         if chain is not None:
             s.mul_(chain)
-    return value
+        _store(s, operand[rows])
+    return value, operand
 
 
 def pair_measure(
@@ -300,12 +328,22 @@ def _softmax_(block: Tensor, totals: RowTotals, rows: slice) -> Tensor:
 
 
 def _weigh_ce(softmax: Tensor, rows: slice, weights: RowWeights, out: Tensor) -> None:
-    """out <- ce * (softmax - onehot(label))."""
+    """out <- weights.softmax * softmax - ce * onehot(label)."""
     ce = weights.ce[rows].to(out.dtype)
-    torch.mul(softmax, ce[:, None], out=out)
+    torch.mul(softmax, weights.softmax[rows].to(out.dtype)[:, None], out=out)
     if out.shape[1]:
         column = weights.labels[rows]
         out.scatter_add_(1, column.clamp(min=0)[:, None], -ce.where(column >= 0, 0.0)[:, None])
+
+
+def _operand(slab: Tensor, dtype: torch.dtype) -> Tensor:
+    return slab if dtype == slab.dtype else front_of_rows(slab, dtype)
+
+
+def _store(block: Tensor, operand: Tensor) -> None:
+    """Round a finished block into its operand, which may share its memory: through a copy."""
+    if operand.dtype != block.dtype:
+        operand.copy_(block.to(operand.dtype))
 
 
 def _behind(gathered: Tensor) -> tuple[Tensor, Tensor]:

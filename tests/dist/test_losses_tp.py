@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from kdtrain.dist.vocab import VocabShard
-from kdtrain.losses import linear_cross_entropy, reference
+from kdtrain.losses import linear_cross_entropy, reference, stream
 from kdtrain.testing.loss_cases import (
     LossCase,
     cut_head,
@@ -126,7 +126,7 @@ def _check_laws(rank: int, world_size: int) -> None:
             weight=case.ce_weight,
             shard=shard,
             group=group,
-            slab_bytes=2 * 4 * shard.rows * 8,
+            slab_bytes=stream.bytes_per_token(shard, group, torch.float32) * 8,
         )
         parts.loss.backward()
         assert torch.equal(got.loss, parts.loss.detach()), name

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kdtrain.dist.vocab import HeadShard, VocabShard
-from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference
+from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
 from kdtrain.testing.loss_cases import (
     LossCase,
     cut_head,
@@ -119,7 +119,7 @@ def test_kd_weight_zero_is_bitwise_plain_cross_entropy(name, temperature):
     case = random_case(37, 1000, divergence=name, properties=True, temperature=temperature)
     case = replace(case, kd_weight=torch.zeros(37))
     shard = VocabShard.of(1000)
-    budget = 2 * 4 * shard.rows * 8
+    budget = stream.bytes_per_token(shard, None, torch.float32) * 8
     got, _ = streamed_answer(case, chunk=8, multiple=128)
     hidden, head = case.hidden_s.clone().requires_grad_(), cut_head(case.head_s, shard)
     plain = linear_cross_entropy(hidden, head, case.labels, weight=case.ce_weight, shard=shard, slab_bytes=budget)
@@ -148,7 +148,7 @@ def test_cross_entropy_alone_matches_torchs_own():
     hidden, weight = case.hidden_s.clone().requires_grad_(), case.head_s.weight.clone().requires_grad_()
     shard = VocabShard.of(1000, multiple=1)
     parts = linear_cross_entropy(
-        hidden, weight, case.labels, weight=case.ce_weight, shard=shard, slab_bytes=2 * 8 * 1000 * 5
+        hidden, weight, case.labels, weight=case.ce_weight, shard=shard, slab_bytes=2 * 8 * 1024 * 5
     )
     (2.5 * parts.loss).backward()
     h, w = case.hidden_s.clone().requires_grad_(), case.head_s.weight.clone().requires_grad_()
@@ -187,7 +187,7 @@ def test_no_grad_gives_the_same_values_without_any_gradient_work():
                 kd_weight=case.kd_weight,
                 ce_weight=case.ce_weight,
                 shard=VocabShard.of(101, multiple=1),
-                slab_bytes=2 * 4 * 101 * 8,
+                slab_bytes=2 * 4 * 128 * 8,
             )
         assert not parts.loss.requires_grad
         torch.testing.assert_close(parts.kd, with_grad.kd, rtol=1e-6, atol=1e-7)
@@ -400,7 +400,7 @@ BAD = {
         r"kd_weight has dtype torch.bool, need a floating",
     ),
     "weight grad": ({"ce_weight": torch.ones(9, requires_grad=True)}, r"ce_weight requires a gradient"),
-    "slab": ({"slab_bytes": 807}, r"slab_bytes = 807, need at least 808"),
+    "slab": ({"slab_bytes": 807}, r"slab_bytes = 807, need at least 1024"),
     "backend": ({"backend": "triton-on-paper"}, r"backend = 'triton-on-paper' is not available for cpu"),
 }
 

@@ -1,0 +1,158 @@
+"""z-loss, gradients fused into a main_grad, gradients rounded in place, and the order of chunks in flight."""
+
+import pytest
+import torch
+from kdtrain_kernels import divergence_spec, row_kernels
+from kdtrain_kernels.blocks import Scratch
+from kdtrain_kernels.torch_rows import LogitMap, RowWeights
+
+from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
+from kdtrain.testing.loss_cases import naive_answer, random_case, relative_error
+
+ROWS = row_kernels("torch", torch.device("cpu"))
+
+
+def call(case, op, *, hidden, head, **extra):
+    shard = VocabShard.of(case.vocab_size, multiple=1)
+    shared = {"shard": shard, "slab_bytes": stream.bytes_per_token(shard, None, hidden.dtype) * 8, **extra}
+    if op == "ce":
+        return linear_cross_entropy(hidden, head, case.labels, weight=case.ce_weight, **shared)
+    return linear_kd_loss(
+        hidden, head, case.hidden_t, case.head_t, case.labels, divergence=case.divergence,
+        kd_weight=case.kd_weight, ce_weight=case.ce_weight, **case.parameters, **shared,
+    )  # fmt: skip
+
+
+def leaves(case):
+    head = case.head_s
+    bias = None if head.bias is None else head.bias.clone().requires_grad_()
+    weight = head.weight.clone().requires_grad_()
+    return case.hidden_s.clone().requires_grad_(), HeadShard(weight, bias, head.logit_scale, head.softcap)
+
+
+@pytest.mark.parametrize("op", ["ce", "kd"])
+@pytest.mark.parametrize("properties", [False, True])
+def test_z_loss_is_the_weighted_square_of_the_log_sum_exp(op, properties):
+    case = random_case(37, 101, divergence="jsd", dtype=torch.float64, properties=properties, temperature=2.0)
+    z_weight = torch.rand(37, generator=torch.Generator().manual_seed(4)) * 1e-1
+    z_weight[::5] = 0.0
+    hidden, head = leaves(case)
+    parts = call(case, op, hidden=hidden, head=head, z_weight=z_weight)
+    parts.loss.backward()
+
+    right_hidden, right_head = leaves(case)
+    lse = reference.head_logits(right_hidden, right_head, 101).logsumexp(-1)
+    torch.testing.assert_close(parts.lse, lse.detach(), rtol=1e-12, atol=1e-12)
+    (z_weight.double() * lse.square()).sum().backward()
+    plain_hidden, plain_head = leaves(case)
+    plain = call(case, op, hidden=plain_hidden, head=plain_head)
+    plain.loss.backward()
+    torch.testing.assert_close(parts.loss, plain.loss + (z_weight.double() * lse.detach().square()).sum())
+    for got, one, other in [
+        (hidden, plain_hidden, right_hidden),
+        (head.weight, plain_head.weight, right_head.weight),
+        *([(head.bias, plain_head.bias, right_head.bias)] if properties else []),
+    ]:
+        assert other.grad.norm() > 1e-3 * one.grad.norm(), "the z term would not be noticed"
+        torch.testing.assert_close(got.grad, one.grad + other.grad, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("op", ["ce", "kd"])
+def test_z_weight_zero_changes_no_bit(op):
+    case = random_case(37, 101, temperature=2.0)
+    answers = []
+    for extra in ({}, {"z_weight": torch.zeros(37)}):
+        hidden, head = leaves(case)
+        parts = call(case, op, hidden=hidden, head=head, **extra)
+        parts.loss.backward()
+        answers.append((parts.loss.detach(), hidden.grad, head.weight.grad))
+    for one, other in zip(*answers, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("op", ["ce", "kd"])
+def test_main_grad_takes_the_heads_gradient_on_top_of_what_it_holds(op):
+    case = random_case(37, 101)
+    hidden, head = leaves(case)
+    call(case, op, hidden=hidden, head=head).loss.backward()
+    fused_hidden, fused_head = leaves(case)
+    main_grad = torch.ones_like(fused_head.weight)
+    call(case, op, hidden=fused_hidden, head=fused_head, main_grad=main_grad).loss.backward()
+    assert fused_head.weight.grad is None
+    assert torch.equal(fused_hidden.grad, hidden.grad)
+    torch.testing.assert_close(main_grad - 1.0, head.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_main_grad_keeps_float32_under_bfloat16():
+    case = random_case(37, 101, dtype=torch.bfloat16)
+    hidden, head = leaves(case)
+    main_grad = torch.zeros(head.weight.shape)
+    call(case, "kd", hidden=hidden, head=head, main_grad=main_grad).loss.backward()
+    assert relative_error(main_grad, naive_answer(case).grad_weight) < 1e-5
+
+
+def test_main_grad_refuses_a_scaled_loss_and_a_buffer_that_does_not_fit():
+    case = random_case(9, 101)
+    hidden, head = leaves(case)
+    loss = call(case, "ce", hidden=hidden, head=head, main_grad=torch.zeros_like(head.weight)).loss
+    with pytest.raises(ValueError, match=r"scaled by 0.5 before backward, need 1 with main_grad"):
+        (loss * 0.5).backward()
+    for buffer in (torch.zeros(101, 3), torch.zeros_like(head.weight, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"main_grad is \(101, \d+\) .*, need \(101, 16\) torch.float32"):
+            call(case, "ce", hidden=hidden, head=head, main_grad=buffer)
+    frozen = HeadShard(head.weight.detach())
+    with pytest.raises(ValueError, match="no gradient of the head is wanted"):
+        call(case, "ce", hidden=hidden, head=frozen, main_grad=torch.zeros_like(frozen.weight))
+
+
+@pytest.mark.parametrize("columns", [101, 1, 0])
+@pytest.mark.parametrize("kernel", ["row", "forward_kl", "jsd"])
+def test_a_gradient_rounded_in_place_is_the_exact_one_rounded(columns, kernel):
+    rng = torch.Generator().manual_seed(2)
+    answers = []
+    for dtype in (torch.float32, torch.bfloat16):
+        rng.manual_seed(2)
+        memory = torch.full((2, 9, 128), float("nan"))
+        student, teacher = memory[:, :, :columns]
+        student.copy_(torch.randn(9, columns, generator=rng))
+        teacher.copy_(torch.randn(9, columns, generator=rng))
+        labels = torch.arange(9).clamp(max=columns - 1)
+        scratch = Scratch(4, student)
+        ones = torch.ones(9, dtype=torch.float64)
+        weights = RowWeights(ones, 2 * ones, labels, 2 * ones)
+        settings = {"logit_map": LogitMap(0.7, 9.0), "scratch": scratch, "operand_dtype": dtype}
+        if kernel == "row":
+            stats = ROWS.row_stats(student, labels, 1.0, scratch)
+            operand = ROWS.row_grad(student, ROWS.merge_stats(stats[None], 1.0), weights, **settings)
+        else:
+            spec = divergence_spec(kernel, max(columns, 1))
+            stats = ROWS.pair_stats(student, teacher, labels, 2.0, spec=spec, scratch=scratch)
+            totals = ROWS.merge_pair_stats(stats[None], 2.0, spec)
+            if spec.two_rounds:
+                ROWS.pair_round2(student, teacher, totals, 2.0, spec=spec, scratch=scratch)
+            _, operand = ROWS.pair_grad(student, teacher, totals, weights, 2.0, spec=spec, **settings)
+        assert operand.dtype == dtype
+        assert operand.shape == (9, columns)
+        answers.append(operand.clone())
+        if columns:
+            assert operand.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr(), "not in place"
+    assert torch.equal(answers[0].to(torch.bfloat16), answers[1])
+
+
+@pytest.mark.parametrize(("tokens", "depth"), [(0, 2), (1, 2), (8, 1), (30, 1), (30, 2), (33, 3)])
+def test_chunks_are_finished_in_order_and_never_share_a_slot(tokens, depth):
+    seen, slots = [], {}
+
+    def begin(chunk, slot):
+        assert slot not in slots, "this slot is in use"
+        slots[slot] = chunk
+        return slot
+
+    def finish(chunk, slot):
+        assert slots.pop(slot) == chunk
+        seen.append((chunk.start, chunk.stop))
+
+    stream.in_turns(tokens, 8, depth, begin, finish)
+    assert seen == [(first, min(first + 8, tokens)) for first in range(0, tokens, 8)]
+    assert not slots
