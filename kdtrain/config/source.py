@@ -196,8 +196,9 @@ class _Reader:
         if known is None and not self._below_free_form(key):
             self._unknown(key, origin)
         elif known is not None and (known.section or known.is_free_form) and isinstance(node, yaml.MappingNode):
+            seen = {} if seen is None else seen
             for inner, value in node.value:
-                yield from self._pair(f"{key}.", inner, value, shown, {} if seen is None else seen)
+                yield from self._pair(f"{key}.", inner, value, shown, seen)
         elif known is not None and (known.section or known.is_free_form):
             if isinstance(node, yaml.ScalarNode) and not node.value and node.style is None and shown != COMMAND_LINE:
                 return  # `optim:` with everything below it commented out

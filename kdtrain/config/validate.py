@@ -15,7 +15,10 @@ from kdtrain.config.problems import Problem, format_problems
 from kdtrain.config.schema import DistillObjective, RunConfig, ScheduleSection
 from kdtrain.errors import ConfigError
 
-MIN_SLAB_BYTES = 1 << 20
+MIN_SLAB_BYTES, MAX_SLAB_BYTES = 1 << 20, 1 << 40
+MAX_PREFETCH = 1024
+TEMPERATURES = (0.01, 100.0)
+"""Beyond them a softmax in float32 is one token, or flat."""
 MAX_NAME_LENGTH = 128
 MAX_SEED = 2**64 - 1
 NAME_LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._-")
@@ -64,6 +67,8 @@ def _texts(section: Any, prefix: str) -> Iterator[Problem]:
                 yield Problem(key, "''", "is empty", "give it a value, or remove the key")
             elif isinstance(text, str) and not text.isprintable():
                 yield Problem(key, repr(text), "holds a control character", "remove it")
+            elif isinstance(text, str) and text.startswith("~"):
+                yield Problem(key, text, "begins with ~, which only a shell replaces", "write the whole path")
 
 
 def _run(cfg: RunConfig) -> Iterator[Problem]:
@@ -124,6 +129,8 @@ def _data(cfg: RunConfig) -> Iterator[Problem]:
         value = getattr(d, name)
         if value < least:
             yield Problem(f"data.{name}", value, f"is smaller than {least}", f"use {least} or more")
+    if d.prefetch > MAX_PREFETCH:
+        yield Problem("data.prefetch", d.prefetch, f"is larger than {MAX_PREFETCH} steps", "2 is plenty")
 
 
 def _layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
@@ -206,8 +213,9 @@ def _distill(d: DistillObjective) -> Iterator[Problem]:
             )  # fmt: skip
     if not 0 <= d.kd_weight <= 1:
         yield Problem(key + "kd_weight", d.kd_weight, "is not in [0, 1]", "it is a mixing weight, 0.5 mixes evenly")
-    if not 0 < d.temperature < math.inf:
-        yield Problem(key + "temperature", d.temperature, "is not a positive number", "1 is usual, 2 softens")
+    low, high = TEMPERATURES
+    if not low <= d.temperature <= high:
+        yield Problem(key + "temperature", d.temperature, f"is not in [{low:g}, {high:g}]", "1 is usual, 2 softens")
     if d.divergence == "jsd" and not 0 < d.teacher_share < 1:
         yield Problem(key + "teacher_share", d.teacher_share, "is not in (0, 1)", "its ends are forward_kl, reverse_kl")
     if d.divergence in ("skew_kl", "skew_reverse_kl") and not 0 < d.skew < 1:
@@ -232,10 +240,12 @@ def _optimizer(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem("optim.lr", o.lr, "is not a positive number", "3e-4 is usual")
     if not all(0 <= beta < 1 for beta in o.betas):
         yield Problem("optim.betas", list(o.betas), "are not both in [0, 1)", "[0.9, 0.95] is usual")
-    if not 0 < o.eps < math.inf:
-        yield Problem("optim.eps", o.eps, "is not a positive number", "1e-8 is usual")
+    if not 0 < o.eps < 1:
+        yield Problem("optim.eps", o.eps, "is not in (0, 1)", "1e-8 is usual")
     if not 0 <= o.weight_decay < math.inf:
         yield Problem("optim.weight_decay", o.weight_decay, "is not 0 or more", "0.1 is usual, 0 switches it off")
+    elif o.weight_decay * o.lr >= 1:  # AdamW multiplies weights with 1 - lr * weight_decay
+        yield Problem("optim.weight_decay", o.weight_decay, f"times optim.lr = {o.lr} is 1 or more", "0.1 is usual")
     if o.grad_clip is not None and not 0 < o.grad_clip < math.inf:
         yield Problem("optim.grad_clip", o.grad_clip, "is not a positive number", "1.0 is usual, null: no clipping")
 
@@ -298,10 +308,11 @@ def _cadence(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "data.validation", None, "but the section eval is set", "name a token store, or remove the section eval"
         )
-    if cfg.train.slab_bytes < MIN_SLAB_BYTES:
+    if not MIN_SLAB_BYTES <= cfg.train.slab_bytes <= MAX_SLAB_BYTES:
         yield Problem(
-            "train.slab_bytes", cfg.train.slab_bytes, f"is less than {MIN_SLAB_BYTES} bytes", "1073741824 is usual"
-        )
+            "train.slab_bytes", cfg.train.slab_bytes, f"is not in [{MIN_SLAB_BYTES}, {MAX_SLAB_BYTES}]",
+            "1073741824 is usual",
+        )  # fmt: skip
     wandb = cfg.log.wandb
     if set(wandb.project) & set("/\\#?%:") or len(wandb.project) > MAX_NAME_LENGTH:
         yield Problem(

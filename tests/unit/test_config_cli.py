@@ -204,6 +204,7 @@ def test_other_environments_are_left_alone(environ):
         ("gpu[003-010],login", "gpu003"),
         ("rack[12,14]-node,x", "rack12-node"),
         ("a-b-01.cluster,c", "a-b-01.cluster"),
+        ("rack[0-1]node[2-3],x", "rack0node2"),
     ],
 )
 def test_the_first_node_of_a_slurm_list(nodes, first):

@@ -264,6 +264,11 @@ def test_a_bad_file_is_refused_with_file_line_and_reason(write, content, where, 
     assert f"{where}: " in text or f"[{where}]" in text
 
 
+@pytest.mark.parametrize("word", ["optim={lr: 1e-3, lr: 2e-3}", "train={total_tokens: 4096, total_tokens: 8192}"])
+def test_a_mapping_on_the_command_line_may_not_set_a_key_twice(write, word):
+    assert "is set twice" in message(write("one.yaml", MINIMAL), word)
+
+
 def test_a_circle_of_files_is_named(write):
     write("a.yaml", "extends: sub/b.yaml\n")
     write("sub/b.yaml", "extends: ../c.yaml\n")

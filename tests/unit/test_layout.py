@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -20,9 +21,10 @@ FORBIDDEN = {
 
 def tracked_files():
     """Tracked files of a checkout; outside one (an image, an archive), every file that is no build product."""
-    git = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
-    if git.returncode == 0:
-        return [ROOT / name for name in git.stdout.split("\0") if name and (ROOT / name).is_file()]
+    if shutil.which("git"):
+        git = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
+        if git.returncode == 0:
+            return [ROOT / name for name in git.stdout.split("\0") if name and (ROOT / name).is_file()]
     skip = {".venv", ".quickstart", "runs", "build", "__pycache__"}
     return [p for p in ROOT.rglob("*") if p.is_file() and not skip & set(p.relative_to(ROOT).parts)]
 

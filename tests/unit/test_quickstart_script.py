@@ -5,6 +5,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,42 @@ def test_a_failing_step_shows_the_end_of_its_log_and_leaves_no_stamp(tree, tools
     assert not (tree / ".venv/.kdtrain").exists()
 
 
+def test_an_interruption_reaches_pip_itself(tree, tools):
+    """Else it would go on writing into .venv while the next attempt makes it anew."""
+    marks = tree / "marks"
+    marks.mkdir()
+    fake = f'#!/bin/sh\ncase "$*" in *pip*) echo $$ >"{marks}/pid"; exec sleep 50 ;; esac\n'
+    executable(
+        tools / "python3",
+        f'#!/bin/sh\ncase "$*" in "-m venv"*) mkdir -p .venv/bin && cp "{marks}/fake" .venv/bin/python ;;\n'
+        f'*) exec "{sys.executable}" "$@" ;; esac\n',
+    )
+    executable(marks / "fake", fake)
+    (tools / "cp").symlink_to(shutil.which("cp"))
+    script = subprocess.Popen(
+        [SHELL, "launch/quickstart.sh", "install"],
+        cwd=tree, env={"PATH": str(tools), "HOME": str(tree), "KDTRAIN_FREE_KB": "99999999"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(lambda: (marks / "pid").exists() and (marks / "pid").read_text().strip())
+        pid = int((marks / "pid").read_text())
+        os.kill(pid, 0)
+        script.terminate()
+        assert script.wait(timeout=20) == 130
+        wait_for(lambda: not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split())
+    finally:
+        script.kill()
+
+
+def wait_for(condition):
+    for _ in range(200):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not happen within 20 s")
+
+
 def test_an_up_to_date_environment_is_left_alone_and_a_changed_pin_is_noticed(tree, tools):
     pretend_installed(tree)
     done = run(tree, "install", path=tools)
@@ -195,6 +232,8 @@ def demo(tree):
         (tree / f"launch/{name}.py").write_text(NOTE)
     (tree / "kdtrain/assets/demo").mkdir(parents=True)
     (tree / "kdtrain/models").mkdir()
+    (tree / "kdtrain/data").mkdir()
+    (tree / "kdtrain/data/text.py").touch()
     (tree / "kdtrain/models/import_gguf.py").touch()
     (tree / "kdtrain/assets/demo/text.jsonl.xz").write_text("x")
     (tree / "configs/demo").mkdir(parents=True)
@@ -249,14 +288,22 @@ def test_an_interrupted_run_keeps_its_folder_and_is_continued(demo, tools):
     assert (demo / ".quickstart/runs/distill/checkpoint").exists()
 
 
-def test_a_changed_configuration_starts_that_run_anew_and_leaves_the_other(demo, tools):
+def test_a_changed_configuration_starts_the_runs_anew(demo, tools):
     run(demo, path=tools)
     calls(demo)
     (demo / ".quickstart/runs/distill/checkpoint").touch()
     (demo / "configs/demo/distill_cpu.yaml").write_text("# another one\n")
     run(demo, path=tools)
-    assert calls(demo) == ["run.name=distill", "demo_report.py"]
+    assert calls(demo) == ALL[1:], "both: one configuration extends the other"
     assert not (demo / ".quickstart/runs/distill/checkpoint").exists()
+
+
+def test_a_changed_preparation_prepares_and_trains_again(demo, tools):
+    run(demo, path=tools)
+    calls(demo)
+    (demo / "kdtrain/data/text.py").write_text("# reads other lines\n")
+    run(demo, path=tools)
+    assert calls(demo) == ALL
 
 
 def test_changed_text_prepares_and_trains_again(demo, tools):

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -197,6 +198,7 @@ def test_environment_names_versions_source_and_devices_but_no_variables(tmp_path
     assert "hunter2" not in text
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_the_first_line_of_a_run_names_commit_and_state(tmp_path):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     assert environment.git_state(tmp_path) is None
