@@ -144,6 +144,11 @@ def find_latest(root: Path) -> Path | None:
     return None
 
 
+def step_of(folder: Path) -> int:
+    """Optimizer steps that a complete checkpoint has behind it. Raises CheckpointError for a folder that is none."""
+    return Manifest.read(folder).step
+
+
 def retain(root: Path, keep_last: int) -> None:
     """Remove all checkpoints older than the `keep_last` newest complete ones. Call it on one rank only.
 

@@ -24,7 +24,8 @@ FOLDER = "checkpoints"
 def find_resume_point(cfg: RunConfig, run_folder: Path) -> Path | None:
     """The checkpoint to continue from, by run.resume; None to start afresh. Reads only the file system.
 
-    Raises ConfigError when run.resume=never meets checkpoints, CheckpointError when a named path holds none.
+    Raises ConfigError when run.resume=never meets checkpoints, or a named checkpoint newer ones of this run; and
+    CheckpointError when a named path holds none.
     """
     newest = checkpoint.find_latest(run_folder / FOLDER)
     if cfg.run.resume == "auto":
@@ -43,6 +44,12 @@ def find_resume_point(cfg: RunConfig, run_folder: Path) -> Path | None:
         raise CheckpointError(
             f"run.resume = {named}: no complete checkpoint there\n"
             "  fix: give a folder step_NNNNNN, or a run folder that has one under checkpoints/"
+        )
+    if newest is not None and checkpoint.step_of(newest) > checkpoint.step_of(found):
+        raise ConfigError(
+            f"run.resume = {named} is step {checkpoint.step_of(found)}, but this run folder holds {newest}\n"
+            "  why: the newest checkpoint counts, so a later automatic resume would leave what is trained now behind\n"
+            "  fix: choose another run.name, or remove the newer checkpoints"
         )
     return found
 

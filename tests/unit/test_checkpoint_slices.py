@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kdtrain.config.schema import RunConfig
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine.checkpoint import (
     Description,
@@ -22,9 +24,10 @@ from kdtrain.engine.checkpoint import (
 )
 from kdtrain.engine.manifest import KINDS, FileEntry, Manifest, ParameterEntry, Slice
 from kdtrain.engine.slices import CheckpointReader, Fragment, write_rank_file
-from kdtrain.errors import EXIT_DATA, CheckpointError
+from kdtrain.errors import EXIT_DATA, CheckpointError, ConfigError
 from kdtrain.parallel.cut import Cut, even_cut, padded_cut
 from kdtrain.parallel.shard import split_tensor
+from kdtrain.training.checkpoints import find_resume_point
 
 SHAPES = {"embed.weight": (11, 6), "o_proj.weight": (6, 9), "stack.weight": (2, 5, 3), "norm.weight": (6,), "scale": ()}
 
@@ -356,3 +359,21 @@ def test_only_the_newest_complete_checkpoints_stay(tmp_path):
     with pytest.raises(ValueError, match="at least 1"):
         retain(tmp_path, 0)
     retain(tmp_path / "nowhere", 1)
+
+
+def test_going_back_while_newer_checkpoints_stay_is_refused(tmp_path):
+    """The newest one would win at the next automatic resume, and what was trained from the older one be lost."""
+    cfg, run = RunConfig(), tmp_path / "run"
+    old = write(run / "checkpoints", step=2)
+    assert find_resume_point(cfg, run) == old
+    new = write(run / "checkpoints", step=6)
+    assert find_resume_point(cfg, run) == new
+    cfg.run.resume = str(old)
+    with pytest.raises(ConfigError, match=rf"is step 2, but this run folder holds {re.escape(str(new))}\n.*\n.*fix: "):
+        find_resume_point(cfg, run)
+    assert find_resume_point(cfg, tmp_path / "another") == old
+    cfg.run.resume = str(run)
+    assert find_resume_point(cfg, run) == new
+    cfg.run.resume = "never"
+    with pytest.raises(ConfigError, match=r"exists, but run.resume = never"):
+        find_resume_point(cfg, run)
