@@ -118,6 +118,11 @@ def read_state(folder: Path) -> dict[str, Any]:
     return Manifest.read(folder).state
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's Hugging Face config, as it was when `folder` was written. Raises CheckpointError."""
+    return Manifest.read(folder).config
+
+
 def read_full_parameters(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full float32 weight on the CPU), one at a time, after checking every file's sha256.
 
@@ -149,19 +154,53 @@ def step_of(folder: Path) -> int:
     return Manifest.read(folder).step
 
 
-def retain(root: Path, keep_last: int) -> None:
-    """Remove all checkpoints older than the `keep_last` newest complete ones. Call it on one rank only.
+def any_folder(root: Path) -> bool:
+    """Whether `root` holds anything that was to be a checkpoint, complete or not."""
+    return bool(_candidates(root))
 
-    A folder is renamed before it is emptied, so that a kill leaves no half-empty checkpoint. Raises ValueError for
-    keep_last < 1, CheckpointError when the file system refuses.
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` is a checkpoint whose files are all there, of the right sizes. Raises as `find_latest`."""
+    try:
+        Manifest.read(folder).check_files(folder)
+    except DamagedCheckpoint:
+        return False
+    return True
+
+
+def identity(folder: Path) -> str:
+    """16 hex digits that no other checkpoint has: of its checkpoint.json, which has every file's sha256."""
+    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
+
+
+def size_bytes(folder: Path) -> int:
+    """Bytes of all files of a checkpoint, by its manifest."""
+    return sum(entry.size for entry in Manifest.read(folder).files)
+
+
+def folder_name(step: int) -> str:
+    """Name of the folder that holds a checkpoint of `step`."""
+    return f"step_{step:06d}"
+
+
+def retain(root: Path, keep_last: int, *, just_saved: Path, mesh: Mesh | None = None) -> None:
+    """Remove complete checkpoints older than the `keep_last` newest ones, never `just_saved`. Every rank must call it.
+
+    Damaged ones do not count and are left for a person to look at. A folder is renamed before it is emptied, so that a
+    kill leaves no half-empty checkpoint. Communicates: one all-gather of None or a message. Raises ValueError for
+    keep_last < 1; CheckpointError, on all ranks, when the file system refuses.
     """
     if keep_last < 1:
         raise ValueError(f"keep_last must be at least 1, got {keep_last}")
-    steps = sorted(step for step, folder in _candidates(root) if (folder / MANIFEST).is_file())
-    if len(steps) <= keep_last:
-        return
-    for step, folder in _candidates(root):
-        if step < steps[-keep_last]:
+    mesh = mesh or Mesh()
+    _together(mesh, f"{root} was not tidied", lambda: _retain(root, keep_last, just_saved) if mesh.is_main else None)
+
+
+def _retain(root: Path, keep_last: int, just_saved: Path) -> None:
+    complete = {step: folder for step, folder in _candidates(root) if is_complete(folder)}
+    for step in sorted(complete)[:-keep_last]:
+        folder = complete[step]
+        if folder != just_saved:
             doomed = root / f".{folder.name.strip('.')}.removing"
             try:
                 os.rename(folder, doomed)
@@ -179,7 +218,7 @@ def write_checkpoint(
 ) -> Path:
     """Write `root`/step_NNNNNN from every rank's fragments; see `save`. adam_steps: of the parameters in them."""
     json.dumps(about.state)  # a TypeError must come before the first collective, on all ranks
-    final = root / f"step_{about.step:06d}"
+    final = root / folder_name(about.step)
     temporary = root / f".{final.name}.writing"
     what = f"checkpoint {final} was not saved"
     _together(mesh, what, lambda: _prepare(root, temporary) if mesh.is_main else None)

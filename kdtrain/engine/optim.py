@@ -30,7 +30,7 @@ def learning_rate(tokens_seen: int, cfg: RunConfig) -> float:
         begin = total - length
     else:
         begin, length = s.warmup_tokens, total - s.warmup_tokens
-    share = min(1.0, max(0.0, (tokens_seen - begin) / length)) if length > 0 else 1.0
+    share = min(1.0, max(0.0, (tokens_seen - begin) / length)) if length > 0 else 0.0
     fall = 0.5 * (1.0 + math.cos(math.pi * share)) if s.shape == "cosine" else 1.0 - share
     return peak * (floor + (1.0 - floor) * fall)
 

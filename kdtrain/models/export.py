@@ -36,12 +36,13 @@ def export_hf(
     *,
     dtype: torch.dtype = torch.bfloat16,
     tokenizer_dir: str | Path | None = None,
+    notes: Mapping[str, str] | None = None,
 ) -> Path:
     """Write config, safetensors and tokenizer to `folder`, which appears complete or not at all; returns it.
 
     full_state: every full, unpadded parameter by its Hugging Face name, tied ones once or twice; tensors are cast to
     `dtype` one by one, so an iterator keeps memory low. config: the model's Hugging Face config, or the content of its
-    config.json; not changed.
+    config.json; not changed. notes: further small files, name -> text.
     An existing `folder` is replaced. Call on one rank; does not communicate. Raises ConfigError when the state does
     not fit the config, or when `tokenizer_dir` holds no tokenizer.
     """
@@ -56,6 +57,8 @@ def export_hf(
         model.save_pretrained(temporary, state_dict=state)
         for file in tokenizer:
             shutil.copyfile(file, temporary / file.name)
+        for name, text in (notes or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
     return folder
 
 

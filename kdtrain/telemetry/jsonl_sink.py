@@ -47,11 +47,16 @@ class JsonlSink:
         """Continue the file at `path` after optimizer step `resume_step`; 0: the run starts anew.
 
         Records past that step are of work that will be done again, so they are dropped (by an atomic rewrite): the
-        file holds each step once. A run that starts anew keeps nothing. Raises ConfigError if it cannot be written.
+        file holds each step once. A run that starts anew puts a former file aside, as metrics.jsonl.before. `repeats`
+        is the last step that a former process has reported. Raises ConfigError if it cannot be written.
         """
         self.path = path
-        kept = [record for record in read_records(path) if resume_step and record[STEP] <= resume_step]
+        found = read_records(path)
+        kept = [record for record in found if resume_step and record[STEP] <= resume_step]
+        self.repeats = max((record[STEP] for record in found), default=-1) if resume_step else -1
         try:
+            if found and not resume_step:
+                os.replace(path, path.with_name(path.name + ".before"))
             _rewrite(path, kept)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
@@ -67,8 +72,8 @@ class JsonlSink:
         self._file.write(_line(record))
         self._file.flush()
 
-    def close(self) -> None:
-        """Make the file durable and let go of it."""
+    def close(self, *, failed: bool = False) -> None:
+        """Make the file durable and let go of it, however the run ends."""
         if not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()

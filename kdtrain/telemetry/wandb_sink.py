@@ -31,14 +31,18 @@ class WandbSink:
         *,
         name: str,
         config: Mapping[str, Any],
+        repeats: int = -1,
         init_timeout_s: float = 60.0,
     ) -> None:
         """Start, or go on with, the wandb run of the run folder `folder`; its id is kept in wandb_run_id.txt there.
 
-        Call on one rank only. Raises ConfigError if the package or (online) the account's key is missing. A server
-        that cannot be reached within about `init_timeout_s` is a warning: the run is recorded offline.
+        Records up to step `repeats` have been sent by a former process and are not sent again: a resumed run does those
+        steps a second time, with the same numbers. Call on one rank only. Raises ConfigError if the package or (online)
+        the account's key is missing. A server that cannot be reached within about `init_timeout_s` is a warning: the
+        run is recorded offline.
         """
         self._run: Any = None
+        self._repeats = repeats
         if settings.mode == "off":
             return
         if importlib.util.find_spec("wandb") is None:
@@ -57,7 +61,7 @@ class WandbSink:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Hand one record over. Does not wait for the network."""
-        if self._run is not None:
+        if self._run is not None and record.get("data/step", self._repeats + 1) > self._repeats:
             self._run.log(dict(record))
 
     def close(self, *, failed: bool = False) -> None:

@@ -7,6 +7,7 @@ import time
 from types import FrameType
 
 from kdtrain.config.schema import RunConfig
+from kdtrain.training.progress import Progress
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """SIGTERM comes from schedulers and from the launcher, SIGUSR1 from schedulers that warn ahead."""
@@ -56,8 +57,11 @@ class StopRequest:
 class Cadence:
     """Step numbers at which things happen. Steps count from 1; step 0 is the untrained student."""
 
-    def __init__(self, cfg: RunConfig) -> None:
-        self.last_step = -(-cfg.train.total_tokens // cfg.data.tokens_per_step)
+    def __init__(self, cfg: RunConfig, begun: Progress | None = None) -> None:
+        """begun: what has been trained already, maybe with another data.tokens_per_step."""
+        begun = begun or Progress()
+        left = max(0, cfg.train.total_tokens - begun.tokens_seen)
+        self.last_step = begun.step + -(-left // cfg.data.tokens_per_step)
         self._log_every = cfg.log.every_steps
         self._eval_every = cfg.eval.every_steps
         self._save_every = cfg.checkpoint.every_steps

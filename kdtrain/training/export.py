@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,25 +15,31 @@ from kdtrain.errors import CheckpointError, ConfigError
 from kdtrain.models.export import export_hf
 
 MODEL_FOLDER = "model"
-"""Inside a run folder: config.json and the tokenizer of the student, written when the run starts."""
+"""Inside a run folder: the tokenizer of the student."""
+
+ORIGIN_FILE = "kdtrain.json"
+"""Inside an export: which checkpoint it is."""
 
 
-def write_model_files(run_folder: Path, config_json: str, tokenizer_dir: Path) -> None:
-    """Keep next to the checkpoints what an export needs besides weights: architecture and tokenizer."""
+def write_model_files(run_folder: Path, tokenizer_dir: Path) -> None:
+    """Keep next to the checkpoints what an export needs besides them: the tokenizer. Each file is replaced whole."""
     folder = run_folder / MODEL_FOLDER
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(config_json, encoding="utf-8")
     for source in sorted(tokenizer_dir.iterdir()):
         if source.is_file():
-            shutil.copy2(source, folder / source.name)
+            temporary = folder / f".{source.name}.writing"
+            shutil.copy2(source, temporary)
+            os.replace(temporary, folder / source.name)
 
 
-def export_checkpoint(source: Path, output: Path, *, dtype: str) -> Path:
+def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool = False) -> Path:
     """Write the Hugging Face folder `output` from a run folder's newest checkpoint, or from one checkpoint folder.
 
-    dtype: "float32" or "bfloat16". Needs neither DeepSpeed nor a process group; one parameter is in memory at a time.
+    dtype: "float32" or "bfloat16". replace: an export of an older checkpoint may be replaced; one of the same
+    checkpoint is left as it is. Needs neither DeepSpeed nor a process group; one parameter is in memory at a time.
     Raises CheckpointError when `source` holds no complete checkpoint, ConfigError when `output` exists already.
     """
+    source = source.resolve()
     is_checkpoint = (source / "checkpoint.json").is_file()
     folder = source if is_checkpoint else checkpoint.find_latest(source / "checkpoints")
     if folder is None:
@@ -39,15 +47,26 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str) -> Path:
             f"{source} holds no complete checkpoint\n"
             "  fix: give a run folder that has checkpoints/step_NNNNNN, or such a folder itself"
         )
-    model_files = (folder.parent.parent if is_checkpoint else source) / MODEL_FOLDER
-    if not (model_files / "config.json").is_file():
+    tokenizer = (folder.parent.parent if is_checkpoint else source) / MODEL_FOLDER
+    if not tokenizer.is_dir():
         raise CheckpointError(
-            f"{model_files}/config.json is missing\n"
-            "  why: a run keeps its student's architecture and tokenizer there\n"
-            "  fix: put the student's config.json and tokenizer files there"
+            f"{tokenizer} is missing\n  why: a run keeps its student's tokenizer there\n"
+            "  fix: put the tokenizer's files there"
         )
+    about = {"step": checkpoint.step_of(folder), "checkpoint": checkpoint.identity(folder), "dtype": dtype}
     if output.exists():
-        raise ConfigError(f"{output} exists already\n  fix: name a new folder, or remove this one")
-    config = json.loads((model_files / "config.json").read_text(encoding="utf-8"))
+        if not replace or _origin(output) is None:
+            raise ConfigError(f"{output} exists already\n  fix: name a new folder, or remove this one")
+        if _origin(output) == about:
+            return output
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
-    return export_hf(checkpoint.read_full_parameters(folder), config, output, dtype=kind, tokenizer_dir=model_files)
+    weights, config = checkpoint.read_full_parameters(folder), checkpoint.read_config(folder)
+    notes = {ORIGIN_FILE: json.dumps(about) + "\n"}
+    return export_hf(weights, config, output, dtype=kind, tokenizer_dir=tokenizer, notes=notes)
+
+
+def _origin(output: Path) -> dict[str, Any] | None:
+    """What ORIGIN_FILE of an export says; None for a folder that kdtrain did not write."""
+    path = output / ORIGIN_FILE
+    found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return found

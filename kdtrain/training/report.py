@@ -21,8 +21,8 @@ class Sink(Protocol):
     def write(self, record: dict[str, float]) -> None:
         """Keep `record`; it has data/step and data/tokens_seen."""
 
-    def close(self) -> None:
-        """Flush."""
+    def close(self, *, failed: bool = False) -> None:
+        """Flush; `failed`: the run ends by an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +109,10 @@ class Reporter:
             for sink in self._sinks:
                 sink.write(record)
 
-    def close(self) -> None:
-        """Flush and close every sink."""
+    def close(self, *, failed: bool = False) -> None:
+        """Flush and close every sink; `failed`: the run ends by an error."""
         for sink in self._sinks:
-            sink.close()
+            sink.close(failed=failed)
 
 
 def _derived(record: dict[str, float]) -> dict[str, float]:

@@ -18,7 +18,7 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import bootstrap
 from kdtrain.engine.zero import StudentEngine
-from kdtrain.errors import ConfigError, KdtrainError
+from kdtrain.errors import ConfigError, KdtrainError, RunStopped
 from kdtrain.evaluation.validation import Validation
 from kdtrain.log import LOGGER, setup_logging
 from kdtrain.models.backbone import call_with_head
@@ -29,12 +29,13 @@ from kdtrain.telemetry.wandb_sink import WandbSink
 from kdtrain.training import build
 from kdtrain.training import describe as describing
 from kdtrain.training.cadence import Cadence, StopRequest
-from kdtrain.training.checkpoints import Checkpoints, find_resume_point
+from kdtrain.training.checkpoints import Checkpoints
 from kdtrain.training.evaluator import Evaluator
 from kdtrain.training.export import export_checkpoint, write_model_files
 from kdtrain.training.inputs import Inputs, open_inputs
 from kdtrain.training.progress import Progress
 from kdtrain.training.report import Reporter, Sink
+from kdtrain.training.resume import find_resume_point
 from kdtrain.training.self_check import check_alignment
 from kdtrain.training.timing import PhaseTimer
 from kdtrain.training.trainer import Trainer
@@ -50,16 +51,13 @@ def run_training(request: Request) -> int:
     if request.check_only:
         describing.print_check(cfg, inputs, world_size=int(os.environ.get("WORLD_SIZE", "1")))
         return 0
+    stop = StopRequest(cfg.run.time_limit_s)
+    stop.install()  # until the process ends: a second signal while ranks leave must not kill one of them
     with bootstrap.runtime() as rank:
         mesh = Mesh.build(cfg.parallel.tp)
         _same_everywhere(mesh, "configuration", config_hash(cfg))
-        stop = StopRequest(cfg.run.time_limit_s)
-        stop.install()
-        try:
-            with _run_folder(cfg, mesh, request) as folder:
-                _train(request, inputs, mesh, rank.device, folder, stop)
-        finally:
-            stop.restore()
+        with _run_folder(cfg, mesh) as (folder, opened):
+            _train(request, inputs, mesh, rank.device, folder, opened, stop)
     return 0
 
 
@@ -84,27 +82,32 @@ def run_evaluation(request: Request) -> int:
     return 0
 
 
-def _train(request: Request, inputs: Inputs, mesh: Mesh, device: torch.device, folder: Path, stop: StopRequest) -> None:
+def _train(
+    request: Request, inputs: Inputs, mesh: Mesh, device: torch.device, folder: Path, opened: RunFolder | None,
+    stop: StopRequest,
+) -> None:  # fmt: skip
     cfg = request.config
     models = build.build_models(cfg, inputs, mesh, device, trainable=True)
     resume_from = on_main(mesh, lambda: find_resume_point(cfg, folder))
     loader = build.build_loader(cfg, inputs, mesh)
     if cfg.debug.self_check and models.teacher is not None and resume_from is None:
         first = next(build.build_loader(cfg, inputs, mesh, prefetch=0))[0].to(device)
-        found = check_alignment(models.teacher, first, models.layout)
+        found = check_alignment(models.teacher, first, models.layout, mesh)
         LOGGER.info("check    teacher's nll on labels %.3f, shifted -1 %.3f, +1 %.3f", *found.values())
     describing.log_header(cfg, inputs, models, mesh)
-    config_json = models.student.config.to_json_string()
-    on_main(mesh, lambda: write_model_files(folder, config_json, inputs.tokenizer_dir))
     # Last: DeepSpeed keeps process-wide state that the most recent engine owns.
     engine = StudentEngine(models.student, mesh, cfg, device=device)
     progress = Progress()
+    checkpoints = Checkpoints(cfg, folder, None if resume_from is None else resume_from.origin)
     if resume_from is not None:
-        progress = Checkpoints.load(resume_from, engine, loader)
-        LOGGER.info("resumed %6d  from %s", progress.step, resume_from)
+        progress = checkpoints.load(resume_from.path, engine, loader)
+        LOGGER.info("resumed %6d  from %s", progress.step, resume_from.path)
+    # Only now: a resume that is refused must leave the folder as it was.
+    on_main(mesh, lambda: _describe_run(request, inputs, opened, folder))
     sinks = on_main(mesh, lambda: _sinks(cfg, folder, progress), share=False)
     timer = PhaseTimer(device)
-    reporter = Reporter(sinks or [], mesh, device, build.costs_of(cfg, models, mesh, device), Cadence(cfg).last_step)
+    costs, last_step = build.costs_of(cfg, models, mesh, device), Cadence(cfg, progress).last_step
+    reporter = Reporter(sinks or [], mesh, device, costs, last_step)
     reporter.resumed(progress)
     evaluator = Evaluator(
         Validation(engine, models.teacher, models.layout, mesh), engine,
@@ -113,47 +116,55 @@ def _train(request: Request, inputs: Inputs, mesh: Mesh, device: torch.device, f
     trainer = Trainer(
         cfg=cfg, mesh=mesh, device=device, engine=engine,
         objective=build.build_objective(cfg, engine, models, timer), loader=loader, evaluator=evaluator,
-        checkpoints=Checkpoints(cfg, folder), reporter=reporter, timer=timer, stop=stop, progress=progress,
+        checkpoints=checkpoints, reporter=reporter, timer=timer, stop=stop, progress=progress,
     )  # fmt: skip
     try:
         trainer.run()
+    except RunStopped:
+        reporter.close()
+        raise
+    except BaseException:
+        reporter.close(failed=True)
+        raise
     finally:
         loader.close()
-        reporter.close()
+    reporter.close()
     if cfg.checkpoint.export:
         on_main(mesh, lambda: _export(cfg, folder))
 
 
 def _export(cfg: RunConfig, folder: Path) -> None:
-    if (folder / "export").exists():
-        LOGGER.info("export   %s is there already", folder / "export")
-        return
-    LOGGER.info("export   %s", export_checkpoint(folder, folder / "export", dtype=cfg.student.dtype))
+    LOGGER.info("export   %s", export_checkpoint(folder, folder / "export", dtype=cfg.student.dtype, replace=True))
 
 
 def _sinks(cfg: RunConfig, folder: Path, progress: Progress) -> list[Sink]:
     jsonl = JsonlSink(folder / "metrics.jsonl", resume_step=progress.step)
-    return [jsonl, WandbSink(cfg.log.wandb, folder, name=cfg.run.name, config=as_dict(cfg))]
+    return [jsonl, WandbSink(cfg.log.wandb, folder, name=cfg.run.name, config=as_dict(cfg), repeats=jsonl.repeats)]
 
 
 @contextmanager
-def _run_folder(cfg: RunConfig, mesh: Mesh, request: Request) -> Iterator[Path]:
-    """The run's folder, held by rank 0, with configuration and environment written; its path on every rank."""
+def _run_folder(cfg: RunConfig, mesh: Mesh) -> Iterator[tuple[Path, RunFolder | None]]:
+    """The run's folder, held by rank 0: its path on every rank, the open folder on rank 0."""
     opened = on_main(mesh, lambda: RunFolder.open(cfg.run.output_dir, cfg.run.name), share=False)
     path = Path(cfg.run.output_dir) / cfg.run.name
     with opened if opened is not None else nullcontext():
         setup_logging(mesh.rank, path)
         if opened is not None:
-            found = describe(world_size=mesh.world_size)
-            origins = "".join(f"{key}  {where}\n" for key, where in sorted(request.loaded.origins.items()))
-            opened.write_config(to_yaml(cfg), origins)
-            opened.write_environment(found)
-            LOGGER.info(headline(found))
-        yield path
+            LOGGER.info(headline(describe(world_size=mesh.world_size)))
+        yield path, opened
+
+
+def _describe_run(request: Request, inputs: Inputs, opened: RunFolder | None, folder: Path) -> None:
+    """On rank 0: what was asked, where it runs, and the tokenizer an export will need."""
+    assert opened is not None
+    origins = "".join(f"{key}  {where}\n" for key, where in sorted(request.loaded.origins.items()))
+    opened.write_config(to_yaml(request.config), origins)
+    opened.write_environment(describe(world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+    write_model_files(folder, inputs.tokenizer_dir)
 
 
 def on_main(mesh: Mesh, work: Callable[[], T], *, share: bool = True) -> T | None:
-    """Do `work` on rank 0 only. If it raises a KdtrainError there, every rank raises it: none is left waiting.
+    """Do `work` on rank 0 only. If it raises a KdtrainError or OSError there, every rank raises: none is left waiting.
 
     Returns work's answer on rank 0 and, with `share`, on all ranks (it must pickle); else None there.
     Communicates: one broadcast over the world.
@@ -165,6 +176,11 @@ def on_main(mesh: Mesh, work: Callable[[], T], *, share: bool = True) -> T | Non
             answer = work()
         except KdtrainError as error:
             failure = error
+        except OSError as error:
+            failure = ConfigError(
+                f"{error.filename or 'the run folder'}: [Errno {error.errno}] {error.strerror}\n"
+                "  fix: free space, check quota and permissions of run.output_dir"
+            )
     if mesh.world_size > 1:
         told: list[Any] = [(answer if share else None, failure)]
         dist.broadcast_object_list(told, src=0, group=mesh.world_group)

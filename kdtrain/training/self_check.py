@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
+from kdtrain.dist.collectives import reduce_sum_
+from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import StoreMismatch
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.objectives.base import HeadLayout
@@ -13,12 +15,12 @@ from kdtrain.objectives.distill import TeacherSource
 
 
 @torch.no_grad()
-def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout) -> dict[str, float]:
+def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout, mesh: Mesh) -> dict[str, float]:
     """Teacher's cross-entropy (nats per token) on the labels and on the labels shifted by -1 and +1 positions.
 
     A teacher that predicts the previous or the next-but-one token better than the label means that labels, tokenizer
-    or weights are not what they are said to be. Communicates over tp (the loss's statistics). Raises StoreMismatch
-    with the three values.
+    or weights are not what they are said to be. Every rank must call it, with its own batch; all judge the same sums.
+    Communicates over tp (the loss's statistics) and one all-reduce over dp. Raises StoreMismatch with the three values.
     """
     signal = teacher.signal(batch)
     ids = batch.input_ids
@@ -27,16 +29,18 @@ def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout) ->
     mask = batch.loss_mask.clone()
     mask[:, -1] = 0.0
 
-    def nll(labels: Tensor) -> float:
+    def nll_sum(labels: Tensor) -> Tensor:
         weight = mask.reshape(-1)
         parts = linear_cross_entropy(
             signal.hidden_states, signal.head, labels.reshape(-1), weight=weight, shard=layout.shard,
             group=layout.group, slab_bytes=layout.slab_bytes, backend=layout.backend,
         )  # fmt: skip
-        return float(parts.loss / weight.sum().clamp(min=1.0))
+        return parts.loss.double()
 
-    found = {"label": nll(batch.labels), "previous": nll(ids), "after_next": nll(after_next)}
-    if not found["label"] < min(found["previous"], found["after_next"]):
+    sums = torch.stack([nll_sum(batch.labels), nll_sum(ids), nll_sum(after_next), mask.sum(dtype=torch.float64)])
+    *totals, count = reduce_sum_(sums, mesh.dp_group).tolist()
+    found = dict(zip(("label", "previous", "after_next"), (total / max(count, 1.0) for total in totals), strict=True))
+    if count and not found["label"] < min(found["previous"], found["after_next"]):
         raise StoreMismatch(
             "the teacher does not predict the labels of data.train\n"
             f"  teacher's cross-entropy on the labels: {found['label']:.3f} nats/token; on labels shifted by -1: "

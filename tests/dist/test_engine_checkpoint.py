@@ -178,8 +178,7 @@ def relay(rank, world_size, folder, legs, root):
         for step in (2 * number + 1, 2 * number + 2):
             one_step(engine, step)
         last = checkpoint.save(folder / root, engine, step=2 * number + 2, state={"leg": number})
-        if mesh.is_main:
-            checkpoint.retain(folder / root, 2)
+        checkpoint.retain(folder / root, 2, just_saved=last, mesh=mesh)
         engine.close()
     return last
 

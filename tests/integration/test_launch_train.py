@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -150,25 +151,80 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(world, finished):
     words = (world / "config.yaml", "run.name=parts", "train.total_tokens=2048")
     first = deepspeed(*words, "run.time_limit_s=0.001", "checkpoint.every_steps=3")
     assert first.returncode == 75, first.stdout + first.stderr
+    assert status(world / "runs/parts") == ("stopped", "RunStopped: stopped at step 0 (run.time_limit_s reached)")
     process = subprocess.Popen(
         launcher(*words, "checkpoint.every_steps=3"), env=environment(), stdout=subprocess.PIPE, text=True
     )
-    signalled = False
+    signalled = 0
     for line in process.stdout:
         if line.startswith("step") and not signalled:
+            assert int(line.split()[1].split("/")[0]) == 1
             ranks = [p for p in _descendants(process.pid) if "--local_rank" in _command(p)]
             for pid in ranks:
                 os.kill(pid, signal.SIGTERM)
-            signalled = True
-    assert process.wait(timeout=120) in (75, 143, 1)
+            signalled += len(ranks)
+    assert signalled == 2
+    assert process.wait(timeout=120) == 75
+    state, reason = status(world / "runs/parts")
+    assert (state, "SIGTERM" in reason or "another rank" in reason) == ("stopped", True)
+    (saved,) = (int(p.name[5:]) for p in (world / "runs/parts/checkpoints").iterdir() if p.name != "step_000000")
+    assert 0 < saved < 8
     last = deepspeed(*words)
     assert last.returncode == 0, last.stdout + last.stderr
+    assert f"resumed {saved:6d}  from" in last.stdout
     assert without_clock(world / "runs/parts") == without_clock(whole)
     from safetensors.torch import load_file
 
     a = load_file(whole / "export/model.safetensors")
     b = load_file(world / "runs/parts/export/model.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def status(run):
+    from kdtrain.telemetry.run_folder import read_status
+
+    state, reason = read_status(run)
+    return state, reason.partition(";")[0]
+
+
+def test_dropout_is_the_same_after_a_resume(world):
+    """Masks come from (run.seed, step, data rank): no random state is saved, and two runs of one seed are one run."""
+    from kdtrain.models.tiny import tiny_config
+
+    config = tiny_config("gpt_neox", vocab_size=389, max_position_embeddings=64, hidden_dropout=0.3)
+    student = world / "dropout.json"
+    student.write_text(json.dumps(config))
+
+    def train(name, tokens):
+        done = script(
+            "train.py", world / "config.yaml", f"student.architecture={student}", "parallel.tp=1", f"run.name={name}",
+            f"train.total_tokens={tokens}", "schedule.shape=constant", "checkpoint.export=false",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return records(world / "runs" / name)
+
+    whole, _, resumed = train("drop", 1024), train("dropped", 512), train("dropped", 1024)
+    losses = [{r["data/step"]: r["loss/total"] for r in run if "loss/total" in r} for run in (whole, resumed)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+
+
+def test_a_longer_run_exports_the_longer_trained_student(world, finished):
+    whole, _ = finished
+    run = world / "runs/longer"
+    shutil.copytree(whole, run)
+    before = (run / "export/model.safetensors").read_bytes()
+    words = (world / "config.yaml", "run.name=longer", "parallel.tp=1", "eval.every_steps=100")
+    done = script("train.py", *words, "train.total_tokens=2560")
+    assert done.returncode == 0, done.stderr
+    assert "changed since step_000008 was written: train.total_tokens: 2048 -> 2560" in done.stdout + done.stderr
+    assert (run / "export/model.safetensors").read_bytes() != before
+    assert json.loads((run / "export/kdtrain.json").read_text())["step"] == 10
+    kept = (run / "config.yaml").read_text()
+    done = script("train.py", *words, "student.architecture=" + str(world / "dropout.json"))
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "holds another model than this run trains" in done.stderr
+    assert (run / "config.yaml").read_text() == kept, "a refused resume changed the folder"
 
 
 def _descendants(pid):
@@ -212,8 +268,6 @@ def test_check_says_what_would_run_and_starts_nothing(world):
 
 
 def test_a_truncated_store_is_refused_by_name_with_code_3(world, tmp_path):
-    import shutil
-
     store = tmp_path / "store"
     shutil.copytree(world / "data/train", store)
     path = store / "shard_00000.bin"
@@ -225,8 +279,6 @@ def test_a_truncated_store_is_refused_by_name_with_code_3(world, tmp_path):
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_with_both_ids(world, tmp_path):
-    import shutil
-
     other = tmp_path / "teacher"
     shutil.copytree(world / "teacher", other)
     found = json.loads((other / "tokenizer.json").read_text())

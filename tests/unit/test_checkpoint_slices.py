@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import resource
 import shutil
 from dataclasses import replace
@@ -12,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdtrain.config.schema import RunConfig
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine.checkpoint import (
     Description,
@@ -24,10 +22,9 @@ from kdtrain.engine.checkpoint import (
 )
 from kdtrain.engine.manifest import KINDS, FileEntry, Manifest, ParameterEntry, Slice
 from kdtrain.engine.slices import CheckpointReader, Fragment, write_rank_file
-from kdtrain.errors import EXIT_DATA, CheckpointError, ConfigError
+from kdtrain.errors import EXIT_DATA, CheckpointError
 from kdtrain.parallel.cut import Cut, even_cut, padded_cut
 from kdtrain.parallel.shard import split_tensor
-from kdtrain.training.checkpoints import find_resume_point
 
 SHAPES = {"embed.weight": (11, 6), "o_proj.weight": (6, 9), "stack.weight": (2, 5, 3), "norm.weight": (6,), "scale": ()}
 
@@ -345,35 +342,31 @@ def test_the_newest_complete_checkpoint_is_found_and_damaged_ones_are_reported(t
         find_latest(tmp_path)
 
 
-def test_only_the_newest_complete_checkpoints_stay(tmp_path):
+def test_only_the_newest_complete_checkpoints_stay_and_damaged_ones_are_not_touched(tmp_path):
     for step in (1, 2, 3, 4, 5):
-        write(tmp_path, step=step)
+        newest = write(tmp_path, step=step)
     (tmp_path / "step_000004" / "checkpoint.json").unlink()
     (tmp_path / "notes").mkdir()
-    retain(tmp_path, 9)
+    retain(tmp_path, 9, just_saved=newest)
     assert len(list(tmp_path.iterdir())) == 6
-    retain(tmp_path, 2)
+    retain(tmp_path, 2, just_saved=newest)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_000003", "step_000004", "step_000005"]
-    retain(tmp_path, 1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_000005"]
+    retain(tmp_path, 1, just_saved=newest)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_000004", "step_000005"]
     with pytest.raises(ValueError, match="at least 1"):
-        retain(tmp_path, 0)
-    retain(tmp_path / "nowhere", 1)
+        retain(tmp_path, 0, just_saved=newest)
+    retain(tmp_path / "nowhere", 1, just_saved=newest)
 
 
-def test_going_back_while_newer_checkpoints_stay_is_refused(tmp_path):
-    """The newest one would win at the next automatic resume, and what was trained from the older one be lost."""
-    cfg, run = RunConfig(), tmp_path / "run"
-    old = write(run / "checkpoints", step=2)
-    assert find_resume_point(cfg, run) == old
-    new = write(run / "checkpoints", step=6)
-    assert find_resume_point(cfg, run) == new
-    cfg.run.resume = str(old)
-    with pytest.raises(ConfigError, match=rf"is step 2, but this run folder holds {re.escape(str(new))}\n.*\n.*fix: "):
-        find_resume_point(cfg, run)
-    assert find_resume_point(cfg, tmp_path / "another") == old
-    cfg.run.resume = str(run)
-    assert find_resume_point(cfg, run) == new
-    cfg.run.resume = "never"
-    with pytest.raises(ConfigError, match=r"exists, but run.resume = never"):
-        find_resume_point(cfg, run)
+def test_what_was_just_saved_stays_whatever_else_is_there(tmp_path):
+    for step in (6, 8):
+        write(tmp_path, step=step)
+    fresh = write(tmp_path, step=1)
+    retain(tmp_path, 1, just_saved=fresh)
+    assert fresh.is_dir()
+    for folder in tmp_path.glob("step_00000[68]"):
+        for file in folder.glob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[:-1])
+    fresh = write(tmp_path, step=2)
+    retain(tmp_path, 1, just_saved=fresh)
+    assert find_latest(tmp_path) == fresh

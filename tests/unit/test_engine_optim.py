@@ -53,7 +53,14 @@ def test_wsd_decays_over_decay_tokens():
     cfg = configuration("wsd", decay_tokens=400)
     assert learning_rate(600, cfg) == PEAK
     assert learning_rate(700, cfg) == pytest.approx(PEAK * (0.25 + 0.75 * 0.75))
-    assert learning_rate(1000, configuration("wsd", decay_tokens=0)) == pytest.approx(PEAK * 0.25)
+    assert learning_rate(1000, configuration("wsd", decay_tokens=0)) == PEAK
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "wsd", "constant"])
+def test_a_warm_up_over_the_whole_run_ends_at_the_peak(shape):
+    cfg = configuration(shape, warmup_tokens=TOTAL)
+    cfg.schedule.decay_tokens = 0 if shape == "wsd" else None
+    assert learning_rate(TOTAL, cfg) == PEAK
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "wsd"])

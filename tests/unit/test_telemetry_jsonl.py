@@ -39,11 +39,23 @@ def test_several_records_of_the_resumed_step_survive(tmp_path):
     assert [r["data/step"] for r in read_records(path)] == [10, 10, 11]
 
 
-def test_a_run_that_starts_anew_keeps_nothing_of_an_older_one(tmp_path):
+def test_a_run_that_starts_anew_puts_an_older_ones_records_aside(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_run(path, [0, 1, 2])
     write_run(path, [0])
     assert [r["data/step"] for r in read_records(path)] == [0]
+    assert [r["data/step"] for r in read_records(tmp_path / "metrics.jsonl.before")] == [0, 1, 2]
+
+
+def test_a_resumed_run_knows_which_steps_it_repeats(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_run(path, [1, 2, 3, 4])
+    sink = JsonlSink(path, resume_step=2)
+    assert sink.repeats == 4
+    sink.close()
+    sink = JsonlSink(path)
+    assert sink.repeats == -1
+    sink.close()
 
 
 def test_a_kill_at_any_byte_leaves_the_records_before_it(tmp_path):

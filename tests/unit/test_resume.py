@@ -1,0 +1,118 @@
+"""Where a run goes on from: by what its folder holds and what run.resume says. Real checkpoints of two numbers."""
+
+import copy
+
+import pytest
+import torch
+
+from kdtrain.config.schema import RunConfig
+from kdtrain.dist.mesh import Mesh
+from kdtrain.engine import checkpoint
+from kdtrain.engine.manifest import KINDS
+from kdtrain.engine.slices import Fragment
+from kdtrain.errors import CheckpointError, ConfigError
+from kdtrain.training.cadence import Cadence
+from kdtrain.training.progress import Progress
+from kdtrain.training.resume import config_changes, find_resume_point, saved_config
+from kdtrain.training.trainer import step_seed
+
+
+def write(run, step, origin=None):
+    about = checkpoint.Description(
+        step, {"norm.weight": (2,)}, {}, {"tp": 1}, {"model_type": "none"}, {"origin": origin}
+    )
+    fragments = [Fragment("norm.weight", kind, 0, 0, torch.full((2,), float(step))) for kind in KINDS]
+    return checkpoint.write_checkpoint(run / "checkpoints", Mesh(), about, fragments, {"norm.weight": step})
+
+
+def damage(folder):
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+
+
+def resume(run, how="auto"):
+    cfg = RunConfig()
+    cfg.run.resume = str(how)
+    return find_resume_point(cfg, run)
+
+
+def test_auto_takes_the_newest_good_checkpoint_or_starts_afresh(tmp_path):
+    assert resume(tmp_path) is None
+    old, new = write(tmp_path, 2), write(tmp_path, 6)
+    assert resume(tmp_path).path == new
+    damage(new)
+    assert resume(tmp_path).path == old
+
+
+@pytest.mark.parametrize("how", ["auto", "never", "path"])
+def test_a_folder_with_nothing_but_damaged_checkpoints_is_never_a_fresh_start(tmp_path, how):
+    elsewhere = write(tmp_path / "other", 1)
+    damage(write(tmp_path / "run", 2))
+    with pytest.raises(CheckpointError, match=r"holds checkpoints, and none of them is complete(.|\n)*fix: "):
+        resume(tmp_path / "run", elsewhere if how == "path" else how)
+
+
+def test_never_refuses_a_folder_with_checkpoints(tmp_path):
+    assert resume(tmp_path, "never") is None
+    write(tmp_path, 2)
+    with pytest.raises(ConfigError, match=r"exists, but run.resume = never"):
+        resume(tmp_path, "never")
+
+
+def test_a_path_starts_a_run_and_the_same_command_then_continues_it(tmp_path):
+    source = write(tmp_path / "source", 5)
+    for named in (source, tmp_path / "source"):
+        found = resume(tmp_path / "run", named)
+        assert found.path == source.resolve()
+        assert found.origin["step"] == 5
+    own = write(tmp_path / "run", 6, found.origin)
+    assert resume(tmp_path / "run", source).path == own
+    assert resume(tmp_path / "run", source).origin == found.origin
+    assert resume(tmp_path / "run").origin == found.origin, "auto must carry it on too"
+
+
+def test_a_path_that_is_not_where_this_run_began_is_refused_with_both(tmp_path):
+    source, own = write(tmp_path / "source", 5), write(tmp_path / "run", 9)
+    with pytest.raises(
+        ConfigError, match=r"\(step 5\), but this run folder holds .*step_000009\n.*from scratch(.|\n)*fix: "
+    ):
+        resume(tmp_path / "run", source)
+    older = write(tmp_path / "run", 3)
+    with pytest.raises(ConfigError, match=r"\(step 3\), but this run folder holds .*step_000009"):
+        resume(tmp_path / "run", older)
+    assert resume(tmp_path / "run", own).path == own
+
+
+def test_a_path_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no complete checkpoint there"):
+        resume(tmp_path / "run", tmp_path)
+
+
+def test_only_settings_that_change_what_is_learned_are_told():
+    before = saved_config(RunConfig())
+    after = copy.deepcopy(before)
+    after["parallel"]["tp"] = 8
+    after["run"]["name"] = "another"
+    after["data"]["sequences_per_micro_batch"] = 3
+    assert config_changes(before, after) == []
+    after["optim"]["lr"] = 0.5
+    after["objective"]["distill"]["kd_weight"] = 1.0
+    assert config_changes(before, after) == [
+        "objective.distill.kd_weight: 0.5 -> 1.0",
+        f"optim.lr: {before['optim']['lr']} -> 0.5",
+    ]
+
+
+def test_another_step_size_still_ends_at_the_total_number_of_tokens():
+    cfg = RunConfig()
+    cfg.train.total_tokens, cfg.data.tokens_per_step = 4096, 512
+    assert Cadence(cfg).last_step == 8
+    assert Cadence(cfg, Progress(step=8, tokens_seen=2048)).last_step == 12, "8 steps of 256 tokens, then 4 of 512"
+    assert Cadence(cfg, Progress(step=16, tokens_seen=4096)).last_step == 16
+
+
+def test_seeds_of_steps_and_ranks_are_fixed_and_distinct():
+    seeds = {step_seed(seed, step, rank) for seed in (1, 2) for step in range(50) for rank in range(4)}
+    assert len(seeds) == 2 * 50 * 4
+    assert step_seed(1, 7, 0) == 13606954069298225912
+    torch.manual_seed(max(seeds))
