@@ -104,9 +104,9 @@ class DistillObjective:
     skew: float = 0.1
     """skew_kl: KL(p || skew p + (1 - skew) q); skew_reverse_kl: KL(q || (1 - skew) p + skew q). In (0, 1)."""
     ab_alpha: float = 0.5
-    """alpha_beta: exponent of the teacher; not 0, and ab_alpha + ab_beta not 0."""
+    """alpha_beta: exponent of the teacher; at least 0.01 in size, and ab_alpha + ab_beta above 0."""
     ab_beta: float = 0.5
-    """alpha_beta: exponent of the student; not 0."""
+    """alpha_beta: exponent of the student; at least 0.01 in size."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -17,6 +17,7 @@ from kdtrain.errors import ConfigError
 
 MIN_SLAB_BYTES, MAX_SLAB_BYTES = 1 << 20, 1 << 40
 MAX_PREFETCH = 1024
+LEAST_EXPONENT = 0.01
 TEMPERATURES = (0.01, 100.0)
 """Beyond them a softmax in float32 is one token, or flat."""
 MAX_NAME_LENGTH = 128
@@ -224,13 +225,14 @@ def _distill(d: DistillObjective) -> Iterator[Problem]:
         return
     exponents = (("ab_alpha", d.ab_alpha), ("ab_beta", d.ab_beta))
     for name, value in exponents:
-        if value == 0 or not math.isfinite(value):
+        if not (math.isfinite(value) and abs(value) >= LEAST_EXPONENT):
             yield Problem(
-                key + name, value, "is 0 or not a finite number", "the limits (1, 0) and (0, 1) are the two KLs"
-            )
-    if all(value != 0 for _, value in exponents) and d.ab_alpha + d.ab_beta == 0:
+                key + name, value, f"is not a finite number of at least {LEAST_EXPONENT} in size",
+                "the limits (1, 0) and (0, 1) are the two KLs",
+            )  # fmt: skip
+    if all(math.isfinite(value) for _, value in exponents) and d.ab_alpha + d.ab_beta <= 0:
         yield Problem(
-            key + "ab_beta", d.ab_beta, f"and ab_alpha = {d.ab_alpha} add up to 0", "change one of them: 0.5, 0.5 works"
+            key + "ab_beta", d.ab_beta, f"and ab_alpha = {d.ab_alpha} do not add up to more than 0", "0.5, 0.5 works"
         )
 
 

@@ -26,6 +26,15 @@ class VocabShard:
     start: int
     stop: int
     vocab_size: int
+    tp_rank: int = 0
+    tp_size: int = 1
+    """Place in, and size of, the group whose ranks hold the other slices."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.start < self.stop and self.vocab_size >= 1 and 0 <= self.tp_rank < self.tp_size):
+            raise ValueError(f"{self} is no slice of a vocabulary: need 0 <= start < stop and tp_rank in [0, tp_size)")
+        if self.vocab_size > self.rows * self.tp_size:
+            raise ValueError(f"{self}: {self.tp_size} shards of {self.rows} rows cannot hold {self.vocab_size} tokens")
 
     @classmethod
     def of(
@@ -49,7 +58,7 @@ class VocabShard:
             raise ValueError(f"tp_rank={tp_rank} is not in [0, {tp_size})")
         rows = -(-total // tp_size)
         rows = -(-rows // multiple) * multiple
-        return cls(tp_rank * rows, (tp_rank + 1) * rows, vocab_size)
+        return cls(tp_rank * rows, (tp_rank + 1) * rows, vocab_size, tp_rank, tp_size)
 
     @property
     def rows(self) -> int:

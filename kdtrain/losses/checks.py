@@ -11,9 +11,19 @@ import math
 import torch
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group
+from kdtrain.dist.collectives import Group, group_rank, group_size
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.losses.stream import bytes_per_token, is_token
+
+
+def check_shard(shard: VocabShard, group: Group) -> None:
+    """The shard must be this rank's slice of a vocabulary cut over exactly this group. Does not communicate."""
+    size, rank = group_size(group), group_rank(group)
+    if (shard.tp_size, shard.tp_rank) != (size, rank):
+        raise ValueError(
+            f"shard is slice {shard.tp_rank} of {shard.tp_size}, but this is rank {rank} of a group of {size}; "
+            "give the group that the vocabulary is cut over, and VocabShard.of(vocab_size, rank, size)"
+        )
 
 
 def check_model(role: str, hidden: Tensor, head: HeadShard, shard: VocabShard) -> None:
@@ -55,6 +65,8 @@ def check_teacher(hidden_s: Tensor, hidden_t: Tensor) -> None:
 def check_labels_and_weights(labels: Tensor, weights: dict[str, Tensor], hidden: Tensor) -> None:
     """labels [T] integers, every weight [T] floating point without gradient, all on hidden's device."""
     for name, tensor in {"labels": labels, **weights}.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} is a {type(tensor).__name__}, need a tensor of one value per token")
         if tensor.shape != hidden.shape[:1]:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, need ({hidden.shape[0]},): one per token")
         if tensor.device != hidden.device:
@@ -66,6 +78,11 @@ def check_labels_and_weights(labels: Tensor, weights: dict[str, Tensor], hidden:
             raise ValueError(f"{name} has dtype {weight.dtype}, need a floating-point one")
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires a gradient, need a constant: losses are not differentiated by weights")
+        finite = weight.isfinite().all()
+        if weight.device.type != "cpu":
+            torch._assert_async(finite)
+        elif not finite:
+            raise ValueError(f"{name} holds NaN or infinity, need finite numbers")
 
 
 def check_label_range(labels: Tensor, weight: Tensor, shard: VocabShard) -> None:
@@ -82,14 +99,16 @@ def check_label_range(labels: Tensor, weight: Tensor, shard: VocabShard) -> None
 
 
 def check_temperature(temperature: float) -> None:
-    """A finite number above 0."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature = {temperature}, need a finite number > 0")
+    """A number whose square and inverse square float32 can hold."""
+    if isinstance(temperature, bool) or not 1e-9 <= temperature <= 1e9:
+        raise ValueError(f"temperature = {temperature}, need a number > 0 (in [1e-9, 1e9])")
 
 
 def check_slab_bytes(slab_bytes: int, shard: VocabShard, group: Group, work: torch.dtype) -> None:
     """Room for the logits of at least one token per chunk in flight."""
     least = bytes_per_token(shard, group, work)
+    if not isinstance(slab_bytes, int):
+        raise ValueError(f"slab_bytes = {slab_bytes!r}, need a whole number of bytes")
     if slab_bytes < least:
         raise ValueError(f"slab_bytes = {slab_bytes}, need at least {least}: both models' logits of one token")
 

@@ -12,6 +12,7 @@ from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.dispatch import row_kernels
 from kdtrain_kernels.matmul import work_dtype
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kdtrain.dist.collectives import Group, start_gather
 from kdtrain.dist.vocab import HeadShard, VocabShard
@@ -41,14 +42,16 @@ def linear_cross_entropy(
     main_grad [v, D] in the working dtype receives d(head) on top of what it holds, in forward, and the weight gets no
     .grad: backward must then be called once, with an upstream gradient of 1 (ValueError else).
 
-    Memory beyond inputs and returned gradients: slab_bytes (half of it on the CPU, where no second slab is needed)
-    and a few cache blocks. Gradients are computed here, so backward only scales them: d(hidden) [T, D] complete on
-    every rank, d(head) of this rank's rows, 0 in padding rows; with no_grad none of that work is done.
+    Memory beyond inputs and gradients: half of slab_bytes (chunks are those of `linear_kd_loss`, with one model) and a
+    few cache blocks. Gradients accumulate in float32 (float64) and are kept so until backward, which scales and rounds
+    them into new tensors: d(hidden) complete on every rank, d(head) of this rank's rows, 0 in padding rows. With
+    no_grad none of that work is done.
     Communicates over `group`: one all-gather of [C, 4] per chunk, hidden behind the next chunk, and, if hidden needs a
     gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for arguments that do not fit; nothing is
     computed then.
     """
     head = stream.as_head(head)
+    checks.check_shard(shard, group)
     checks.check_model("", hidden, head, shard)
     weights = {"weight": weight} if z_weight is None else {"weight": weight, "z_weight": z_weight}
     checks.check_labels_and_weights(labels, weights, hidden)
@@ -110,12 +113,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
         stream.in_turns(hidden.shape[0], rows, depth, begin, finish)
         ce = ce.where(stream.is_token(call.labels, call.shard), 0.0)
-        loss = ((call.weights.ce * ce).sum() + call.weights.z_loss(lse)).to(work)
+        loss = call.weights.loss(lse, ce).to(work)
         stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)
         ce, lse = ce.to(work), lse.to(work)
         ctx.mark_non_differentiable(ce, lse)
         return loss, ce, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return (*stream.scaled_gradients(ctx, grad_loss), None)

@@ -1,6 +1,6 @@
 """Distillation from a full teacher distribution: both models' hidden states in, loss and gradients out.
 
-Streamed over token chunks and vocabulary shards; neither model's [T, V] logits ever exist. One all-gather of nine
+Streamed over token chunks and vocabulary shards; neither model's [T, V] logits ever exist. One all-gather of ten
 numbers per token and rank merges the statistics, a second one of one number follows for the divergences that need it.
 Derivation: docs/design/0004-streamed-loss.md.
 """
@@ -19,6 +19,7 @@ from kdtrain_kernels.divergences import DivergenceSpec, divergence_spec
 from kdtrain_kernels.matmul import work_dtype
 from kdtrain_kernels.torch_rows import PairTotals
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kdtrain.dist.collectives import Group, gather_ranks, start_gather
 from kdtrain.dist.vocab import HeadShard, VocabShard
@@ -59,15 +60,16 @@ def linear_kd_loss(
     over the group; values in nats.
 
     Where kd_weight is 0 everywhere, loss and gradients are bitwise those of `linear_cross_entropy`.
-    Memory beyond inputs and returned gradients: slab_bytes and a few cache blocks. Gradients are computed here, so
-    backward only scales them: d(hidden_s) complete on every rank, d(head_s) of this rank's rows, 0 in padding rows;
-    with no_grad none of that work is done.
-    Communicates over `group`: per chunk one all-gather of [C, 9] (and one of [C, 1] for all but forward_kl and
+    Memory beyond inputs and gradients: slab_bytes and a few cache blocks. Gradients accumulate in float32 (float64) and
+    are kept so until backward, which scales and rounds them into new tensors: d(hidden_s) complete on every rank,
+    d(head_s) of this rank's rows, 0 in padding rows. With no_grad none of that work is done.
+    Communicates over `group`: per chunk one all-gather of [C, 10] (and one of [C, 1] for all but forward_kl and
     reverse_kl; one of [C, 4] to measure); per call one all-gather of [T, 1] ([T, 5] to measure) and, if hidden_s needs
     a gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for arguments that do not fit; nothing
     is computed then.
     """
     head_s, head_t = stream.as_head(head_s), stream.as_head(head_t)
+    checks.check_shard(shard, group)
     checks.check_model("_s", hidden_s, head_s, shard)
     checks.check_model("_t", hidden_t, head_t, shard)
     checks.check_teacher(hidden_s, hidden_t)
@@ -167,15 +169,14 @@ class _LinearKd(torch.autograd.Function):
 
         stream.in_turns(hidden.shape[0], rows, depth, begin, finish)
         _finish_table(call, table)
-        kd = call.weights.kd * (call.temperature**2 * table[_KD])
-        ce_and_z = (call.weights.ce * table[_CE]).sum() + call.weights.z_loss(table[_LSE])
-        loss = (ce_and_z + kd.where(call.weights.kd != 0, 0.0).sum()).to(work)
+        loss = call.weights.loss(table[_LSE], table[_CE], call.temperature**2 * table[_KD]).to(work)
         stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)
         fields = table[:-1].to(work)
         ctx.mark_non_differentiable(fields)
         return loss, fields
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, grad_table: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return (*stream.scaled_gradients(ctx, grad_loss), None)
 

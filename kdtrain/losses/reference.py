@@ -185,4 +185,5 @@ def total_loss(
     kd = DIVERGENCES[divergence](student_logits, teacher_logits, temperature=temperature, dtype=dtype, **parameters)
     safe = torch.where(ce_weight != 0, labels, torch.zeros_like(labels))
     ce = cross_entropy(student_logits, safe, dtype=dtype)
-    return (kd_weight.to(dtype) * temperature**2 * kd + ce_weight.to(dtype) * ce).sum()
+    kd_term = torch.where(kd_weight != 0, kd_weight.to(dtype) * temperature**2 * kd, 0.0)
+    return (kd_term + torch.where(ce_weight != 0, ce_weight.to(dtype) * ce, 0.0)).sum()

@@ -108,11 +108,17 @@ class TokenWeights:
         softmax = ce if self.z is None else ce + 2.0 * self.z[chunk] * lse
         return RowWeights(self.kd[chunk], ce, self.columns[chunk], softmax)
 
-    def z_loss(self, lse: Tensor) -> Tensor:
-        """sum_t z[t] lse[t]^2, 0-d float64; positions of weight 0 do not count whatever they hold. lse [T] float64."""
-        if self.z is None:
-            return lse.new_zeros(())
-        return (self.z * lse.square()).where(self.z != 0, 0.0).sum()
+    def loss(self, lse: Tensor, ce: Tensor, kd: Tensor | None = None) -> Tensor:
+        """sum_t ce-weight * ce + kd-weight * kd + z-weight * lse^2, 0-d float64. Arguments [T] float64.
+
+        A position of weight 0 does not count, whatever it holds.
+        """
+        terms = [(self.ce, ce)]
+        if kd is not None:
+            terms.append((self.kd, kd))
+        if self.z is not None:
+            terms.append((self.z, lse.square()))
+        return torch.stack([(weight * value).where(weight != 0, 0.0).sum() for weight, value in terms]).sum()
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +199,9 @@ class GradientBuffers:
         """Buffers for what is wanted. main_grad [v, D] takes the weight's gradient on top of what it holds."""
 
         def zeros(like: Tensor | None, is_wanted: bool) -> Tensor | None:
-            return torch.zeros_like(like, dtype=work) if is_wanted and like is not None else None
+            if like is None or not is_wanted:
+                return None
+            return torch.zeros_like(like, dtype=work, memory_format=torch.contiguous_format)
 
         return cls(
             zeros(hidden.detach(), wanted.hidden),
@@ -221,26 +229,27 @@ def save_gradients(
     group: Group,
     main_grad: Tensor | None = None,
 ) -> None:
-    """Complete d(hidden) over the group and keep all gradients for backward, in the dtypes of `inputs`.
+    """Complete d(hidden) over the group and keep all gradients for backward, which rounds them to `inputs`' dtypes.
 
     Communicates: one all-reduce of [T, D] if d(hidden) is wanted. With main_grad the weight's is in place already.
     """
     if grads.hidden is not None:
         reduce_sum_(grads.hidden, group)
-    ctx.fused = main_grad is not None
-    kept = []
-    weight = None if ctx.fused else grads.weight
-    for gradient, like in zip((grads.hidden, weight, grads.bias), inputs, strict=True):
-        kept.append(None if gradient is None or like is None else gradient.to(like.dtype))
-    ctx.save_for_backward(*kept)
+    ctx.fused, ctx.spent = main_grad is not None, False
+    ctx.dtypes = [None if like is None else like.dtype for like in inputs]
+    ctx.save_for_backward(grads.hidden, None if ctx.fused else grads.weight, grads.bias)
 
 
 def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     """The kept gradients times the upstream scalar. Does not communicate: the upstream scalar is replicated.
 
-    Raises ValueError (on a device: fails an assertion there) if main_grad was used and the upstream scalar is not 1.
+    Raises ValueError if main_grad was used and this is not the first backward, or (on a device: fails an assertion
+    there) the upstream scalar is not 1.
     """
     if ctx.fused:
+        if ctx.spent:
+            raise ValueError("backward was called twice on a loss with main_grad: its gradient is added only once")
+        ctx.spent = True
         if grad_loss.device.type != "cpu":
             torch._assert_async(grad_loss == 1)
         elif grad_loss.item() != 1:
@@ -248,4 +257,11 @@ def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
                 f"the loss was scaled by {grad_loss.item():g} before backward, need 1 with main_grad: its gradient was "
                 "added in forward; put the factor into kd_weight and ce_weight"
             )
-    return tuple(None if g is None else g * grad_loss.to(g.dtype) for g in ctx.saved_tensors)
+    return tuple(_times(g, grad_loss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+
+
+def _times(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """gradient * factor, multiplied in the gradient's dtype and then rounded: factors of 1 / N have no short form."""
+    if gradient is None:
+        return None
+    return torch.mul(gradient, factor.to(gradient.dtype), out=torch.empty_like(gradient, dtype=dtype))

@@ -22,6 +22,11 @@ from torch import Tensor
 
 from kdtrain_kernels.blocks import PairBlock
 
+Terms = tuple[Tensor, Tensor]
+
+LEAST_EXPONENT = 0.01
+"""The value of alpha_beta is a difference divided by an exponent: nearer to 0 nothing of it is left in float32."""
+
 FAR = 80.0
 """|d| beyond which the smaller of p and q no longer matters (e^-80) in sums where its logarithm is bounded."""
 
@@ -81,17 +86,17 @@ def divergence_spec(
             _refuse("skew", skew, "must be in [0, 1): at 1 the divergence is 0 whatever the student does")
         kernel = name if skew else {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}[name]
     elif name == "alpha_beta":
-        if not (math.isfinite(ab_alpha) and math.isfinite(ab_beta) and ab_alpha + ab_beta != 0):
-            _refuse("ab_alpha, ab_beta", f"{ab_alpha}, {ab_beta}", "must be finite and their sum not 0")
+        exponents = (ab_alpha, ab_beta)
+        if not (all(map(math.isfinite, exponents)) and ab_alpha + ab_beta > 0):
+            _refuse("ab_alpha, ab_beta", f"{ab_alpha}, {ab_beta}", "must be finite and their sum above 0")
+        if any(0 < abs(exponent) < LEAST_EXPONENT for exponent in exponents):
+            _refuse("ab_alpha, ab_beta", f"{ab_alpha}, {ab_beta}", f"must be 0 or at least {LEAST_EXPONENT} in size")
         kernel = {(1.0, 0.0): "forward_kl", (0.0, 1.0): "reverse_kl"}.get((float(ab_alpha), float(ab_beta)), name)
     return DivergenceSpec(name, kernel, teacher_share, skew, ab_alpha, ab_beta, vocab_size)
 
 
 def _refuse(argument: str, value: object, rule: str) -> NoReturn:
     raise ValueError(f"{argument} = {value} {rule}")
-
-
-Terms = tuple[Tensor, Tensor]
 
 
 def _forward_kl(spec: DivergenceSpec, block: PairBlock) -> Terms:
@@ -106,37 +111,43 @@ def _reverse_kl(spec: DivergenceSpec, block: PairBlock) -> Terms:
 
 
 def _log_mean(d: Tensor, share: float, out: Tensor) -> Tensor:
-    """log(m / q) for m = share p + (1 - share) q: log(1 + share (e^d - 1)); exactly 0 at d = 0. d is clamped to FAR."""
-    return torch.exp(d.clamp_(-FAR, FAR), out=out).sub_(1.0).mul_(share).add_(1.0).log_()
+    """log(m / q) for m = share p + (1 - share) q: log(1 + share (e^d - 1)); exactly 0 at d = 0. d is clamped to FAR.
+
+    share <= 1/2, so that 1 + share (e^d - 1) stays away from 0: no digit is lost at either end.
+    """
+    return torch.expm1(d.clamp_(-FAR, FAR), out=out).mul_(share).log1p_()
+
+
+def _log_mean_pair(d: Tensor, share: float, out: Tensor) -> Terms:
+    """(log(p / m), log(q / m)) for m = share p + (1 - share) q, from the side of the larger part; d is spoilt."""
+    if share <= 0.5:
+        q_over_m = _log_mean(d, share, out).neg_()
+        return d.add_(q_over_m), q_over_m
+    p_over_m = _log_mean(d.neg_(), 1 - share, out).neg_()
+    return p_over_m, d.add_(p_over_m)  # d holds log q - log p here
 
 
 def _jsd(spec: DivergenceSpec, block: PairBlock) -> Terms:
-    b, d = spec.teacher_share, block.log_ratio()
-    if b <= 0.5:
-        q_over_m = _log_mean(d, b, block.spare()).neg_()
-        p_over_m = d.add_(q_over_m)
-    else:  # measured from p, so that b near 1 keeps its digits
-        p_over_m = _log_mean(d.neg_(), 1 - b, block.spare()).neg_()
-        q_over_m = d.add_(p_over_m)  # d holds log q - log p here
+    b = spec.teacher_share
+    p_over_m, q_over_m = _log_mean_pair(block.log_ratio(), b, block.spare())
     value = p_over_m.mul_(block.p()).sum(1) / (1 - b)
     slope = q_over_m.mul_(block.q()).div_(b)
     return value + slope.sum(1), slope
 
 
 def _skew_kl(spec: DivergenceSpec, block: PairBlock) -> Terms:
-    d = block.log_ratio()
-    p_over_m = d.sub_(_log_mean(d, spec.skew, block.spare()))
-    value = torch.mul(p_over_m, block.p(), out=block.spare()).sum(1)
+    p_over_m, _ = _log_mean_pair(block.log_ratio(), spec.skew, block.spare())
+    value = torch.mul(p_over_m, block.p(), out=block.spare(1)).sum(1)
     # -(1 - skew) p q / m + (1 - skew) q
-    return value, p_over_m.exp_().sub_(1.0).mul_(block.q()).mul_(spec.skew - 1)
+    return value, p_over_m.expm1_().mul_(block.q()).mul_(spec.skew - 1)
 
 
 def _skew_reverse_kl(spec: DivergenceSpec, block: PairBlock) -> Terms:
-    q_over_m = _log_mean(block.log_ratio(), 1 - spec.skew, block.spare()).neg_()
+    _, q_over_m = _log_mean_pair(block.log_ratio(), 1 - spec.skew, block.spare())
     q = block.q()
     value = torch.mul(q, q_over_m, out=block.spare(1)).sum(1)
     # q (log(q / m) + 1 - skew q / m) - (1 - skew) q
-    excess = torch.exp(q_over_m, out=block.spare(1)).sub_(1.0)
+    excess = torch.expm1(q_over_m, out=block.spare(1))
     return value, q_over_m.sub_(excess, alpha=spec.skew).mul_(q)
 
 

@@ -48,7 +48,7 @@ def hidden_grad_into(out: Tensor, grad_logits: Tensor, weight: Tensor) -> Tensor
 def add_weight_grad_(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> Tensor:
     """total [n, D] += grad_logits[C, n].T @ hidden [C, D]; grad_logits in `operand_dtype`."""
     if multiplies_directly(hidden, total.dtype):
-        return total.add_(torch.mm(grad_logits.T, hidden, out_dtype=total.dtype))
+        return torch.addmm(total, grad_logits.T, hidden, out_dtype=total.dtype, out=total)
     return total.addmm_(grad_logits.T, hidden.to(total.dtype))
 
 

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdtrain_kernels.blocks import PairBlock, Scratch, front_of_rows, row_blocks, shifted
+from kdtrain_kernels.blocks import FLOOR, PairBlock, Scratch, front_of_rows, row_blocks, shifted
 from kdtrain_kernels.divergences import PLUG_INS, DivergenceSpec
 
 ROW_STATS = 4
 """Columns of `row_stats`: max, sum exp((s - max) / temperature), sum exp(s - max), the label's logit."""
-PAIR_STATS = 2 * ROW_STATS + 1
-"""Columns of `pair_stats`: the student's row_stats, the teacher's, and one sum that couples them."""
+PAIR_STATS = 2 * ROW_STATS + 2
+"""Columns of `pair_stats`: the student's row_stats, the teacher's, and two sums that couple them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +76,14 @@ def row_stats(slab: Tensor, labels: Tensor, temperature: float, scratch: Scratch
 def pair_stats(
     student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
 ) -> Tensor:
-    """[C, PAIR_STATS] float64: row_stats of both models, and for reverse_kl the sum that gives Z after one round:
+    """[C, PAIR_STATS] float64: row_stats of both models, and for reverse_kl the sums that give Z after one round:
 
-    sum e^x (x - y), with x and y shifted by this rank's maxima and divided by the temperature.
+    sum e^x (x - y), with x and y shifted by this rank's maxima and divided by the temperature; and sum e^x where y is
+    FLOOR, which stays FLOOR when the maxima of all ranks are known.
     """
     of_s = row_stats(student, labels, temperature, scratch)
     of_t = row_stats(teacher, labels, temperature, scratch)
-    coupling = of_s.new_zeros(len(student), 1)
+    coupling = of_s.new_zeros(len(student), 2)
     if spec.kernel == "reverse_kl":
         peak_s, peak_t = _finite(of_s[:, 0]), _finite(of_t[:, 0])
         for rows in row_blocks(student, scratch):
@@ -90,6 +91,7 @@ def pair_stats(
             y = shifted(teacher[rows], peak_t[rows], temperature, scratch.take(1, len(x)))
             weight = torch.exp(x, out=scratch.take(2, len(x)))
             coupling[rows, 0] = x.sub_(y).mul_(weight).sum(1).double()
+            coupling[rows, 1] = weight.mul_(y <= FLOOR).sum(1).double()
     return torch.cat([of_s, of_t, coupling], 1)
 
 
@@ -144,8 +146,10 @@ def merge_pair_stats(gathered: Tensor, temperature: float, spec: DivergenceSpec)
         return PairTotals(student, teacher, torch.zeros_like(student.peak))
     # Each rank measured x - y from its own maxima; bring its sum to the common ones.
     _, behind = _behind(gathered)
-    offset = _finite(gathered[:, :, 0]) - _finite(gathered[:, :, ROW_STATS]) - (student.peak - teacher.peak)
-    part = gathered[:, :, -1] + gathered[:, :, 1] * offset / temperature
+    offset_s = _finite(gathered[:, :, 0]) - student.peak
+    offset_t = _finite(gathered[:, :, ROW_STATS]) - teacher.peak
+    mass, floored = gathered[:, :, 1], gathered[:, :, -1]
+    part = gathered[:, :, -2] + (mass * (offset_s - offset_t) + floored * offset_t) / temperature
     mean_gap = (part * (behind / temperature).exp()).sum(0) / student.log_sum.exp()
     return PairTotals(student, teacher, mean_gap + teacher.log_sum - student.log_sum)
 
@@ -232,12 +236,14 @@ def pair_grad(
 
     D's part [C] float64 for one-round divergences, 0 for the others (`pair_round2` had it). The gradient [C, n] lies in
     the student's slab as `row_grad`'s does; the terms without kd are computed as there and the divergence is added, so
-    that kd weight 0 gives the same bits.
+    that kd weight 0 gives the same bits, even where the divergence is not finite.
     """
     operand = _operand(student, operand_dtype)
     value = torch.zeros(len(student), dtype=torch.float64, device=student.device)
     # dx/ds = 1 / temperature and the loss carries temperature^2: one temperature remains
     kd = (weights.kd * temperature).to(student.dtype)
+    unused = (kd == 0)[:, None]
+    any_unused = unused.device.type != "cpu" or bool(unused.any())  # asking a device would stall it
     for rows in row_blocks(student, scratch):
         s, t = student[rows], teacher[rows]
         if spec.two_rounds:
@@ -254,6 +260,8 @@ def pair_grad(
             slope.sub_(z / spec.vocab_size)
         else:
             slope.addcmul_(q, z, value=-1)
+        if any_unused:
+            slope.masked_fill_(unused[rows], 0.0)
         chain = logit_map.slope(s, scratch.take(0, len(s)))
         softmax = q if q is not None and temperature == 1.0 else _softmax_(s, totals.student, rows)
         _weigh_ce(softmax, rows, weights, out=s)

@@ -2,14 +2,17 @@
 
 import dataclasses
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kdtrain.dist.mesh import Mesh
-from kdtrain.losses import reference
+from kdtrain.dist.vocab import VocabShard
+from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference
 from kdtrain.testing.loss_cases import (
     Answer,
+    cut_head,
     identity_case,
     naive_answer,
     random_case,
@@ -199,3 +202,103 @@ def test_a_refused_call_has_not_communicated(rank_pool):
     losses = rank_pool(2).run(run_refusal)
     assert losses[0] == losses[1]
     assert losses[0] == pytest.approx(float(naive_answer(make(PROBLEMS[0])).loss), rel=2e-6)
+
+
+def run_extras(rank, world_size):
+    """z-loss and main_grad over ranks, float64 (relative errors); bfloat16 over ranks; a teacher that masks an id."""
+    group = Mesh.build(world_size).tp_group
+    found = {}
+    case = random_case(37, 101, divergence="jsd", dtype=torch.float64, temperature=2.0, properties=True)
+    shard = VocabShard.of(101, rank, world_size)
+    z_weight = torch.linspace(0.0, 0.1, 37)
+    for op in ("kd", "ce"):
+        hidden, head = case.hidden_s.clone().requires_grad_(), cut_head(case.head_s, shard)
+        main_grad = torch.zeros_like(head.weight)
+        shared = {"shard": shard, "group": group, "z_weight": z_weight, "main_grad": main_grad}
+        if op == "kd":
+            head_t = cut_head(case.head_t, shard)
+            loss = linear_kd_loss(
+                hidden, head, case.hidden_t, head_t, case.labels, divergence="jsd", kd_weight=case.kd_weight,
+                ce_weight=case.ce_weight, temperature=2.0, **shared,
+            ).loss  # fmt: skip
+        else:
+            loss = linear_cross_entropy(hidden, head, case.labels, weight=case.ce_weight, **shared).loss
+        loss.backward()
+        whole = replace(case, kd_weight=case.kd_weight * (op == "kd"))
+        x, weight = case.hidden_s.clone().requires_grad_(), case.head_s.weight.clone().requires_grad_()
+        s = reference.head_logits(x, replace(case.head_s, weight=weight), 101)
+        t = reference.head_logits(case.hidden_t, case.head_t, 101)
+        right = reference.total_loss(
+            s, t, case.labels, divergence="jsd", temperature=2.0, kd_weight=whole.kd_weight, ce_weight=case.ce_weight
+        )
+        right = right + (z_weight.double() * s.logsumexp(-1).square()).sum()
+        right.backward()
+        rows = slice(shard.start, shard.start + shard.valid_rows)
+        found[op] = [
+            relative_error(loss.detach(), right.detach()),
+            relative_error(hidden.grad, x.grad),
+            float((main_grad[: shard.valid_rows] - weight.grad[rows]).norm() / weight.grad.norm()),
+        ]
+    half = random_case(37, 101, divergence="reverse_kl", dtype=torch.bfloat16, widths=(64, 64))
+    got, right = streamed_answer(half, group=group, multiple=128)[0], naive_answer(half)
+    found["bfloat16"] = relative_error(got.grad_hidden, right.grad_hidden)
+    return found
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_z_loss_main_grad_and_bfloat16_over_ranks(rank_pool, tp):
+    for found in rank_pool(tp).run(run_extras):
+        assert max(found["kd"]) <= 1e-10
+        assert max(found["ce"]) <= 1e-10
+        assert found["bfloat16"] <= 2**-9
+
+
+def run_masked(rank, world_size):
+    """Row sums of d(logits) and the difference to one rank, where the teacher alone masks an id of a quiet shard."""
+    group = Mesh.build(world_size).tp_group
+    case = random_case(9, 101, dtype=torch.float64)
+    rng = torch.Generator().manual_seed(1)
+    student, teacher = torch.randn(2, 9, 101, generator=rng, dtype=torch.float64).unbind(0)
+    teacher[:, :50] += 30.0  # the other shard's largest logit lies far below the row's
+    bias = torch.zeros(101, dtype=torch.float64)
+    bias[77] = float("-inf")
+    found = {}
+    for name in ALL:
+        masked = replace(identity_case(student, teacher, replace(case, divergence=name)), ce_weight=torch.zeros(9))
+        masked = replace(masked, head_t=replace(masked.head_t, bias=bias))
+        got = streamed_answer(masked, group=group)[0].grad_hidden
+        alone = streamed_answer(masked)[0].grad_hidden
+        found[name] = (float(got.sum(1).abs().max()), relative_error(got, alone))
+    return found
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_an_id_that_only_the_teacher_masks_is_worth_the_same_in_any_layout(rank_pool, tp):
+    for found in rank_pool(tp).run(run_masked):
+        for name, (row_sum, error) in found.items():
+            assert row_sum <= (1e-9 if name != "logit_mse" else 1e-6), name
+            assert error <= 1e-10, name
+
+
+def run_wrong_group(rank, world_size):
+    """Messages when a shard is not this rank's slice of a vocabulary cut over the group."""
+    group = Mesh.build(world_size).tp_group
+    case, said = random_case(9, 101), []
+    for shard, used in (
+        (VocabShard.of(101), group),
+        (VocabShard.of(101, rank, world_size), None),
+        (VocabShard.of(101, (rank + 1) % world_size, world_size), group),
+    ):
+        try:
+            linear_cross_entropy(case.hidden_s, cut_head(case.head_s, shard), case.labels, weight=case.ce_weight,
+                                 shard=shard, group=used)  # fmt: skip
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_shard_that_is_not_this_ranks_slice_of_the_group_is_refused(rank_pool):
+    for rank, said in enumerate(rank_pool(2).run(run_wrong_group)):
+        assert said[0].startswith(f"shard is slice 0 of 1, but this is rank {rank} of a group of 2")
+        assert said[1].startswith(f"shard is slice {rank} of 2, but this is rank 0 of a group of 1")
+        assert said[2].startswith(f"shard is slice {1 - rank} of 2, but this is rank {rank} of a group of 2")

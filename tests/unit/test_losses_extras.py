@@ -92,6 +92,15 @@ def test_main_grad_keeps_float32_under_bfloat16():
     assert relative_error(main_grad, naive_answer(case).grad_weight) < 1e-5
 
 
+def test_main_grad_allows_one_backward():
+    case = random_case(9, 101)
+    hidden, head = leaves(case)
+    loss = call(case, "ce", hidden=hidden, head=head, main_grad=torch.zeros_like(head.weight)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(ValueError, match="twice on a loss with main_grad"):
+        loss.backward()
+
+
 def test_main_grad_refuses_a_scaled_loss_and_a_buffer_that_does_not_fit():
     case = random_case(9, 101)
     hidden, head = leaves(case)
