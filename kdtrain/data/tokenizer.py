@@ -38,11 +38,18 @@ def tokenizer_file(folder: str | Path) -> Path:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in `folder`. Raises ConfigError if there is none, DataError if it cannot be parsed."""
+    """The tokenizer in `folder`, which encodes whole texts whatever its file says of truncation and padding.
+
+    Raises ConfigError if there is none, DataError if it cannot be parsed.
+    """
     path = tokenizer_file(folder)
     _json(path)
     with _LibraryErrors(path):
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+    # the file keeps what its last user set for a model's inputs; a document is neither cut nor filled up
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class _LibraryErrors:
@@ -65,7 +72,7 @@ class _LibraryErrors:
 def _object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers or nesting beyond what Python reads
         raise DataError(f"{path} is damaged: {error}\n  fix: copy it again from the model it belongs to") from error
     return found if isinstance(found, dict) else {}
 

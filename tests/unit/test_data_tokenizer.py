@@ -99,7 +99,25 @@ def test_a_token_that_no_probe_uses_is_still_found(tmp_path):
     assert explain_difference(a, b) == "token '<tool>' with id 257 is in only one of them"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"model": {"type": "BPE", "vocab": 3}}', '{"model": {}}'])
+def test_texts_are_neither_cut_nor_filled_up_by_what_the_file_keeps_for_a_models_inputs(tmp_path):
+    plain, kept = write_tokenizer(tmp_path / "plain"), write_tokenizer(tmp_path / "kept")
+    cut = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    fill = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    fill |= {"pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    edit(kept, lambda t: t.update(truncation=cut, padding=fill))
+    texts = ["one", "longer than four"]
+    wanted = [e.ids for e in load_tokenizer(plain).encode_batch(texts)]
+    assert [len(ids) for ids in wanted] == [3, 16]
+    assert [e.ids for e in load_tokenizer(kept).encode_batch(texts)] == wanted
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", "[]", "{}", '{"model": {"type": "BPE", "vocab": 3}}', '{"model": {}}',
+        pytest.param(f'{{"model": {"9" * 5000}}}', id="digits"), pytest.param("[" * 100_000, id="nesting"),
+    ],
+)  # fmt: skip
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match=r"tokenizer\.json .*\n  fix: "):
