@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
+from kdtrain.data.manifest import Manifest
 from kdtrain.data.megatron_index import DTYPES, read_index
 from kdtrain.data.text import find_files, read_documents
-from kdtrain.data.token_store import Manifest, TokenStoreWriter
+from kdtrain.data.token_store import TokenStoreWriter
 from kdtrain.data.tokenizer import load_tokenizer, separator_id
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.log import LOGGER

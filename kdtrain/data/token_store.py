@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -21,11 +21,19 @@ from typing import BinaryIO
 
 import numpy as np
 
+from kdtrain.data.manifest import (
+    DAMAGED_FIX,
+    Manifest,
+    Shard,
+    read_manifest,
+    shard_name,
+    shards_fingerprint,
+    token_dtype,
+)
 from kdtrain.data.megatron_index import MegatronIndex, index_bytes, read_index
 from kdtrain.data.tokenizer import fingerprint, vocab_size
 from kdtrain.errors import ConfigError, DataError
 
-FORMAT, VERSION = "kdtrain-token-store", 1
 TOKENIZER = "tokenizer"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -33,43 +41,10 @@ TOKENIZER_FILES = (
 """What is copied of a tokenizer's folder, which may hold a model's gigabytes too."""
 SHARD_TOKENS = 1 << 30
 """Tokens after which a new shard begins."""
-DTYPES = ("uint16", "int32")
-"""Of tokens: uint16 for vocabularies of at most 65535."""
 MAPPED_SHARDS = 128
 """Shards mapped at a time, two files each."""
 INDEX_PROBES = 4096
 """Places of all indices together that `open` looks at; `verify` looks at all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One .bin/.idx pair: its name without suffix, contents, sizes in bytes and sha256 of both files."""
-
-    name: str
-    num_documents: int
-    num_tokens: int
-    bin_bytes: int
-    idx_bytes: int
-    bin_sha256: str
-    idx_sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What manifest.json says. text_bytes: UTF-8 bytes of the text, separators not counted."""
-
-    dtype: str
-    num_documents: int
-    num_tokens: int
-    text_bytes: int
-    vocab_size: int
-    separator_id: int
-    tokenizer_fingerprint: str
-    source: str
-    fingerprint: str
-    shards: tuple[Shard, ...] = field(default=())
-    format: str = FORMAT
-    version: int = VERSION
 
 
 class TokenStore:
@@ -93,7 +68,7 @@ class TokenStore:
         Raises DataError naming the file, what was expected and found, and a fix.
         """
         path = Path(folder)
-        manifest = _read_manifest(path)
+        manifest = read_manifest(path)
         for number in range(len(manifest.shards)):
             _map_shard(path, manifest, number)
         return cls(path, manifest)
@@ -151,23 +126,28 @@ class TokenStore:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def verify(self) -> None:
-        """Read every byte: checksums, whole indices, the tokenizer. Raises DataError naming the damaged file."""
+        """Read every byte: checksums, whole indices, separators, the tokenizer. DataError names the damaged file."""
         for shard in self.manifest.shards:
             for suffix, expected in ((".bin", shard.bin_sha256), (".idx", shard.idx_sha256)):
                 path = self.path / (shard.name + suffix)
                 found = _sha256(path)
                 if found != expected:
-                    raise DataError(
-                        f"{path} is damaged: sha256 {found}, the manifest says {expected}\n"
-                        "  fix: copy the store again, or prepare the corpus again"
-                    )
+                    raise DataError(f"{path} is damaged: sha256 {found}, the manifest says {expected}\n{DAMAGED_FIX}")
         for number, shard in enumerate(self.manifest.shards):
-            self._shard(number)[1].check(self.path / f"{shard.name}.idx")
+            tokens, index = self._shard(number)
+            index.check(self.path / f"{shard.name}.idx")
+            _check_borders(self.path, self.manifest, shard.name, tokens, index)
         found = fingerprint(self.path / TOKENIZER)
         if found != self.manifest.tokenizer_fingerprint:
             raise DataError(
                 f"{self.path / TOKENIZER} is not the tokenizer that made the tokens: fingerprint {found}, the manifest "
-                f"says {self.manifest.tokenizer_fingerprint}\n  fix: copy the store again, or prepare the corpus again"
+                f"says {self.manifest.tokenizer_fingerprint}\n{DAMAGED_FIX}"
+            )
+        tokens_of_it = vocab_size(self.path / TOKENIZER)
+        if tokens_of_it != self.manifest.vocab_size:
+            raise DataError(
+                f"{self.path}/manifest.json is damaged: vocab_size is {self.manifest.vocab_size}, that of "
+                f"{self.path / TOKENIZER} is {tokens_of_it}\n{DAMAGED_FIX}"
             )
 
 
@@ -193,7 +173,7 @@ class TokenStoreWriter:
         self._separator_id = separator_id
         self._source = source
         self._shard_tokens = shard_tokens
-        self._dtype = np.dtype(np.uint16 if self._vocab_size <= 65535 else np.int32)
+        self._dtype = np.dtype(token_dtype(self._vocab_size))
         if self.folder.exists():
             raise ConfigError(f"{self.folder} exists already\n  fix: name a new folder, or remove this one")
         self._temporary = self.folder.with_name(f".{self.folder.name}.writing.{uuid.uuid4().hex[:8]}")
@@ -222,7 +202,7 @@ class TokenStoreWriter:
             )
         with _disk_errors(self.folder):
             if self._file is None:
-                self._file = (self._temporary / f"shard_{len(self._shards):05d}.bin").open("wb")
+                self._file = (self._temporary / f"{shard_name(len(self._shards))}.bin").open("wb")
                 self._digest = hashlib.sha256()
             data = tokens.astype(self._dtype).tobytes()
             self._file.write(data)
@@ -235,7 +215,7 @@ class TokenStoreWriter:
     def _close_shard(self) -> None:
         if self._file is None:
             return
-        name = f"shard_{len(self._shards):05d}"
+        name = shard_name(len(self._shards))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -266,13 +246,12 @@ class TokenStoreWriter:
             for file in sorted(self._tokenizer_dir.iterdir()):
                 if file.name in TOKENIZER_FILES:
                     _write(self._temporary / TOKENIZER / file.name, file.read_bytes())
-            together = hashlib.sha256("".join(s.bin_sha256 + s.idx_sha256 for s in self._shards).encode()).hexdigest()
             manifest = Manifest(
                 dtype=str(self._dtype), num_documents=sum(s.num_documents for s in self._shards),
                 num_tokens=sum(s.num_tokens for s in self._shards), text_bytes=self._text_bytes,
                 vocab_size=self._vocab_size, separator_id=self._separator_id,
-                tokenizer_fingerprint=fingerprint(self._tokenizer_dir), source=self._source, fingerprint=together,
-                shards=tuple(self._shards),
+                tokenizer_fingerprint=fingerprint(self._tokenizer_dir), source=self._source,
+                fingerprint=shards_fingerprint(self._shards), shards=tuple(self._shards),
             )  # fmt: skip
             _write(self._temporary / "manifest.json", (json.dumps(asdict(manifest), indent=2) + "\n").encode())
             _sync_folder(self._temporary / TOKENIZER)
@@ -311,39 +290,6 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_manifest(path: Path) -> Manifest:
-    file = path / "manifest.json"
-    if not file.is_file():
-        inside = [name for name in ("train", "validation") if (path / name / "manifest.json").is_file()]
-        fix = f"name {path / inside[0]}" if inside else "make one with launch/prepare_corpus.py"
-        raise DataError(f"{path} is not a token store: it has no manifest.json\n  fix: {fix}")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found.get("format") != FORMAT or found.get("version") != VERSION:
-            raise DataError(
-                f"{file}: format {found.get('format')!r} version {found.get('version')!r}; this kdtrain reads "
-                f"{FORMAT!r} version {VERSION}\n  fix: prepare the corpus again, or use the kdtrain that wrote it"
-            )
-        shards = tuple(Shard(**shard) for shard in found.pop("shards"))
-        manifest = Manifest(**found, shards=shards)
-        tokens, documents = sum(s.num_tokens for s in shards), sum(s.num_documents for s in shards)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{file} is damaged: {error}\n  fix: copy the store again, or prepare the corpus again"
-        ) from error
-    wrong = (manifest.num_tokens, manifest.num_documents) != (tokens, documents)
-    if wrong or manifest.dtype not in DTYPES or not all(s.num_tokens > 0 and s.num_documents > 0 for s in shards):
-        raise DataError(
-            f"{file} is damaged: {manifest.num_documents} documents, {manifest.num_tokens} tokens of "
-            f"{manifest.dtype!r}, but its shards hold {documents} and {tokens}, and the dtype must be "
-            f"one of {DTYPES} and no shard empty\n"
-            "  fix: copy the store again, or prepare the corpus again"
-        )
-    if not shards:
-        raise DataError(f"{path} is empty: its manifest lists no shards\n  fix: prepare the corpus again")
-    return manifest
-
-
 def _map_shard(path: Path, manifest: Manifest, number: int) -> tuple[np.ndarray, MegatronIndex]:
     """Tokens and index of a shard, mapped, sizes and a sample of the index checked. Raises DataError."""
     shard, dtype = manifest.shards[number], np.dtype(manifest.dtype)
@@ -359,17 +305,34 @@ def _map_shard(path: Path, manifest: Manifest, number: int) -> tuple[np.ndarray,
             f"{shard.num_documents}, {shard.num_tokens}, in {shard.bin_bytes} bytes\n  fix: prepare the corpus again"
         )
     index.check(path / f"{shard.name}.idx", probes=max(1, INDEX_PROBES // len(manifest.shards)))
+    if tokens[-1] != manifest.separator_id:
+        raise _wrong_border(path, manifest, shard.name, shard.num_documents - 1)
     return tokens, index
+
+
+def _check_borders(path: Path, manifest: Manifest, name: str, tokens: np.ndarray, index: MegatronIndex) -> None:
+    """Every document of a shard must end with the separator that the manifest names."""
+    ends = np.asarray(index.pointers) // index.dtype.itemsize + index.sizes - 1
+    wrong = (index.sizes < 1) | (tokens[ends] != manifest.separator_id)
+    if wrong.any():
+        raise _wrong_border(path, manifest, name, int(np.argmax(wrong)))
+
+
+def _wrong_border(path: Path, manifest: Manifest, name: str, document: int) -> DataError:
+    return DataError(
+        f"{path}/manifest.json does not describe {name}.bin: its document {document} does not end with separator_id "
+        f"{manifest.separator_id}\n{DAMAGED_FIX}"
+    )
 
 
 def _check_size(path: Path, expected: int) -> None:
     found = path.stat().st_size if path.is_file() else None
     if found is None:
-        raise DataError(f"{path} is missing\n  fix: copy the store again, or prepare the corpus again")
+        raise DataError(f"{path} is missing\n{DAMAGED_FIX}")
     if found != expected:
         raise DataError(
             f"{path} is {'truncated' if found < expected else 'damaged'}: {found} bytes, the manifest says {expected}\n"
-            "  fix: copy the store again, or prepare the corpus again"
+            f"{DAMAGED_FIX}"
         )
 
 
