@@ -17,6 +17,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", required=True, metavar="DIR", help="will hold train/ and validation/")
     parser.add_argument("--validation-share", type=float, default=0.0, help="share of documents held out, in [0, 1)")
     parser.add_argument("--separator", metavar="TOKEN", help="after each document (<|endoftext|>, else eos_token)")
+    parser.add_argument("--bos", choices=["auto", "never"], default="auto", help="before each document what the "
+                        "tokenizer puts before a text, or nothing (default: %(default)s)")  # fmt: skip
     parser.add_argument("--field", default="text", help="of JSON lines (default: %(default)s)")
     parser.add_argument("--errors", choices=["strict", "replace"], default="strict", help="on invalid UTF-8")
     parser.add_argument("--split-on", metavar="LINE", help="between documents of a text file ('': blank lines)")
@@ -35,9 +37,9 @@ def main(argv: list[str]) -> int:
 
     setup_logging()
     if a.from_megatron:
-        made = import_megatron(a.inputs, a.tokenizer, a.output, a.separator)
+        made = import_megatron(a.inputs, a.tokenizer, a.output, a.separator, a.bos)
     else:
-        settings = PrepareSettings(a.field, a.errors, a.validation_share, a.separator, a.workers, a.split_on)
+        settings = PrepareSettings(a.field, a.errors, a.validation_share, a.separator, a.workers, a.split_on, a.bos)
         made = prepare_corpus(a.inputs, a.tokenizer, a.output, settings)
     for name, manifest in made.items():
         print(f"{a.output}/{name}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")

@@ -36,7 +36,10 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What manifest.json says. text_bytes: UTF-8 bytes of the text, separators not counted."""
+    """What manifest.json says. text_bytes: UTF-8 bytes of the text, prefixes and separators not counted.
+
+    document_prefix: tokens every document begins with, () in manifests of before it was recorded.
+    """
 
     dtype: str
     num_documents: int
@@ -50,6 +53,7 @@ class Manifest:
     shards: tuple[Shard, ...] = field(default=())
     format: str = FORMAT
     version: int = VERSION
+    document_prefix: tuple[int, ...] = ()
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -95,7 +99,8 @@ def _parse(file: Path) -> Manifest:
                 f"{FORMAT!r} version {VERSION}\n  fix: prepare the corpus again, or use the kdtrain that wrote it"
             )
         shards = tuple(Shard(**shard) for shard in found.pop("shards"))
-        return Manifest(**found, shards=shards)
+        prefix = tuple(found.pop("document_prefix", ()))
+        return Manifest(**found, shards=shards, document_prefix=prefix)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} is damaged: {error}\n{DAMAGED_FIX}") from error
 
@@ -109,6 +114,8 @@ def _problems(m: Manifest) -> Iterator[str]:
     ):  # fmt: skip
         yield from _count(name, getattr(m, name), low, high)
     yield from _count("separator_id", m.separator_id, 0, m.vocab_size)
+    for place, token in enumerate(m.document_prefix):
+        yield from _count(f"document_prefix[{place}]", token, 0, m.vocab_size)
     if not isinstance(m.source, str):
         yield f"source is {m.source!r}, must be a text"
     yield from _checksum("tokenizer_fingerprint", m.tokenizer_fingerprint)

@@ -22,13 +22,14 @@ from kdtrain.data.manifest import Manifest
 from kdtrain.data.megatron_index import DTYPES, read_index
 from kdtrain.data.text import find_files, read_documents
 from kdtrain.data.token_store import TokenStoreWriter
-from kdtrain.data.tokenizer import load_tokenizer, separator_id
+from kdtrain.data.tokenizer import document_prefix, load_tokenizer, separator_id
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.log import LOGGER
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 1 << 20
 """A worker's portion ends at the first of these; it bounds memory and never changes the result."""
 REPORT_EVERY_S = 10.0
+BOS = ("auto", "never")
 Report = Callable[[int], None]
 
 
@@ -39,7 +40,8 @@ class PrepareSettings:
     field: of JSON lines. errors: "strict", or "replace" for invalid UTF-8. validation_share: of documents, chosen by a
     hash of their text. separator: token after each document, None as `kdtrain.data.tokenizer.separator_id` chooses.
     workers: processes; None: one per core this process may use. split_on: line between documents of a text file
-    (`kdtrain.data.text.read_documents`), None: a text file is one document.
+    (`kdtrain.data.text.read_documents`), None: a text file is one document. bos: "auto" puts before each document what
+    the tokenizer's post-processor puts there, "never" nothing.
     """
 
     field: str = "text"
@@ -48,6 +50,7 @@ class PrepareSettings:
     separator: str | None = None
     workers: int | None = None
     split_on: str | None = None
+    bos: str = "auto"
 
 
 def is_validation(text: str, share: float) -> bool:
@@ -68,13 +71,15 @@ def prepare_corpus(
     """
     if not 0 <= settings.validation_share < 1:
         raise ConfigError(f"validation_share = {settings.validation_share} is not in [0, 1)\n  fix: for example 0.01")
-    separator = separator_id(tokenizer_dir, settings.separator)
+    separator, prefix = separator_id(tokenizer_dir, settings.separator), _prefix(tokenizer_dir, settings.bos)
     files = find_files(inputs)
     source = f"{len(files)} files: " + ", ".join(p.name for p in files[:8]) + (", ..." if len(files) > 8 else "")
     names = ["train", "validation"] if settings.validation_share > 0 else ["train"]
     with ExitStack() as stack:
         writers = {
-            name: stack.enter_context(TokenStoreWriter(Path(output) / name, tokenizer_dir, separator, source=source))
+            name: stack.enter_context(
+                TokenStoreWriter(Path(output) / name, tokenizer_dir, separator, source=source, document_prefix=prefix)
+            )
             for name in names
         }
         report = stack.enter_context(progress())
@@ -82,7 +87,7 @@ def prepare_corpus(
         with_separator = 0
         for text, ids in tokenised(texts, Path(tokenizer_dir), settings.workers or len(os.sched_getaffinity(0))):
             held_out = len(names) > 1 and is_validation(text, settings.validation_share)
-            writers["validation" if held_out else "train"].add(ids, len(text.encode()))
+            writers["validation" if held_out else "train"].add(_bare(ids, prefix), len(text.encode()))
             with_separator += bool((ids == separator).any())
             report(len(ids) + 1)
         for writer in writers.values():  # all of them can still fail here, so none appears yet
@@ -98,23 +103,47 @@ def prepare_corpus(
 
 
 def import_megatron(
-    prefixes: Sequence[str | Path], tokenizer_dir: str | Path, output: str | Path, separator: str | None = None
+    prefixes: Sequence[str | Path],
+    tokenizer_dir: str | Path,
+    output: str | Path,
+    separator: str | None = None,
+    bos: str = "auto",
 ) -> dict[str, Manifest]:
     """Write <output>/train from Megatron pairs PREFIX.bin and PREFIX.idx, which carry no word of their tokenizer.
 
-    Documents follow the pairs' document index; each ends with one separator, whether or not it did before. The size of
-    the text is measured on the decoded tokens. Raises DataError for damaged files or ids outside the vocabulary.
+    Documents follow the pairs' document index; each begins with one prefix (bos: as in PrepareSettings) and ends with
+    one separator, whether or not it did before. The size of the text is measured on the decoded tokens. Raises
+    DataError for damaged files or ids outside the vocabulary.
     """
     tokenizer = load_tokenizer(tokenizer_dir)
-    end = separator_id(tokenizer_dir, separator)
+    end, begin = separator_id(tokenizer_dir, separator), _prefix(tokenizer_dir, bos)
     source = "Megatron " + ", ".join(Path(prefix).name for prefix in prefixes)
-    with TokenStoreWriter(Path(output) / "train", tokenizer_dir, end, source=source) as writer, progress() as report:
+    writing = TokenStoreWriter(Path(output) / "train", tokenizer_dir, end, source=source, document_prefix=begin)
+    with writing as writer, progress() as report:
         for prefix in prefixes:
             for ids in megatron_documents(Path(prefix)):
-                ids = ids[:-1] if len(ids) and ids[-1] == end else ids
+                ids = _bare(ids[:-1] if len(ids) and ids[-1] == end else ids, begin)
                 writer.add(ids, _decoded_bytes(tokenizer, ids))
                 report(len(ids) + 1)
         return {"train": writer.commit()}
+
+
+def _prefix(tokenizer_dir: str | Path, bos: str) -> list[int]:
+    if bos not in BOS:
+        raise ConfigError(f"bos = {bos!r} is not known\n  fix: use one of {', '.join(BOS)}")
+    found = document_prefix(tokenizer_dir) if bos == "auto" else []
+    if found:
+        names = [load_tokenizer(tokenizer_dir).id_to_token(token) for token in found]
+        LOGGER.info(
+            "prepare  each document begins with %s (tokens %s), as the tokenizer's post-processor has it; "
+            "--bos never leaves that out", " ".join(map(str, names)), found,
+        )  # fmt: skip
+    return found
+
+
+def _bare(ids: np.ndarray, prefix: list[int]) -> np.ndarray:
+    """Without a prefix that the text or the pair brought along, so that no document begins with two."""
+    return ids[len(prefix) :] if prefix and ids[: len(prefix)].tolist() == prefix else ids
 
 
 def _decoded_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -74,9 +74,16 @@ class TokenStore:
         return cls(path, manifest)
 
     @staticmethod
-    def create(folder: str | Path, tokenizer_dir: str | Path, separator_id: int, *, source: str) -> TokenStoreWriter:
+    def create(
+        folder: str | Path,
+        tokenizer_dir: str | Path,
+        separator_id: int,
+        *,
+        source: str,
+        document_prefix: Sequence[int] = (),
+    ) -> TokenStoreWriter:
         """A writer for a new store, to be used as a context manager and ended by its `commit`."""
-        return TokenStoreWriter(folder, tokenizer_dir, separator_id, source=source)
+        return TokenStoreWriter(folder, tokenizer_dir, separator_id, source=source, document_prefix=document_prefix)
 
     def __len__(self) -> int:
         """Documents."""
@@ -136,7 +143,7 @@ class TokenStore:
         for number, shard in enumerate(self.manifest.shards):
             tokens, index = self._shard(number)
             index.check(self.path / f"{shard.name}.idx")
-            _check_borders(self.path, self.manifest, shard.name, tokens, index)
+            _check_borders(self.path, self.manifest, shard.name, tokens, index, np.arange(shard.num_documents))
         found = fingerprint(self.path / TOKENIZER)
         if found != self.manifest.tokenizer_fingerprint:
             raise DataError(
@@ -154,6 +161,8 @@ class TokenStore:
 class TokenStoreWriter:
     """Writes a store document by document; `commit` makes it appear, anything else leaves nothing behind.
 
+    document_prefix: ids before every document, as separator_id is the one after it.
+
     Use as a context manager. Not thread-safe. Raises ConfigError if `folder` exists or cannot be written, or if the
     tokenizer is missing; DataError when the disk is full.
     """
@@ -165,12 +174,13 @@ class TokenStoreWriter:
         separator_id: int,
         *,
         source: str,
+        document_prefix: Sequence[int] = (),
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.folder = Path(folder)
         self._tokenizer_dir = Path(tokenizer_dir)
         self._vocab_size = vocab_size(tokenizer_dir)
-        self._separator_id = separator_id
+        self._prefix, self._separator_id = tuple(document_prefix), separator_id
         self._source = source
         self._shard_tokens = shard_tokens
         self._dtype = np.dtype(token_dtype(self._vocab_size))
@@ -191,8 +201,10 @@ class TokenStoreWriter:
         self._manifest: Manifest | None = None
 
     def add(self, ids: np.ndarray | list[int], text_bytes: int) -> None:
-        """One document: its ids, without separator, and the size of its text in UTF-8 bytes."""
-        tokens = np.append(np.asarray(ids, dtype=np.int64), self._separator_id)
+        """One document: its ids, without prefix and separator, and the size of its text in UTF-8 bytes."""
+        tokens = np.concatenate(
+            [np.asarray(part, dtype=np.int64) for part in (self._prefix, ids, [self._separator_id])]
+        )
         outside = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
         if len(outside):
             raise DataError(
@@ -252,6 +264,7 @@ class TokenStoreWriter:
                 vocab_size=self._vocab_size, separator_id=self._separator_id,
                 tokenizer_fingerprint=fingerprint(self._tokenizer_dir), source=self._source,
                 fingerprint=shards_fingerprint(self._shards), shards=tuple(self._shards),
+                document_prefix=self._prefix,
             )  # fmt: skip
             _write(self._temporary / "manifest.json", (json.dumps(asdict(manifest), indent=2) + "\n").encode())
             _sync_folder(self._temporary / TOKENIZER)
@@ -305,24 +318,28 @@ def _map_shard(path: Path, manifest: Manifest, number: int) -> tuple[np.ndarray,
             f"{shard.num_documents}, {shard.num_tokens}, in {shard.bin_bytes} bytes\n  fix: prepare the corpus again"
         )
     index.check(path / f"{shard.name}.idx", probes=max(1, INDEX_PROBES // len(manifest.shards)))
-    if tokens[-1] != manifest.separator_id:
-        raise _wrong_border(path, manifest, shard.name, shard.num_documents - 1)
+    _check_borders(path, manifest, shard.name, tokens, index, np.array([0, shard.num_documents - 1]))
     return tokens, index
 
 
-def _check_borders(path: Path, manifest: Manifest, name: str, tokens: np.ndarray, index: MegatronIndex) -> None:
-    """Every document of a shard must end with the separator that the manifest names."""
-    ends = np.asarray(index.pointers) // index.dtype.itemsize + index.sizes - 1
-    wrong = (index.sizes < 1) | (tokens[ends] != manifest.separator_id)
-    if wrong.any():
-        raise _wrong_border(path, manifest, name, int(np.argmax(wrong)))
-
-
-def _wrong_border(path: Path, manifest: Manifest, name: str, document: int) -> DataError:
-    return DataError(
-        f"{path}/manifest.json does not describe {name}.bin: its document {document} does not end with separator_id "
-        f"{manifest.separator_id}\n{DAMAGED_FIX}"
-    )
+def _check_borders(
+    path: Path, manifest: Manifest, name: str, tokens: np.ndarray, index: MegatronIndex, documents: np.ndarray
+) -> None:
+    """These documents of a shard must begin and end with what the manifest says."""
+    sizes, starts = index.sizes[documents], index.pointers[documents] // index.dtype.itemsize
+    unbegun = sizes <= len(manifest.document_prefix)
+    for place, token in enumerate(manifest.document_prefix):
+        unbegun |= tokens[np.minimum(starts + place, len(tokens) - 1)] != token
+    unended = tokens[starts + sizes - 1] != manifest.separator_id
+    for wrong, what in (
+        (unended, f"end with separator_id {manifest.separator_id}"),
+        (unbegun, f"begin with document_prefix {list(manifest.document_prefix)}"),
+    ):
+        if wrong.any():
+            raise DataError(
+                f"{path}/manifest.json does not describe {name}.bin: its document {int(documents[np.argmax(wrong)])} "
+                f"does not {what}\n{DAMAGED_FIX}"
+            )
 
 
 def _check_size(path: Path, expected: int) -> None:

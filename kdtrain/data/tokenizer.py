@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,27 @@ def separator_id(folder: str | Path, name: str | None = None) -> int:
         f"{folder}: no token to separate documents (tried {', '.join(repr(c) for c in candidates if c)})\n"
         "  why: packed documents must end with a token of their own\n  fix: name one with --separator TOKEN"
     )
+
+
+def document_prefix(folder: str | Path) -> list[int]:
+    """Ids that the tokenizer's post-processor puts before a single text, most often its <bos>; [] if none.
+
+    What it would put after a text is left out: documents end with the separator. Raises as `load_tokenizer`, DataError
+    if no text has tokens.
+    """
+    tokenizer, path = load_tokenizer(folder), tokenizer_file(folder)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    for text in sorted(vocabulary, key=lambda name: vocabulary[name]):
+        try:
+            with _LibraryErrors(path):
+                known = len(tokenizer.encode(text, add_special_tokens=False).ids) > 0
+        except DataError:
+            continue  # a vocabulary without an unknown token cannot write all of its own names
+        if known:
+            found = tokenizer.encode(text, add_special_tokens=True)
+            marked = zip(found.ids, found.special_tokens_mask, strict=True)
+            return [int(token) for token, _ in takewhile(lambda pair: pair[1] == 1, marked)]
+    raise DataError(f"{path}: no text has tokens\n  fix: copy it again from the model it belongs to")
 
 
 def _configured_eos(folder: Path) -> str | None:
