@@ -15,7 +15,7 @@ from kdtrain.models.load import ModelSpec, model_rows
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Stores that agree on one tokenizer, and the vocabulary both models must cover.
+    """Stores that agree on one tokenizer and on what borders documents, and the vocabulary both models must cover.
 
     vocab_size: the tokenizer's true size; total_rows: rows of the larger of the two models' heads.
     """
@@ -34,6 +34,8 @@ class Inputs:
 def open_inputs(cfg: RunConfig, specs: Sequence[ModelSpec]) -> Inputs:
     """Open every store and hold them, the teacher's and the student's tokenizers against each other.
 
+    No store may stand twice in data.train, nor in data.validation what is trained on.
+
     Reads headers and tokenizers only; does not communicate. Raises DataError for damaged stores, StoreMismatch naming
     both values when two things do not belong together, ConfigError when a model has too few rows.
     """
@@ -42,6 +44,8 @@ def open_inputs(cfg: RunConfig, specs: Sequence[ModelSpec]) -> Inputs:
     first = train[0]
     for other in (*train[1:], *(() if validation is None else (validation,))):
         _same_tokenizer(first, other)
+        _same_borders(first, other)
+    _all_different(train, validation)
     for role, folder in (("teacher", cfg.teacher.weights), ("student", cfg.student.weights)):
         if folder is not None:
             _model_tokenizer(first, role, Path(folder))
@@ -57,6 +61,40 @@ def _same_tokenizer(first: TokenStore, other: TokenStore) -> None:
         raise StoreMismatch(
             f"{first.path} and {other.path} were made with different tokenizers: {difference}\n"
             "  why: one token id must mean one thing\n  fix: prepare both with the same tokenizer"
+        )
+
+
+def _same_borders(first: TokenStore, other: TokenStore) -> None:
+    a, b = first.manifest, other.manifest
+    for name, mine, theirs, option in (
+        ("separator_id", a.separator_id, b.separator_id, "--separator"),
+        ("document_prefix", list(a.document_prefix), list(b.document_prefix), "--bos"),
+    ):
+        if mine != theirs:
+            raise StoreMismatch(
+                f"{first.path} and {other.path} differ in {name}: {mine} and {theirs}\n"
+                "  why: the models would see documents begin or end in two ways\n"
+                f"  fix: prepare both with the same {option}"
+            )
+
+
+def _all_different(train: Sequence[TokenStore], validation: TokenStore | None) -> None:
+    seen: dict[str, TokenStore] = {}
+    for store in train:
+        earlier = seen.setdefault(store.manifest.fingerprint, store)
+        if earlier is not store:
+            raise StoreMismatch(
+                f"data.train names the same tokens twice: {earlier.path} and {store.path} have the fingerprint "
+                f"{store.manifest.fingerprint[:16]}\n  fix: name it once, and use data.train_weights to draw from it "
+                "more often"
+            )
+    twin = None if validation is None else seen.get(validation.manifest.fingerprint)
+    if validation is not None and twin is not None:
+        raise StoreMismatch(
+            f"data.validation = {validation.path} holds the tokens of {twin.path}, which is in data.train "
+            f"(fingerprint {twin.manifest.fingerprint[:16]})\n"
+            "  why: what was trained on says nothing of held-out text\n"
+            "  fix: hold out a share with launch/prepare_corpus.py --validation-share, and name that store"
         )
 
 

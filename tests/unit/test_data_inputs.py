@@ -1,0 +1,86 @@
+"""The stores of a run against each other: what does not belong together is refused with both paths and a fix."""
+
+import json
+
+import pytest
+
+from kdtrain.config.load import load_run
+from kdtrain.data.token_store import TokenStore, TokenStoreWriter
+from kdtrain.errors import StoreMismatch
+from kdtrain.models.load import ModelSpec
+from kdtrain.models.tiny import tiny_config
+from kdtrain.testing.tiny_data import random_documents, write_tokenizer
+from kdtrain.training.inputs import open_inputs
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Makes stores by name and opens them as a run would."""
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    architecture = tmp_path / "student.json"
+    architecture.write_text(json.dumps(tiny_config("qwen3", vocab_size=257)))
+
+    class World:
+        @staticmethod
+        def store(name, *, seed=0, separator=0, prefix=()):
+            folder = tmp_path / name
+            with TokenStoreWriter(folder, tokenizer, separator, source="x", document_prefix=prefix) as writer:
+                for ids in random_documents(9, seed=seed):
+                    writer.add(ids, len(ids))
+                writer.commit()
+            return folder
+
+        @staticmethod
+        def open(train, validation=None):
+            words = [f"student.architecture={architecture}", f"data.train=[{','.join(map(str, train))}]"]
+            words += [] if validation is None else [f"data.validation={validation}"]
+            config = tmp_path / "run.yaml"
+            config.write_text("run: {name: x}\ntrain: {total_tokens: 1024}\n")
+            return open_inputs(load_run([str(config), *words]).config, [ModelSpec(architecture=str(architecture))])
+
+    return World
+
+
+def refused(world, train, validation=None):
+    with pytest.raises(StoreMismatch) as caught:
+        world.open(train, validation)
+    message = str(caught.value)
+    assert "\n  fix: " in message
+    return message
+
+
+def test_stores_that_belong_together_are_opened(world):
+    train, validation = [world.store("a", seed=1), world.store("b", seed=2)], world.store("v", seed=3)
+    inputs = world.open(train, validation)
+    assert [s.path for s in inputs.train] == train
+    assert inputs.validation.path == validation
+    assert (inputs.vocab_size, inputs.total_rows) == (257, 257)
+    assert inputs.tokenizer_dir == train[0] / "tokenizer"
+
+
+@pytest.mark.parametrize("twin", ["b", "copy_of_b"])
+def test_validating_on_what_is_trained_on_is_refused_with_both_paths(world, twin):
+    train = [world.store("a", seed=1), world.store("b", seed=2)]
+    validation = train[1] if twin == "b" else world.store("copy_of_b", seed=2)
+    message = refused(world, train, validation)
+    assert f"data.validation = {validation} holds the tokens of {train[1]}" in message
+    assert "--validation-share" in message
+
+
+def test_training_twice_on_the_same_tokens_is_refused_for_weights(world):
+    a, b, copy = world.store("a", seed=1), world.store("b", seed=2), world.store("copy", seed=1)
+    for second in (a, copy):
+        message = refused(world, [a, b, second])
+        assert f"{a} and {second} have the fingerprint {TokenStore.open(a).manifest.fingerprint[:16]}" in message
+        assert "use data.train_weights" in message
+
+
+@pytest.mark.parametrize(
+    ("other", "name", "values"),
+    [({"separator": 5}, "separator_id", "0 and 5"), ({"prefix": [7]}, "document_prefix", "[] and [7]")],
+)
+def test_stores_whose_documents_begin_or_end_otherwise_are_refused(world, other, name, values):
+    a, b, c = world.store("a", seed=1), world.store("b", seed=2), world.store("c", seed=3, **other)
+    for train, validation in (([a, c], None), ([a, b], c)):
+        message = refused(world, train, validation)
+        assert f"{a} and {c} differ in {name}: {values}" in message
