@@ -99,6 +99,7 @@ def _counts(weights: np.ndarray, num_stores: int) -> np.ndarray:
         raise DataError(
             f"weights {weights.tolist()} do not fit {num_stores} stores\n  fix: give each store one positive weight"
         )
+    weights = np.ldexp(weights, -np.frexp(weights.max())[1])  # by a power of two, exact, so that no sum overflows
     exact = weights / weights.sum() * BLOCK
     counts: np.ndarray = np.floor(exact).astype(np.int64)
     by_remainder = np.argsort(-(exact - counts), kind="stable")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from kdtrain.data import order
 from kdtrain.data.loader import StepLoader
 from kdtrain.data.order import BLOCK, STORE_SHIFT, BlendOrder, permute, schedule
 from kdtrain.errors import DataError, StoreMismatch
@@ -74,16 +75,16 @@ def test_every_beginning_of_a_schedule_holds_its_shares(counts):
 
 
 def test_an_epoch_visits_every_sequence_once_and_the_next_one_in_another_order():
-    order = BlendOrder([37], None, seed=3)
-    first, second = ([order[37 * e + i] for i in range(37)] for e in (0, 1))
+    blend = BlendOrder([37], None, seed=3)
+    first, second = ([blend[37 * e + i] for i in range(37)] for e in (0, 1))
     assert sorted(first) == sorted(second) == [(0, k) for k in range(37)]
     assert first != second
     assert first != [BlendOrder([37], None, seed=4)[i] for i in range(37)]
 
 
 def test_stores_of_a_blend_run_through_their_own_epochs():
-    order = BlendOrder([11, 5], [3.0, 1.0], seed=3)
-    drawn = [order[i] for i in range(4 * 40)]
+    blend = BlendOrder([11, 5], [3.0, 1.0], seed=3)
+    drawn = [blend[i] for i in range(4 * 40)]
     for store, size in enumerate((11, 5)):
         mine = [k for s, k in drawn if s == store]
         for epoch in range(len(mine) // size):
@@ -93,25 +94,64 @@ def test_stores_of_a_blend_run_through_their_own_epochs():
 
 def test_shares_and_epochs_hold_across_the_schedules_repetition():
     sizes, weights = [10**6, 10**5], [2.0, 1.0]
-    order = BlendOrder(sizes, weights, seed=3)
-    around = [order[i] for i in range(BLOCK - 300, BLOCK + 300)]
+    blend = BlendOrder(sizes, weights, seed=3)
+    around = [blend[i] for i in range(BLOCK - 300, BLOCK + 300)]
     assert len(set(around)) == 600
     assert abs(sum(s == 0 for s, _ in around) - 400) <= 4
 
 
+@pytest.mark.parametrize("sizes", [(1000, 77), (60_000, 40_000)])
+def test_over_three_schedules_every_store_runs_through_whole_epochs(sizes, monkeypatch):
+    # 3 BLOCK permutations one by one would take 20 s; they are bijections (above), so the index asked for tells all
+    asked = []
+    monkeypatch.setattr(
+        order, "permute", lambda index, size, seed, store, epoch: asked.append((store, size, epoch, index)) or [index]
+    )
+    blend = BlendOrder(sizes, [3.0, 1.0], seed=3)
+    drawn = [blend[i] for i in range(3 * BLOCK)]
+    assert drawn == [(store, index) for store, _, _, index in asked]
+    for store, size in enumerate(sizes):
+        mine = [(epoch, index) for s, n, epoch, index in asked if s == store and n == size]
+        assert mine == [divmod(place, size) for place in range(len(mine))]
+        assert len(mine) == 3 * BLOCK * (3, 1)[store] // 4
+
+
+def test_over_three_short_schedules_no_sequence_is_skipped_or_repeated(monkeypatch):
+    monkeypatch.setattr(order, "BLOCK", 64)
+    sizes = (37, 11)
+    blend = BlendOrder(sizes, [2.0, 1.0], seed=3)
+    drawn = [blend[i] for i in range(3 * 64)]
+    for store, size in enumerate(sizes):
+        mine = [k for s, k in drawn if s == store]
+        assert len(mine) > 3 * size
+        for start in range(0, len(mine), size):
+            epoch = mine[start : start + size]
+            assert len(set(epoch)) == len(epoch)
+            assert len(epoch) < size or sorted(epoch) == list(range(size))
+
+
+def test_weights_near_the_largest_number_are_shares_like_any_other():
+    small, large = (BlendOrder([50, 7], weights, seed=5) for weights in ([3.0, 1.0], [1.5e308, 0.5e308]))
+    assert [large[i] for i in range(300)] == [small[i] for i in range(300)]
+    even = BlendOrder([50, 7], [1e308, 1e308], seed=5)
+    assert sum(even[i][0] for i in range(400)) == 200
+    with pytest.raises(DataError, match=r"(?s)data.train\[1\] has a share of 0\.00e\+00.*would never be drawn"):
+        BlendOrder([50, 7], [1e308, 1e-308], seed=5)
+
+
 def test_without_weights_the_share_of_a_store_is_its_size():
-    order = BlendOrder([300, 100], None, seed=1)
-    drawn = [order[i] for i in range(400)]
+    blend = BlendOrder([300, 100], None, seed=1)
+    drawn = [blend[i] for i in range(400)]
     assert abs(sum(s == 0 for s, _ in drawn) - 300) <= 2
 
 
 def test_far_positions_cost_what_near_ones_cost_and_stay_in_range():
-    order = BlendOrder([10**9, 3], [1.0, 1e-3], seed=1)
+    blend = BlendOrder([10**9, 3], [1.0, 1e-3], seed=1)
     for position in (10**12, 2**45 + 1):
-        store, sequence = order[position]
+        store, sequence = blend[position]
         assert 0 <= sequence < (10**9, 3)[store]
     with pytest.raises(IndexError):
-        order[-1]
+        blend[-1]
 
 
 @pytest.mark.parametrize(
