@@ -78,6 +78,12 @@ def read_index(path: Path) -> MegatronIndex:
         raise DataError(
             f"{path}: version {version}, dtype code {code} are not supported (need 1 and one of {list(DTYPES)})"
         )
+    if num_sequences and size == expected + num_sequences:
+        raise DataError(
+            f"{path} is a multimodal Megatron index: {num_sequences} sequence modes of one byte each follow what its "
+            "header describes\n  why: sequences that are not text are not supported\n"
+            "  fix: build a pair of the text alone, without modes"
+        )
     if size != expected:
         raise DataError(
             f"{path} is {'truncated' if size < expected else 'damaged'}: {size} bytes, its header says {expected}\n"

@@ -148,7 +148,7 @@ def _bare(ids: np.ndarray, prefix: list[int]) -> np.ndarray:
 
 def _decoded_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
     """UTF-8 bytes of the text; ids that no tokenizer can have are left to the writer to refuse."""
-    if len(ids) and ids.min() < 0:
+    if len(ids) and (ids.min() < 0 or ids.max() >= 1 << 31):
         return 0
     return len(tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode())
 

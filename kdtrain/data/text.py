@@ -113,7 +113,7 @@ def _json_lines(path: Path, file: IO[bytes], field: str, errors: str) -> Iterato
             continue
         try:
             record = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # numbers of over 4300 digits are a plain ValueError
             raise DataError(
                 f"{path}:{number}: not valid JSON: {error}\n  fix: write one JSON object per line"
             ) from error

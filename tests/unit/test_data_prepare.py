@@ -6,10 +6,12 @@ import json
 import lzma
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kdtrain.config.cli import run_script
 from kdtrain.data import prepare
+from kdtrain.data.megatron_index import index_bytes
 from kdtrain.data.prepare import PrepareSettings, import_megatron, is_validation, prepare_corpus
 from kdtrain.data.text import find_files, read_documents
 from kdtrain.data.token_store import TokenStore
@@ -99,6 +101,8 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
         ),
         ("a.jsonl", b'["text"]\n', "a.jsonl:1: no text under 'text' (found list)"),
         ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: no text under 'text'"),
+        ("a.jsonl", b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n", "a.jsonl:1: not valid JSON: Exceeds the limit"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "a.jsonl:1: not valid JSON"),
         ("a.jsonl", b'{"text": "half \\ud83d"}\n', "a.jsonl:1: character 5 is half a surrogate pair"),
         ("a.jsonl.xz", lzma.compress(json_lines("ok"))[:-9], "a.jsonl.xz: cannot be read"),
         ("a.jsonl.xz", b"not an archive", "a.jsonl.xz: cannot be read"),
@@ -118,6 +122,15 @@ def test_bad_input_ends_with_code_3_the_place_and_a_fix_and_leaves_nothing(
     assert where in said
     assert "fix:" in said
     assert list(out.iterdir()) == []
+
+
+def test_only_the_mark_at_the_beginning_of_a_file_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeff\ufeffone\n\ufefftwo\n%%\n\ufeffthree", encoding="utf-8")
+    assert list(read_documents([tmp_path / "a.txt"])) == ["\ufeffone\n\ufefftwo\n%%\n\ufeffthree"]
+    assert list(read_documents([tmp_path / "a.txt"], split_on="%%")) == ["\ufeffone\n\ufefftwo\n", "\ufeffthree"]
+    (tmp_path / "b.jsonl").write_bytes(json_lines("x") + b"\xef\xbb\xbf" + json_lines("y"))
+    with pytest.raises(DataError, match=r"b\.jsonl:2: not valid JSON"):
+        list(read_documents([tmp_path / "b.jsonl"]))
 
 
 def test_replacing_invalid_characters_is_a_choice(tmp_path, tokenizer):
@@ -228,6 +241,29 @@ def test_sequences_of_a_megatron_document_are_joined_and_empty_ones_dropped(tmp_
     (tmp_path / "foreign.idx").write_bytes(index[:-8] + struct.pack("<q", 3))
     with pytest.raises(DataError, match="does not divide its 4 sequences"):
         import_megatron([tmp_path / "foreign"], tokenizer, tmp_path / "again")
+
+
+@pytest.mark.parametrize("bad", [300, 1 << 31, 1 << 32, (1 << 63) - 1, -1, -(1 << 40)])
+def test_ids_of_a_foreign_pair_that_no_vocabulary_has_are_named(tmp_path, tokenizer, bad):
+    ids = np.array([5, 6, 0, 7, bad], dtype=np.int64)
+    ids.tofile(tmp_path / "foreign.bin")
+    (tmp_path / "foreign.idx").write_bytes(index_bytes(np.array([3, 2]), ids.dtype))
+    with pytest.raises(DataError, match=rf"document 1: token {bad} is not in \[0, 257\)"):
+        import_megatron([tmp_path / "foreign"], tokenizer, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_multimodal_pair_is_called_what_it_is(tmp_path, tokenizer):
+    np.array([5, 6, 0, 7, 0], dtype=np.uint16).tofile(tmp_path / "foreign.bin")
+    index = index_bytes(np.array([3, 2]), np.dtype(np.uint16))
+    (tmp_path / "foreign.idx").write_bytes(index + bytes([0, 1]))
+    with pytest.raises(DataError, match="multimodal Megatron index: 2 sequence modes") as caught:
+        import_megatron([tmp_path / "foreign"], tokenizer, tmp_path / "out")
+    assert "not supported" in str(caught.value)
+    for extra in (1, 3):
+        (tmp_path / "foreign.idx").write_bytes(index + bytes(extra))
+        with pytest.raises(DataError, match=r"foreign\.idx is damaged"):
+            import_megatron([tmp_path / "foreign"], tokenizer, tmp_path / "out")
 
 
 def test_the_demo_text_is_whole_and_listed_with_its_checksums():

@@ -133,6 +133,21 @@ def test_an_index_whose_sequences_overlap_is_refused(store):
         TokenStore.open(store.path)
 
 
+def test_a_sequence_of_negative_size_is_refused_even_if_pointers_agree_with_it(tmp_path):
+    path = tmp_path / "x.idx"
+    data, index = by_hand([[1, 2, 3], [4], [5, 6]], 8, "H")
+    # sizes 3, -1, 4 at bytes 0, 6, 4: each begins where the one before ends
+    sizes, pointers = struct.pack("<3i", 3, -1, 4), struct.pack("<3q", 0, 6, 4)
+    path.write_bytes(index[:34] + sizes + pointers + index[34 + len(sizes) + len(pointers) :])
+    assert read_index(path).num_tokens == len(data) // 2
+    with pytest.raises(DataError, match="sequence 1 of 3 does not end where the next begins"):
+        read_index(path).check(path)
+    sizes, pointers = struct.pack("<3i", 3, 4, -1), struct.pack("<3q", 0, 6, 14)
+    path.write_bytes(index[:34] + sizes + pointers + index[34 + len(sizes) + len(pointers) :])
+    with pytest.raises(DataError, match="sequence 2 of 3 does not end where the next begins"):
+        read_index(path).check(path)
+
+
 def test_an_index_of_something_else_is_refused(tmp_path):
     path = tmp_path / "x.idx"
     path.write_bytes(b"PK\x03\x04" + bytes(60))
@@ -209,6 +224,26 @@ def test_a_store_appears_only_when_committed(tmp_path, tokenizer, monkeypatch):
                 write_store(tmp_path / "full", DOCUMENTS, tokenizer)
         assert list(tmp_path.iterdir()) == []
     assert len(write_store(tmp_path / "full", DOCUMENTS, tokenizer)) == 3
+
+
+def test_tokens_are_on_disk_before_the_manifest_that_vouches_for_them(tmp_path, tokenizer, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def noting(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        there = os.path.exists(os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "manifest.json"))
+        synced.append((os.path.basename(path), os.path.getsize(path), there))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    store = write_store(tmp_path / "store", DOCUMENTS, tokenizer, shard_tokens=5)
+    for shard in store.manifest.shards:
+        for suffix, size in ((".bin", shard.bin_bytes), (".idx", shard.idx_bytes)):
+            assert (shard.name + suffix, size, False) in synced  # whole, and before there is a manifest
+    assert len(store.manifest.shards) == 2
+    names = [name for name, _, _ in synced]
+    assert names.index("tokenizer.json") < names.index("manifest.json")
+    assert names[-1] == tmp_path.name  # the folder that holds the new name
 
 
 KILLED = """
