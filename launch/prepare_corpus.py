@@ -1,6 +1,7 @@
 """Turn text into token stores.   python launch/prepare_corpus.py --tokenizer DIR --output DIR INPUT [INPUT ...]
 
-INPUT: text files (one document each), .jsonl files (one document per line), either also .xz or .gz, patterns, folders;
+INPUT: text files (one document each), .jsonl and .ndjson files (one document per line), either also .xz or .gz,
+patterns, folders;
 with --from-megatron prefixes of Megatron .bin/.idx pairs. The result does not depend on the number of workers.
 """
 

@@ -6,38 +6,54 @@ import glob
 import gzip
 import json
 import lzma
+import os
 import zlib
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from kdtrain.errors import ConfigError, DataError
+from kdtrain.log import LOGGER
 
-JSON_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".json"), (".txt", ".md", ".rst")
+JSON_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".txt", ".md", ".rst")
 COMPRESSED = (".xz", ".gz")
+FOREIGN = (
+    ".zst", ".zstd", ".bz2", ".lz4", ".lzma", ".br", ".z", ".snappy", ".zip", ".7z", ".rar", ".tar", ".tgz", ".txz",
+    ".parquet", ".arrow", ".feather", ".orc", ".avro", ".pdf", ".docx", ".bin", ".idx", ".npy", ".npz",
+)  # fmt: skip
+"""Suffixes of what is certainly neither text nor JSON lines as it stands."""
+
+
+def _outer_suffix(path: Path) -> str:
+    return path.suffix.lower()
 
 
 def _inner_suffix(path: Path) -> str:
-    """The suffix that says what the file holds once it is decompressed."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    """The suffix that says what the file holds once it is decompressed, in lower case."""
+    return Path(path.stem).suffix.lower() if _outer_suffix(path) in COMPRESSED else _outer_suffix(path)
 
 
 def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     """Files named by paths, patterns (**, *, ?, []) and folders (searched recursively), in a fixed order, each once.
 
-    A file named by itself may have any suffix, in a folder only those known to hold text count. Raises ConfigError
-    for what does not exist or holds no file.
+    A file named by itself or a pattern may have any suffix but those of FOREIGN formats; in a folder only those known
+    to hold text count, and what is left out is logged. Links to folders are followed. Raises ConfigError for what
+    does not exist, cannot be searched, holds no file or cannot be read as text.
     """
     found: dict[Path, Path] = {}
     for entry in inputs:
-        path = Path(entry)
-        if path.is_dir():
-            files = [p for p in path.rglob("*") if p.is_file() and _inner_suffix(p) in JSON_SUFFIXES + TEXT_SUFFIXES]
-        else:
-            files = [path] if path.is_file() else [Path(p) for p in glob.glob(str(entry), recursive=True)]
-        files = [p for p in files if p.is_file()]
+        path, files = Path(entry), []
+        names_all_below = not path.exists() and str(entry).endswith(("**", "**/*"))
+        matches = [path] if path.exists() else [Path(p) for p in glob.glob(str(entry), recursive=True)]
+        for match in matches:
+            if match.is_dir():
+                files += [] if names_all_below else _in_folder(match)
+            elif match.is_file():
+                _refuse_foreign(match)
+                files.append(match)
         if not files:
-            why = "holds no text file" if path.is_dir() else "does not exist"
+            why = "holds no text file" if any(m.is_dir() for m in matches) else "does not exist"
             raise ConfigError(
                 f"{entry} {why}\n  fix: name text files, .jsonl files (either also .xz, .gz), patterns or folders "
                 f"(in which {', '.join(TEXT_SUFFIXES + JSON_SUFFIXES)} are looked for)"
@@ -45,6 +61,79 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
         for file in sorted(files):
             found.setdefault(file.resolve(), file)
     return list(found.values())
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """Its files of text, and those of folders in it; says how many of which other suffixes there are."""
+    kept: list[Path] = []
+    ignored: Counter[str] = Counter()
+    for file in _walk(folder):
+        if not file.is_file():
+            ignored["broken links and the like"] += 1
+        elif _inner_suffix(file) in JSON_SUFFIXES + TEXT_SUFFIXES:
+            kept.append(file)
+        else:
+            ignored[_shown_suffix(file)] += 1
+    if ignored:
+        LOGGER.warning(
+            "prepare  %s: %s files are ignored (%s); read are %s, also with %s", folder, f"{ignored.total():,}",
+            ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common()),
+            " ".join(TEXT_SUFFIXES + JSON_SUFFIXES), " ".join(COMPRESSED),
+        )  # fmt: skip
+    return kept
+
+
+def _shown_suffix(file: Path) -> str:
+    inner = _inner_suffix(file)
+    both = inner + _outer_suffix(file) if _outer_suffix(file) in COMPRESSED else inner
+    return both or "without a suffix"
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Everything in a folder that is no folder. Each folder is entered once, by its own name rather than by a link."""
+
+    def fail(error: OSError) -> None:
+        raise ConfigError(
+            f"{error.filename}: cannot be searched: {error.strerror}\n  fix: make it readable, or leave it out"
+        ) from error
+
+    entered: set[Path] = set()
+    waiting = deque([folder])
+    while waiting:
+        top = waiting.popleft()
+        for place, folders, files in os.walk(top, onerror=fail):
+            here = Path(place)
+            if here.resolve() in entered:
+                folders.clear()  # a link led here before, or leads back to where it is
+                continue
+            entered.add(here.resolve())
+            folders.sort()
+            waiting.extend(here / name for name in folders if (here / name).is_symlink())
+            yield from (here / name for name in files)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """A file named by itself must be what its name makes of it; one of unknown name is looked into."""
+    inner = _inner_suffix(path)
+    if inner in FOREIGN:
+        raise ConfigError(
+            f"{path}: files of {inner} are not read\n  why: its bytes would be taken for text\n"
+            f"  fix: turn it into JSON lines or text, compressed with {' or '.join(COMPRESSED)} if need be"
+        )
+    if inner in JSON_SUFFIXES + TEXT_SUFFIXES:
+        return
+    try:
+        with _open(path) as file:
+            record = json.loads(next((line for line in file if line.strip()), b""))
+    except (OSError, lzma.LZMAError, zlib.error, EOFError, ValueError, RecursionError):
+        return  # no JSON; what is wrong with it otherwise is said where the file is read
+    if isinstance(record, dict):
+        stem, end = (path.stem, path.suffix) if _outer_suffix(path) in COMPRESSED else (path.name, "")
+        raise ConfigError(
+            f"{path}: begins with a line of JSON, but its suffix is none of {', '.join(JSON_SUFFIXES)}\n"
+            "  why: it would become one document, with all its JSON\n"
+            f"  fix: rename it to {stem}.jsonl{end}, or to {stem}.txt{end} if it is one text"
+        )
 
 
 def read_documents(
@@ -72,9 +161,9 @@ def read_documents(
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".xz":
+    if _outer_suffix(path) == ".xz":
         return lzma.open(path, "rb")
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if _outer_suffix(path) == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def _decode(path: Path, data: bytes, offset: int, errors: str) -> str:
