@@ -20,8 +20,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--separator", metavar="TOKEN", help="after each document (<|endoftext|>, else eos_token)")
     parser.add_argument("--bos", choices=["auto", "never"], default="auto", help="before each document what the "
                         "tokenizer puts before a text, or nothing (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--field", default="text", help="of JSON lines (default: %(default)s)")
-    parser.add_argument("--errors", choices=["strict", "replace"], default="strict", help="on invalid UTF-8")
+    parser.add_argument("--field", help="of JSON lines (default: text)")
+    parser.add_argument("--errors", choices=["strict", "replace"], help="on invalid UTF-8 (default: strict)")
     parser.add_argument("--split-on", metavar="LINE", help="between documents of a text file ('': blank lines)")
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     parser.add_argument("--from-megatron", action="store_true", help="INPUT are Megatron prefixes; all become train/")
@@ -32,6 +32,10 @@ def main(argv: list[str]) -> int:
         parser.error(f"--workers {a.workers} is not at least 1")
     if a.from_megatron and a.validation_share:
         parser.error("--from-megatron cannot hold out a share: documents are chosen by their text")
+    of_text = {"--field": a.field, "--errors": a.errors, "--split-on": a.split_on, "--workers": a.workers}
+    given = [name for name, value in of_text.items() if value is not None]
+    if a.from_megatron and given:
+        parser.error(f"--from-megatron does not go with {', '.join(given)}: pairs hold tokens, no text to read")
 
     from kdtrain.data.prepare import PrepareSettings, import_megatron, prepare_corpus
     from kdtrain.log import setup_logging
@@ -40,7 +44,10 @@ def main(argv: list[str]) -> int:
     if a.from_megatron:
         made = import_megatron(a.inputs, a.tokenizer, a.output, a.separator, a.bos)
     else:
-        settings = PrepareSettings(a.field, a.errors, a.validation_share, a.separator, a.workers, a.split_on, a.bos)
+        settings = PrepareSettings(
+            "text" if a.field is None else a.field, a.errors or "strict", a.validation_share, a.separator, a.workers,
+            a.split_on, a.bos,
+        )  # fmt: skip
         made = prepare_corpus(a.inputs, a.tokenizer, a.output, settings)
     for name, manifest in made.items():
         print(f"{a.output}/{name}: {manifest.num_documents:,} documents, {manifest.num_tokens:,} tokens")

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
@@ -32,6 +31,7 @@ from kdtrain.data.manifest import (
 )
 from kdtrain.data.megatron_index import MegatronIndex, index_bytes, read_index
 from kdtrain.data.tokenizer import fingerprint, vocab_size
+from kdtrain.data.unfinished import make_unfinished, remove_abandoned
 from kdtrain.errors import ConfigError, DataError
 
 TOKENIZER = "tokenizer"
@@ -161,6 +161,8 @@ class TokenStore:
 class TokenStoreWriter:
     """Writes a store document by document; `commit` makes it appear, anything else leaves nothing behind.
 
+    What a killed process of this machine left beside `folder` is removed first (`kdtrain.data.unfinished`).
+
     document_prefix: ids before every document, as separator_id is the one after it.
 
     Use as a context manager. Not thread-safe. Raises ConfigError if `folder` exists or cannot be written, or if the
@@ -186,9 +188,9 @@ class TokenStoreWriter:
         self._dtype = np.dtype(token_dtype(self._vocab_size))
         if self.folder.exists():
             raise ConfigError(f"{self.folder} exists already\n  fix: name a new folder, or remove this one")
-        self._temporary = self.folder.with_name(f".{self.folder.name}.writing.{uuid.uuid4().hex[:8]}")
+        remove_abandoned(self.folder.parent)
         try:
-            self._temporary.mkdir(parents=True)
+            self._temporary, self._lock = make_unfinished(self.folder)
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written: {error.strerror}\n  fix: choose another folder"
@@ -290,6 +292,7 @@ class TokenStoreWriter:
             with contextlib.suppress(OSError):  # a full disk fails again at the flush; the file goes either way
                 self._file.close()
         shutil.rmtree(self._temporary, ignore_errors=True)
+        os.close(self._lock)
 
 
 @contextlib.contextmanager

@@ -154,6 +154,12 @@ def test_wrong_requests_end_with_code_2(tmp_path, tokenizer, script, capsys):
         with pytest.raises(SystemExit) as caught:
             run_script(script.main, ["--tokenizer", str(tokenizer), *base, *words, "x"])
         assert caught.value.code == EXIT_CONFIG
+    capsys.readouterr()
+    for words in (["--field", "text"], ["--errors", "strict"], ["--split-on", ""], ["--workers", "1"]):
+        with pytest.raises(SystemExit) as caught:
+            run_script(script.main, ["--tokenizer", str(tokenizer), *base[:2], "--from-megatron", *words, "x"])
+        assert caught.value.code == EXIT_CONFIG
+        assert f"--from-megatron does not go with {words[0]}: " in capsys.readouterr().err
     done = ["--tokenizer", str(tokenizer), str(tmp_path / "a.txt")]
     assert run_script(script.main, base + done) == EXIT_DONE
     assert "1 documents, 5 tokens" in capsys.readouterr().out
