@@ -77,6 +77,22 @@ def start_gather(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
     return finish
 
 
+def exchange_ranks(tensor: Tensor, group: Group) -> Tensor:
+    """[ranks, ...] -> [ranks, ...]: row j of this rank's tensor goes to rank j, row i of the answer came from rank i.
+
+    Communicates: one all-to-all. Not differentiable. Raises ValueError unless dim 0 is the number of ranks.
+    """
+    size = group_size(group)
+    if tensor.shape[0] != size:
+        raise ValueError(f"exchange_ranks needs one row per rank, got shape {tuple(tensor.shape)} for {size} ranks")
+    if size == 1:
+        return tensor
+    tensor = tensor.contiguous()
+    out = torch.empty_like(tensor)
+    dist.all_to_all_single(out, tensor, group=group)
+    return out
+
+
 class _CopyToTp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:

@@ -62,3 +62,4 @@ class SparseTarget:
     log_tail: Tensor | None
     label_log_prob: Tensor
     entropy: Tensor
+    unbiased: bool = False
