@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kdtrain.dist.collectives import Group, group_rank, group_size
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.losses import reference
-from kdtrain.losses.types import TopK
+from kdtrain.losses.types import SparseTarget, TopK
 from kdtrain.testing.loss_cases import cut_head
 
 
@@ -65,3 +69,24 @@ def assert_same_topk(got: TopK, logits: Tensor, k: int, temperatures: tuple[floa
         log_tail = (values[:, k:] / temperature).logsumexp(1) - lse
         torch.testing.assert_close(got.lse[:, place].double(), lse, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(got.log_tail[:, place].double(), log_tail, rtol=tolerance, atol=tolerance)
+
+
+def dense_weights(target: SparseTarget, vocab_size: int) -> Tensor:
+    """[T, V] float64: each id's weight, 0 elsewhere."""
+    dense = torch.zeros(target.ids.shape[0], vocab_size, dtype=torch.float64)
+    return dense.scatter_add_(1, target.ids.clamp(min=0).long(), target.weights.double())
+
+
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the largest storage that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
+        return out

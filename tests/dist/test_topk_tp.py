@@ -1,10 +1,12 @@
-"""Top-k lists over 1, 2 and 4 tensor-parallel ranks."""
+"""Top-k lists and sparse targets over 1, 2 and 4 tensor-parallel ranks."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from kdtrain.dist.collectives import exchange_ranks
+from kdtrain.teacher.estimators import ESTIMATORS
+from kdtrain.teacher.sampling import sample_targets
 from kdtrain.teacher.topk import TopKShare, linear_topk
 from kdtrain.testing.topk_cases import assert_same_topk, cut, random_teacher, shard_of, slab_bytes_for, whole_logits
 
@@ -116,3 +118,59 @@ def test_exchange_sends_row_j_to_rank_j(rank_pool, world_size):
     for rank, got in enumerate(rank_pool(world_size).run(_exchange)):
         assert got[:, 0].tolist() == [10 * source + rank for source in range(world_size)]
         assert (got[:, 1] - got[:, 0] == 0.5).all()
+
+
+SETTINGS = {"top_k_samples": {"tail_samples": 5}, "top_p_k": {"top_p": 0.6}}
+
+
+def _sample(rank: int, world_size: int, chunk: int, dtype: torch.dtype) -> list[dict[str, torch.Tensor | None]]:
+    """Every estimator in every layout, on all tokens."""
+    group = dist.group.WORLD
+    answers = []
+    for vocab, multiple, k, _, properties in LAYOUTS[:-1]:
+        shard = shard_of(vocab, group, multiple)
+        hidden, head = random_teacher(37, vocab, dtype=dtype, properties=properties)
+        for estimator in ESTIMATORS:
+            got = sample_targets(
+                hidden,
+                cut(head, shard),
+                estimator=estimator,
+                k=k,
+                seed=11,
+                sample_ids=torch.arange(37) // 3,
+                positions=torch.arange(37) % 3,
+                labels=torch.arange(37) * 3 - 6,
+                temperature=2.0,
+                shard=shard,
+                group=group,
+                slab_bytes=slab_bytes_for(chunk, shard, dtype),
+                **SETTINGS.get(estimator, {}),
+            )
+            sums = got.weights.sum(1) + (0 if got.log_tail is None else got.log_tail.exp())
+            assert (sums - 1).abs().max() < (2e-6 if dtype == torch.float32 else 1e-12)
+            names = ("ids", "weights", "log_tail", "label_log_prob", "entropy")
+            answers.append({name: getattr(got, name) for name in names})
+    return answers
+
+
+def test_targets_are_the_same_at_tp_1_2_and_4_and_on_every_rank(rank_pool):
+    whole = rank_pool(1).run(_sample, chunk=37, dtype=torch.float64)[0]
+    for world_size, chunk in ((1, 8), (2, 37), (4, 8)):
+        first, *others = rank_pool(world_size).run(_sample, chunk=chunk, dtype=torch.float64)
+        for answer, expected in zip(first, whole, strict=True):
+            assert torch.equal(answer["ids"], expected["ids"])
+            for name, value in expected.items():
+                if value is None:
+                    assert answer[name] is None
+                else:
+                    torch.testing.assert_close(answer[name], value, rtol=1e-10, atol=1e-12)
+        for other in others:
+            for a, b in zip(first, other, strict=True):
+                assert all(a[n] is b[n] is None or torch.equal(a[n], b[n]) for n in a)
+
+
+def test_float32_targets_over_ranks_sum_to_1_and_differ_from_one_ranks_in_few_draws(rank_pool):
+    whole = rank_pool(1).run(_sample, chunk=37, dtype=torch.float32)[0]
+    for answer, expected in zip(rank_pool(4).run(_sample, chunk=8, dtype=torch.float32)[0], whole, strict=True):
+        assert (answer["ids"] != expected["ids"]).float().mean() < 0.01
+        torch.testing.assert_close(answer["entropy"], expected["entropy"], rtol=1e-5, atol=1e-5)

@@ -8,12 +8,10 @@ import torch
 from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.dispatch import topk_kernels
 from kdtrain_kernels.topk_rows import NO_ID, order_keys, split_keys, topk_merge, topk_select
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.teacher.topk import linear_topk
-from kdtrain.testing.topk_cases import assert_same_topk, random_teacher, slab_bytes_for, whole_logits
+from kdtrain.testing.topk_cases import LargestTensor, assert_same_topk, random_teacher, slab_bytes_for, whole_logits
 
 INF = float("inf")
 
@@ -158,28 +156,13 @@ def test_results_carry_no_gradient_and_leave_inputs_alone():
     assert torch.equal(head.weight, before[1])
 
 
-class Largest(TorchDispatchMode):
-    """Bytes of the largest storage that any operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
-        return out
-
-
 def test_no_tensor_is_larger_than_the_slab_or_the_results_at_any_number_of_tokens():
     vocab, k, tokens = 2000, 8, 4096
     hidden, head = random_teacher(tokens, vocab)
     shard = VocabShard.of(vocab, multiple=1)
     budget = slab_bytes_for(64, shard, torch.float32)
     inputs = max(t.untyped_storage().nbytes() for t in (hidden, head.weight))
-    with Largest() as seen:
+    with LargestTensor() as seen:
         linear_topk(hidden, head, k, shard=shard, slab_bytes=budget)
     assert budget <= seen.bytes <= max(budget, inputs, 8 * k * tokens)
     assert seen.bytes < 4 * tokens * vocab / 16
