@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.counter import MAX_SEED, uniform
-from kdtrain_kernels.dispatch import topk_kernels
 from kdtrain_kernels.matmul import work_dtype
+from kdtrain_kernels.topk_dispatch import topk_kernels
 from kdtrain_kernels.topk_rows import Merged, Selection
 from torch import Tensor
 
@@ -69,7 +69,7 @@ def sample_targets(
     checks.check_temperature(temperature)
     chosen = Estimator.of(estimator, k, tail_samples, top_p)
     _check_tokens(seed, {"sample_ids": sample_ids, "positions": positions, "labels": labels}, hidden_t)
-    kernels = topk_kernels(backend, hidden_t.device)
+    kernels = topk_kernels(backend, hidden_t.device, work_dtype(hidden_t), chosen.list_length)
     temperatures = (float(temperature),) if temperature == 1.0 else (float(temperature), 1.0)
     merger = Merger(chosen.list_length, temperatures, True, shard, group, True, kernels)
     sampler = _Sampler(chosen, merger, _Results.empty(hidden_t, chosen))

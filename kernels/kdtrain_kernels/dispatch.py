@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from kdtrain_kernels import topk_rows, torch_rows
+from kdtrain_kernels import torch_rows
 
 BACKENDS: dict[str, ModuleType] = {"torch": torch_rows}
 """Name -> module with row_stats, pair_stats, merge_stats, merge_pair_stats, pair_round2, pair_value, pair_grad,
@@ -24,18 +24,3 @@ def row_kernels(backend: str, device: torch.device) -> ModuleType:
             f"backend = {backend!r} is not available for {device.type}; choose auto or {', '.join(BACKENDS)}"
         )
     return BACKENDS[name]
-
-
-TOPK_BACKENDS: dict[str, ModuleType] = {"torch": topk_rows}
-"""Name -> module with topk_select, topk_merge, restore, tail_cdf and tail_sample, of the signatures and meaning of
-`topk_rows`."""
-
-
-def topk_kernels(backend: str, device: torch.device) -> ModuleType:
-    """As `row_kernels`, for the kernels that select and draw."""
-    name = "torch" if backend == "auto" else backend
-    if name not in TOPK_BACKENDS:
-        raise ValueError(
-            f"backend = {backend!r} is not available for {device.type}; choose auto or {', '.join(TOPK_BACKENDS)}"
-        )
-    return TOPK_BACKENDS[name]

@@ -175,7 +175,7 @@ def _lanes(block: Tensor, lane: int) -> Iterator[Tensor]:
 
 def _tail_sums(block: Tensor, stats: Tensor, temperatures: tuple[float, ...], entropy: bool, scratch: Scratch) -> None:
     """Fill the sums of `Selection.stats` [b, ...] from a block whose listed entries are -inf."""
-    x = torch.sub(block, _finite(stats[:, 1]).to(block.dtype)[:, None], out=scratch.take(0, len(block)))
+    x = torch.sub(block, finite(stats[:, 1]).to(block.dtype)[:, None], out=scratch.take(0, len(block)))
     if entropy:
         y = torch.div(x, temperatures[0], out=scratch.take(1, len(block))).clamp_(min=FLOOR)
         power = torch.exp(y, out=scratch.take(2, len(block)))
@@ -201,28 +201,36 @@ def topk_merge(
     """
     values, ids = values.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1)
     places = first_k(values, ids, k)
-    top = values.gather(1, places)
-    lost = values.double().scatter(1, places, float("-inf"))
+    lost = values.scatter(1, places, float("-inf"))
+    numbers = merged_numbers(values.gather(1, places), lost, stats, temperatures, entropy=entropy)
+    return Merged(values.gather(1, places), ids.gather(1, places), numbers)
+
+
+def merged_numbers(
+    top: Tensor, lost: Tensor, stats: Tensor, temperatures: tuple[float, ...], *, entropy: bool
+) -> Tensor:
+    """`Merged.numbers` from the first k values [c, k], the other listed values [c, any] (-inf: none) and all stats."""
+    top, lost = top.double(), lost.double()
     peaks = stats[:, :, 1]
     log_sums = stats[:, :, STATS:].log()
-    scales = torch.tensor(temperatures, dtype=torch.float64, device=values.device)
+    scales = torch.tensor(temperatures, dtype=torch.float64, device=top.device)
     outside = torch.cat([lost[:, :, None] / scales, (peaks[:, :, None] / scales + log_sums).transpose(0, 1)], 1)
     tail = outside.logsumexp(1)
-    lse = torch.logaddexp(tail, (top.double()[:, :, None] / scales).logsumexp(1))
-    numbers = values.new_zeros(len(values), NUMBERS, dtype=torch.float64)
+    lse = torch.logaddexp(tail, (top[:, :, None] / scales).logsumexp(1))
+    numbers = top.new_zeros(len(top), NUMBERS)
     numbers[:, 0] = stats[:, :, 0].amax(0)
-    numbers[:, 1] = torch.maximum(peaks.amax(0), lost.amax(1))
+    numbers[:, 1] = torch.cat([peaks, lost.T]).amax(0)
     if entropy:
-        numbers[:, 2] = _entropy(values.double() / temperatures[0], stats, temperatures[0], lse[:, 0])
+        numbers[:, 2] = _entropy(torch.cat([top, lost], 1) / temperatures[0], stats, temperatures[0], lse[:, 0])
     log_tail = (tail - lse).where(tail > float("-inf"), float("-inf"))
-    return Merged(top, ids.gather(1, places), torch.cat([numbers, lse, log_tail], 1))
+    return torch.cat([numbers, lse, log_tail], 1)
 
 
 def _entropy(listed: Tensor, stats: Tensor, temperature: float, lse: Tensor) -> Tensor:
     """-sum p log p [c] from all listed logits over the temperature [c, m] and the sums over all others."""
-    log_p = listed - _finite(lse)[:, None]
+    log_p = listed - finite(lse)[:, None]
     of_list = (log_p.exp() * log_p.clamp(min=FLOOR)).sum(1)
-    offset = _finite(stats[:, :, 1] / temperature) - _finite(lse)
+    offset = finite(stats[:, :, 1] / temperature) - finite(lse)
     of_tail = offset.clamp(max=0.0).exp() * (stats[:, :, 2] + offset * stats[:, :, STATS])
     return -(of_list + of_tail.sum(0)).clamp(max=0.0)
 
@@ -240,7 +248,7 @@ def tail_cdf(slab: Tensor, peak: Tensor, temperature: float, *, scratch: Scratch
     lanes = -(-slab.shape[1] // SAMPLE_LANE)
     cdf = torch.zeros(len(slab), lanes, dtype=torch.float64, device=slab.device)
     for rows in row_blocks(slab, scratch) if lanes else ():
-        shift = _finite(peak[rows]).to(slab.dtype)[:, None]
+        shift = finite(peak[rows]).to(slab.dtype)[:, None]
         power = torch.sub(slab[rows], shift, out=scratch.take(0, len(slab[rows]))).div_(temperature).exp_()
         sums = torch.cat([part.sum(-1) for part in _lanes(power, SAMPLE_LANE)], 1)
         torch.cumsum(sums, 1, dtype=torch.float64, out=cdf[rows])
@@ -257,7 +265,7 @@ def tail_sample(slab: Tensor, cdf: Tensor, targets: Tensor, peak: Tensor, temper
     step = max(1, SELECT_BLOCK // (SAMPLE_LANE * max(1, targets.shape[1])))
     for first in range(0, len(slab), step) if slab.shape[1] else ():
         rows = slice(first, first + step)
-        found[rows] = _look_up(slab[rows], cdf[rows], targets[rows], _finite(peak[rows]), temperature)
+        found[rows] = _look_up(slab[rows], cdf[rows], targets[rows], finite(peak[rows]), temperature)
     return found
 
 
@@ -283,6 +291,6 @@ def _reaching(running: Tensor, targets: Tensor) -> Tensor:
     return torch.minimum(reached, torch.searchsorted(running, running[:, -1:].contiguous()))
 
 
-def _finite(peak: Tensor) -> Tensor:
+def finite(peak: Tensor) -> Tensor:
     """-inf maxima as 0, so that differences stay defined."""
     return peak.masked_fill(torch.isneginf(peak), 0.0)

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kdtrain_kernels import topk_dispatch, topk_rows
 from kdtrain_kernels.blocks import Scratch
-from kdtrain_kernels.dispatch import topk_kernels
+from kdtrain_kernels.topk_dispatch import TRITON_MAX_K, topk_kernels
 from kdtrain_kernels.topk_rows import NO_ID, order_keys, split_keys, topk_merge, topk_select
 
 from kdtrain.dist.vocab import HeadShard, VocabShard
@@ -213,5 +214,15 @@ def test_arguments_that_do_not_fit_are_refused_by_name(change, message):
         linear_topk(**arguments)
 
 
-def test_auto_takes_torch_on_the_cpu():
-    assert topk_kernels("auto", torch.device("cpu")) is topk_kernels("torch", torch.device("cpu"))
+def test_auto_takes_torch_where_triton_has_no_form_and_an_explicit_choice_is_refused(monkeypatch):
+    """As if the dense row kernels of a device were another backend's."""
+    cpu = torch.device("cpu")
+    assert topk_kernels("auto", cpu, torch.float32, 5) is topk_rows
+    monkeypatch.setattr(topk_dispatch, "row_kernels", lambda backend, device: None)
+    assert topk_kernels("auto", cpu, torch.float64, 5) is topk_rows
+    assert topk_kernels("auto", cpu, torch.float32, TRITON_MAX_K + 1) is topk_rows
+    for dtype, k in ((torch.float64, 5), (torch.float32, TRITON_MAX_K + 1)):
+        with pytest.raises(
+            ValueError, match=rf"no top-k kernels for {dtype} logits and k = {k}, need float32 and k <="
+        ):
+            topk_kernels("triton", cpu, dtype, k)
