@@ -101,7 +101,7 @@ def check_label_range(labels: Tensor, weight: Tensor, shard: VocabShard) -> None
 def check_temperature(temperature: float) -> None:
     """A number whose square and inverse square float32 can hold."""
     if isinstance(temperature, bool) or not 1e-9 <= temperature <= 1e9:
-        raise ValueError(f"temperature = {temperature}, need a number > 0 (in [1e-9, 1e9])")
+        raise ValueError(f"temperature = {temperature}, need a finite number > 0 (in [1e-9, 1e9])")
 
 
 def check_slab_bytes(slab_bytes: int, shard: VocabShard, group: Group, work: torch.dtype) -> None:

@@ -64,7 +64,7 @@ def sample_targets(
     on all ranks, after everything is.
     """
     head_t = stream.as_head(head_t)
-    check_teacher_arguments(hidden_t, head_t, shard, slab_bytes)
+    check_teacher_arguments(hidden_t, head_t, shard, group, slab_bytes)
     check_k("k", k, shard)
     checks.check_temperature(temperature)
     chosen = Estimator.of(estimator, k, tail_samples, top_p)

@@ -62,7 +62,7 @@ def linear_topk(
     on all ranks, after everything is.
     """
     head_t = stream.as_head(head_t)
-    check_teacher_arguments(hidden_t, head_t, shard, slab_bytes)
+    check_teacher_arguments(hidden_t, head_t, shard, group, slab_bytes)
     check_k("k", k, shard)
     if not temperatures:
         raise ValueError("temperatures = (), need at least one number > 0")
@@ -95,8 +95,9 @@ def _collect(parts: list[tuple[Tensor, Merged]], merger: Merger, hidden: Tensor)
     return top if merger.gather else TopKShare(top.ids, top.logits, top.lse, top.log_tail, tokens)
 
 
-def check_teacher_arguments(hidden: Tensor, head: HeadShard, shard: VocabShard, slab_bytes: int) -> None:
-    """ValueError unless hidden, head and shard fit and one token's logits fit in slab_bytes."""
+def check_teacher_arguments(hidden: Tensor, head: HeadShard, shard: VocabShard, group: Group, slab_bytes: int) -> None:
+    """ValueError unless hidden, head, shard and group fit and one token's logits fit in slab_bytes."""
+    checks.check_shard(shard, group)
     checks.check_model("_t", hidden, head, shard)
     least = stream.row_stride(shard) * work_dtype(hidden).itemsize
     if slab_bytes < least:

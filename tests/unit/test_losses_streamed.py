@@ -441,7 +441,7 @@ def _call(case: LossCase, **changes):
 
 BAD = {
     "unknown divergence": ({"divergence": "kl"}, r"divergence = 'kl' is unknown; choose one of forward_kl"),
-    "temperature zero": ({"temperature": 0.0}, r"temperature = 0.0, need a number > 0"),
+    "temperature zero": ({"temperature": 0.0}, r"temperature = 0.0, need a finite number > 0"),
     "temperature nan": ({"temperature": float("nan")}, r"temperature = nan, need"),
     "jsd share": ({"divergence": "jsd", "teacher_share": 1.5}, r"teacher_share = 1.5 must be in \[0, 1\]"),
     "skew": ({"divergence": "skew_kl", "skew": 1.0}, r"skew = 1.0 must be in \[0, 1\)"),
@@ -453,8 +453,8 @@ BAD = {
         {"divergence": "alpha_beta", "ab_alpha": 1.0, "ab_beta": 1e-3},
         r"ab_alpha, ab_beta = 1.0, 0.001 must be 0 or at least 0.01 in size",
     ),
-    "temperature flag": ({"temperature": True}, r"temperature = True, need a number > 0"),
-    "temperature huge": ({"temperature": 1e200}, r"temperature = 1e\+200, need a number > 0"),
+    "temperature flag": ({"temperature": True}, r"temperature = True, need a finite number > 0"),
+    "temperature huge": ({"temperature": 1e200}, r"temperature = 1e\+200, need a finite number > 0"),
     "shard of a group": (
         {"shard": VocabShard.of(202, 1, 2, multiple=1)},
         r"shard is slice 1 of 2, but this is rank 0 of a group of 1; give the group",
@@ -471,7 +471,10 @@ BAD = {
         {"head_s": HeadShard(torch.zeros(101, 16), torch.zeros(7))},
         r"head_s.bias has shape \(7,\), need \(101,\)",
     ),
-    "softcap": ({"head_t": HeadShard(torch.zeros(101, 24), softcap=0.0)}, r"head_t.softcap = 0.0, need a number > 0"),
+    "softcap": (
+        {"head_t": HeadShard(torch.zeros(101, 24), softcap=0.0)},
+        r"head_t.softcap = 0.0, need a finite number > 0",
+    ),
     "scale": (
         {"head_t": HeadShard(torch.zeros(101, 24), logit_scale=float("inf"))},
         r"head_t.logit_scale = inf, need a finite",
