@@ -7,6 +7,18 @@ dropped into another trainer.
 from kdtrain.losses import matrix, reference
 from kdtrain.losses.cross_entropy import linear_cross_entropy
 from kdtrain.losses.dense_kl import linear_kd_loss
+from kdtrain.losses.sparse_kl import linear_sparse_kd_loss
+from kdtrain.losses.sparse_targets import merge_duplicates
 from kdtrain.losses.types import LossParts, SparseTarget, TopK
 
-__all__ = ["LossParts", "SparseTarget", "TopK", "linear_cross_entropy", "linear_kd_loss", "matrix", "reference"]
+__all__ = [
+    "LossParts",
+    "SparseTarget",
+    "TopK",
+    "linear_cross_entropy",
+    "linear_kd_loss",
+    "linear_sparse_kd_loss",
+    "matrix",
+    "merge_duplicates",
+    "reference",
+]

@@ -1,7 +1,9 @@
 """Which divergence may be computed from which kind of target, declared in one place.
 
-exact: the value and gradient of the divergence itself. refused: raises, with the reason. A cell that is not exact is
-never entered silently.
+exact: the value and gradient of the divergence itself. unbiased: their expectation is. lower_bound: those of the
+divergence between both distributions with all ids outside the record put together, which is never larger (data
+processing). biased: something else, however useful; needs an explicit opt-in. refused: raises, with the reason. A cell
+that is not exact is never entered silently. docs/design/0007-sparse-loss.md says why each cell is what it is.
 """
 
 from __future__ import annotations
@@ -10,35 +12,66 @@ from dataclasses import dataclass
 
 from kdtrain.losses.reference import DIVERGENCES
 
-TARGETS = ("dense", "sparse", "label_log_prob", "score")
-"""dense: teacher hidden states and head. sparse: some ids with weights. label_log_prob: the teacher's log-probability
-of the data's own token. score: one number per sequence."""
+TARGETS = ("dense", "sampled", "top_k_tail", "top_k", "conditional", "label_log_prob", "score")
+"""dense: teacher hidden states and head. sampled: ids whose weights estimate the teacher's distribution without bias.
+top_k_tail: the probabilities of some ids and the total of all others. top_k: some ids without that total, renormalised
+or not. conditional: ids of any of these records, both models renormalised on them. label_log_prob: the teacher's
+log-probability of the data's own token. score: one number per sequence."""
+
+F_DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
+"""sum of q f(p / q) for a convex f: putting ids together makes none of them larger."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one divergence is worth on one kind of target. kind: exact or refused; reason: why refused, or empty."""
+    """What one divergence is worth on one kind of target. kind: exact, unbiased, lower_bound, biased or refused;
+    reason: why biased or refused, or empty."""
 
     kind: str
     reason: str = ""
 
 
-_NEEDS_MORE = {
-    "sparse": "this version has no loss on sparse targets; use the teacher's hidden states",
+_TOO_LITTLE = {
     "label_log_prob": "one probability per token does not determine a divergence between distributions",
     "score": "one number per sequence does not determine a divergence between distributions",
 }
-
-MATRIX: dict[tuple[str, str], Cell] = {
-    (divergence, target): Cell("refused", _NEEDS_MORE[target]) if target in _NEEDS_MORE else Cell("exact")
-    for divergence in DIVERGENCES
-    for target in TARGETS
+_NO_F_DIVERGENCE = {
+    "alpha_beta": "it is no f-divergence, so that its value on some ids and a tail bounds nothing",
+    "logit_mse": "it compares logits, of which a sparse record has none",
 }
+_INFINITE = "it is infinite wherever the student gives probability to an id outside the record; keep the tail's mass"
+_BIASED = {
+    "sampled": "it is not linear in the weights, so that sampling noise becomes bias",
+    "top_k": "the teacher's probability outside the ids counts as 0, which teaches the student to have none there",
+    "conditional": "the student's probability outside the ids is left free",
+}
+
+
+def _cell(divergence: str, target: str) -> Cell:
+    if target in _TOO_LITTLE:
+        return Cell("refused", _TOO_LITTLE[target])
+    if target == "dense":
+        return Cell("exact")
+    if divergence in _NO_F_DIVERGENCE:
+        return Cell("refused", _NO_F_DIVERGENCE[divergence])
+    if target == "top_k_tail":
+        return Cell("lower_bound")
+    if divergence == "reverse_kl" and target in ("sampled", "top_k"):
+        return Cell("refused", _INFINITE)
+    if (divergence, target) == ("forward_kl", "sampled"):
+        return Cell("unbiased")
+    return Cell("biased", _BIASED[target])
+
+
+MATRIX: dict[tuple[str, str], Cell] = {(d, t): _cell(d, t) for d in DIVERGENCES for t in TARGETS}
 """(divergence, target) -> cell."""
 
 
-def require(divergence: str, target: str) -> Cell:
-    """The cell, if it may be used. Raises ValueError for unknown names and, with the reason, for refused cells."""
+def require(divergence: str, target: str, *, allow_biased: bool = False) -> Cell:
+    """The cell, if it may be used.
+
+    Raises ValueError for unknown names and, with the reason, for refused cells and, unless allowed, biased ones.
+    """
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence = {divergence!r} is unknown; choose one of {', '.join(DIVERGENCES)}")
     if target not in TARGETS:
@@ -46,4 +79,9 @@ def require(divergence: str, target: str) -> Cell:
     cell = MATRIX[divergence, target]
     if cell.kind == "refused":
         raise ValueError(f"divergence = {divergence!r} on target = {target!r} is refused: {cell.reason}")
+    if cell.kind == "biased" and not allow_biased:
+        raise ValueError(
+            f"divergence = {divergence!r} on target = {target!r} is biased: {cell.reason}; "
+            "allow_biased=True accepts that"
+        )
     return cell

@@ -51,10 +51,13 @@ class TopK:
 
 @dataclass(frozen=True, slots=True)
 class SparseTarget:
-    """A sparse teacher distribution per token.
+    """A sparse teacher distribution per token, at the temperature of the loss it is used with.
 
-    ids [T, K] int32 global (-1 marks an empty slot, whose weight is 0); weights [T, K] fp32, with the tail they
-    sum to 1; log_tail [T] fp32 or None; label_log_prob [T] and entropy [T] fp32, nats.
+    ids [T, K] int32 global, no id twice in a row (-1 marks an empty slot, whose weight is 0); weights [T, K] fp32, with
+    the tail they sum to 1; log_tail [T] fp32, log of the probability outside the ids, or None; label_log_prob [T] and
+    entropy [T] fp32, nats: of the whole teacher distribution, the entropy at the temperature of the weights.
+    unbiased: the weights are an unbiased estimate of the teacher's distribution (sampled ids, no tail), so that losses
+    linear in the weights are unbiased too.
     """
 
     ids: Tensor

@@ -1,15 +1,12 @@
 """What the streamed losses hold at once: live bytes over forward and backward, not just the largest tensor."""
 
-import weakref
-
 import pytest
 import torch
 from kdtrain_kernels.blocks import CPU_BLOCK
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from kdtrain.dist.vocab import VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference
+from kdtrain.testing.live_bytes import LiveBytes
 
 VOCAB, BUDGET, WIDTHS = 8192, 1 << 23, (8, 12)
 CHUNK = 128  # tokens: BUDGET / (2 models * 4 bytes * VOCAB), a multiple of 8
@@ -17,34 +14,6 @@ BLOCK = 4 * CPU_BLOCK  # an eighth of a slab
 BLOCKS = {None: 2, "alpha_beta": 12}
 BLOCKS_OF_OTHERS = 9
 """Cache blocks that a formula's intermediate results fill, temporaries included."""
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operations made and that are still alive; and the most there ever were."""
-
-    def __init__(self, *inputs):
-        super().__init__()
-        self.known = {id(x.untyped_storage()): x.untyped_storage() for x in inputs}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf.untyped_storage())
-        return out
-
-    def _count(self, storage):
-        if id(storage) in self.known:
-            return
-        self.known[id(storage)] = None
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, id(storage), storage.nbytes())
-
-    def _forget(self, key, size):
-        del self.known[key]
-        self.now -= size
 
 
 def naive(hidden, head, hidden_t, head_t, labels, weight):

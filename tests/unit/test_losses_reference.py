@@ -97,8 +97,8 @@ def test_head_logits_apply_bias_then_scale_then_cap_and_drop_padding_rows():
 def test_every_cell_of_the_matrix_is_declared_and_refusals_say_why():
     assert set(matrix.MATRIX) == {(d, t) for d in reference.DIVERGENCES for t in matrix.TARGETS}
     assert matrix.require("jsd", "dense").kind == "exact"
-    with pytest.raises(ValueError, match="'jsd' on target = 'sparse' is refused: this version"):
-        matrix.require("jsd", "sparse")
+    with pytest.raises(ValueError, match="'jsd' on target = 'score' is refused: one number per sequence"):
+        matrix.require("jsd", "score")
     with pytest.raises(ValueError, match=r"divergence = 'kl' is unknown; choose one of forward_kl"):
         matrix.require("kl", "dense")
     with pytest.raises(ValueError, match=r"target = 'cached' is unknown"):
