@@ -155,7 +155,7 @@ def test_a_record_of_the_student_itself_gives_no_gradient_beyond_its_own_roundin
     rounded = record_of(logits, "top_k_tail", 12, temperature=2.0)  # float32 weights
     got, _ = streamed_sparse_answer(SparseCase(base, rounded))
     other, _ = streamed_sparse_answer(replace(case, base=base))
-    assert got.parts.kd.max() < 1e-6
+    assert 0 <= got.parts.kd.min() <= got.parts.kd.max() < 1e-6
     if name == "tvd":  # its slope is a sign: rounding alone decides on it
         return
     assert got.grad_hidden.norm() < 1e-6 * other.grad_hidden.norm()

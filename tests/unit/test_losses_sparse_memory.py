@@ -1,0 +1,77 @@
+"""What the sparse loss holds at once, and the largest tensor it makes, however many tokens there are."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kdtrain.dist.vocab import VocabShard
+from kdtrain.losses import SparseTarget, linear_sparse_kd_loss, matrix
+from kdtrain.testing.live_bytes import LiveBytes
+
+VOCAB, BUDGET, WIDTH, SLOTS = 2000, 1 << 19, 8, 6
+CHUNK = 32  # tokens: BUDGET / (2 slabs * 4 bytes * VOCAB), a multiple of 8
+BLOCKS = 3  # the row kernels' buffers; at this vocabulary a block may be as large as a slab
+TABLE = 8 * CHUNK * (SLOTS + 1) * 40  # float64 numbers per token and id of a chunk, some forty of them
+
+
+def problem(tokens):
+    rng = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(tokens, WIDTH).requires_grad_(), torch.randn(VOCAB, WIDTH).requires_grad_()
+    ids = torch.rand(tokens, VOCAB, generator=rng).topk(SLOTS).indices.int()
+    weights = torch.full((tokens, SLOTS), 0.1)
+    tail, zeros = torch.full((tokens,), 1 - 0.1 * SLOTS).log(), torch.zeros(tokens)
+    return hidden, head, SparseTarget(ids, weights, tail, zeros, zeros), torch.randint(VOCAB, (tokens,))
+
+
+def loss_of(hidden, head, target, labels, divergence):
+    weight = torch.ones(len(labels))
+    return linear_sparse_kd_loss(
+        hidden, head, target, labels, divergence=divergence, temperature=2.0, kd_weight=weight, ce_weight=weight,
+        shard=VocabShard.of(VOCAB, multiple=1), slab_bytes=BUDGET,
+    ).loss  # fmt: skip
+
+
+@pytest.mark.parametrize("name", matrix.F_DIVERGENCES)
+def test_live_bytes_stay_within_the_slab_blocks_and_gradients_at_any_number_of_tokens(name):
+    slab, extra = BUDGET // 2, []
+    for tokens in (4 * CHUNK, 64 * CHUNK):
+        hidden, head, target, labels = problem(tokens)
+        known = (hidden, head, labels, target.ids, target.weights, target.log_tail, target.entropy)
+        with LiveBytes(*known) as live:
+            loss_of(hidden, head, target, labels, name).backward()
+        assert hidden.grad is not None
+        assert head.grad is not None
+        # gradients, held twice while backward scales them; numbers per token; sorting the ids to look for doubles
+        allowed = 2 * 4 * WIDTH * (tokens + VOCAB) + 8 * 12 * tokens + 3 * 8 * SLOTS * tokens
+        assert live.peak <= slab + BLOCKS * slab + TABLE + allowed
+        extra.append(live.peak - allowed)
+    assert extra[1] <= extra[0] + slab // 4, "grew with the number of tokens by more than its gradients and numbers"
+    assert extra[1] < 4 * 64 * CHUNK * VOCAB / 8, "less than an eighth of one [T, V] tensor"
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation returned, and all shapes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.shapes = 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.bytes = max(self.bytes, leaf.numel() * leaf.element_size())
+                self.shapes.add(tuple(leaf.shape))
+        return out
+
+
+@pytest.mark.parametrize("name", matrix.F_DIVERGENCES)
+def test_no_tensor_above_the_slab_budget_and_none_of_tokens_times_vocabulary(name):
+    tokens = 1500
+    hidden, head, target, labels = problem(tokens)
+    with Largest() as seen:
+        loss_of(hidden, head, target, labels, name).backward()
+    assert seen.bytes <= BUDGET
+    assert all(tokens not in shape or VOCAB not in shape for shape in seen.shapes)
+    assert hidden.grad is not None
