@@ -19,6 +19,7 @@ from kdtrain_kernels.matmul import work_dtype
 from kdtrain_kernels.sparse_dispatch import sparse_kernels
 from kdtrain_kernels.sparse_table import SparseRows, merge_sparse_stats, sparse_gradient, sparse_terms
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kdtrain.dist.collectives import Group, start_gather
 from kdtrain.dist.vocab import HeadShard, VocabShard
@@ -61,9 +62,9 @@ def linear_sparse_kd_loss(
 
     Where kd_weight is 0 everywhere, loss and gradients are those of `linear_cross_entropy` up to rounding (the ids
     are summed apart from the rest).
-    Memory beyond inputs and returned gradients: slab_bytes / 2, a few cache blocks and some [C, K]. Gradients are
-    computed here, so backward only scales them: d(hidden_s) complete on every rank, d(head_s) of this rank's rows, 0 in
-    padding rows; with no_grad none of that work is done.
+    Memory beyond inputs and gradients: slab_bytes / 2, a few cache blocks and some [C, K]. Gradients are kept and
+    rounded as by `linear_kd_loss`: d(hidden_s) complete on every rank, d(head_s) of this rank's rows, 0 in padding
+    rows. With no_grad none of that work is done.
     Communicates over `group`: one all-gather of [C, 4 + K] per chunk, hidden behind the next chunk, and, if hidden_s
     needs a gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for arguments that do not fit and
     for cells that the matrix refuses; nothing is computed then.
@@ -75,6 +76,7 @@ def linear_sparse_kd_loss(
         matrix.require(name, kind, allow_biased=allow_biased)
     weights = {"kd_weight": kd_weight, "ce_weight": ce_weight}
     weights = weights if z_weight is None else weights | {"z_weight": z_weight}
+    checks.check_shard(shard, group)
     kernels = _checked(hidden_s, head_s, target, labels, weights, shard, backend)
     checks.check_temperature(temperature)
     checks.check_slab_bytes(slab_bytes, shard, group, work_dtype(hidden_s))
@@ -190,18 +192,13 @@ class _LinearSparseKd(torch.autograd.Function):
 
         stream.in_turns(hidden.shape[0], rows, depth, begin, finish)
         table[1] = ce.where(stream.is_token(call.labels, call.shard), 0.0)
-        loss = _weighted_sum(call, table).to(work)
+        loss = call.weights.loss(table[2], table[1], temperature**2 * table[0]).to(work)
         stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)
         kd, ce, lse = table.to(work).unbind(0)
         ctx.mark_non_differentiable(kd, ce, lse)
         return loss, kd, ce, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         return (*stream.scaled_gradients(ctx, grad_loss), None)
-
-
-def _weighted_sum(call: _Call, table: Tensor) -> Tensor:
-    """The loss, 0-d float64, from values per token [3, T]: kd, ce, lse. Weight 0 counts nothing, whatever the value."""
-    kd = (call.weights.kd * (call.temperature**2 * table[0])).where(call.weights.kd != 0, 0.0)
-    return (call.weights.ce * table[1]).sum() + call.weights.z_loss(table[2]) + kd.sum()
