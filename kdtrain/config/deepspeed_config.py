@@ -86,3 +86,17 @@ def deepspeed_config(cfg: RunConfig, *, on_cuda: bool) -> dict[str, Any]:
         "steps_per_print": NEVER,
         "checkpoint": {"tag_validation": "Fail"},
     }
+
+
+def frozen_config(dtype: str, *, offload: bool) -> dict[str, Any]:
+    """Settings for a frozen model under ZeRO-3: no optimizer, every weight divided, the next layer fetched ahead."""
+    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    if offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "zero_optimization": zero,
+        "steps_per_print": NEVER,
+    }

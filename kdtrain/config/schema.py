@@ -58,7 +58,15 @@ class TeacherSection:
     attention: Attention = "auto"
     """As student.attention."""
     layout: Literal["plain", "tp"] = "plain"
-    """plain: a whole copy per rank; tp ranks share out the sequences. tp: cut like the student."""
+    """plain: a whole copy per rank; tp ranks share out the sequences. tp: cut over teacher.tp ranks."""
+    tp: int | None = None
+    """With layout tp: ranks over which the teacher is cut, parallel.tp or a multiple of it; replicas of the student
+    then share one teacher. null: parallel.tp."""
+    zero_stage: int = 0
+    """0: weights stay on every data rank. 3: they are divided among data ranks by ZeRO-3 and gathered layer by layer;
+    the teacher then runs once over all micro-batches of a step."""
+    offload: bool = False
+    """With zero_stage 3: keep the divided weights in host memory."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -47,6 +47,7 @@ def problems(cfg: RunConfig, *, world_size: int) -> Iterator[Problem]:
     yield from _models(cfg)
     yield from _data(cfg)
     yield from _layout(cfg, world_size)
+    yield from _teacher_layout(cfg, world_size)
     yield from _zero(cfg)
     yield from _objective(cfg)
     if cfg.objective.name == "distill":
@@ -155,6 +156,30 @@ def _layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
             "data.tokens_per_step", d.tokens_per_step, f"is not a multiple of {unit} = seq_len {d.seq_len} x "
             f"sequences_per_micro_batch {d.sequences_per_micro_batch} x dp {dp}",
             f"use {near}, or another data.sequences_per_micro_batch",
+        )  # fmt: skip
+
+
+def _teacher_layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
+    t, tp = cfg.teacher, cfg.parallel.tp
+    if t.weights is None:
+        return
+    if t.zero_stage not in (0, 3):
+        yield Problem(
+            "teacher.zero_stage", t.zero_stage, "is neither 0 nor 3",
+            "0 keeps weights on every data rank, 3 divides them; stages 1 and 2 divide what a frozen model has not",
+        )  # fmt: skip
+    if t.offload and t.zero_stage != 3:
+        yield Problem("teacher.offload", True, "would be ignored: teacher.zero_stage is not 3", "set zero_stage=3 too")
+    if t.tp is None:
+        return
+    if t.layout != "tp":
+        yield Problem("teacher.tp", t.tp, "would be ignored: teacher.layout = plain", "set teacher.layout=tp, or null")
+    elif tp >= 1 and (t.tp < 1 or t.tp % tp):
+        yield Problem("teacher.tp", t.tp, f"is no multiple of parallel.tp = {tp}", f"use {tp}, {2 * tp} or {4 * tp}")
+    elif world_size % t.tp:
+        yield Problem(
+            "teacher.tp", t.tp, f"does not divide the number of ranks ({world_size})",
+            f"use a divisor of {world_size}, or start a multiple of {t.tp} ranks",
         )  # fmt: skip
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from kdtrain.data.batch import Batch
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import HeadShard
-from kdtrain.losses import linear_cross_entropy, linear_kd_loss
+from kdtrain.losses import linear_cross_entropy
 from kdtrain.losses.types import LossParts
-from kdtrain.objectives.base import HeadLayout, Student
+from kdtrain.objectives.base import HeadLayout, Student, dense_loss
 from kdtrain.objectives.distill import TeacherSource
 from kdtrain.telemetry.metrics import Metrics
 
@@ -70,10 +70,7 @@ class Validation:
                     hidden, head, labels, weight=weight, shard=layout.shard, group=layout.group,
                     slab_bytes=layout.slab_bytes, backend=layout.backend,
                 )  # fmt: skip
-            return linear_kd_loss(
-                hidden, head, signal.hidden_states, signal.head, labels, divergence="forward_kl", temperature=1.0,
-                kd_weight=weight, ce_weight=weight, shard=layout.shard, group=layout.group,
-                slab_bytes=layout.slab_bytes, backend=layout.backend, measure=True,
-            )  # fmt: skip
+            settings = {"divergence": "forward_kl", "temperature": 1.0, "measure": True}
+            return dense_loss(hidden, head, signal, labels, weight, weight, layout, **settings)
 
         return self._student(batch, head_fn)

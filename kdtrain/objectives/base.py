@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
 from kdtrain.dist.collectives import Group
 from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.losses import linear_kd_loss
 from kdtrain.losses.types import LossParts
+from kdtrain.teacher.signal import DenseSignal
 
 R = TypeVar("R")
 
@@ -33,6 +35,33 @@ class HeadLayout:
     backend: str = "auto"
 
 
+def dense_loss(
+    hidden: Tensor,
+    head: HeadShard,
+    signal: DenseSignal,
+    labels: Tensor,
+    kd_weight: Tensor,
+    ce_weight: Tensor,
+    layout: HeadLayout,
+    **settings: Any,
+) -> LossParts:
+    """`linear_kd_loss` against a co-hosted teacher, whether or not replicas of the student share it.
+
+    Everything [T, ...] is this replica's. settings: divergence, temperature and so on. Communicates as the loss does
+    and, with a spread, one all-gather over the replicas for each of hidden, labels and weights.
+    """
+    spread, shard, group = signal.spread, layout.shard, layout.group
+    if spread is not None:
+        hidden, head = spread.gather(hidden), spread.head(head)
+        labels, kd_weight, ce_weight = spread.gather(labels), spread.gather(kd_weight), spread.gather(ce_weight)
+        shard, group = spread.shard, spread.group
+    parts = linear_kd_loss(
+        hidden, head, signal.hidden_states, signal.head, labels, kd_weight=kd_weight, ce_weight=ce_weight,
+        shard=shard, group=group, slab_bytes=layout.slab_bytes, backend=layout.backend, **settings,
+    )  # fmt: skip
+    return parts if spread is None else spread.own(parts)
+
+
 @dataclass(frozen=True, slots=True)
 class LossOutput:
     """loss_sum: 0-d, differentiable, summed over this micro-batch's valid tokens.
@@ -46,6 +75,9 @@ class LossOutput:
 
 class Objective(Protocol):
     """A way to learn. Holds the student; returns sums, never means."""
+
+    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
+        """Told of all micro-batches of a step before the first of them."""
 
     def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
         """One micro-batch; with `measure`, also the metrics that cost an extra reading of the logits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -9,14 +10,16 @@ from torch import Tensor
 from kdtrain.config.schema import DistillObjective
 from kdtrain.data.batch import Batch
 from kdtrain.dist.vocab import HeadShard
-from kdtrain.losses import linear_kd_loss
 from kdtrain.losses.types import LossParts
-from kdtrain.objectives.base import HeadLayout, LossOutput, Student, summed_metrics
+from kdtrain.objectives.base import HeadLayout, LossOutput, Student, dense_loss, summed_metrics
 from kdtrain.teacher.signal import DenseSignal
 
 
 class TeacherSource(Protocol):
     """Where the teacher's distribution comes from."""
+
+    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
+        """Told of all micro-batches of a step before the first of them."""
 
     def signal(self, batch: Batch) -> DenseSignal:
         """The teacher's view of a micro-batch."""
@@ -36,6 +39,10 @@ class Distill:
         self._settings = settings
         self._layout = layout
 
+    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
+        """Lets the teacher run them together."""
+        self.teacher.begin_step(micro_batches)
+
     def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
         """One micro-batch; with `measure`, also entropies, KL at temperature 1, TVD and top-1 agreement."""
         signal = self.teacher.signal(batch)
@@ -43,20 +50,16 @@ class Distill:
         s, layout = self._settings, self._layout
 
         def head_fn(hidden: Tensor, head: HeadShard) -> LossParts:
-            return linear_kd_loss(
+            return dense_loss(
                 hidden,
                 head,
-                signal.hidden_states,
-                signal.head,
+                signal,
                 batch.labels.reshape(-1),
+                mask * s.kd_weight,
+                mask * (1.0 - s.kd_weight),
+                layout,
                 divergence=s.divergence,
                 temperature=s.temperature,
-                kd_weight=mask * s.kd_weight,
-                ce_weight=mask * (1.0 - s.kd_weight),
-                shard=layout.shard,
-                group=layout.group,
-                slab_bytes=layout.slab_bytes,
-                backend=layout.backend,
                 teacher_share=s.teacher_share,
                 skew=s.skew,
                 ab_alpha=s.ab_alpha,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
@@ -17,6 +19,9 @@ class Pretrain:
     def __init__(self, student: Student, layout: HeadLayout) -> None:
         self.student = student
         self._layout = layout
+
+    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
+        """Nothing to prepare."""
 
     def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
         """One micro-batch. `measure` adds nothing here: the cross-entropy is always known."""

@@ -1,12 +1,17 @@
 """A frozen teacher on the same ranks as the student.
 
 `plain`: every rank holds the whole teacher; the ranks of a tp group share out the sequences of a micro-batch and
-gather the hidden states, so no forward pass is done twice. `tp`: the teacher is cut like the student and every rank
-of a tp group runs all sequences together. Either way each rank gets the hidden states of all tokens and only its own
-rows of the teacher's head: the full-vocabulary distribution exists nowhere.
+gather the hidden states, so no forward pass is done twice. `tp`: the teacher is cut like the student, or over a
+multiple of its tp ranks (`spread`), and all ranks of a group run all sequences together. Either may be sharded over
+data ranks by ZeRO-3 besides (`kdtrain.engine.frozen`), which gathers the weights of a layer when they are needed: then
+it pays to run all micro-batches of a step at once (`begin_step`). Each rank gets the hidden states of all tokens and
+only its own rows of the teacher's head: the full-vocabulary distribution exists nowhere.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -17,41 +22,70 @@ from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.models.backbone import Backbone
 from kdtrain.teacher.signal import DenseSignal
+from kdtrain.teacher.spread import Spread
+
+HiddenStates = Callable[[Batch], Tensor]
+"""[B, S] sequences -> [B S, E]."""
 
 
 class OnlineTeacher:
     """Turns a micro-batch into a `DenseSignal`.
 
-    backbone: the frozen model, whole (tp size 1) or cut over the student's tp group.
-    mesh: the student's mesh. shard: the student's vocabulary shard; both heads must have the same rows.
+    backbone: the frozen model, whole or cut over teacher_mesh. mesh, shard: the student's; the teacher's head must have
+    been loaded with as many rows. teacher_mesh: a Mesh of its own tp, `Mesh()` for a whole model. forward: how its
+    hidden states are computed, by default by the backbone itself. together: whether `begin_step` runs a step's
+    micro-batches at once. Every rank must construct it. Communicates: groups, and the head's rows if they must move.
+    Raises ValueError, on all ranks alike, if the parts do not fit.
     """
 
-    def __init__(self, backbone: Backbone, mesh: Mesh, shard: VocabShard) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        mesh: Mesh,
+        shard: VocabShard,
+        teacher_mesh: Mesh,
+        *,
+        forward: HiddenStates | None = None,
+        head: HeadShard | None = None,
+        together: bool = False,
+    ) -> None:
+        _check_frozen(backbone, mesh, shard, teacher_mesh)
         self.backbone = backbone.eval()
+        self._forward = forward or backbone.hidden_states
         self._mesh = mesh
-        self._shares_sequences = mesh.tp_size > 1 and backbone.shard != shard
-        full = backbone.lm_head_shard
-        if backbone.shard == shard:
-            self._head = full
-        else:
-            rows = slice(shard.start, shard.stop)
-            bias = None if full.bias is None else full.bias[rows]
-            self._head = HeadShard(full.weight[rows], bias, full.logit_scale, full.softcap)
-        if self._head.weight.shape[0] != shard.rows:
-            raise ValueError(
-                f"the teacher's head has {full.weight.shape[0]} rows, which do not cover rows "
-                f"[{shard.start}, {shard.stop}) of the student's shard; load both with the same total_rows"
-            )
+        self._shares_sequences = mesh.tp_size > 1 and teacher_mesh.tp_size == 1
+        self._spread = Spread.of(mesh, teacher_mesh, shard) if teacher_mesh.tp_size > 1 else None
+        self._together = together
+        self._ahead: dict[int, Tensor] = {}
+        wanted = shard if self._spread is None else self._spread.shard
+        self._head = _local_rows(head or backbone.lm_head_shard, wanted, teacher_mesh, self._spread)
 
-    @torch.no_grad()
+    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
+        """Run the teacher over all micro-batches of a step, if that is cheaper; their hidden states are kept."""
+        self._ahead.clear()
+        if not self._together or len({batch.input_ids.shape for batch in micro_batches}) != 1:
+            return
+        merged = Batch(*(torch.cat([getattr(b, f.name) for b in micro_batches]) for f in fields(Batch)))
+        # [tokens of all, E], or replica by replica the tokens of all
+        hidden = self._hidden(merged)
+        num_replicas = 1 if self._spread is None else self._spread.num_replicas
+        parts = hidden.unflatten(0, (num_replicas, len(micro_batches), -1)).transpose(0, 1)
+        self._ahead = {id(batch): part.flatten(0, 1) for batch, part in zip(micro_batches, parts, strict=True)}
+
     def signal(self, batch: Batch) -> DenseSignal:
         """The teacher's view of `batch`.
 
         Communicates over tp: nothing extra when the teacher is cut like the student; one all-gather of [T/tp, E]
-        when the ranks share out the sequences.
+        when the ranks share out the sequences; one all-gather per field of the batch when replicas share a teacher.
         """
-        hidden = self._shared_forward(batch) if self._shares_sequences else self.backbone.hidden_states(batch)
-        return DenseSignal(hidden, self._head)
+        hidden = self._ahead.pop(id(batch), None)
+        return DenseSignal(self._hidden(batch) if hidden is None else hidden, self._head, self._spread)
+
+    @torch.no_grad()
+    def _hidden(self, batch: Batch) -> Tensor:
+        if self._shares_sequences:
+            return self._shared_forward(batch)
+        return self._forward(batch if self._spread is None else self._spread.gather_batch(batch))
 
     def _shared_forward(self, batch: Batch) -> Tensor:
         num_sequences, seq_len = batch.input_ids.shape
@@ -60,6 +94,34 @@ class OnlineTeacher:
         first = self._mesh.tp_rank * share
         rows = torch.arange(first, first + share, device=batch.input_ids.device).clamp_(max=num_sequences - 1)
         mine = Batch(*(getattr(batch, name)[rows] for name in Batch.__slots__))
-        hidden = self.backbone.hidden_states(mine)
+        hidden = self._forward(mine)
         gathered = gather_ranks(hidden, self._mesh.tp_group)
         return gathered.reshape(-1, hidden.shape[-1])[: num_sequences * seq_len]
+
+
+def _check_frozen(backbone: Backbone, mesh: Mesh, shard: VocabShard, teacher_mesh: Mesh) -> None:
+    if any(param.requires_grad for _, param in backbone.hf_parameters()):
+        raise ValueError("the teacher has parameters that require a gradient; load it with trainable=False")
+    rows, teachers = shard.rows * mesh.tp_size, backbone.shard
+    if (teachers.rows * teacher_mesh.tp_size, teachers.vocab_size) != (rows, shard.vocab_size):
+        raise ValueError(
+            f"the teacher's head has {teachers.rows * teacher_mesh.tp_size} rows for {teachers.vocab_size} tokens, the "
+            f"student's {rows} for {shard.vocab_size}; load both with the same total_rows and vocab_size"
+        )
+
+
+def _local_rows(head: HeadShard, want: VocabShard, mesh: Mesh, spread: Spread | None) -> HeadShard:
+    """The rows `want` of the teacher's head, of which this rank holds the part that belongs to its place in `mesh`.
+
+    What is done, and so whether ranks communicate, depends on nothing that differs between them.
+    """
+    if mesh.tp_size > 1 and spread is None:
+        return head  # cut like the student's
+
+    def rows(values: Tensor) -> Tensor:
+        if mesh.tp_size > 1:  # ranks hold rows in their own order, replicas of the student want them in another
+            values = gather_ranks(values, mesh.tp_group).flatten(0, 1)
+        return values[want.start : want.stop].clone() if mesh.tp_size > 1 else values[want.start : want.stop]
+
+    bias = None if head.bias is None else rows(head.bias.detach())
+    return HeadShard(rows(head.weight.detach()), bias, head.logit_scale, head.softcap)

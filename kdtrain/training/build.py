@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,6 +11,8 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
 from kdtrain.data.loader import StepLoader, validation_batches
 from kdtrain.dist.mesh import Mesh
+from kdtrain.dist.vocab import ROW_MULTIPLE
+from kdtrain.engine.frozen import FrozenEngine
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.errors import ConfigError
 from kdtrain.models.backbone import Backbone
@@ -56,7 +58,7 @@ def specs(cfg: RunConfig) -> list[ModelSpec]:
 def build_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, device: torch.device, *, trainable: bool) -> Models:
     """Teacher first, student last; both heads cut into the same rows. Every rank must call it."""
     spec = teacher_spec(cfg)
-    rows = inputs.total_rows
+    rows = head_rows(cfg, inputs.total_rows)
     student = load_backbone(
         student_spec(cfg), mesh, vocab_size=inputs.vocab_size, total_rows=rows, device=device, trainable=trainable,
         seed=cfg.run.seed,
@@ -64,13 +66,42 @@ def build_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, device: torch.devic
     layout = HeadLayout(student.shard, mesh.tp_group, cfg.train.slab_bytes, cfg.train.kernels)
     if spec is None:
         return Models(student, None, layout, None)
-    # A plain teacher is whole on every rank, padded to the rows of all the student's shards together.
-    teacher_mesh = mesh if cfg.teacher.layout == "tp" else Mesh()
+    return add_teacher(cfg, spec, Models(student, None, layout, None), mesh, device)
+
+
+def add_teacher(cfg: RunConfig, spec: ModelSpec, models: Models, mesh: Mesh, device: torch.device) -> Models:
+    """The teacher of `spec` in the layout that cfg.teacher asks for, beside a student that has no engine yet."""
+    t, shard = cfg.teacher, models.student.shard
+    tp = teacher_tp(cfg)
+    sharded_mesh = mesh if tp == mesh.tp_size else Mesh.build(tp)
+    # A whole teacher has no tp, whatever ranks ZeRO-3 divides it among.
+    own_mesh = sharded_mesh if tp > 1 else Mesh()
     backbone = load_backbone(
-        spec, teacher_mesh, vocab_size=inputs.vocab_size, total_rows=student.shard.rows * mesh.tp_size,
-        device=device, trainable=False,
+        spec, own_mesh, vocab_size=shard.vocab_size, total_rows=shard.rows * mesh.tp_size,
+        device=device if t.zero_stage == 0 else "cpu", trainable=False,
     )  # fmt: skip
-    return Models(student, OnlineTeacher(backbone, mesh, student.shard), layout, backbone)
+    if t.zero_stage == 0:
+        return replace(models, teacher=OnlineTeacher(backbone, mesh, shard, own_mesh), teacher_backbone=backbone)
+    engine = FrozenEngine(backbone, sharded_mesh, dtype=t.dtype, offload=t.offload)
+    head = replace(
+        engine.head, weight=engine.head.weight.to(device),
+        bias=None if engine.head.bias is None else engine.head.bias.to(device),
+    )  # fmt: skip
+    teacher = OnlineTeacher(backbone, mesh, shard, own_mesh, forward=engine.hidden_states, head=head, together=True)
+    return replace(models, teacher=teacher, teacher_backbone=backbone)
+
+
+def head_rows(cfg: RunConfig, total_rows: int) -> int:
+    """total_rows rounded up, so that every rank of a student's and of a teacher's tp group holds whole multiples."""
+    unit = ROW_MULTIPLE * max(cfg.parallel.tp, teacher_tp(cfg))
+    return -(-total_rows // unit) * unit
+
+
+def teacher_tp(cfg: RunConfig) -> int:
+    """Ranks over which the teacher's matrices are cut."""
+    if cfg.teacher.layout == "plain":
+        return 1
+    return cfg.parallel.tp if cfg.teacher.tp is None else cfg.teacher.tp
 
 
 def build_loader(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, prefetch: int | None = None) -> StepLoader:
@@ -90,6 +121,11 @@ class TimedTeacher:
     def __init__(self, teacher: OnlineTeacher, timer: PhaseTimer) -> None:
         self._teacher = teacher
         self._timer = timer
+
+    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
+        """As the teacher's."""
+        with self._timer.phase("teacher"):
+            self._teacher.begin_step(micro_batches)
 
     def signal(self, batch: Batch) -> DenseSignal:
         """As the teacher's."""

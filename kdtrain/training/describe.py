@@ -32,11 +32,17 @@ def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh)
         teacher = models.teacher_backbone
         LOGGER.info(
             "teacher  %s   %s parameters, frozen, %s, %s, %s", cfg.teacher.weights, f"{teacher.num_parameters():,}",
-            cfg.teacher.layout, cfg.teacher.dtype, teacher.config._attn_implementation,
+            _teacher_layout(cfg), cfg.teacher.dtype, teacher.config._attn_implementation,
         )  # fmt: skip
     LOGGER.info("loss     %s", loss_line(cfg))
     LOGGER.info("data     %s", data_line(cfg, inputs, mesh.dp_size))
     LOGGER.info("memory   %s", estimate(cfg, inputs, mesh.dp_size).line())
+
+
+def _teacher_layout(cfg: RunConfig) -> str:
+    tp = f"tp {build.teacher_tp(cfg)}" if cfg.teacher.layout == "tp" else "plain"
+    zero = " x zero 3" if cfg.teacher.zero_stage == 3 else ""
+    return tp + zero + (" in host memory" if cfg.teacher.offload else "")
 
 
 def loss_line(cfg: RunConfig) -> str:

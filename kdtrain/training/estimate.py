@@ -65,7 +65,21 @@ def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | Non
         + 4 * (tokens * student.width + student.vocab_rows / tp * student.width),
     }
     if teacher is not None:
-        share = tp if cfg.teacher.layout == "tp" else 1
-        parts["teacher"] = teacher.num_parameters * BYTES[cfg.teacher.dtype] / share
-        parts["teacher_hidden"] = 2 * tokens * teacher.width * BYTES[cfg.teacher.dtype]
+        parts |= _teacher_parts(cfg, teacher, tokens, dp_size)
     return MemoryEstimate({name: int(size) for name, size in parts.items()})
+
+
+def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, dp_size: int) -> dict[str, float]:
+    """Weights on this rank and the hidden states that wait for the loss."""
+    t, tp, item = cfg.teacher, cfg.parallel.tp, BYTES[cfg.teacher.dtype]
+    cut = (t.tp or tp) if t.layout == "tp" else 1
+    weights = teacher.num_parameters * item / cut
+    hidden = 2 * tokens * teacher.width * item * max(1, cut // tp)
+    if t.zero_stage == 0:
+        return {"teacher": weights, "teacher_hidden": hidden}
+    # The pieces, two gathered layers, and the head's rows; hidden states of the whole step.
+    head = teacher.vocab_rows * teacher.width * item / max(cut, tp)
+    layers = 2 * weights / max(1, teacher.num_layers)
+    pieces = 0.0 if t.offload else weights / (dp_size * tp / cut)
+    micro_batches = cfg.data.tokens_per_step / (dp_size * tokens)
+    return {"teacher": pieces + layers + head, "teacher_hidden": hidden * micro_batches}

@@ -17,7 +17,15 @@ FOLDER = "checkpoints"
 
 LAYOUT_ONLY = (
     *("run", "parallel", "zero", "log", "eval", "checkpoint", "debug"),
-    *("student.attention", "student.activation_checkpointing", "teacher.attention", "teacher.layout"),
+    *(
+        "student.attention",
+        "student.activation_checkpointing",
+        "teacher.attention",
+        "teacher.layout",
+        "teacher.tp",
+        "teacher.zero_stage",
+        "teacher.offload",
+    ),
     *("data.sequences_per_micro_batch", "data.prefetch", "data.validation", "train.slab_bytes", "train.kernels"),
 )
 """Sections and keys that change where and how fast a run computes, not what it learns (beyond rounding)."""

@@ -29,13 +29,18 @@ def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout, me
     mask = batch.loss_mask.clone()
     mask[:, -1] = 0.0
 
+    spread = signal.spread
+    shard, group = (layout.shard, layout.group) if spread is None else (spread.shard, spread.group)
+
     def nll_sum(labels: Tensor) -> Tensor:
-        weight = mask.reshape(-1)
+        weight, labels = mask.reshape(-1), labels.reshape(-1)
+        if spread is not None:
+            weight, labels = spread.gather(weight), spread.gather(labels)
         parts = linear_cross_entropy(
-            signal.hidden_states, signal.head, labels.reshape(-1), weight=weight, shard=layout.shard,
-            group=layout.group, slab_bytes=layout.slab_bytes, backend=layout.backend,
+            signal.hidden_states, signal.head, labels, weight=weight, shard=shard, group=group,
+            slab_bytes=layout.slab_bytes, backend=layout.backend,
         )  # fmt: skip
-        return parts.loss.double()
+        return (parts if spread is None else spread.own(parts)).loss.double()
 
     sums = torch.stack([nll_sum(batch.labels), nll_sum(ids), nll_sum(after_next), mask.sum(dtype=torch.float64)])
     *totals, count = reduce_sum_(sums, mesh.dp_group).tolist()

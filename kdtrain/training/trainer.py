@@ -105,6 +105,7 @@ class Trainer:
         # the rate belongs to the tokens this step completes: the first step is not wasted on a rate of 0
         lr = learning_rate(self.progress.tokens_seen + self.cfg.data.tokens_per_step, self.cfg)
         torch.manual_seed(step_seed(self.cfg.run.seed, self.progress.step, self.mesh.dp_rank))
+        self.objective.begin_step(micro_batches)
         for batch in micro_batches:
             with self.timer.phase("forward"):
                 out = self.objective(batch, measure=measure)

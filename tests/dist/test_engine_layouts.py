@@ -19,7 +19,7 @@ from kdtrain.models.tiny import tiny_config
 from kdtrain.objectives.base import HeadLayout
 from kdtrain.objectives.distill import Distill
 from kdtrain.objectives.pretrain import Pretrain
-from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.training import build
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
@@ -57,7 +57,7 @@ class Case:
     @property
     def name(self):
         micro = ".".join(str(m) for m in self.micro)
-        extras = "".join(f"-{extra}" for extra in ("recompute" * self.recompute, self.teacher) if extra)
+        extras = "".join(f"-{extra.replace(' ', '-')}" for extra in ("recompute" * self.recompute, self.teacher) if extra)
         return f"{self.family}-tp{self.tp}-zero{self.stage}-{micro}-{self.dtype}{extras}"
 
     @property
@@ -80,7 +80,9 @@ CASES = {
         Case("llama_untied", 2, 1, (8, 8, 8), recompute=True),
         Case("qwen3", 2, 2, (1, 1, 8)),
         Case("gpt_neox_tied", 2, 3, (3, 8, 1)),
-        *(Case("llama", 2, 1, (8, 1, 3), teacher=layout) for layout in ("plain", "tp")),
+        *(Case("llama", 2, 1, (8, 1, 3), teacher=layout) for layout in ("plain", "tp", "plain zero3", "tp zero3")),
+        *(Case("llama", 1, stage, (4, 1, 3), teacher="tp2") for stage in (1, 3)),
+        Case("llama", 1, 0, (4, 1, 3), teacher="plain zero3 offload"),
         Case("llama", 2, 3, (3, 8, 1), teacher="plain"),
         Case("llama", 1, 0, (4, 1, 3), teacher="plain"),
         Case("llama", 2, 1, (8, 1, 4), dtype="bfloat16"),
@@ -94,7 +96,10 @@ CASES = {
         Case("qwen3_tied", 2, 3, (1, 2, 4)),
         Case("llama_untied", 1, 3, (1, 2, 2)),
         Case("llama", 2, 2, (3, 1, 4), teacher="plain"),
-        Case("llama", 2, 1, (4, 1, 3), teacher="tp"),
+        Case("llama", 2, 1, (4, 1, 3), teacher="tp zero3"),
+        Case("llama", 2, 3, (4, 2, 1), teacher="tp4"),
+        Case("llama", 1, 2, (1, 2, 2), teacher="tp4"),
+        Case("llama", 1, 1, (2, 1, 2), teacher="tp2 zero3"),
     ],
 }
 
@@ -113,20 +118,30 @@ def model_spec(folder, family, **settings):
     return ModelSpec(architecture=str(path), attention="sdpa", **settings)
 
 
-def build_backbone(folder, family, mesh, *, dtype="float32", recompute=False):
+def build_backbone(folder, family, mesh, *, dtype="float32", recompute=False, teacher=None):
     spec = model_spec(folder, family, dtype=dtype, activation_checkpointing=recompute)
-    backbone = load_backbone(spec, mesh, vocab_size=VOCAB, trainable=True, seed=3)
+    rows = None if teacher is None else build.head_rows(teacher_settings(mesh, teacher), 301)
+    backbone = load_backbone(spec, mesh, vocab_size=VOCAB, total_rows=rows, trainable=True, seed=3)
     shift_vectors(backbone)
     return backbone
 
 
-def build_teacher(folder, mesh=None, shard=None, layout="plain"):
-    """Another family than the student's, with another width. Without a mesh: the whole decoder, for the oracle."""
-    alone = load_backbone(
-        model_spec(folder, TEACHER, dtype="float32"), mesh if layout == "tp" else Mesh(), vocab_size=VOCAB,
-        total_rows=shard and shard.rows * mesh.tp_size, trainable=False, seed=8,
-    )  # fmt: skip
-    return OnlineTeacher(alone, mesh, shard) if mesh else alone
+def teacher_settings(mesh, words):
+    """words: tp, tp and a number, or plain; zero3; offload."""
+    cfg, (layout, *more) = RunConfig(), words.split()
+    t, tp = cfg.teacher, layout.lstrip("plaint")
+    t.layout, t.tp, t.dtype = layout.rstrip("0123456789"), int(tp) if tp else None, "float32"
+    t.zero_stage, t.offload, cfg.parallel.tp = 3 if "zero3" in more else 0, "offload" in more, mesh.tp_size
+    return cfg
+
+
+def build_teacher(folder, student=None, mesh=None, words=""):
+    """Another family than the student's, with another width. Without a student: the decoder alone, for the oracle."""
+    spec = model_spec(folder, TEACHER, dtype="float32")
+    if student is None:
+        return load_backbone(spec, Mesh(), vocab_size=VOCAB, trainable=False)
+    cfg = teacher_settings(mesh, words)
+    return build.add_teacher(cfg, spec, build.Models(student, None, None, None), mesh, torch.device("cpu")).teacher
 
 
 def shift_vectors(backbone):
@@ -173,8 +188,10 @@ def make_step(engine, step, micro, *, teacher=None):
     batch = step_batch(step)
     total = float(batch.num_valid_tokens())
     loss = 0.0
-    for part in micro_batches(batch, engine.mesh, micro):
-        loss_sum = objective_of(engine, teacher)(part).loss_sum
+    objective, parts = objective_of(engine, teacher), micro_batches(batch, engine.mesh, micro)
+    objective.begin_step(parts)
+    for part in parts:
+        loss_sum = objective(part).loss_sum
         engine.backward(loss_sum, total)
         loss += float(loss_sum.detach()) / total
     result = engine.step(RATES[step - 1])
@@ -211,12 +228,15 @@ def start_engine(folder, mesh, case, **settings):
 
 def run_cases(rank, world_size, folder, cases):
     """Per case: losses, gradient norms, an evaluation. Checkpoints after steps 1 and 3 hold what else there is."""
+    from kdtrain.engine.zero import StudentEngine
+
     meshes = join(world_size)
     answers = []
     for case in cases:
         mesh = meshes[case.tp]
-        engine = start_engine(folder, mesh, case)
-        teacher = case.teacher and build_teacher(folder, mesh, engine.backbone.shard, case.teacher)
+        backbone = build_backbone(folder, case.family, mesh, dtype=case.dtype, recompute=case.recompute, teacher=case.teacher)
+        teacher = case.teacher and build_teacher(folder, backbone, mesh, case.teacher)
+        engine = StudentEngine(backbone, mesh, configuration(case.stage, dtype=case.dtype), device=torch.device("cpu"))
         root = folder / case.name
         steps = []
         for step in (1, 2, 3):
@@ -313,7 +333,7 @@ def check_case(case, answer, want: Oracle, root: Path):
 
 @pytest.mark.parametrize("world_size", CASES)
 def test_every_layout_makes_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
-    answers = fresh_pool(world_size).run(run_cases, folder=folder, cases=CASES[world_size])
+    answers = fresh_pool(world_size).run(run_cases, timeout_s=400, folder=folder, cases=CASES[world_size])
     for rank in range(world_size):
         assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
     for case, answer in zip(CASES[world_size], answers[0], strict=True):

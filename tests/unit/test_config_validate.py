@@ -83,6 +83,14 @@ CASES = {
         {"data__tokens_per_step": 40}, "data.tokens_per_step", "multiple of 48 = seq_len 8 x sequences_per_micro_batch "
         "3 x dp 2\n      fix: use 48, or",
     ),
+    "teacher's stage": ({"teacher__zero_stage": 1}, "teacher.zero_stage", "is neither 0 nor 3"),
+    "offload alone": ({"teacher__offload": True}, "teacher.offload", "would be ignored: teacher.zero_stage is not 3"),
+    "teacher's tp alone": ({"teacher__tp": 4}, "teacher.tp", "would be ignored: teacher.layout = plain"),
+    "teacher's tp no multiple": (
+        {"teacher__tp": 3, "teacher__layout": "tp"}, "teacher.tp", "is no multiple of parallel.tp = 2",
+    ),
+    "teacher's tp 0": ({"teacher__tp": 0, "teacher__layout": "tp"}, "teacher.tp", "use 2, 4 or 8"),
+    "teacher's tp 8": ({"teacher__tp": 8, "teacher__layout": "tp"}, "teacher.tp", "does not divide the number"),
     "stage 0 in bf16": ({"zero__stage": 0}, "zero.stage", "keep no float32 master weights"),
     "owned zero key": ({"zero__extra": {"stage": 1}}, "zero.extra.stage", "is not yours to set: it is zero.stage"),
     "unknown zero key": (
@@ -175,6 +183,7 @@ def test_each_mistake_is_one_problem_that_says_why_and_how_to_mend_it(case):
          "teacher__dtype": "float32"},
         {"student__weights": "w", "student__architecture": None},
         {"zero__stage": 0, "student__dtype": "float32"},
+        {"teacher__layout": "tp", "teacher__tp": 4, "teacher__zero_stage": 3, "teacher__offload": True},
         {"run__seed": 2**64 - 1},
         {"zero__extra": {"reduce_bucket_size": 5e8, "sub_group_size": 7, "reduce_scatter": False}},
         {"data__train_weights": [1e-9, 5.0], "data__validation": "v", "eval__every_steps": 1, "eval__max_tokens": 1},
