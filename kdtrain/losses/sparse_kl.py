@@ -62,21 +62,22 @@ def linear_sparse_kd_loss(
 
     Where kd_weight is 0 everywhere, loss and gradients are those of `linear_cross_entropy` up to rounding (the ids
     are summed apart from the rest).
-    Memory beyond inputs and gradients: slab_bytes / 2, a few cache blocks and some [C, K]. Gradients are kept and
-    rounded as by `linear_kd_loss`: d(hidden_s) complete on every rank, d(head_s) of this rank's rows, 0 in padding
+    Memory beyond inputs and gradients: half of slab_bytes (chunks are those of `linear_kd_loss`, with one model), a few
+    cache blocks and some [C, K]. Gradients accumulate in float32 (float64) and are kept so until backward, which scales
+    and rounds them into new tensors: d(hidden_s) complete on every rank, d(head_s) of this rank's rows, 0 in padding
     rows. With no_grad none of that work is done.
     Communicates over `group`: one all-gather of [C, 4 + K] per chunk, hidden behind the next chunk, and, if hidden_s
     needs a gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for arguments that do not fit and
     for cells that the matrix refuses; nothing is computed then.
     """
     head_s = stream.as_head(head_s)
+    checks.check_shard(shard, group)
     kind = target_kind(target, renormalise_student)
     spec = divergence_spec(divergence, shard.vocab_size, teacher_share=teacher_share, skew=skew)
     for name in (divergence, spec.kernel):  # a parameter at an end of its range makes some of them a plain KL
         matrix.require(name, kind, allow_biased=allow_biased)
     weights = {"kd_weight": kd_weight, "ce_weight": ce_weight}
     weights = weights if z_weight is None else weights | {"z_weight": z_weight}
-    checks.check_shard(shard, group)
     kernels = _checked(hidden_s, head_s, target, labels, weights, shard, backend)
     checks.check_temperature(temperature)
     checks.check_slab_bytes(slab_bytes, shard, group, work_dtype(hidden_s))
@@ -114,7 +115,7 @@ def _checked(
     checks.check_model("_s", hidden, head, shard)
     checks.check_labels_and_weights(labels, weights, hidden)
     check_target_shapes(target, hidden)
-    kernels = sparse_kernels(backend, hidden.device)
+    kernels = sparse_kernels(backend, hidden.device, work_dtype(hidden))
     checks.check_label_range(labels, weights["ce_weight"], shard)
     check_target_contents(target, weights["kd_weight"], shard.vocab_size)
     return kernels

@@ -11,8 +11,16 @@ from kdtrain_kernels import sparse_rows, torch_rows
 from kdtrain_kernels.dispatch import row_kernels
 
 
-def sparse_kernels(backend: str, device: torch.device) -> ModuleType:
-    """The module with sparse_stats and sparse_grad for tensors on `device`. ValueError as from `row_kernels`."""
+def sparse_kernels(backend: str, device: torch.device, work: torch.dtype) -> ModuleType:
+    """The module with sparse_stats and sparse_grad, as `sparse_rows` has them. work: the slab's dtype.
+
+    auto takes torch where the triton kernels have no form (float64). Raises ValueError as `row_kernels` does, and for
+    an explicit triton that has no such form.
+    """
     if row_kernels(backend, device) is torch_rows:
         return sparse_rows
-    return importlib.import_module("kdtrain_kernels.triton.sparse")
+    if work == torch.float32:
+        return importlib.import_module("kdtrain_kernels.triton.sparse")
+    if backend == "auto":
+        return sparse_rows
+    raise ValueError(f"backend = {backend!r} has no sparse row kernels for {work} logits, need float32; choose torch")

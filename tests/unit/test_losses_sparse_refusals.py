@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kdtrain_kernels import sparse_dispatch, sparse_rows
 
 from kdtrain.dist.vocab import VocabShard
 from kdtrain.losses import linear_sparse_kd_loss, matrix, reference
@@ -51,6 +52,11 @@ BAD = {
     "label count": ({"labels": torch.arange(8)}, r"labels has shape \(8,\), need \(9,\)"),
     "label range": ({"labels": torch.full((9,), 101)}, r"labels\[0\] = 101, need one in \[0, 101\)"),
     "weight dtype": ({"kd_weight": torch.ones(9).bool()}, r"kd_weight has dtype torch.bool, need a floating"),
+    "shard": (
+        {"shard": VocabShard(0, 128, 101, 1, 2)},
+        r"shard is slice 1 of 2, but this is rank 0 of a group of 1",
+    ),
+    "infinite weight": ({"ce_weight": torch.full((9,), float("inf"))}, r"ce_weight holds NaN or infinity"),
     "z weight": ({"z_weight": torch.ones(8)}, r"z_weight has shape \(8,\), need \(9,\)"),
     "slab": ({"slab_bytes": 1023}, r"slab_bytes = 1023, need at least 1024"),
     "main grad": (
@@ -146,3 +152,11 @@ def test_cells_of_the_matrix_say_what_they_are_worth_and_why():
     assert matrix.require("jsd", "top_k", allow_biased=True).kind == "biased"
     with pytest.raises(ValueError, match=r"'jsd' on target = 'top_k' is biased"):
         matrix.require("jsd", "top_k")
+
+
+def test_an_explicit_backend_never_falls_back(monkeypatch):
+    monkeypatch.setattr(sparse_dispatch, "row_kernels", lambda backend, device: None)  # as where triton runs
+    cpu = torch.device("cpu")
+    assert sparse_dispatch.sparse_kernels("auto", cpu, torch.float64) is sparse_rows
+    with pytest.raises(ValueError, match=r"backend = 'triton' has no sparse row kernels for torch.float64 logits"):
+        sparse_dispatch.sparse_kernels("triton", cpu, torch.float64)
