@@ -63,9 +63,9 @@ def linear_sparse_kd_loss(
     Where kd_weight is 0 everywhere, loss and gradients are those of `linear_cross_entropy` up to rounding (the ids
     are summed apart from the rest).
     Memory beyond inputs and gradients: half of slab_bytes (chunks are those of `linear_kd_loss`, with one model), a few
-    cache blocks, some [C, K] and, before all else, ids sorted to find doubles. Gradients accumulate in float32 (float64) and are kept so until backward, which scales
-    and rounds them into new tensors: d(hidden_s) complete on every rank, d(head_s) of this rank's rows, 0 in padding
-    rows. With no_grad none of that work is done.
+    cache blocks, some [C, K] and, before all else, the ids sorted to find doubles. Gradients are kept and rounded as by
+    `linear_kd_loss`: d(hidden_s) complete on every rank, d(head_s) of this rank's rows, 0 in padding rows. With no_grad
+    none of that work is done.
     Communicates over `group`: one all-gather of [C, 4 + K] per chunk, hidden behind the next chunk, and, if hidden_s
     needs a gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for arguments that do not fit and
     for cells that the matrix refuses; nothing is computed then.

@@ -1,4 +1,4 @@
-"""Records as the teacher makes them, in the loss: every estimator is taken for what it is, draws average to the truth."""
+"""Records as a teacher makes them: each estimator is taken for what it is, and draws average to the truth."""
 
 from dataclasses import replace
 
