@@ -10,7 +10,7 @@ import torch
 from kdtrain_kernels import topk_rows, torch_rows
 from kdtrain_kernels.dispatch import row_kernels
 
-TRITON_MAX_K = 1023
+TRITON_MAX_K = 511
 """Longest list that the triton kernels select: they hold the candidates of a row in registers."""
 
 
