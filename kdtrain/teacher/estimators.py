@@ -51,7 +51,7 @@ class Estimator:
         for setting, value, owner in (("tail_samples", tail_samples, "top_k_samples"), ("top_p", top_p, "top_p_k")):
             if value is not None and name != owner:
                 raise ValueError(f"{setting} = {value} belongs to {owner}; leave it out for {name}")
-        if name == "top_k_samples" and (tail_samples is None or not 1 <= tail_samples < k):
+        if name == "top_k_samples" and (not isinstance(tail_samples, int) or not 1 <= tail_samples < k):
             raise ValueError(f"tail_samples = {tail_samples}, need an integer in [1, k) with k = {k}")
         if name == "top_p_k" and (top_p is None or not 0 < top_p <= 1):
             raise ValueError(f"top_p = {top_p}, need a number in (0, 1]")

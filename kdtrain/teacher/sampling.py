@@ -86,7 +86,7 @@ def sample_targets(
 
 def _check_tokens(seed: int, tensors: dict[str, Tensor | None], hidden: Tensor) -> None:
     """A seed of 63 bits and one int64 per token (labels may be int32)."""
-    if not 0 <= seed <= MAX_SEED:
+    if not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed = {seed}, need an integer in [0, 2^63)")
     for name, tensor in tensors.items():
         if tensor is None:

@@ -100,13 +100,13 @@ def check_teacher_arguments(hidden: Tensor, head: HeadShard, shard: VocabShard, 
     checks.check_shard(shard, group)
     checks.check_model("_t", hidden, head, shard)
     least = stream.row_stride(shard) * work_dtype(hidden).itemsize
-    if slab_bytes < least:
-        raise ValueError(f"slab_bytes = {slab_bytes}, need at least {least}: the logits of one token")
+    if not isinstance(slab_bytes, int) or slab_bytes < least:
+        raise ValueError(f"slab_bytes = {slab_bytes}, need an integer of at least {least}: the logits of one token")
 
 
 def check_k(name: str, k: int, shard: VocabShard) -> None:
     """ValueError unless 1 <= k <= vocabulary."""
-    if not 1 <= k <= shard.vocab_size:
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= shard.vocab_size:
         raise ValueError(f"{name} = {k}, need an integer in [1, {shard.vocab_size}], the size of the vocabulary")
 
 

@@ -200,6 +200,8 @@ def topk_merge(
     the ranks' sums plus the entries that are not among the first k: nothing is ever subtracted from a total.
     """
     values, ids = values.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1)
+    if stats.shape[0] == 1:  # one rank's list is in order already
+        return Merged(values, ids, merged_numbers(values, values[:, :0], stats, temperatures, entropy=entropy))
     places = first_k(values, ids, k)
     lost = values.scatter(1, places, float("-inf"))
     numbers = merged_numbers(values.gather(1, places), lost, stats, temperatures, entropy=entropy)
@@ -249,7 +251,10 @@ def tail_cdf(slab: Tensor, peak: Tensor, temperature: float, *, scratch: Scratch
     cdf = torch.zeros(len(slab), lanes, dtype=torch.float64, device=slab.device)
     for rows in row_blocks(slab, scratch) if lanes else ():
         shift = finite(peak[rows]).to(slab.dtype)[:, None]
-        power = torch.sub(slab[rows], shift, out=scratch.take(0, len(slab[rows]))).div_(temperature).exp_()
+        power = torch.sub(slab[rows], shift, out=scratch.take(0, len(slab[rows])))
+        if temperature != 1.0:
+            power.div_(temperature)
+        power.exp_()
         sums = torch.cat([part.sum(-1) for part in _lanes(power, SAMPLE_LANE)], 1)
         torch.cumsum(sums, 1, dtype=torch.float64, out=cdf[rows])
     return cdf

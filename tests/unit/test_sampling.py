@@ -294,7 +294,7 @@ REFUSED = [
     ({"estimator": "guess"}, "estimator = 'guess' is unknown; choose one of top_k, top_k_tail"),
     ({"k": 0}, "k = 0, need an integer in [1, 101]"),
     ({"k": 102}, "k = 102, need an integer in [1, 101]"),
-    ({"temperature": -1.0}, "temperature = -1.0, need a finite number > 0"),
+    ({"temperature": -1.0}, "temperature = -1.0, need a number > 0"),
     ({"seed": -1}, "seed = -1, need an integer in [0, 2^63)"),
     ({"seed": 1 << 63}, f"seed = {1 << 63}, need an integer in [0, 2^63)"),
     ({"tail_samples": 3}, "tail_samples = 3 belongs to top_k_samples; leave it out for adaptive_threshold"),
@@ -312,8 +312,11 @@ REFUSED = [
     ({"labels": INT.float()}, "labels has dtype torch.float32, need torch.int64 or torch.int32"),
     ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels has shape (3,), need (2,): one per token"),
     ({"labels": INT.to("meta")}, "labels is on meta, need cpu as hidden_t"),
-    ({"slab_bytes": 511}, "slab_bytes = 511, need at least 512: the logits of one token"),
+    ({"slab_bytes": 511}, "slab_bytes = 511, need an integer of at least 512: the logits of one token"),
     ({"backend": "abacus"}, "backend = 'abacus' is not available for cpu"),
+    ({"k": True}, "k = True, need an integer in [1, 101]"),
+    ({"seed": 0.5}, "seed = 0.5, need an integer in [0, 2^63)"),
+    ({"shard": VocabShard.of(101, 0, 2, multiple=1)}, "shard is slice 0 of 2, but this is rank 0 of a group of 1"),
     ({"shard": VocabShard.of(101)}, "head_t has 101 rows, need 128: shard [0, 128)"),
 ]
 
