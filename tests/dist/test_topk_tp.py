@@ -127,9 +127,10 @@ def _sample(rank: int, world_size: int, chunk: int, dtype: torch.dtype) -> list[
     """Every estimator in every layout, on all tokens."""
     group = dist.group.WORLD
     answers = []
-    for vocab, multiple, k, _, properties in LAYOUTS[:-1]:
+    for vocab, multiple, k, _, properties in [*LAYOUTS[:-1], (101, 1, 12, 0, None)]:
         shard = shard_of(vocab, group, multiple)
-        hidden, head = random_teacher(37, vocab, dtype=dtype, properties=properties)
+        integers = properties is None  # ties, also between what is kept and what is not
+        hidden, head = random_teacher(37, vocab, dtype=dtype, properties=bool(properties), integers=integers)
         for estimator in ESTIMATORS:
             got = sample_targets(
                 hidden,

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kdtrain_kernels import topk_rows
+from kdtrain_kernels.blocks import Scratch
 
 from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.teacher import sampling
 from kdtrain.teacher.estimators import ESTIMATORS, UNBIASED, WITH_TAIL
 from kdtrain.teacher.sampling import sample_targets
 from kdtrain.testing.topk_cases import LargestTensor, dense_weights, random_teacher, slab_bytes_for, whole_logits
@@ -168,6 +171,31 @@ def test_a_tail_far_below_the_range_of_float32_is_drawn_from_as_any_other():
         drawn = got.ids[:, 1:][got.ids[:, 1:] >= 0]
         assert drawn.unique().numel() > 50, offset
         assert (total(got) - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 1 - 2.0**-53])
+@pytest.mark.parametrize("estimator", UNBIASED)
+def test_the_first_and_the_last_offset_lose_no_draw(monkeypatch, estimator, offset, dtype):
+    monkeypatch.setattr(sampling, "uniform", lambda seed, ids, positions: ids.double() * 0 + offset)
+    hidden, head = random_teacher(37, 300, dtype=dtype)
+    got = sample(hidden, head, estimator, 12)
+    assert (total(got) - 1).abs().max() <= (1e-6 if dtype == torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize("n", [3, 32, 70, 100])
+def test_a_draw_beyond_the_end_takes_the_last_column_that_can_be_drawn(n):
+    slab = torch.randn(4, n, generator=torch.Generator().manual_seed(0))
+    slab[1, n // 2 :] = slab[2, 1:] = slab[3, :-1] = -INF
+    peak = slab.double().amax(1)
+    cdf = topk_rows.tail_cdf(slab, peak, 1.0, scratch=Scratch.of(slab))
+    whole = cdf[:, -1:]
+    targets = torch.cat([torch.zeros_like(whole), whole * (1 - 1e-16), whole, 2 * whole], 1)
+    drawn = topk_rows.tail_sample(slab, cdf, targets, peak, 1.0)
+    allowed = slab > -INF
+    last = (allowed * torch.arange(1, n + 1)).amax(1) - 1
+    assert torch.equal(drawn[:, 0], allowed.int().argmax(1))
+    assert torch.equal(drawn[:, 1:], last[:, None].expand(-1, 3))
 
 
 DISTRIBUTIONS = {"peaked": 3.0, "flat": 0.5}

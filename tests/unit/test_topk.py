@@ -76,6 +76,31 @@ def test_tail_sums_at_any_temperature_have_the_digits_of_the_tail_itself():
         assert torch.equal(merged.tail_peak, peak)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_merging_the_parts_of_a_vocabulary_is_selecting_from_the_whole(dtype):
+    x = rows(300)[[0, 1, 2, 4, 6, 9]].to(dtype)
+    k, temperatures = 20, (2.0, 1.0)
+
+    def selected(part):
+        return topk_select(part, k, temperatures, entropy=True, scratch=Scratch.of(part))
+
+    whole = selected(x.clone())
+    expected = topk_merge(whole.values[None], whole.columns[None], whole.stats[None], k, temperatures, entropy=True)
+    lists = torch.full((3, len(x), k), -INF, dtype=dtype), torch.full((3, len(x), k), NO_ID)
+    stats = torch.zeros(3, *whole.stats.shape, dtype=torch.float64)
+    for rank, columns in enumerate((slice(0, 150), slice(150, 292), slice(292, 300))):
+        part = selected(x[:, columns].clone())
+        width = part.values.shape[1]
+        lists[0][rank, :, :width], lists[1][rank, :, :width] = part.values, part.columns + columns.start
+        stats[rank] = part.stats
+    got = topk_merge(*lists, stats, k, temperatures, entropy=True)
+    assert torch.equal(got.ids, expected.ids)
+    assert torch.equal(got.values, expected.values)
+    assert torch.equal(got.tail_peak, expected.tail_peak)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(got.numbers, expected.numbers, rtol=tolerance, atol=tolerance)
+
+
 def test_keys_keep_values_ids_and_their_order():
     values = torch.tensor([[-INF, -3e38, -1.5, -1e-40, -0.0, 0.0, 1e-40, 1.5, 3e38, INF]])
     ids = torch.tensor([[9, 8, NO_ID, 0, 5, 4, 3, 2, 1, 0]])
