@@ -1,0 +1,147 @@
+"""What the benchmarks share: rows of a CSV, percentiles, memory of a process, provenance, whole files."""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import datetime
+import io
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = (
+    *("commit", "date", "device", "versions", "task", "shape", "provider", "mode"),
+    *("median_ms", "p20_ms", "p80_ms", "time_ratio", "peak_bytes", "peak_ratio", "gradient_error", "absent"),
+)
+"""time_ratio, peak_ratio: to `naive` of the same task, shape and mode. absent: why there are no numbers."""
+
+MEASURED = ("kdtrain/losses", "kdtrain/teacher", "kdtrain/dist", "kernels", "benchmarks")
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, str]:
+    """Median, 20th and 80th percentile in ms, as a CSV has them."""
+    times = sorted(1000 * second for second in seconds)
+    last = len(times) - 1
+    return {
+        "median_ms": f"{statistics.median(times):.4g}",
+        "p20_ms": f"{times[round(0.2 * last)]:.4g}",
+        "p80_ms": f"{times[round(0.8 * last)]:.4g}",
+    }
+
+
+def with_ratios(rows: list[dict]) -> list[dict]:
+    """Fill time_ratio and peak_ratio from the naive rows."""
+    naive = {key_of(row): row for row in rows if row["provider"] == "naive" and not row["absent"]}
+    for row in rows:
+        base = naive.get(key_of(row))
+        if base is None or row["absent"]:
+            continue
+        for ratio, column in (("time_ratio", "median_ms"), ("peak_ratio", "peak_bytes")):
+            row[ratio] = f"{float(row[column]) / float(base[column]):.3f}"
+    return rows
+
+
+def key_of(row: dict) -> tuple[str, str, str]:
+    """What rows must share to be compared."""
+    return row["task"], row["shape"], row["mode"]
+
+
+def memory(field: str) -> int:
+    """Bytes of a kB field of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}; this benchmark measures memory on Linux only")
+
+
+def reset_peak() -> int:
+    """Set the process's high-water mark to what it uses now; that, in bytes. Freed memory goes back first (glibc)."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory("VmRSS")
+
+
+def cpu_name() -> str:
+    """As the kernel reports it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def current_commit() -> str:
+    """Short hash; + where code that is measured differs from it; unknown outside a git checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", *MEASURED, ":!benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+
+
+def today() -> str:
+    """UTC."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def in_fresh_process(script: str, job: dict, **environment: str) -> dict:
+    """`script --one JOB` in a process of its own with all cores; its last line as JSON. Fails as it fails."""
+    command = [sys.executable, script, "--one", json.dumps(job)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), **environment}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def write_csv(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUMNS) -> None:
+    """All rows or nothing."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
+def read_csv(path: Path, command: str) -> list[dict]:
+    """Rows of a CSV; SystemExit names the command that makes it where there is none."""
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist; run `{command}` first")
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def markdown_rows(rows: Iterable[dict]) -> list[str]:
+    """Header and one line per row: time and memory, their ratio to naive, the gradient's error; absences by name."""
+    lines = [
+        "| task | shape | mode | provider | median ms | p20 - p80 | of naive | peak MiB | of naive | gradient error |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        head = f"| {row['task']} | {row['shape']} | {row['mode']} | {row['provider']} "
+        if row["absent"]:
+            lines.append(f"{head}| absent: {row['absent']} | | | | | |")
+            continue
+        lines.append(
+            f"{head}| {float(row['median_ms']):.4g} | {float(row['p20_ms']):.4g} - {float(row['p80_ms']):.4g} "
+            f"| {row['time_ratio']} | {int(row['peak_bytes']) / 2**20:.0f} | {row['peak_ratio']} "
+            f"| {row['gradient_error']} |"
+        )
+    return lines
