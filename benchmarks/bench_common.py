@@ -128,20 +128,21 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def markdown_rows(rows: Iterable[dict]) -> list[str]:
-    """Header and one line per row: time and memory, their ratio to naive, the gradient's error; absences by name."""
+def markdown_rows(rows: Iterable[dict], errors: Sequence[str] = ("gradient_error",)) -> list[str]:
+    """Header and one line per row: time and memory, their ratio to naive, the columns `errors`; absences by name."""
+    more = "".join(f" {name.replace('_', ' ')} |" for name in errors)
     lines = [
-        "| task | shape | mode | provider | median ms | p20 - p80 | of naive | peak MiB | of naive | gradient error |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| task | shape | mode | provider | median ms | p20 - p80 | of naive | peak MiB | of naive |{more}",
+        f"| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |{' ---: |' * len(errors)}",
     ]
     for row in rows:
         head = f"| {row['task']} | {row['shape']} | {row['mode']} | {row['provider']} "
         if row["absent"]:
-            lines.append(f"{head}| absent: {row['absent']} | | | | | |")
+            lines.append(f"{head}| absent: {row['absent']} |{' |' * (4 + len(errors))}")
             continue
         lines.append(
             f"{head}| {float(row['median_ms']):.4g} | {float(row['p20_ms']):.4g} - {float(row['p80_ms']):.4g} "
             f"| {row['time_ratio']} | {int(row['peak_bytes']) / 2**20:.0f} | {row['peak_ratio']} "
-            f"| {row['gradient_error']} |"
+            f"|{''.join(f' {row[name]} |' for name in errors)}"
         )
     return lines

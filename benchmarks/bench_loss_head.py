@@ -37,10 +37,10 @@ WIDTH_S, WIDTH_T = 256, 576
 VOCAB = 50257
 MAIN = "streamed-128MiB"
 OURS_AND_FORMS = (MAIN, "naive", "chunked")
-TOKENS = (512, 1024, 2048, 4096)
+TOKENS = (1024, 4096)
 VOCABS, TOKENS_OF_VOCABS = (8192, 32768), 512
-PEER_TOKENS = 1024
-MIN_RUNS, MAX_RUNS, RUN_SECONDS = 5, 15, 2.0
+PEER_TOKENS = 512
+MIN_RUNS, MAX_RUNS, RUN_SECONDS = 3, 15, 2.0
 AGREEMENT = 1e-4
 
 
@@ -52,8 +52,8 @@ def jobs() -> list[dict]:
 
     found = [job(tokens, VOCAB, name) for tokens in TOKENS for name in (*OURS_AND_FORMS, "compiled")]
     found += [job(TOKENS_OF_VOCABS, vocab, name) for vocab in VOCABS for name in OURS_AND_FORMS]
-    found.append(job(2048, VOCAB, "streamed-1GiB"))
-    found += [job(2048, VOCAB, name, "eval") for name in OURS_AND_FORMS]
+    found.append(job(1024, VOCAB, "streamed-1GiB"))
+    found += [job(1024, VOCAB, name, "eval") for name in OURS_AND_FORMS]
     for task, peers in PEERS.items():
         names = (*OURS_AND_FORMS, "compiled", *peers)
         found += [job(PEER_TOKENS, VOCAB, name, task=task) for name in names]

@@ -35,7 +35,10 @@ CHUNKS = 8
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """needs: modules to import; packages: whose versions to report; device: cuda, cpu or any."""
+    """needs: modules to import; packages: whose versions to report; device: cuda, cpu or any.
+
+    is_compiled: whether it goes through torch.compile, which takes half a minute at first.
+    """
 
     name: str
     task: str
@@ -44,6 +47,7 @@ class Provider:
     packages: tuple[str, ...] = ()
     device: str = "any"
     exact_value: bool = True
+    is_compiled: bool = False
 
     def absent(self, device: str) -> str:
         """Why it cannot run on `device`, in one line; empty where it can."""
@@ -62,13 +66,15 @@ class Provider:
         return f"python {platform.python_version()} {packages}"
 
 
-def streamed(task: str, slab_bytes: int) -> Callable[..., Tensor]:
+def streamed(task: str, slab_bytes: int, backend: str = "auto") -> Callable[..., Tensor]:
     """kdtrain's loss of a task."""
 
     def loss(hidden_s, head_s, hidden_t, head_t, labels):
         shard, ones = VocabShard.of(len(head_s), multiple=1), torch.ones(len(labels), device=labels.device)
         if task == "ce":
-            return linear_cross_entropy(hidden_s, head_s, labels, weight=ones, shard=shard, slab_bytes=slab_bytes).loss
+            return linear_cross_entropy(
+                hidden_s, head_s, labels, weight=ones, shard=shard, slab_bytes=slab_bytes, backend=backend
+            ).loss
         return linear_kd_loss(
             hidden_s,
             head_s,
@@ -80,6 +86,7 @@ def streamed(task: str, slab_bytes: int) -> Callable[..., Tensor]:
             ce_weight=ones if task == "kl_ce" else 0 * ones,
             shard=shard,
             slab_bytes=slab_bytes,
+            backend=backend,
         ).loss
 
     return loss
@@ -204,10 +211,17 @@ _PEERS = (
     Provider("modelopt", "kl", modelopt_kl, ("modelopt.torch.distill.plugins.megatron",), ("nvidia-modelopt",)),
     Provider("liger", "kl", liger_kl, ("liger_kernel.transformers.functional",), device="cuda", **_LIGER),
     Provider("trl", "jsd", trl_jsd, ("trl.experimental.gkd",), ("trl",)),
-    Provider("liger-chunked", "jsd", liger_chunked_jsd, ("liger_kernel.chunked_loss",), **_LIGER),
+    Provider("liger-chunked", "jsd", liger_chunked_jsd, ("liger_kernel.chunked_loss",), is_compiled=True, **_LIGER),
     Provider("liger", "jsd", liger_jsd, ("liger_kernel.transformers.functional",), device="cuda", **_LIGER),
     Provider("torch-linear-ce", "ce", torch_ce, ("torch.nn.modules.linear_cross_entropy_options",)),
-    Provider("cut-ce-compile", "ce", cut_ce("torch_compile"), ("cut_cross_entropy",), ("cut-cross-entropy",)),
+    Provider(
+        "cut-ce-compile",
+        "ce",
+        cut_ce("torch_compile"),
+        ("cut_cross_entropy",),
+        ("cut-cross-entropy",),
+        is_compiled=True,
+    ),
     Provider("cut-ce", "ce", cut_ce("cce"), ("cut_cross_entropy",), ("cut-cross-entropy",), device="cuda"),
     Provider("liger", "ce", liger_ce, ("liger_kernel.transformers.functional",), device="cuda", **_LIGER),
 )
@@ -220,7 +234,11 @@ def providers(task: str) -> list[Provider]:
         raise ValueError(f"task = {task!r}, need one of {', '.join(TASKS)}")
     ours = [Provider(f"streamed-{name}", task, streamed(task, size)) for name, size in SLABS.items()]
     forms = [("naive", naive), ("chunked", chunked), ("compiled", compiled)]
-    return [*ours, *(Provider(name, task, form(task)) for name, form in forms), *(p for p in _PEERS if p.task == task)]
+    return [
+        *ours,
+        *(Provider(name, task, form(task), is_compiled=name == "compiled") for name, form in forms),
+        *(p for p in _PEERS if p.task == task),
+    ]
 
 
 def find(task: str, name: str) -> Provider:

@@ -54,8 +54,8 @@ def test_every_provider_that_runs_here_has_float64s_value_and_gradients(task):
     expected = providers.float64_answer(task, arguments, chunk=16)
     compared = []
     for provider in providers.providers(task):
-        if provider.name in ("compiled", "cut-ce-compile", "liger-chunked") or provider.absent("cpu"):
-            continue  # torch.compile takes longer than all other tests here
+        if provider.is_compiled or provider.absent("cpu"):
+            continue
         loss, gradients = bench.run(provider.loss, arguments, True)
         errors = providers.errors_of(provider, loss, gradients, expected)
         assert max(errors.values()) <= 1e-5, (provider.name, errors)

@@ -1,0 +1,142 @@
+"""Whole operations: time, share of the matmul rate measured in the same run, memory; with --peers also other packages.
+
+    python benchmarks/gpu_ops.py [--out FOLDER] [--cpu] [--peers]
+
+Useful work is counted alike for everybody: 2 T V E for a teacher's product and 6 T V D for the student's three; what an
+implementation computes again is not credited. Slabs of 5 GiB and 1 GiB. Without --peers: linear_kd_loss (forward KL,
+jsd), linear_cross_entropy, linear_topk at the shapes of the plan, every backend. With --peers: every provider of
+benchmarks/bench_providers.py at a few shapes, in turn; before one is timed its value and gradients are compared with
+float64 at fewer tokens, and the error is in its row. One that cannot run has the reason in its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+
+import bench_common as common
+import bench_providers as providers
+import torch
+from gpu_common import Setting, Shape, problem, whole_shard
+
+from kdtrain.teacher.topk import linear_topk
+
+CHECKED_TOKENS = 512
+SLABS = {"5GiB": 5 << 30, "1GiB": 1 << 30}
+
+
+def shapes(setting: Setting) -> list[Shape]:
+    """Section by section: vocabularies, widths, then more tokens."""
+    if setting.is_small:
+        return [Shape(16, 300, 16, 24)]
+    pairs = ((2048, 4096), (2048, 8192), (4096, 4096))
+    found = [Shape(8192, vocab, *pair) for vocab in (32000, 128256, 151936, 262144) for pair in pairs]
+    return [*found, Shape(32768, 128256, 2048, 4096)]
+
+
+def work_of(task: str, shape: Shape) -> int:
+    """Useful FLOP of a call."""
+    teacher, student = 2 * shape.width_t, 6 * shape.width_s
+    per_logit = {"ce": student, "topk": teacher}.get(task, teacher + student)
+    return per_logit * shape.tokens * shape.vocab
+
+
+def peak_rate(setting: Setting) -> float:
+    """FLOP/s of a large matrix product, measured now."""
+    side = 64 if setting.is_small else 8192
+    a, b = (torch.randn(side, side, device=setting.device).to(setting.dtype) for _ in range(2))
+    return 2 * side**3 / (float(common.percentiles(setting.seconds(lambda: a @ b))["median_ms"]) / 1000)
+
+
+def timed(setting: Setting, task: str, shape: Shape, name: str, run: Callable[[], object], rate: float) -> dict:
+    """A row; running out of memory is a result."""
+    row = {"task": task, "shape": str(shape), "provider": name}
+    try:
+        peak = setting.peak_bytes(run)
+        times = common.percentiles(setting.seconds(run, runs=10))
+    except torch.OutOfMemoryError:
+        return {**row, "absent": "out of memory"}
+    useful = work_of(task, shape) / (float(times["median_ms"]) / 1000)
+    print(task, shape, name, times["median_ms"], "ms", f"{useful / rate:.3f} of matmul", flush=True)
+    figures = {"useful_tflops": f"{useful / 1e12:.4g}", "share_of_matmul": f"{useful / rate:.3f}"}
+    return {**row, **times, **figures, "peak_bytes": peak, "absent": ""}
+
+
+def step(loss: Callable, inputs: tuple) -> Callable[[], object]:
+    """Loss and gradients of the student's arguments."""
+    return lambda: torch.autograd.grad(loss(*inputs), inputs[:2])
+
+
+def whole_operations(setting: Setting) -> Iterator[dict]:
+    """Ours, every backend and slab."""
+    for shape in shapes(setting):
+        rate, inputs = peak_rate(setting), problem(setting, shape)
+        shard = whole_shard(shape.vocab)
+        for backend in setting.backends():
+            if backend == "torch" and (shape.width_s, shape.width_t) != (2048, 4096) and not setting.is_small:
+                continue  # slow, and the widths change only the products
+            for slab, size in SLABS.items():
+                for task in ("kl", "jsd", "ce"):
+                    run = step(providers.streamed(task, size, backend), inputs)
+                    yield timed(setting, task, shape, f"streamed-{slab}-{backend}", run, rate)
+            arguments = {"shard": shard, "slab_bytes": SLABS["1GiB"], "backend": backend}
+            for k in (64, 256):
+
+                def select(k: int = k, inputs: tuple = inputs, arguments: dict = arguments) -> object:
+                    return linear_topk(inputs[2], inputs[3], k, **arguments)
+
+                yield timed(setting, "topk", shape, f"linear_topk-{k}-{backend}", select, rate)
+        yield timed(setting, "topk", shape, "torch-64", lambda inputs=inputs: torch_list(inputs, 64), rate)
+
+
+@torch.no_grad()
+def torch_list(inputs: tuple, k: int) -> object:
+    """All logits in float32, torch.topk, logsumexp: what Megatron-LM's saver computes."""
+    logits = (inputs[2] @ inputs[3].T).float()
+    return logits.topk(k, dim=-1), logits.logsumexp(-1)
+
+
+def peers(setting: Setting) -> Iterator[dict]:
+    """All providers of every task, in turn."""
+    few = shapes(setting)[:1] if setting.is_small else [Shape(8192, 128256, 2048, 4096), Shape(8192, 32000, 4096, 4096)]
+    for shape in few:
+        inputs = problem(setting, shape)
+        small = problem(setting, Shape(min(shape.tokens, CHECKED_TOKENS), shape.vocab, shape.width_s, shape.width_t))
+        for task in ("kl", "jsd", "ce"):
+            rate, expected = peak_rate(setting), providers.float64_answer(task, small, chunk=64)
+            for provider in providers.providers(task):
+                yield compared(setting, provider, shape, (small, inputs), expected, rate)
+
+
+def compared(
+    setting: Setting, provider: providers.Provider, shape: Shape, inputs: tuple, expected: tuple, rate: float
+) -> dict:
+    """A provider's row: absent, or its error at few tokens and its time at all."""
+    head = {"task": provider.task, "shape": str(shape), "provider": provider.name}
+    reason = provider.absent(setting.device.type)
+    if provider.is_compiled and setting.is_cpu:
+        reason = "not compiled in a --cpu run"
+    if reason:
+        return {**head, "absent": reason}
+    small, whole = inputs
+    loss = provider.loss(*small)
+    errors = providers.errors_of(provider, loss, list(torch.autograd.grad(loss, small[:2])), expected)
+    row = timed(setting, provider.task, shape, provider.name, step(provider.loss, whole), rate)
+    return {**row, **{name: f"{error:.1e}" for name, error in errors.items()}, "packages": provider.versions()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--peers", action="store_true")
+    found, rest = parser.parse_known_args()
+    sys.argv[1:] = rest
+    setting = Setting.parse(__doc__)
+    if found.peers:
+        setting.write("peers", peers(setting))
+    else:
+        setting.write("ops", whole_operations(setting))
+
+
+if __name__ == "__main__":
+    main()

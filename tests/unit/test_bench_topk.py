@@ -1,0 +1,62 @@
+"""The top-k benchmark: its table is what its CSV says, its check sees wrong answers, a measurement measures."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def load(name):
+    """benchmarks/ is no package: its scripts find each other beside themselves."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def test_the_published_table_is_made_from_the_published_measurements():
+    bench, common = load("bench_topk"), load("bench_common")
+    rows = common.read_csv(bench.RESULTS, "")
+    measured = [(row["shape"], row["provider"]) for row in rows]
+    assert measured == [(bench.shape_of(job), job["provider"]) for job in bench.jobs()]
+    assert bench.TABLE.read_text(encoding="utf-8") == bench.table_of(rows)
+    for row in rows:
+        assert row["absent"] or float(row["median_ms"]) > 0
+        assert row["absent"] or float(row["error"]) <= bench.AGREEMENT
+
+
+@pytest.mark.parametrize("provider", ["streamed-128MiB", "naive", "chunked"])
+def test_every_provider_has_float64s_list_and_log_sum_exp(provider):
+    bench = load("bench_topk")
+    hidden, head = bench.inputs({"tokens": 40, "vocab": 700})
+    errors = bench.errors_of(hidden, head, 16, bench.answer_of(provider, hidden, head, 16), chunk=16)
+    assert errors["error"] <= 1e-5
+    assert errors["tail_error"] <= 1e-3
+
+
+def test_the_check_sees_a_wrong_id_a_wrong_order_and_a_wrong_tail():
+    bench = load("bench_topk")
+    hidden, head = bench.inputs({"tokens": 40, "vocab": 700})
+    ids, values, lse, tail = bench.naive(hidden, head, 16)
+    other = ids.clone()
+    other[33, 2] = (hidden[33] @ head.T).argmin()
+    assert bench.errors_of(hidden, head, 16, (other, values, lse, tail), chunk=16)["error"] > 1
+    assert bench.errors_of(hidden, head, 16, (ids, values.flip(1), lse, tail), chunk=16)["error"] > 1e-2
+    assert bench.errors_of(hidden, head, 16, (ids, values, lse, tail - 1), chunk=16)["tail_error"] > 0.9
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_one_measurement_times_the_list_and_sees_its_memory(monkeypatch):
+    bench = load("bench_topk")
+    monkeypatch.setattr(bench, "RUN_SECONDS", 0.0)
+    job = {"tokens": 512, "vocab": 16384, "k": 8, "provider": "naive"}
+    answer = bench.measure(job)
+    assert len(answer["times"]) == bench.MIN_RUNS
+    logits = 4 * 512 * 16384
+    assert logits / 2 <= answer["peak_bytes"] <= 8 * logits
+    row = bench.row_of(job, answer, "c")
+    assert set(row) < set(bench.COLUMNS)
+    assert torch.get_num_threads() == answer["threads"]
