@@ -75,16 +75,24 @@ def _worker(rank: int, world_size: int, store: str, jobs: Any, results: Any, env
 class RankPool:
     """`world_size` live processes; `run` calls a module-level function on all of them and returns their answers.
 
-    preload: imported once by the fork server that all pools of this process share, unless it is running already.
+    env: set in every rank before a test's file is loaded there. preload: imported once by the fork server that all
+    pools of this process share, unless it is running already. fresh: new interpreters instead, which have imported
+    nothing before env is set.
     """
 
     def __init__(
-        self, world_size: int, env: dict[str, str] | None = None, preload: tuple[str, ...] = ("torch",)
+        self,
+        world_size: int,
+        env: dict[str, str] | None = None,
+        preload: tuple[str, ...] = ("torch",),
+        *,
+        fresh: bool = False,
     ) -> None:
         self.world_size = world_size
         self._env = env or {}
-        self._context = mp.get_context("forkserver")
-        self._context.set_forkserver_preload(list(preload))
+        self._context: Any = mp.get_context("spawn" if fresh else "forkserver")
+        if not fresh:
+            self._context.set_forkserver_preload(list(preload))
         self._processes: list[Any] = []
 
     def _start(self) -> None:

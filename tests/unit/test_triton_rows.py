@@ -1,0 +1,392 @@
+"""The triton row kernels in triton's interpreter against their torch twins, and a whole loss against float64.
+
+Ranks of a pool of their own run the checks: TRITON_INTERPRET must be set before triton is imported. Each takes half
+of the cases; the loss at tp 2 takes both.
+"""
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from kdtrain_kernels import blocks, divergence_spec, row_kernels, torch_rows
+from kdtrain_kernels.blocks import Scratch, front_of_rows
+from kdtrain_kernels.torch_rows import LogitMap, RowWeights, merge_pair_stats
+
+from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
+from kdtrain.testing.loss_cases import naive_answer, random_case, reference_fields, relative_error, streamed_answer
+from kdtrain.testing.ranks import RankPool
+
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+]
+
+VARIANTS = [(name, {}) for name in reference.DIVERGENCES] + [
+    ("jsd", {"teacher_share": 0.9}),
+    ("skew_kl", {"skew": 0.7}),
+    ("skew_reverse_kl", {"skew": 0.7}),
+    ("alpha_beta", {"ab_alpha": 0.0, "ab_beta": 0.8}),
+    ("alpha_beta", {"ab_alpha": 0.7, "ab_beta": 0.0}),
+    ("alpha_beta", {"ab_alpha": -0.3, "ab_beta": 1.2}),
+]
+MAPS = [LogitMap(), LogitMap(0.8, 9.0), LogitMap(1.5, None)]
+COLUMNS = (0, 1, 101, 200)
+BLOCK = 128
+ROW_LABELS = torch.tensor([0, -1, 2, 5, -1])
+"""Rows of a case: a label that exists, none, two that exist if there are columns enough, none."""
+
+
+@pytest.fixture(scope="module")
+def interpreters():
+    pool = RankPool(2, {"TRITON_INTERPRET": "1"}, fresh=True)
+    yield pool
+    pool.close()
+
+
+def _triton_rows():
+    """The kernels with small blocks, so that 200 columns are two of them, the last one cut off."""
+    rows = row_kernels("triton", torch.device("cpu"))
+    for name in rows.LAUNCHES:
+        rows.LAUNCHES[name] = rows.Launch(BLOCK, 1)
+    return rows
+
+
+def _slab(values):
+    """[C, n] with rows a multiple of 128 apart and NaN between: it must be neither used nor multiplied by 0."""
+    columns = values.shape[1]
+    memory = torch.full((values.shape[0], max(1, -(-columns // 128)) * 128), torch.nan)
+    memory[:, :columns] = values
+    return memory[:, :columns]
+
+
+def _logits(columns, *, masked=False, cap=None, seed=0):
+    """Both models' logits of five rows: close, far apart, and with columns that both or only one of them masks."""
+    rng = torch.Generator().manual_seed(seed)
+    student = 3 * torch.randn(len(ROW_LABELS), columns, generator=rng)
+    teacher = student + torch.tensor([0.01, 1.0, 1.0, 3.0, 1.0])[:, None] * torch.randn(student.shape, generator=rng)
+    if cap is not None:
+        student = cap * torch.tanh(student / cap)
+    if masked and columns > 1:
+        for logits in (student, teacher):
+            logits[:, columns // 2] = -torch.inf
+            logits[3, 1:] = -torch.inf
+        teacher[4, -1] = -1e9
+    return student, teacher + 20.0
+
+
+def _weights(labels):
+    """Rows without divergence, without cross-entropy, with both, and with z-loss."""
+    kd = torch.tensor([1.0, 0.0, 0.7, 2.0, 0.5], dtype=torch.float64)
+    ce = torch.tensor([0.0, 1.0, 0.6, 1.5, 0.5], dtype=torch.float64)
+    return RowWeights(kd, ce, labels, ce + torch.tensor([0.0, 0.0, 0.1, 0.0, 0.2], dtype=torch.float64))
+
+
+def _labels(columns):
+    return torch.where(columns > ROW_LABELS, ROW_LABELS, -1)
+
+
+def _assert_close(got, expected, tolerance=1e-6, floor=1.0):
+    """By row: |got - expected| against the row's largest number, at least `floor`."""
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype
+    got, expected = got.double().reshape(len(got), -1), expected.double().reshape(len(got), -1)
+    torch.testing.assert_close(*(x.where(~x.isfinite(), 0.0) for x in (got, expected)), equal_nan=True)
+    gap = (got - expected).where(got.isfinite(), 0.0).abs()
+    size = expected.where(expected.isfinite(), 0.0).abs()
+    if gap.shape[1]:
+        assert (gap.amax(1) <= tolerance * size.amax(1).clamp(min=floor)).all(), (gap.amax(1), size.amax(1))
+
+
+def _cut_off(values):
+    """bfloat16 by leaving out bits: the interpreter rounds toward 0 where devices round to the nearest."""
+    return (values.contiguous().view(torch.int32) & -65536).view(torch.float32).bfloat16()
+
+
+def _totals(twin, student, teacher, labels, temperature, spec):
+    """What all ranks together know, as the torch twin has it."""
+    scratch = Scratch.of(student)
+    stats = twin.pair_stats(student, teacher, labels, temperature, spec=spec, scratch=scratch)
+    totals = merge_pair_stats(stats[None], temperature, spec)
+    if spec.two_rounds:
+        parts = twin.pair_round2(student, _slab(teacher), totals, temperature, spec=spec, scratch=scratch)
+        totals = replace(totals, z=parts[:, 0])
+    return totals
+
+
+def _compare_pair(rows, spec, columns, temperature, logit_map, masked):
+    student, teacher = _logits(columns, masked=masked, cap=logit_map.softcap)
+    labels = _labels(columns)
+    settings = {"spec": spec, "scratch": Scratch.of(_slab(student))}
+    totals = _totals(torch_rows, _slab(student), _slab(teacher), labels, temperature, spec)
+    answers = []
+    for twin in (torch_rows, rows):
+        slabs = _slab(student), _slab(teacher)
+        first = twin.pair_round2 if spec.two_rounds else twin.pair_value
+        parts = first(*slabs, totals, temperature, **settings)
+        value, operand = twin.pair_grad(
+            *slabs, totals, _weights(labels), temperature, **settings, logit_map=logit_map, operand_dtype=torch.float32
+        )
+        assert operand.data_ptr() == slabs[0].data_ptr()
+        answers.append((parts, value, operand))
+    for got, expected in zip(answers[1], answers[0], strict=True):
+        _assert_close(got, expected, 5e-6, floor=0.1)
+
+
+def _check_divergences(rank, world_size):
+    rows = _triton_rows()
+    done = 0
+    for index, (name, parameters) in enumerate(VARIANTS):
+        if index % world_size != rank:
+            continue
+        spec = divergence_spec(name, 300, **parameters)
+        _compare_pair(rows, spec, 200, 1.0, MAPS[0], True)
+        _compare_pair(rows, spec, 101, 2.0, MAPS[1], False)
+        _compare_pair(rows, spec, 20, 0.7, MAPS[2], True)
+        _compare_pair(rows, spec, index % 2, 1.0, MAPS[0], False)
+        done += 1
+    return done
+
+
+def test_every_divergences_sums_and_gradient_are_the_torch_twins(interpreters):
+    assert sum(interpreters.run(_check_divergences)) == len(VARIANTS)
+
+
+def _check_stats(rank, world_size):
+    rows = _triton_rows()
+    for columns in COLUMNS[rank::world_size]:
+        for name, temperature, masked in [("reverse_kl", 1.0, True), ("reverse_kl", 2.0, True), ("jsd", 2.0, False)]:
+            student, teacher = map(_slab, _logits(columns, masked=masked))
+            if columns > 1:
+                student[4] = -torch.inf  # a row in which this rank has nothing
+            settings = {"spec": divergence_spec(name, 300), "scratch": Scratch.of(student)}
+            args = student, teacher, _labels(columns), temperature
+            got, expected = rows.pair_stats(*args, **settings), torch_rows.pair_stats(*args, **settings)
+            for column in range(torch_rows.PAIR_STATS):
+                _assert_close(got[:, column : column + 1], expected[:, column : column + 1])
+            one = student, _labels(columns), temperature, settings["scratch"]
+            assert torch.equal(rows.row_stats(*one), got[:, : torch_rows.ROW_STATS])
+            expected = torch_rows.first_argmax(student, settings["scratch"])
+            assert torch.equal(rows.first_argmax(student, settings["scratch"]), expected)
+
+
+def test_statistics_are_the_torch_twins_with_masked_columns_masked_rows_and_no_columns(interpreters):
+    interpreters.run(_check_stats)
+
+
+def _check_ties(rank, world_size):
+    rows = _triton_rows()
+    slab = _slab(torch.zeros(3, 200))
+    slab[1, 150], slab[1, 70], slab[2, 130:] = 2.0, 2.0, 1.0
+    assert rows.first_argmax(slab, Scratch.of(slab))[:, 1].tolist() == [0.0, 70.0, 130.0]
+
+
+def test_of_equal_maxima_the_first_column_is_found(interpreters):
+    interpreters.run(_check_ties)
+
+
+def _check_measure(rank, world_size):
+    rows = _triton_rows()
+    for columns, temperature in [(101, 1.0), (101, 2.0), (1, 2.0), (0, 1.0)][rank::world_size]:
+        student, teacher = map(_slab, _logits(columns, masked=True))
+        spec = divergence_spec("forward_kl", 300)
+        totals = _totals(torch_rows, student, teacher, _labels(columns), temperature, spec)
+        answers = [
+            twin.pair_measure(student, teacher, totals, temperature, scratch=Scratch.of(student))
+            for twin in (rows, torch_rows)
+        ]
+        for column in range(4):
+            _assert_close(*(answer[:, column : column + 1] for answer in answers))
+
+
+def test_measured_sums_are_the_torch_twins(interpreters):
+    interpreters.run(_check_measure)
+
+
+def _check_row_grad(rank, world_size):
+    rows = _triton_rows()
+    for columns in COLUMNS[rank::world_size]:
+        for logit_map in MAPS:
+            student = _logits(columns, masked=logit_map.softcap is None, cap=logit_map.softcap)[0]
+            totals = torch_rows.merge_stats(
+                torch_rows.row_stats(_slab(student), _labels(columns), 1.0, Scratch.of(_slab(student)))[None], 1.0
+            )
+            answers = []
+            for twin, dtype in [(torch_rows, torch.float32), (rows, torch.float32), (rows, torch.bfloat16)]:
+                slab = _slab(student)
+                operand = twin.row_grad(
+                    slab, totals, _weights(_labels(columns)), logit_map=logit_map, scratch=Scratch.of(slab),
+                    operand_dtype=dtype,
+                )  # fmt: skip
+                assert operand.dtype == dtype
+                assert operand.data_ptr() == slab.data_ptr()
+                answers.append(operand)
+            _assert_close(answers[1], answers[0])
+            assert torch.equal(answers[2], _cut_off(answers[1]))
+
+
+def test_cross_entropys_gradient_is_the_torch_twins_in_float32_and_rounded_in_place(interpreters):
+    interpreters.run(_check_row_grad)
+
+
+def _check_bfloat16_pair(rank, world_size):
+    rows = _triton_rows()
+    for name, temperature in [("forward_kl", 1.0), ("reverse_kl", 2.0), ("jsd", 2.0), ("logit_mse", 1.0)]:
+        student, teacher = _logits(200)
+        spec, labels = divergence_spec(name, 200), _labels(200)
+        totals = _totals(torch_rows, _slab(student), _slab(teacher), labels, temperature, spec)
+        slabs = [_slab(student), _slab(student)]
+        whole, rounded = (
+            rows.pair_grad(
+                slab, _slab(teacher), totals, _weights(labels), temperature, spec=spec, logit_map=MAPS[0],
+                scratch=Scratch.of(slab), operand_dtype=dtype,
+            )[1]
+            for slab, dtype in zip(slabs, (torch.float32, torch.bfloat16), strict=True)
+        )  # fmt: skip
+        assert rounded.stride() == (2 * slabs[1].stride(0), 1)
+        assert rounded.data_ptr() == slabs[1].data_ptr()
+        assert torch.equal(rounded, _cut_off(whole))
+        assert not front_of_rows(slabs[1], torch.bfloat16).isnan().any()
+
+
+def test_a_bfloat16_gradient_is_the_float32_one_rounded_into_the_front_of_its_row(interpreters):
+    interpreters.run(_check_bfloat16_pair)
+
+
+def _check_laws(rank, world_size):
+    """Weight 0 against NaN and against cross-entropy's bits; equal models against exactly nothing."""
+    rows = _triton_rows()
+    for name in list(reference.DIVERGENCES)[rank::world_size]:
+        spec, labels = divergence_spec(name, 101), _labels(101)
+        student, teacher = _logits(101)
+        weights = replace(_weights(labels), kd=torch.zeros(len(labels), dtype=torch.float64))
+        settings = {"logit_map": MAPS[1], "scratch": Scratch.of(_slab(student)), "operand_dtype": torch.float32}
+        totals = _totals(rows, _slab(student), _slab(teacher), labels, 2.0, spec)
+        plain = rows.row_grad(_slab(student), totals.student, weights, **settings)
+        spoilt = replace(totals, z=torch.full_like(totals.z, torch.nan))
+        _, got = rows.pair_grad(_slab(student), _slab(teacher), spoilt, weights, 2.0, spec=spec, **settings)
+        assert torch.equal(got, plain), name
+        assert plain.any()
+        zero = torch.zeros(len(labels), dtype=torch.float64)
+        only_kd = RowWeights(zero + 1, zero, labels, zero)
+        totals = _totals(rows, _slab(student), _slab(student), labels, 2.0, spec)
+        value, got = rows.pair_grad(_slab(student), _slab(student), totals, only_kd, 2.0, spec=spec, **settings)
+        assert not value.any(), name
+        assert not got.any(), name
+
+
+def test_equal_models_give_zero_and_kd_weight_zero_gives_cross_entropys_bits(interpreters):
+    interpreters.run(_check_laws)
+
+
+def _check_nan(rank, world_size):
+    """A NaN logit of either model must come out in the loss's numbers, not vanish in a comparison."""
+    rows = _triton_rows()
+    student, teacher = _logits(101)
+    labels = _labels(101)
+    (teacher if rank else student)[2, 77] = torch.nan
+    for name in reference.DIVERGENCES:
+        spec = divergence_spec(name, 101)
+        settings = {"spec": spec, "scratch": Scratch.of(_slab(student))}
+        stats = rows.pair_stats(_slab(student), _slab(teacher), labels, 1.0, **settings)
+        totals = merge_pair_stats(stats[None], 1.0, spec)
+        value = rows.pair_value(_slab(student), _slab(teacher), totals, 1.0, **settings)
+        assert torch.equal(value.isnan(), torch.arange(len(labels)) == 2), name
+        totals = _totals(torch_rows, *map(_slab, _logits(101)), labels, 1.0, spec)
+        parts = rows.pair_round2(_slab(student), _slab(teacher), totals, 1.0, **settings)
+        assert parts.isnan().any(1).tolist() == [False, False, True, False, False], name
+
+
+def test_nan_logits_are_not_lost(interpreters):
+    interpreters.run(_check_nan)
+
+
+def _check_loss(rank, world_size, over_group):
+    """linear_kd_loss on this backend against float64: over the group, or at tp 1 with half of the cases per rank."""
+    _triton_rows()
+    group = dist.group.WORLD if over_group else None
+    for name in list(reference.DIVERGENCES)[0 if over_group else rank :: 1 if over_group else world_size]:
+        case = random_case(5, 101, divergence=name, properties=True, temperature=2.0)
+        case = replace(case, parameters={**case.parameters, "backend": "triton"})
+        got, shard = streamed_answer(case, group=group, multiple=1, chunk=3, measure=over_group)
+        plain = replace(case, parameters={"temperature": 2.0})
+        expected = naive_answer(plain)
+        mine = slice(shard.start, shard.start + shard.valid_rows)
+        assert abs(float(got.loss) / float(expected.loss) - 1) < 2e-6, name
+        assert relative_error(got.grad_hidden, expected.grad_hidden) <= 1e-5, name
+        error = (got.grad_weight.double() - expected.grad_weight[mine]).norm() / expected.grad_weight.norm()
+        assert error <= 1e-5, name
+        fields = reference_fields(plain) if over_group else {"kd": reference_fields(plain)["kd"]}
+        for field, value in fields.items():
+            torch.testing.assert_close(getattr(got.parts, field).double(), value, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("over_group", [False, True], ids=["tp1", "tp2"])
+def test_the_losses_and_gradients_are_float64s_whatever_the_divergence(interpreters, over_group):
+    interpreters.run(_check_loss, over_group=over_group)
+
+
+def _check_cross_entropy(rank, world_size):
+    _triton_rows()
+    case = random_case(9, 101)
+    weight = case.head_s.weight.clone().requires_grad_()
+    hidden = case.hidden_s.clone().requires_grad_()
+    parts = linear_cross_entropy(
+        hidden, weight, case.labels, weight=case.ce_weight, shard=stream.VocabShard.of(101, multiple=1),
+        z_weight=torch.full((9,), 0.01), backend="triton", slab_bytes=4 * 128 * 8,
+    )  # fmt: skip
+    parts.loss.backward()
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    logits = h @ w.T
+    ce = torch.nn.functional.cross_entropy(logits, case.labels, reduction="none", ignore_index=-100)
+    ((case.ce_weight * ce).sum() + 0.01 * logits.logsumexp(1).square().sum()).backward()
+    assert relative_error(hidden.grad, h.grad) <= 1e-5
+    assert relative_error(weight.grad, w.grad) <= 1e-5
+
+
+def test_cross_entropy_with_z_loss_has_float64s_gradient(interpreters):
+    interpreters.run(_check_cross_entropy)
+
+
+def _check_refusals(rank, world_size):
+    rows = _triton_rows()
+    labels = torch.zeros(2, dtype=torch.int64)
+    for slab, words in [
+        (torch.zeros(2, 128, dtype=torch.float64), "float64, need float32"),
+        (torch.zeros(2, 101), "101 columns has rows 101 elements apart"),
+        (torch.zeros(400)[1:257].view(2, 128), "divisible by 16"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            rows.row_stats(slab, labels, 1.0, Scratch.of(slab))
+    with pytest.raises(ValueError, match=r"float32 logits, not torch\.float64; choose torch"):
+        row_kernels("triton", torch.device("cpu"), torch.float64)
+
+
+def test_slabs_that_the_kernels_cannot_read_are_refused(interpreters):
+    interpreters.run(_check_refusals)
+
+
+def test_the_floor_of_both_backends_is_one(interpreters):
+    assert interpreters.run(_floor) == [blocks.FLOOR] * 2
+
+
+def _floor(rank, world_size):
+    from kdtrain_kernels.triton import maths
+
+    return maths.FLOOR.value
+
+
+def test_triton_on_a_cpu_without_the_interpreter_is_refused_and_auto_takes_torch(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    cpu = torch.device("cpu")
+    assert row_kernels("auto", cpu) is torch_rows
+    with pytest.raises(ValueError, match="needs a CUDA device, or TRITON_INTERPRET=1"):
+        row_kernels("triton", cpu)
+    case = random_case(3, 11)
+    with pytest.raises(ValueError, match="choose torch"):
+        linear_kd_loss(
+            case.hidden_s, case.head_s, case.hidden_t, case.head_t, case.labels, divergence="jsd",
+            kd_weight=case.kd_weight, ce_weight=case.ce_weight, shard=stream.VocabShard.of(11, multiple=1),
+            backend="triton",
+        )  # fmt: skip
