@@ -57,7 +57,7 @@ def linear_cross_entropy(
     checks.check_labels_and_weights(labels, weights, hidden)
     checks.check_slab_bytes(slab_bytes, shard, group, work_dtype(hidden))
     checks.check_main_grad(main_grad, head.weight, work_dtype(hidden))
-    kernels = row_kernels(backend, hidden.device)
+    kernels = row_kernels(backend, hidden.device, work_dtype(hidden))
     checks.check_label_range(labels, weight, shard)
     wanted = stream.Wanted.of(hidden, head)
     tokens = stream.TokenWeights.of(weight, weight, z_weight, stream.local_labels(labels, shard))

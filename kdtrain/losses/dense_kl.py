@@ -80,7 +80,7 @@ def linear_kd_loss(
     checks.check_main_grad(main_grad, head_s.weight, work_dtype(hidden_s, hidden_t))
     parameters = {"teacher_share": teacher_share, "skew": skew, "ab_alpha": ab_alpha, "ab_beta": ab_beta}
     spec = divergence_spec(divergence, shard.vocab_size, **parameters)
-    kernels = row_kernels(backend, hidden_s.device)
+    kernels = row_kernels(backend, hidden_s.device, work_dtype(hidden_s, hidden_t))
     checks.check_label_range(labels, ce_weight, shard)
     call = _Call(
         head_s=head_s,
