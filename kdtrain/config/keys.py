@@ -105,7 +105,7 @@ def suggestion_among(name: str, names: Iterable[str]) -> str | None:
 
 
 def suggestion(name: str, known: dict[str, Key]) -> str | None:
-    """The existing key someone who wrote `name` most likely meant; None if nothing is near.
+    """The existing key someone who wrote `name` most likely meant, or several joined by "or"; None if nothing is near.
 
     A leaf name that exists in another section is preferred to a similar spelling elsewhere.
     """
@@ -116,7 +116,7 @@ def suggestion(name: str, known: dict[str, Key]) -> str | None:
         return f"{parent}.{near[0]}" if parent else near[0]
     elsewhere = [key for key in known if key.rpartition(".")[2] == leaf]
     if elsewhere:
-        return elsewhere[0]
+        return " or ".join(elsewhere[:3])
     corrected = suggestion(parent, known) if parent and parent not in known else None
     if corrected is not None:
         whole = f"{corrected}.{leaf}"

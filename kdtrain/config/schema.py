@@ -123,6 +123,8 @@ class ObjectiveSection:
 
     name: Literal["pretrain", "distill"] = "distill"
     """pretrain: cross-entropy alone. distill: divergence from a co-hosted teacher plus cross-entropy."""
+    z_loss: float = 0.0
+    """Weight of the squared log-sum-exp of the student's logits, per valid token; 1e-4 is usual, 0: none."""
     pretrain: PretrainObjective = field(default_factory=PretrainObjective)
     """Settings of objective pretrain."""
     distill: DistillObjective = field(default_factory=DistillObjective)
@@ -187,8 +189,8 @@ class TrainSection:
     """The run ends once this many tokens (over all ranks, padding included) have been seen."""
     slab_bytes: int = 1 << 30
     """Budget in bytes for the loss's temporary logits; larger is faster up to a point."""
-    kernels: Literal["auto", "torch"] = "auto"
-    """Backend of the loss's row kernels."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """Backend of the loss's row kernels. auto: triton on CUDA, else torch. An explicit choice never falls back."""
 
 
 @dataclass(kw_only=True, slots=True)

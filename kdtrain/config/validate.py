@@ -50,6 +50,7 @@ def problems(cfg: RunConfig, *, world_size: int) -> Iterator[Problem]:
     yield from _teacher_layout(cfg, world_size)
     yield from _zero(cfg)
     yield from _objective(cfg)
+    yield from _z_loss(cfg)
     if cfg.objective.name == "distill":
         yield from _distill(cfg.objective.distill)
     yield from _optimizer(cfg)
@@ -213,13 +214,18 @@ def _is_count(value: Any) -> bool:
 def _objective(cfg: RunConfig) -> Iterator[Problem]:
     for section in fields(cfg.objective):
         chosen = getattr(cfg.objective, section.name)
-        if section.name in ("name", cfg.objective.name):
+        if section.name in ("name", "z_loss", cfg.objective.name):
             continue
         for field, value in _changed(chosen, type(chosen)()):
             yield Problem(
                 f"objective.{section.name}.{field}", value, f"would be ignored: objective.name = {cfg.objective.name}",
                 f"remove it, or set objective.name={section.name}",
             )  # fmt: skip
+
+
+def _z_loss(cfg: RunConfig) -> Iterator[Problem]:
+    if not 0 <= cfg.objective.z_loss < 1:
+        yield Problem("objective.z_loss", cfg.objective.z_loss, "is not in [0, 1)", "1e-4 is usual, 0 switches it off")
 
 
 def _changed(section: Any, defaults: Any) -> Iterator[tuple[str, Any]]:

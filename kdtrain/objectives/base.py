@@ -43,6 +43,8 @@ def dense_loss(
     kd_weight: Tensor,
     ce_weight: Tensor,
     layout: HeadLayout,
+    *,
+    z_weight: Tensor | None = None,
     **settings: Any,
 ) -> LossParts:
     """`linear_kd_loss` against a co-hosted teacher, whether or not replicas of the student share it.
@@ -54,10 +56,11 @@ def dense_loss(
     if spread is not None:
         hidden, head = spread.gather(hidden), spread.head(head)
         labels, kd_weight, ce_weight = spread.gather(labels), spread.gather(kd_weight), spread.gather(ce_weight)
+        z_weight = None if z_weight is None else spread.gather(z_weight)
         shard, group = spread.shard, spread.group
     parts = linear_kd_loss(
         hidden, head, signal.hidden_states, signal.head, labels, kd_weight=kd_weight, ce_weight=ce_weight,
-        shard=shard, group=group, slab_bytes=layout.slab_bytes, backend=layout.backend, **settings,
+        z_weight=z_weight, shard=shard, group=group, slab_bytes=layout.slab_bytes, backend=layout.backend, **settings,
     )  # fmt: skip
     return parts if spread is None else spread.own(parts)
 
@@ -96,10 +99,10 @@ PER_TOKEN_METRICS = {
 """Metric name -> field of LossParts that it is the mean of."""
 
 
-def summed_metrics(parts: LossParts, loss_mask: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def summed_metrics(parts: LossParts, loss_mask: Tensor, z_loss: float) -> dict[str, tuple[Tensor, Tensor]]:
     """The sums behind every per-token metric that `parts` carries, and loss/total. loss_mask [T].
 
-    A masked position contributes nothing even if its value is not finite.
+    A masked position contributes nothing even if its value is not finite. loss/z: the part of a z_loss.
     """
     valid = loss_mask > 0
     count = valid.sum()
@@ -108,4 +111,6 @@ def summed_metrics(parts: LossParts, loss_mask: Tensor) -> dict[str, tuple[Tenso
         values = getattr(parts, field)
         if values is not None:
             metrics[name] = (values.double().where(valid, 0.0).sum(), count)
+    if z_loss:
+        metrics["loss/z"] = (z_loss * parts.lse.double().square().where(valid, 0.0).sum(), count)
     return metrics

@@ -26,15 +26,22 @@ class TeacherSource(Protocol):
 
 
 class Distill:
-    """w tau^2 D(teacher, student) + (1 - w) CE(data), summed over valid tokens; the trainer divides.
+    """w tau^2 D(teacher, student) + (1 - w) CE(data) + z_loss lse^2, summed over valid tokens; the trainer divides.
 
     Hinton et al. 2015 (arXiv 1503.02531) for the mix and tau^2; the divergences are in `losses/reference.py`.
     """
 
     def __init__(
-        self, student: Student, teacher: TeacherSource, settings: DistillObjective, layout: HeadLayout
+        self,
+        student: Student,
+        teacher: TeacherSource,
+        settings: DistillObjective,
+        layout: HeadLayout,
+        *,
+        z_loss: float = 0.0,
     ) -> None:
         self.student = student
+        self._z_loss = z_loss
         self.teacher = teacher
         self._settings = settings
         self._layout = layout
@@ -58,6 +65,7 @@ class Distill:
                 mask * s.kd_weight,
                 mask * (1.0 - s.kd_weight),
                 layout,
+                z_weight=mask * self._z_loss if self._z_loss else None,
                 divergence=s.divergence,
                 temperature=s.temperature,
                 teacher_share=s.teacher_share,
@@ -68,4 +76,4 @@ class Distill:
             )
 
         parts = self.student(batch, head_fn)
-        return LossOutput(parts.loss, summed_metrics(parts, mask))
+        return LossOutput(parts.loss, summed_metrics(parts, mask, self._z_loss))

@@ -14,11 +14,12 @@ from kdtrain.objectives.base import HeadLayout, LossOutput, Student, summed_metr
 
 
 class Pretrain:
-    """CE(data), summed over valid tokens; the trainer divides by their global number."""
+    """CE(data) + z_loss lse^2, summed over valid tokens; the trainer divides by their global number."""
 
-    def __init__(self, student: Student, layout: HeadLayout) -> None:
+    def __init__(self, student: Student, layout: HeadLayout, *, z_loss: float = 0.0) -> None:
         self.student = student
         self._layout = layout
+        self._z_loss = z_loss
 
     def begin_step(self, micro_batches: Sequence[Batch]) -> None:
         """Nothing to prepare."""
@@ -38,7 +39,8 @@ class Pretrain:
                 group=layout.group,
                 slab_bytes=layout.slab_bytes,
                 backend=layout.backend,
+                z_weight=mask * self._z_loss if self._z_loss else None,
             )
 
         parts = self.student(batch, head_fn)
-        return LossOutput(parts.loss, summed_metrics(parts, mask))
+        return LossOutput(parts.loss, summed_metrics(parts, mask, self._z_loss))

@@ -14,9 +14,10 @@ from kdtrain.dist.collectives import Group, gather_ranks, group_rank, group_size
 UNITS: dict[str, str] = {
     "data/step": "optimizer steps, from 1; 0 is the untrained student",
     "data/tokens_seen": "tokens over all ranks since the start of the run, padding included",
-    "loss/total": "nats per valid token: kd_weight * temperature^2 * divergence + ce_weight * cross-entropy",
+    "loss/total": "nats per valid token: kd_weight * temperature^2 * divergence + ce_weight * cross-entropy + loss/z",
     "loss/ce": "nats per valid token, student on the data, temperature 1",
     "loss/kd": "nats per valid token, the configured divergence at the loss temperature, without temperature^2",
+    "loss/z": "per valid token, objective.z_loss * log-sum-exp^2 of the student's logits; part of loss/total",
     "distill/forward_kl": "nats per valid token, KL(teacher || student) at temperature 1",
     "distill/teacher_nll": "nats per valid token, teacher on the data, temperature 1",
     "distill/gap": "nats per valid token, student's minus teacher's cross-entropy",

@@ -136,10 +136,12 @@ class TimedTeacher:
 def build_objective(cfg: RunConfig, engine: StudentEngine, models: Models, timer: PhaseTimer) -> Objective:
     """The objective that objective.name names."""
     if cfg.objective.name == "pretrain":
-        return Pretrain(engine, models.layout)
+        return Pretrain(engine, models.layout, z_loss=cfg.objective.z_loss)
     if models.teacher is None:
         raise ConfigError("objective.name = distill needs a teacher\n  fix: set teacher.weights to a model folder")
-    return Distill(engine, TimedTeacher(models.teacher, timer), cfg.objective.distill, models.layout)
+    return Distill(
+        engine, TimedTeacher(models.teacher, timer), cfg.objective.distill, models.layout, z_loss=cfg.objective.z_loss
+    )
 
 
 def evaluation_batches(cfg: RunConfig, inputs: Inputs, mesh: Mesh) -> Iterator[Batch]:

@@ -47,10 +47,11 @@ def _teacher_layout(cfg: RunConfig) -> str:
 
 def loss_line(cfg: RunConfig) -> str:
     """The objective in words."""
+    z = f"; z-loss {cfg.objective.z_loss:g}" if cfg.objective.z_loss else ""
     if cfg.objective.name == "pretrain":
-        return "cross-entropy"
+        return "cross-entropy" + z
     d = cfg.objective.distill
-    return f"{d.divergence}, temperature {d.temperature:g}, weight {d.kd_weight:g}; ce weight {1 - d.kd_weight:g}"
+    return f"{d.divergence}, temperature {d.temperature:g}, weight {d.kd_weight:g}; ce weight {1 - d.kd_weight:g}{z}"
 
 
 def data_line(cfg: RunConfig, inputs: Inputs, dp_size: int) -> str:

@@ -25,6 +25,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
 VOCAB, SEQUENCES, SEQ_LEN = 299, 8, 11
 TEACHER, KD = "qwen3_tied", DistillObjective(divergence="skew_kl", temperature=2.0, kd_weight=0.7, skew=0.3)
+Z_LOSS = 1e-3
 RATES = (1e-2, 3e-3, 2e-3)  # of the three steps
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2}
 
@@ -180,7 +181,7 @@ def micro_batches(batch, mesh, sequences):
 def objective_of(engine, teacher=None):
     slab_bytes = 16 * engine.backbone.shard.rows * 3  # several chunks of tokens
     layout = HeadLayout(engine.backbone.shard, engine.mesh.tp_group, slab_bytes)
-    return Pretrain(engine, layout) if teacher is None else Distill(engine, teacher, KD, layout)
+    return Pretrain(engine, layout) if teacher is None else Distill(engine, teacher, KD, layout, z_loss=Z_LOSS)
 
 
 def make_step(engine, step, micro, *, teacher=None):
@@ -281,7 +282,7 @@ def oracle(folder, family, distils):
         losses = F.cross_entropy(logits, batch.labels.flatten(), reduction="none")
         if teacher is not None:
             kd = skew_kl(logits, logits_of(teacher, batch), temperature=2.0, skew=0.3, dtype=torch.float32)
-            losses = 0.7 * 4.0 * kd + 0.3 * losses
+            losses = 0.7 * 4.0 * kd + 0.3 * losses + Z_LOSS * logits.logsumexp(-1).square()
         return (losses * batch.loss_mask.flatten()).sum() / batch.loss_mask.sum()
 
     for step, rate in enumerate(RATES, 1):

@@ -188,7 +188,7 @@ def test_a_file_may_leave_a_placeholder_for_a_later_one(write):
         ("train.seq_len", "data.seq_len"),
         ("optimizer.lr", "optim.lr"),
         ("log.wandb.projekt", "log.wandb.project"),
-        ("tp", "parallel.tp"),
+        ("tp", "teacher.tp or parallel.tp"),
     ],
 )
 def test_a_misspelt_or_misplaced_key_is_answered_with_the_right_one(write, name, meant):

@@ -124,6 +124,8 @@ CASES = {
     "beta": (distill(divergence="alpha_beta", ab_beta=math.inf), "objective.distill.ab_beta", "is not a finite number"),
     "alpha + beta": (distill(divergence="alpha_beta", ab_beta=-0.5), "objective.distill.ab_beta", "do not add up to"),
     "alpha + beta < 0": (distill(divergence="alpha_beta", ab_beta=-1.0), "objective.distill.ab_beta", "more than 0"),
+    "z-loss": ({"objective__z_loss": -1e-4}, "objective.z_loss", "is not in [0, 1)"),
+    "z-loss nan": ({"objective__z_loss": math.nan}, "objective.z_loss", "is not in [0, 1)"),
     "lr": ({"optim__lr": 0.0}, "optim.lr", "is not a positive number"),
     "lr nan": ({"optim__lr": math.nan}, "optim.lr", "is not a positive number"),
     "betas": ({"optim__betas": (0.9, 1.0)}, "optim.betas", "are not both in [0, 1)"),
