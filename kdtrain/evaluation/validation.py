@@ -70,7 +70,9 @@ class Validation:
                     hidden, head, labels, weight=weight, shard=layout.shard, group=layout.group,
                     slab_bytes=layout.slab_bytes, backend=layout.backend,
                 )  # fmt: skip
-            settings = {"divergence": "forward_kl", "temperature": 1.0, "measure": True}
-            return dense_loss(hidden, head, signal, labels, weight, weight, layout, **settings)
+            return dense_loss(
+                hidden, head, signal, labels, weight, weight, layout, divergence="forward_kl", temperature=1.0,
+                measure=True,
+            )  # fmt: skip
 
         return self._student(batch, head_fn)
