@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference
+from kdtrain.losses import linear_cross_entropy, linear_kd_loss, linear_sparse_kd_loss, reference
+from kdtrain.losses.types import SparseTarget
+from kdtrain.teacher.topk import linear_topk
 from kdtrain.testing.conformance import DENSE_MODES, Mode, Subject
 
 
@@ -37,6 +39,44 @@ def kd(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, divergence, 
 def cross_entropy(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, divergence, temperature):
     ones = torch.ones(len(labels), dtype=hidden_s.dtype)
     return linear_cross_entropy(hidden_s, head_s, labels, weight=ones, shard=shard, group=group).loss
+
+
+def sparse(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, divergence, temperature, top_k, renormalise):
+    """The teacher's top_k ids with the rest as one bucket, or both models renormalised on the ids."""
+    found = linear_topk(hidden_t, head_t, top_k, shard=shard, group=group, temperatures=(temperature,))
+    weights = (found.logits / temperature - found.lse).exp()
+    if renormalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    entropy, unused = -torch.special.xlogy(weights, weights).sum(-1), torch.zeros_like(weights[:, 0])
+    ones = torch.ones(len(labels), dtype=hidden_s.dtype)
+    return linear_sparse_kd_loss(
+        hidden_s,
+        head_s,
+        SparseTarget(found.ids, weights, None if renormalise else found.log_tail[:, 0], unused, entropy),
+        labels,
+        divergence=divergence,
+        temperature=temperature,
+        kd_weight=ones,
+        ce_weight=torch.zeros_like(ones),
+        shard=shard,
+        group=group,
+        slab_bytes=1 << 13,
+        allow_biased=True,
+        renormalise_student=renormalise,
+    ).loss
+
+
+def sparse_by_definition(student, teacher, labels, *, divergence, temperature, top_k, renormalise):
+    """The divergence between both models' distributions over the teacher's top_k ids and, unless renormalised, the
+    rest as one more id."""
+    if renormalise:
+        return both_renormalised(student, teacher, labels, divergence=divergence, temperature=temperature, top_k=top_k)
+    ids, pair = teacher.topk(top_k, dim=-1).indices, []
+    for logits in (student, teacher):
+        log_p = (logits / temperature).log_softmax(-1)
+        rest = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        pair.append(torch.cat([log_p.gather(-1, ids), rest], -1))
+    return reference.DIVERGENCES[divergence](*pair)
 
 
 def _megatron_config(group):
@@ -87,6 +127,10 @@ def torch_kl_div(student, teacher, labels, *, group, shard, divergence, temperat
 OTHERS = ("skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "logit_mse")
 FAMILIES = (*DENSE_MODES, *(Mode(name, 2.0) for name in OTHERS))
 KL_MODES = tuple(mode for mode in DENSE_MODES if mode.divergence != "jsd")
+SPARSE = (
+    *(Mode(mode.divergence, mode.temperature, {"top_k": 8, "renormalise": False}) for mode in DENSE_MODES),
+    *(Mode(mode.divergence, mode.temperature, {"top_k": 8, "renormalise": True}) for mode in KL_MODES),
+)
 MODELOPT = {
     "needs": ("modelopt.torch.distill.plugins.megatron",),
     "packages": ("nvidia-modelopt", "megatron-core"),
@@ -96,6 +140,9 @@ MODELOPT = {
 SUBJECTS = [
     Subject(name="kdtrain linear_kd_loss", loss=kd, on="hidden", modes=FAMILIES),
     Subject(name="kdtrain linear_cross_entropy", loss=cross_entropy, on="hidden", modes=(Mode("cross_entropy"),)),
+    Subject(
+        name="kdtrain linear_sparse_kd_loss", loss=sparse, on="hidden", modes=SPARSE, expected=sparse_by_definition
+    ),
     Subject(name="modelopt LogitsKLLoss", loss=modelopt_full, modes=KL_MODES, value="partial", **MODELOPT),
     Subject(
         name="modelopt TopKLogitsKLLoss",
