@@ -2,9 +2,10 @@
 
     python benchmarks/gpu_correct.py [--out FOLDER] [--small | --cpu]
 
-Operations: loss and gradients of linear_kd_loss (every divergence, temperatures 1 and 2) and linear_cross_entropy, and
-lists of linear_topk, by every backend, from bfloat16 inputs. Row kernels: those of `row_kernels(backend)` on float32
-slabs, against the torch kernels on the same slabs in float64. Ends with 1 if anything is further off than its bound.
+Operations: loss and gradients of linear_kd_loss (every divergence, temperatures 1 and 2), linear_sparse_kd_loss and
+linear_cross_entropy, and lists of linear_topk, by every backend, from bfloat16 inputs. Row kernels: those of
+`row_kernels(backend)` on float32 slabs, against the torch kernels on the same slabs in float64. Ends with 1 if
+anything is further off than its bound.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from kdtrain_kernels.dispatch import row_kernels
 from kdtrain_kernels.divergences import PLUG_INS, divergence_spec
 from torch import Tensor
 
-from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference
+from kdtrain.losses import SparseTarget, linear_cross_entropy, linear_kd_loss, linear_sparse_kd_loss, reference
 from kdtrain.teacher.topk import linear_topk
 
 VALUE_BOUND, GRADIENT_BOUND = 1e-5, 5e-3
@@ -86,13 +87,43 @@ def losses(setting: Setting, shape: Shape) -> Iterator[dict]:
                 weights = {"kd_weight": ones, "ce_weight": ones}
                 loss = linear_kd_loss(hidden_s, head_s, hidden_t, head_t, labels, **settings, **weights, **common).loss
             grads = torch.autograd.grad(loss, (hidden_s, head_s))
-            errors = {
-                "value": (relative(loss.detach(), expected[0]), VALUE_BOUND),
-                "d_hidden": (relative(grads[0], expected[1]), GRADIENT_BOUND),
-                "d_head": (relative(grads[1], expected[2]), GRADIENT_BOUND),
-            }
+            errors = loss_errors(loss, grads, expected)
             op = "linear_kd_loss" if divergence else "linear_cross_entropy"
             yield row(op, f"{shape} {divergence or ''} tau={temperature:g}", backend, errors)
+
+
+def sparse_losses(setting: Setting, shape: Shape) -> Iterator[dict]:
+    """linear_sparse_kd_loss on the teacher's 64 first ids with the rest as one bucket, every backend."""
+    hidden_s, head_s, hidden_t, head_t, labels = problem(setting, shape)
+    shard, ones = whole_shard(shape.vocab), torch.ones(shape.tokens, device=setting.device)
+    top = linear_topk(hidden_t, head_t, 64, shard=shard, temperatures=(2.0,), backend="torch")
+    weights, unused = (top.logits / 2.0 - top.lse).exp(), torch.zeros_like(ones)
+    target = SparseTarget(top.ids, weights, top.log_tail[:, 0], unused, unused)
+    log_p = torch.cat([weights.double().log(), target.log_tail.double()[:, None]], 1)
+    for divergence in ("forward_kl", "reverse_kl", "jsd"):
+        leaves = [x.detach().double().requires_grad_() for x in (hidden_s, head_s)]
+        logits = leaves[0] @ leaves[1].T
+        log_q, ids = (logits / 2.0).log_softmax(-1), top.ids.long()
+        rest = log_q.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        pair = torch.cat([log_q.gather(-1, ids), rest], -1), log_p
+        loss = (4.0 * reference.DIVERGENCES[divergence](*pair) + reference.cross_entropy(logits, labels)).sum()
+        expected = loss.detach(), *torch.autograd.grad(loss, leaves)
+        for backend in setting.backends():
+            arguments = {"divergence": divergence, "temperature": 2.0, "kd_weight": ones, "ce_weight": ones}
+            found = linear_sparse_kd_loss(
+                hidden_s, head_s, target, labels, **arguments, shard=shard, allow_biased=True, backend=backend
+            ).loss
+            errors = loss_errors(found, torch.autograd.grad(found, (hidden_s, head_s)), expected)
+            yield row("linear_sparse_kd_loss", f"{shape} {divergence} K=64 tau=2", backend, errors)
+
+
+def loss_errors(loss: Tensor, grads: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> dict:
+    """Name -> (error, bound) of a loss and its two gradients."""
+    return {
+        "value": (relative(loss.detach(), expected[0]), VALUE_BOUND),
+        "d_hidden": (relative(grads[0], expected[1]), GRADIENT_BOUND),
+        "d_head": (relative(grads[1], expected[2]), GRADIENT_BOUND),
+    }
 
 
 def lists(setting: Setting, shape: Shape) -> Iterator[dict]:
@@ -177,7 +208,8 @@ def main() -> None:
     setting = Setting.parse(__doc__)
     stages: list[Callable[[], Iterator[dict]]] = [lambda: rows(setting)]
     for shape in shapes(setting):
-        stages += [lambda shape=shape: losses(setting, shape), lambda shape=shape: lists(setting, shape)]
+        for operation in (losses, sparse_losses, lists):
+            stages.append(lambda operation=operation, shape=shape: operation(setting, shape))
     found = setting.write("correct", (line for stage in stages for line in stage()))
     failed = [line for line in found if line["verdict"] != "ok"]
     sys.exit(f"{len(failed)} of {len(found)} further off than their bound" if failed else 0)

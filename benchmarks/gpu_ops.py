@@ -2,11 +2,12 @@
 
     python benchmarks/gpu_ops.py [--out FOLDER] [--cpu] [--peers]
 
-Useful work is counted alike for everybody: 2 T V E for a teacher's product and 6 T V D for the student's three; what an
-implementation computes again is not credited. Slabs of 5 GiB and 1 GiB. Without --peers: linear_kd_loss (forward KL,
-jsd), linear_cross_entropy, linear_topk at the shapes of the plan, every backend. With --peers: every provider of
-benchmarks/bench_providers.py at a few shapes, in turn; before one is timed its value and gradients are compared with
-float64 at fewer tokens, and the error is in its row. One that cannot run has the reason in its row.
+Useful work is counted alike for everybody: 2 T V E for a teacher's product and 6 T V D for the student's three; what
+an implementation computes again is not credited. Slabs of 5 GiB and 1 GiB. Without --peers: linear_kd_loss (forward
+KL, jsd), linear_sparse_kd_loss, linear_cross_entropy, linear_topk at the shapes of the plan, every backend. With
+--peers: every provider of benchmarks/bench_providers.py at a few shapes, in turn; before one is timed its value and
+gradients are compared with float64 at fewer tokens, and the error is in its row. One that cannot run has the reason in
+its row.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import bench_providers as providers
 import torch
 from gpu_common import Setting, Shape, problem, whole_shard
 
+from kdtrain.losses import SparseTarget, linear_sparse_kd_loss
 from kdtrain.teacher.topk import linear_topk
 
 CHECKED_TOKENS = 512
@@ -38,7 +40,7 @@ def shapes(setting: Setting) -> list[Shape]:
 def work_of(task: str, shape: Shape) -> int:
     """Useful FLOP of a call."""
     teacher, student = 2 * shape.width_t, 6 * shape.width_s
-    per_logit = {"ce": student, "topk": teacher}.get(task, teacher + student)
+    per_logit = {"ce": student, "sparse": student, "topk": teacher}.get(task, teacher + student)
     return per_logit * shape.tokens * shape.vocab
 
 
@@ -80,6 +82,7 @@ def whole_operations(setting: Setting) -> Iterator[dict]:
                 for task in ("kl", "jsd", "ce"):
                     run = step(providers.streamed(task, size, backend), inputs)
                     yield timed(setting, task, shape, f"streamed-{slab}-{backend}", run, rate)
+            yield timed(setting, "sparse", shape, f"sparse-64-{backend}", step(sparse(inputs, backend), inputs), rate)
             arguments = {"shard": shard, "slab_bytes": SLABS["1GiB"], "backend": backend}
             for k in (64, 256):
 
@@ -88,6 +91,19 @@ def whole_operations(setting: Setting) -> Iterator[dict]:
 
                 yield timed(setting, "topk", shape, f"linear_topk-{k}-{backend}", select, rate)
         yield timed(setting, "topk", shape, "torch-64", lambda inputs=inputs: torch_list(inputs, 64), rate)
+
+
+def sparse(inputs: tuple, backend: str) -> Callable:
+    """linear_sparse_kd_loss on the teacher's 64 first ids and the rest, which are not part of the time."""
+    shard, ones = whole_shard(len(inputs[1])), torch.ones(len(inputs[4]), device=inputs[4].device)
+    top = linear_topk(inputs[2], inputs[3], 64, shard=shard)
+    target = SparseTarget(top.ids, (top.logits - top.lse).exp(), top.log_tail[:, 0], 0 * ones, 0 * ones)
+
+    def loss(hidden_s, head_s, hidden_t, head_t, labels):
+        weights = {"kd_weight": ones, "ce_weight": ones, "allow_biased": True, "backend": backend}
+        return linear_sparse_kd_loss(hidden_s, head_s, target, labels, shard=shard, **weights).loss
+
+    return loss
 
 
 @torch.no_grad()

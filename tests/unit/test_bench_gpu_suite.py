@@ -44,7 +44,8 @@ def test_correctness_covers_every_kernel_and_operation_without_the_training_stac
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path / "out/dry_correct.csv")
     assert {row["verdict"] for row in rows} == {"ok"}
-    assert {row["op"] for row in rows} == {"row kernels", "linear_kd_loss", "linear_cross_entropy", "linear_topk"}
+    losses = {"linear_kd_loss", "linear_sparse_kd_loss", "linear_cross_entropy"}
+    assert {row["op"] for row in rows} == {"row kernels", *losses, "linear_topk"}
     named = " ".join(row["errors"] for row in rows)
     assert all(f"{kernel}=" in named for kernel in ROW_KERNELS)
 
@@ -61,6 +62,7 @@ def test_a_wrong_kernel_fails_the_correctness_stage(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(correct, "row_answers", wrong)
     monkeypatch.setattr(correct, "losses", lambda setting, shape: iter(()))
+    monkeypatch.setattr(correct, "sparse_losses", lambda setting, shape: iter(()))
     monkeypatch.setattr(sys, "argv", ["gpu_correct.py", "--cpu", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="2 of 19 further off than their bound"):
         correct.main()
@@ -83,6 +85,7 @@ def test_whole_operations_are_timed_with_every_slab(tmp_path, monkeypatch):
     rows = rows_of(tmp_path / "dry_ops.csv")
     assert {(row["task"], row["provider"]) for row in rows} == {
         *((task, f"streamed-{slab}-torch") for task in ("kl", "jsd", "ce") for slab in ("5GiB", "1GiB")),
+        ("sparse", "sparse-64-torch"),
         *(("topk", name) for name in ("linear_topk-64-torch", "linear_topk-256-torch", "torch-64")),
     }
     assert all(float(row["useful_tflops"]) > 0 and not row["absent"] for row in rows)
