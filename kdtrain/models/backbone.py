@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from kdtrain.data.batch import Batch
 from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.errors import ConfigError
 from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.layers import LmHead
 from kdtrain.parallel.plan import vocabulary_modules
@@ -61,6 +62,8 @@ class Backbone(nn.Module):
 
         Documents packed together do not see each other: position_ids restart, and neither a cache nor an attention
         mask is passed, because with either one transformers would silently let documents attend to each other.
+        Whether that is enough for this architecture is measured by `kdtrain.models.probe` when it is loaded.
+        Raises ConfigError when the model keeps a cache all the same.
         Communicates over tp: one all-reduce for the embedding and two per layer; in backward two per layer.
         """
         if batch.position_ids.shape != batch.input_ids.shape:
@@ -74,7 +77,11 @@ class Backbone(nn.Module):
             use_cache=False,
             **self._varlen_arguments(batch),
         )
-        assert out.past_key_values is None, "a cache switches off the separation of packed documents"
+        if getattr(out, "past_key_values", None) is not None:
+            raise ConfigError(
+                f"{type(self.model).__name__} keeps a cache although it was asked not to\n"
+                "  why: a cache switches off the separation of packed documents\n  fix: use another architecture"
+            )
         return cast(Tensor, out.last_hidden_state.flatten(0, 1))
 
     def forward(self, batch: Batch, head_fn: HeadFn[Any]) -> Any:

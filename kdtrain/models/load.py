@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -20,9 +21,13 @@ from kdtrain.log import LOGGER
 from kdtrain.models.architectures import read_architecture, read_config_json
 from kdtrain.models.attention import resolve_attention
 from kdtrain.models.backbone import Backbone
+from kdtrain.models.probe import check_model
 from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.parallel.plan import plan_cuts
 from kdtrain.parallel.shard import materialize_parameter, pad_piece, shard_model
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of a config that give the number of experts of a mixture, under every name in use."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -68,13 +73,15 @@ def load_backbone(
     device: torch.device | str = "cpu",
     trainable: bool,
     seed: int = 1,
+    packed: bool = True,
 ) -> Backbone:
     """The model of `spec`, cut for this rank of `mesh`, on `device`, parameters in spec.dtype, RoPE in float32.
 
     vocab_size: tokens of the tokenizer. total_rows: rows to make room for on all ranks together (default: the
     model's own). trainable False freezes it and sets eval mode. seed: of the random initialisation, which is the
-    same full model for every layout. Does not communicate; every rank must call it. Raises ConfigError or
-    ParallelError with the reason and a fix.
+    same full model for every layout. packed: whether position_ids will restart at documents, which must then not see
+    each other. Does not communicate; every rank must call it. Raises ConfigError or ParallelError with the reason and
+    a fix, also for an architecture that a tiny copy shows to break what `kdtrain.models.probe` checks.
     """
     if spec.dtype not in DTYPES:
         raise ConfigError(f"dtype = {spec.dtype!r} is not supported\n  fix: use one of {', '.join(DTYPES)}")
@@ -83,6 +90,7 @@ def load_backbone(
     shard = VocabShard.of(vocab_size, mesh.tp_rank, mesh.tp_size, total_rows=total)
     device = torch.device(device)
     model = _build(spec, vocab_size, device, seed)
+    check_model(model, _source(spec), packed=packed)
     if trainable and mesh.tp_size > 1:
         _refuse_dropout(model)
     model.requires_grad_(trainable)
@@ -154,14 +162,31 @@ def build_config(spec: ModelSpec, vocab_size: int) -> Any:
         )
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise ConfigError(f"{_source(spec)}: transformers refuses its config.json: {error}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(
             f"{_source(spec)} has model_type {config.model_type!r}, which is not a causal language model\n"
             "  fix: use a decoder-only language model"
         )
+    _refuse_experts(spec, config)
     return config
+
+
+def _refuse_experts(spec: ModelSpec, config: Any) -> None:
+    settings = config.to_dict()
+    if settings.get("is_moe") is False or settings.get("enable_moe_block") is False:
+        return
+    places = (settings, *(value for value in settings.values() if isinstance(value, dict)))
+    found = {key: place[key] for place in places for key in EXPERTS if isinstance(place.get(key), int)}
+    found = {key: count for key, count in found.items() if count > 1}
+    if found:
+        raise ConfigError(
+            f"{_source(spec)} has model_type {config.model_type!r} with {found}: a mixture of experts\n"
+            "  why: this version adds no router losses to the objective, cannot cut experts over tensor-parallel ranks "
+            "and cannot read or write them in packed form\n"
+            "  fix: use a dense model"
+        )
 
 
 def model_size(spec: ModelSpec, vocab_size: int) -> tuple[Any, int]:
@@ -229,6 +254,7 @@ def _read_weights(backbone: Backbone, folder: Path, mesh: Mesh, device: torch.de
             else:
                 value = pad_piece(files.read(name, shape, cut.dim, *cut.pieces[mesh.tp_rank]), cut)
             materialize_parameter(model, name, value.to(device, dtype), mesh)
+        _check_tied(model, files)
         for name, buffer in _persistent_buffers(model):
             buffer.copy_(files.read(name, tuple(buffer.shape)))
         files.report_unused()
@@ -236,6 +262,18 @@ def _read_weights(backbone: Backbone, folder: Path, mesh: Mesh, device: torch.de
     left = [name for name, param in model.named_parameters() if param.is_meta]
     if left:
         raise ConfigError(f"{folder}: no weights were read for {left}\n  fix: this is a defect of kdtrain; report it")
+
+
+def _check_tied(model: Any, files: SafetensorsFolder) -> None:
+    """Refuse a folder that ties two weights and holds different ones; every rank compares all of them, to agree."""
+    for name, kept in sorted((getattr(model, "all_tied_weights_keys", None) or {}).items()):
+        if name in files and kept in files and not files.equal(name, kept):
+            raise ConfigError(
+                f"{files.folder}: config.json ties {name!r} to {kept!r}, but the files hold two different tensors\n"
+                "  why: transformers keeps both, so what the model computes is not what its config.json says\n"
+                "  fix: set tie_word_embeddings=false in config.json to use both, or remove the tensor that is not "
+                "meant"
+            )
 
 
 def _persistent_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:

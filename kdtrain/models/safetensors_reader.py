@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -19,6 +20,8 @@ from kdtrain.log import LOGGER
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+COMPARED_ROWS = 8192
+"""Rows of two tensors that are in memory at a time while they are compared."""
 
 
 class SafetensorsFolder:
@@ -67,6 +70,17 @@ class SafetensorsFolder:
         value: Tensor = view[index]
         self.elements_read += value.numel()
         return value
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._place
+
+    def equal(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers, compared COMPARED_ROWS rows at a time; not counted as read."""
+        one, two = (self._reader(self._place[key][0]).get_slice(self._place[key][1]) for key in (name, other))
+        if one.get_shape() != two.get_shape():
+            return False
+        starts = range(0, one.get_shape()[0], COMPARED_ROWS)
+        return all(torch.equal(one[i : i + COMPARED_ROWS], two[i : i + COMPARED_ROWS]) for i in starts)
 
     def report_unused(self) -> None:
         """Warn about tensors the model has no place for, except those its class says are harmless."""

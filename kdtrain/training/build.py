@@ -61,7 +61,7 @@ def build_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, device: torch.devic
     rows = head_rows(cfg, inputs.total_rows)
     student = load_backbone(
         student_spec(cfg), mesh, vocab_size=inputs.vocab_size, total_rows=rows, device=device, trainable=trainable,
-        seed=cfg.run.seed,
+        seed=cfg.run.seed, packed=cfg.data.reset_positions,
     )  # fmt: skip
     layout = HeadLayout(student.shard, mesh.tp_group, cfg.train.slab_bytes, cfg.train.kernels)
     if spec is None:
@@ -78,7 +78,7 @@ def add_teacher(cfg: RunConfig, spec: ModelSpec, models: Models, mesh: Mesh, dev
     own_mesh = sharded_mesh if tp > 1 else Mesh()
     backbone = load_backbone(
         spec, own_mesh, vocab_size=shard.vocab_size, total_rows=shard.rows * mesh.tp_size,
-        device=device if t.zero_stage == 0 else "cpu", trainable=False,
+        device=device if t.zero_stage == 0 else "cpu", trainable=False, packed=cfg.data.reset_positions,
     )  # fmt: skip
     if t.zero_stage == 0:
         return replace(models, teacher=OnlineTeacher(backbone, mesh, shard, own_mesh), teacher_backbone=backbone)

@@ -137,6 +137,27 @@ def test_a_folder_without_config_is_refused(tmp_path):
     refuse(r"no config\.json", ModelSpec(weights=str(tmp_path)))
 
 
+def test_a_head_that_the_config_ties_away_must_equal_the_embedding(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdtrain.models.safetensors_reader.COMPARED_ROWS", 8)
+    model = write_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    match = r"ties 'lm_head\.weight' to 'model\.embed_tokens\.weight'(.|\n)*tie_word_embeddings=false"
+    refuse(match, ModelSpec(weights=str(tmp_path)))
+    state = load_file(tmp_path / "model.safetensors")
+    nearly = state["model.embed_tokens.weight"].clone()
+    nearly[-1, -1] += 1
+    save_file({**state, "lm_head.weight": nearly}, tmp_path / "model.safetensors")
+    refuse(match, ModelSpec(weights=str(tmp_path)))
+    save_file({**state, "lm_head.weight": nearly[:99].clone()}, tmp_path / "model.safetensors")
+    refuse(match, ModelSpec(weights=str(tmp_path)))
+    same = state["model.embed_tokens.weight"].clone()
+    save_file({**state, "lm_head.weight": same}, tmp_path / "model.safetensors")
+    backbone = load(tmp_path)
+    assert torch.equal(backbone.lm_head_shard.weight[:101], model.model.embed_tokens.weight)
+    assert backbone.elements_read == sum(p.numel() for p in model.parameters()) - same.numel()
+
+
 def test_a_folder_with_pickled_weights_only_is_refused(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")

@@ -1,0 +1,172 @@
+"""What kdtrain takes for granted of an architecture is measured on a tiny copy, and refused with the measurement."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kdtrain.data.batch import Batch
+from kdtrain.dist.mesh import Mesh
+from kdtrain.errors import ConfigError
+from kdtrain.models.architectures import ARCHITECTURES
+from kdtrain.models.load import ModelSpec, build_config, load_backbone, parameters_on_meta
+from kdtrain.models.probe import check_model, measure
+from kdtrain.models.shrink import tiny_settings
+from kdtrain.models.tiny import TINY, tiny_config
+
+COMMON = {key: value for key, value in tiny_config("llama").items() if key != "model_type"}
+README = {
+    "llama": {}, "qwen2": {}, "qwen3": {}, "gpt_neox": {}, "mistral": {"sliding_window": None},
+    "gemma2": {"sliding_window": 16, "final_logit_softcapping": 4.0},
+    "gemma3_text": {"sliding_window": 16, "final_logit_softcapping": 5.0},
+    "cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 8.0, "embedding_multiplier": 3.0},
+}  # fmt: skip
+"""Every architecture that the README names (SmolLM is a Llama)."""
+
+LEAKY = {
+    "opt": {"word_embed_proj_dim": 32, "ffn_dim": 44},
+    "bloom": {"n_head": 4},
+    "biogpt": {},
+    "qwen3_5_text": {"head_dim": 8},
+    "mamba": {},
+}
+
+
+def folder_of(path, model_type, **settings):
+    (path / "config.json").write_text(json.dumps({"model_type": model_type, **settings}))
+    return ModelSpec(architecture=str(path), dtype="float32")
+
+
+def on_meta(config, attention="sdpa"):
+    with parameters_on_meta():
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+
+
+def load(spec, **changes):
+    return load_backbone(spec, Mesh(), **{"vocab_size": 101, "trainable": False, **changes})
+
+
+@pytest.mark.parametrize("name", README)
+@pytest.mark.parametrize("size", ["default", "tiny"])
+def test_every_supported_architecture_passes_at_its_default_size_and_tiny(name, size):
+    settings = {**COMMON, "head_dim": 8} if size == "tiny" else {}
+    if name == "gpt_neox":
+        settings = {}
+    config = AutoConfig.for_model(name, **{**settings, **README[name]})
+    model = on_meta(config, "eager" if name == "gemma2" else "sdpa")
+    check_model(model, name)
+    found = measure(model, name)
+    assert max(found.leak, found.future, found.logits) < 1e-5
+    assert found.joined > 0.01, "the copy would look right in any case"
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_every_named_architecture_passes(name):
+    check_model(on_meta(build_config(ModelSpec(architecture=name), 49152)), name)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_every_tiny_architecture_passes(name):
+    settings = tiny_config(name)
+    check_model(on_meta(AutoConfig.for_model(settings.pop("model_type"), **settings)), name)
+
+
+@pytest.mark.parametrize("name", LEAKY)
+def test_documents_that_see_each_other_are_refused_only_if_packed_apart(tmp_path, name):
+    spec = folder_of(tmp_path, name, **{**COMMON, **LEAKY[name]})
+    match = rf"'{name}'(.|\n)*states of the second by [\d.e-]+(.|\n)*reset_positions=false"
+    with pytest.raises(ConfigError, match=match):
+        load(spec)
+    # What the probe says of the copy is true of the model.
+    backbone = load(spec, packed=False)
+    ids = torch.randint(5, 100, (1, 12), generator=torch.Generator().manual_seed(1))
+    other = torch.cat([ids[:, :5] - 4, ids[:, 5:]], 1)
+    positions = torch.tensor([[*range(5), *range(7)]])
+    with torch.no_grad():
+        one, two = (
+            backbone.hidden_states(Batch(x, x, torch.ones(x.shape), positions, torch.arange(1))) for x in (ids, other)
+        )
+    assert (one[5:] - two[5:]).abs().max() > 1e-4
+
+
+def test_a_model_that_sees_the_future_is_refused_however_documents_are_packed(tmp_path):
+    spec = folder_of(tmp_path, "bert", **COMMON)
+    with pytest.raises(ConfigError, match=r"'bert', whose tokens see later tokens(.|\n)*is_decoder"):
+        load(spec, packed=False)
+
+
+def test_layers_between_the_decoder_and_the_head_are_refused(tmp_path):
+    spec = folder_of(tmp_path, "bert", **COMMON, is_decoder=True)
+    with pytest.raises(ConfigError, match=r"'bert', whose logits are not those.*\n?.*differ by"):
+        load(spec, packed=False)
+
+
+@pytest.mark.parametrize("source", ["architecture", "weights"])
+def test_logits_scaled_another_way_are_refused_from_weights_too(tmp_path, source):
+    settings = {**COMMON, "logits_scaling": 4.0}
+    spec = folder_of(tmp_path, "hyperclovax", **settings)
+    if source == "weights":
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("hyperclovax", **settings)).save_pretrained(tmp_path)
+        spec = ModelSpec(weights=str(tmp_path))
+    with pytest.raises(ConfigError, match="'hyperclovax', whose logits are not those"):
+        load(spec)
+    load(folder_of(tmp_path, "hyperclovax", **{**settings, "logits_scaling": 1.0}))
+
+
+def test_the_probe_leaves_the_random_state_alone_and_runs_once_for_each_config(monkeypatch):
+    config = AutoConfig.for_model("llama", **{**COMMON, "rms_norm_eps": 1.25e-6})
+    before = torch.get_rng_state()
+    first = measure(on_meta(config), "llama")
+    assert torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr("kdtrain.models.probe._measure_copy", None)
+    assert measure(on_meta(config), "llama") is first
+
+
+def test_one_layer_of_each_kind_survives_however_deep_the_first_one_is():
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    config = AutoConfig.for_model("gemma3_text", num_hidden_layers=12, layer_types=kinds * 2)
+    smallest = next(iter(tiny_settings(config, 2)))[1]
+    assert smallest["layer_types"] == ["sliding_attention", "sliding_attention", "full_attention"]
+    assert smallest["num_hidden_layers"] == 3
+    assert config.num_hidden_layers == 12
+
+
+def test_a_kind_of_layer_that_comes_late_without_a_list_is_probed_too():
+    """Jamba says by period where attention is; its first two layers are recurrent, so they alone are found leaky."""
+    config = AutoConfig.for_model(
+        "jamba", **COMMON, num_experts=1, attn_layer_period=4, attn_layer_offset=2, use_mamba_kernels=False
+    )
+    config.num_hidden_layers = 6
+    model = on_meta(AutoConfig.for_model("jamba", **{k: v for k, v in config.to_dict().items() if k != "model_type"}))
+    assert measure(model, "jamba").leak > 0.01
+
+
+def test_a_config_of_which_no_copy_can_run_is_refused_with_what_was_tried():
+    model = on_meta(AutoConfig.for_model("llama", **COMMON))
+    model.config.hidden_act = "nosuch"
+    with pytest.raises(ConfigError, match=r"no tiny copy can be run\n.*with fewer heads .*hidden_size=.*'nosuch'"):
+        check_model(model, "it")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mixtral", {"num_local_experts": 4}), ("qwen3_moe", {"num_experts": 4}), ("dbrx", {}),
+        ("deepseek_v3", {"n_routed_experts": 8}), ("ernie4_5_moe", {"moe_num_experts": 4}),
+    ],
+)  # fmt: skip
+def test_a_mixture_of_experts_is_refused_for_what_is_missing(tmp_path, name, settings):
+    spec = folder_of(tmp_path, name, **settings)
+    with pytest.raises(ConfigError, match=r"mixture of experts(.|\n)*router losses(.|\n)*packed form"):
+        build_config(spec, 101)
+
+
+def test_settings_that_contradict_each_other_end_with_a_message(tmp_path):
+    with pytest.raises(ConfigError, match=r"transformers refuses(.|\n)*bos_token_id"):
+        build_config(folder_of(tmp_path, "cwm", **COMMON), 101)
+
+
+def test_a_dense_config_with_keys_about_experts_is_not_refused(tmp_path):
+    assert build_config(folder_of(tmp_path, "doge", **COMMON), 101).num_experts > 1
+    assert build_config(folder_of(tmp_path, "qwen3", **COMMON), 101).model_type == "qwen3"
