@@ -27,8 +27,8 @@ END_OF_TEXT = "<|endoftext|>"
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CONTROL = 3
-"""token_type of control tokens in GGUF."""
+_CONTROL, _USER_DEFINED = 3, 4
+"""token_type in GGUF of control tokens, and of added tokens that are ordinary text (<think>): neither is split."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,11 @@ def build_tokenizer(fields: dict[str, Any]) -> Tokenizer:
         steps = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
+    kinds = list(zip(tokens, types, strict=True))
+    control = [token for token, kind in kinds if kind == _CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    added = [token for token, kind in kinds if kind == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in added])
     return tokenizer
 
 

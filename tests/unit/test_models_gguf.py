@@ -145,6 +145,17 @@ def test_a_qwen2_tokenizer_splits_as_its_own_class_does():
     assert pattern == PRETOKENIZE_REGEX
 
 
+@pytest.mark.parametrize("pre", ["smollm", "qwen2"])
+def test_user_defined_tokens_are_one_id_and_survive_where_special_ones_are_skipped(pre):
+    tokens = [*TOKENS, "<think>"]
+    tokenizer = build_tokenizer({**FIELDS, "pre": pre, "tokens": tokens, "token_type": [*FIELDS["token_type"], 4]})
+    ids = tokenizer.encode("a<think>b<|im_end|>").ids
+    assert ids == [tokens.index(token) for token in ("a", "<think>", "b", "<|im_end|>")]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a<think>b"
+    added = tokenizer.get_added_tokens_decoder()[tokens.index("<think>")]
+    assert (added.special, added.normalized) == (False, False)
+
+
 def test_a_tokenizer_whose_rules_are_not_known_is_refused():
     with pytest.raises(ConfigError, match="pre-tokenizer 'llama-bpe'"):
         build_tokenizer({**FIELDS, "pre": "llama-bpe"})
