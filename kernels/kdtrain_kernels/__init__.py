@@ -1,6 +1,23 @@
-"""Row kernels for streamed losses: torch (and, where built, triton) only; no configuration, no process group."""
+"""Row kernels for streamed losses in torch and Triton; no configuration, no process group."""
+
+import torch
 
 from kdtrain_kernels.dispatch import BACKENDS, row_kernels
 from kdtrain_kernels.divergences import PLUG_INS, DivergenceSpec, divergence_spec
 
 __all__ = ["BACKENDS", "PLUG_INS", "DivergenceSpec", "divergence_spec", "row_kernels"]
+
+
+def _settle_vector_maths() -> None:
+    """Call each elementary function once, on few elements and thus in one thread.
+
+    The first call of such a function in a process may race between threads and answer one of them in low accuracy
+    (pytorch/pytorch issue 188792, vector maths on CPUs). Losses would then differ from run to run in the sixth digit.
+    """
+    for dtype in (torch.float32, torch.float64):
+        few = torch.full((8,), 0.5, dtype=dtype)
+        for function in (torch.exp, torch.expm1, torch.log, torch.log1p, torch.tanh):
+            function(few)
+
+
+_settle_vector_maths()

@@ -39,11 +39,11 @@ def evaluate(rank, world_size, root, teacher, tp, layout):
         return load_backbone(spec, mesh, vocab_size=VOCAB, total_rows=rows, trainable=False)
 
     student = load("student", mesh, 521)
-    source = OnlineTeacher(load(teacher, whole, student.shard.rows * mesh.tp_size), mesh, student.shard)
+    source = OnlineTeacher(load(teacher, whole, student.shard.rows * mesh.tp_size), mesh, student.shard, whole)
     validation = Validation(
         lambda batch, head_fn: call_with_head(student, batch, head_fn),
         source,
-        HeadLayout(student.shard, mesh.tp_group, slab_bytes=16 * 128 * 3),
+        HeadLayout(student.shard, mesh.tp_group, slab_bytes=32 * 1024 * 3),
         mesh,
     )
     return validation.run(uneven_batches(VOCAB, SHAPES)[mesh.dp_rank :: mesh.dp_size], torch.device("cpu"))

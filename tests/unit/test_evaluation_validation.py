@@ -47,8 +47,8 @@ def run(models, batches, *, with_teacher=True):
     student, teacher = load("student"), load("teacher")
     validation = Validation(
         lambda batch, head_fn: call_with_head(student, batch, head_fn),
-        OnlineTeacher(teacher, mesh, student.shard) if with_teacher else None,
-        HeadLayout(student.shard, None, slab_bytes=16 * 128 * 3),
+        OnlineTeacher(teacher, mesh, student.shard, mesh) if with_teacher else None,
+        HeadLayout(student.shard, None, slab_bytes=16 * 128 * 9),
         mesh,
     )
     return validation.run(batches, torch.device("cpu"))
