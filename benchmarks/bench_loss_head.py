@@ -4,7 +4,7 @@
     python benchmarks/bench_loss_head.py --table    # CSV -> docs/results/loss_head_cpu.md, and prints it
 
 The first command alone regenerates the results. float32; student width 256, teacher width 576. Tasks and providers:
-benchmarks/bench_providers.py; packages that are not installed are listed as absent, with the reason. Every number comes
+benchmarks/loss_providers.py; packages that are not installed are listed as absent, with the reason. Every number comes
 from a fresh process, so that no provider inherits another's memory.
 
 Modes: train is the loss and the gradients of student hidden states and head; eval is the loss under no_grad.
@@ -28,8 +28,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import bench_common as common
-from bench_common import ROOT
+import measuring as common
+from measuring import ROOT
 
 RESULTS = ROOT / "benchmarks/results/loss_head_cpu.csv"
 TABLE = ROOT / "docs/results/loss_head_cpu.md"
@@ -97,7 +97,7 @@ def run(loss_of: Callable, arguments: tuple, train: bool) -> tuple:
 
 def measure(job: dict) -> dict:
     """One job in this process: whether it is right, then memory, then times. `save`: only float64's answer, there."""
-    import bench_providers as providers
+    import loss_providers as providers
     import torch
 
     train = job["mode"] == "train"
@@ -174,7 +174,7 @@ def table_of(rows: list[dict]) -> str:
         "# Losses on hidden states: time and memory on a CPU",
         "",
         "Made by `python benchmarks/bench_loss_head.py --table` from `benchmarks/results/loss_head_cpu.csv`; what the",
-        "columns mean is in that script, what tasks and providers are in `benchmarks/bench_providers.py`.",
+        "columns mean is in that script, what tasks and providers are in `benchmarks/loss_providers.py`.",
         "T tokens, V vocabulary, D and E widths of student and teacher.",
         "",
         f"Commit {first['commit']}, {first['date']}, {first['device']}; {'; '.join(packages)}.",

@@ -28,8 +28,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import bench_common as common
-from bench_common import ROOT
+import measuring as common
+from measuring import ROOT
 
 RESULTS = ROOT / "benchmarks/results/topk_cpu.csv"
 TABLE = ROOT / "docs/results/topk_cpu.md"

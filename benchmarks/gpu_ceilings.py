@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-import bench_common as common
+import measuring as common
 import torch
 from gpu_common import Setting
 from gpu_correct import slabs

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import bench_common as common
+import measuring as common
 import torch
 from torch import Tensor
 

@@ -5,7 +5,7 @@
 Useful work is counted alike for everybody: 2 T V E for a teacher's product and 6 T V D for the student's three; what
 an implementation computes again is not credited. Slabs of 5 GiB and 1 GiB. Without --peers: linear_kd_loss (forward
 KL, jsd), linear_sparse_kd_loss, linear_cross_entropy, linear_topk at the shapes of the plan, every backend. With
---peers: every provider of benchmarks/bench_providers.py at a few shapes, in turn; before one is timed its value and
+--peers: every provider of benchmarks/loss_providers.py at a few shapes, in turn; before one is timed its value and
 gradients are compared with float64 at fewer tokens, and the error is in its row. One that cannot run has the reason in
 its row.
 """
@@ -16,8 +16,8 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 
-import bench_common as common
-import bench_providers as providers
+import loss_providers as providers
+import measuring as common
 import torch
 from gpu_common import Setting, Shape, problem, whole_shard
 

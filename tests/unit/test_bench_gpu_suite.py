@@ -95,7 +95,7 @@ def test_peers_are_compared_or_absent_with_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_ops.py", "--cpu", "--peers", "--out", str(tmp_path)])
     load("gpu_ops").main()
     rows = rows_of(tmp_path / "dry_peers.csv")
-    providers = load("bench_providers")
+    providers = load("loss_providers")
     assert len(rows) == sum(len(providers.providers(task)) for task in ("kl", "jsd", "ce"))
     for row in rows:
         assert row["absent"] or float(row["gradient_error"]) <= 1e-5, row

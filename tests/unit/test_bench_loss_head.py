@@ -28,7 +28,7 @@ def one(job):
 
 
 def test_the_published_streamed_loss_takes_a_tenth_of_the_naive_memory_and_no_more_time():
-    bench, common = load("bench_loss_head"), load("bench_common")
+    bench, common = load("bench_loss_head"), load("measuring")
     [row] = [
         row
         for row in common.read_csv(bench.RESULTS, "")
@@ -40,7 +40,7 @@ def test_the_published_streamed_loss_takes_a_tenth_of_the_naive_memory_and_no_mo
 
 @pytest.mark.parametrize("task", ["kl_ce", "kl", "jsd", "ce"])
 def test_every_provider_that_runs_here_has_float64s_value_and_gradients(task):
-    bench, providers = load("bench_loss_head"), load("bench_providers")
+    bench, providers = load("bench_loss_head"), load("loss_providers")
     arguments = bench.inputs(40, 300, True)
     expected = providers.float64_answer(task, arguments, chunk=16)
     compared = []
@@ -55,7 +55,7 @@ def test_every_provider_that_runs_here_has_float64s_value_and_gradients(task):
 
 
 def test_float64s_answer_does_not_depend_on_its_chunks():
-    bench, providers = load("bench_loss_head"), load("bench_providers")
+    bench, providers = load("bench_loss_head"), load("loss_providers")
     arguments = bench.inputs(10, 50, True)
     for a, b in zip(
         providers.float64_answer("kl_ce", arguments, 3), providers.float64_answer("kl_ce", arguments), strict=True
@@ -64,7 +64,7 @@ def test_float64s_answer_does_not_depend_on_its_chunks():
 
 
 def test_a_package_that_is_not_there_and_a_missing_device_are_named():
-    providers = load("bench_providers")
+    providers = load("loss_providers")
     missing = providers.Provider("a", "kl", None, needs=("no_such_package_of_mine",))
     assert missing.absent("cpu") == "ModuleNotFoundError: No module named 'no_such_package_of_mine'"
     assert providers.find("ce", "cut-ce").absent("cpu") == "needs cuda"
@@ -95,7 +95,7 @@ def test_a_wrong_answer_is_not_timed(tmp_path):
 
 
 def test_ratios_are_to_the_naive_row_of_the_same_task_shape_and_mode():
-    common = load("bench_common")
+    common = load("measuring")
     row = {"task": "kl", "shape": "s", "mode": "train", "absent": ""}
     rows = [
         {**row, "provider": "naive", "median_ms": "10", "peak_bytes": 200},

@@ -25,7 +25,7 @@ def test_the_loss_head_is_published_and_every_published_file_has_its_script():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_table_is_made_from_the_published_measurements(name):
-    bench, common = load(SCRIPTS[name]), load("bench_common")
+    bench, common = load(SCRIPTS[name]), load("measuring")
     assert ROOT / f"benchmarks/results/{name}_cpu.csv" == bench.RESULTS
     rows = common.read_csv(bench.RESULTS, "")
     assert bench.TABLE.read_text(encoding="utf-8") == bench.table_of(rows)
@@ -37,7 +37,7 @@ def test_the_published_table_is_made_from_the_published_measurements(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_ratios_are_to_the_naive_row(name):
-    bench, common = load(SCRIPTS[name]), load("bench_common")
+    bench, common = load(SCRIPTS[name]), load("measuring")
     rows = common.read_csv(bench.RESULTS, "")
     stripped = [{**row, "time_ratio": "", "peak_ratio": ""} for row in rows]
     assert common.with_ratios(stripped) == rows
