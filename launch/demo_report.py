@@ -14,10 +14,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prompt", default="The database file is", help="text for the distilled student to continue")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     request = parser.parse_args(argv)
-    from kdtrain.evaluation.compare import comparison_rows, table_text
+    from kdtrain.evaluation.compare import compare_runs, table_text
     from kdtrain.models.generate import continue_text
 
-    text = table_text(comparison_rows(request.distill, request.pretrain))
+    text = table_text(compare_runs(request.distill, request.pretrain))
     print(text)
     if request.markdown:
         head = (
