@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.errors import ConfigError
 from kdtrain.models.load import parameters_on_meta
+from kdtrain.models.special_tokens import special_token_ids
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -22,11 +23,18 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "chat_template.jinja",
+    "chat_template.json",
 )
 """Every file name a Hugging Face tokenizer may consist of."""
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Settings of a config.json that belong to a tokenizer."""
 
 
 def export_hf(
@@ -42,17 +50,24 @@ def export_hf(
 
     full_state: every full, unpadded parameter by its Hugging Face name, tied ones once or twice; tensors are cast to
     `dtype` one by one, so an iterator keeps memory low. config: the model's Hugging Face config, or the content of its
-    config.json; not changed. notes: further small files, name -> text.
+    config.json; not changed. notes: further small files, name -> text. When the config names no special token at all,
+    as that of a model trained from scratch, those of the tokenizer are written, and where generation stops.
     An existing `folder` is replaced. Call on one rank; does not communicate. Raises ConfigError when the state does
     not fit the config, or when `tokenizer_dir` holds no tokenizer.
     """
     folder = Path(folder)
     settings = dict(config) if isinstance(config, Mapping) else config.to_dict()
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    tokenizer = [] if tokenizer_dir is None else tokenizer_files(tokenizer_dir)
+    special: dict[str, int] = {}
+    stops: list[int] = []
+    if tokenizer_dir is not None and all(settings.get(key) is None for key in SPECIAL_IDS):
+        special, stops = special_token_ids(tokenizer_dir)
+    config = AutoConfig.for_model(settings.pop("model_type"), **{**settings, **special})
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    if stops:
+        model.generation_config.eos_token_id = stops
     state = _checked_state(model, full_state, dtype)
-    tokenizer = [] if tokenizer_dir is None else tokenizer_files(tokenizer_dir)
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         for file in tokenizer:

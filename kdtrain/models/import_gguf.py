@@ -20,9 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.models.export import export_hf, replacing_folder
-
-END_OF_TEXT = "<|endoftext|>"
-"""What separates documents in pre-training text, when the vocabulary has it."""
+from kdtrain.models.special_tokens import END_OF_TEXT
 
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

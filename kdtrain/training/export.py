@@ -15,21 +15,29 @@ from kdtrain.errors import CheckpointError, ConfigError
 from kdtrain.models.export import export_hf
 
 MODEL_FOLDER = "model"
-"""Inside a run folder: the tokenizer of the student."""
+"""Inside a run folder: the tokenizer of the student, and the generation_config.json it came with."""
+
+GENERATION = "generation_config.json"
+"""Where a model's folder says, among other things, at which tokens generation stops."""
 
 ORIGIN_FILE = "kdtrain.json"
 """Inside an export: which checkpoint it is."""
 
 
-def write_model_files(run_folder: Path, tokenizer_dir: Path) -> None:
-    """Keep next to the checkpoints what an export needs besides them: the tokenizer. Each file is replaced whole."""
+def write_model_files(run_folder: Path, tokenizer_dir: Path, weights: str | None = None) -> None:
+    """Keep next to the checkpoints what an export needs besides them. Each file is replaced whole.
+
+    That is the tokenizer and, for a student that began as the model folder `weights`, its generation_config.json.
+    """
     folder = run_folder / MODEL_FOLDER
     folder.mkdir(exist_ok=True)
-    for source in sorted(tokenizer_dir.iterdir()):
-        if source.is_file():
-            temporary = folder / f".{source.name}.writing"
-            shutil.copy2(source, temporary)
-            os.replace(temporary, folder / source.name)
+    files = [path for path in sorted(tokenizer_dir.iterdir()) if path.is_file()]
+    if weights is not None and (Path(weights) / GENERATION).is_file():
+        files.append(Path(weights) / GENERATION)
+    for source in files:
+        temporary = folder / f".{source.name}.writing"
+        shutil.copy2(source, temporary)
+        os.replace(temporary, folder / source.name)
 
 
 def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool = False) -> Path:
@@ -62,6 +70,8 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool =
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
     weights, config = checkpoint.read_full_parameters(folder), checkpoint.read_config(folder)
     notes = {ORIGIN_FILE: json.dumps(about) + "\n"}
+    if (tokenizer / GENERATION).is_file():
+        notes[GENERATION] = (tokenizer / GENERATION).read_text(encoding="utf-8")
     return export_hf(weights, config, output, dtype=kind, tokenizer_dir=tokenizer, notes=notes)
 
 

@@ -160,7 +160,7 @@ def _describe_run(request: Request, inputs: Inputs, opened: RunFolder | None, fo
     origins = "".join(f"{key}  {where}\n" for key, where in sorted(request.loaded.origins.items()))
     opened.write_config(to_yaml(request.config), origins)
     opened.write_environment(describe(world_size=int(os.environ.get("WORLD_SIZE", "1"))))
-    write_model_files(folder, inputs.tokenizer_dir)
+    write_model_files(folder, inputs.tokenizer_dir, request.config.student.weights)
 
 
 def on_main(mesh: Mesh, work: Callable[[], T], *, share: bool = True) -> T | None:

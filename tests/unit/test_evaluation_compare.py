@@ -16,7 +16,8 @@ CONFIG = {"data.validation": "val", "teacher.weights": "teachers/big", "data.seq
 def evaluation(tokens, seconds, **changes):
     return {
         "data/step": tokens // 100, "data/tokens_seen": tokens, "time/train_s": seconds,
-        "eval/val_nll": 9 - seconds / 99, "eval/kl_to_teacher": 1.0, "eval/top1_agreement": 0.5, "eval/teacher_nll": 3.0, **changes,
+        "eval/val_nll": 9 - seconds / 99, "eval/kl_to_teacher": 1.0, "eval/top1_agreement": 0.5,
+        "eval/teacher_nll": 3.0, **changes,
     }  # fmt: skip
 
 
