@@ -56,6 +56,11 @@ class Launch:
 LAUNCHES = {name: Launch(4096, 8) for name in ("stats", "coupling", "sums", "row_grad", "pair_grad", "measure", "max")}
 """How each kernel is launched: 16 columns a thread keep all lanes in registers (docs/results/triton_sass.md)."""
 
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
+"""How all kernels are compiled. No fusion of products and sums: equal inputs then give equal bits wherever they meet,
+which exact zeros for equal models and for kd_weight 0 rest on. No pipelining: rows are overwritten while they are read.
+"""
+
 
 def row_stats(slab: Tensor, labels: Tensor, temperature: float, scratch: Scratch) -> Tensor:
     """[C, ROW_STATS] float64, as the torch twin."""
@@ -219,18 +224,12 @@ def _operand(slab: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _launch(kernel: Any, name: str, slab: Tensor, *arguments: Any, **constants: Any) -> None:
-    """One program for each of the slab's rows, on its device.
-
-    Without fusion of products and sums: equal inputs then give equal bits wherever they meet, which exact zeros for
-    equal models and for kd_weight 0 rest on. Without pipelining: rows are overwritten while they are read.
-    """
+    """One program for each of the slab's rows, on its device."""
     if slab.shape[0] == 0:
         return
     launch = LAUNCHES[name]
     with torch.cuda.device(slab.device if slab.is_cuda else -1):
-        kernel[(slab.shape[0],)](
-            *arguments, **constants, BLOCK=launch.block, num_warps=launch.warps, num_stages=1, enable_fp_fusion=False
-        )
+        kernel[(slab.shape[0],)](*arguments, **constants, BLOCK=launch.block, num_warps=launch.warps, **OPTIONS)
 
 
 def _check(slab: Tensor) -> None:
