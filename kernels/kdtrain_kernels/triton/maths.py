@@ -27,7 +27,7 @@ def shifted(logits, peak, inv_temperature, AT_ONE: tl.constexpr):
 
 @triton.jit
 def expm1(u):
-    """e^u - 1, to float32's precision: its series to degree 8 around 0. Products and sums are fused where it says so."""
+    """e^u - 1, to float32's precision: its series to degree 8 around 0."""
     series = tl.fma(u, 1 / 40320, 1 / 5040)
     series = tl.fma(u, series, 1 / 720)
     series = tl.fma(u, series, 1 / 120)

@@ -53,8 +53,12 @@ class Launch:
     warps: int
 
 
-LAUNCHES = {name: Launch(4096, 8) for name in ("stats", "coupling", "sums", "row_grad", "pair_grad", "measure", "max")}
-"""How each kernel is launched: 16 columns a thread keep all lanes in registers (docs/results/triton_sass.md)."""
+LAUNCHES = {
+    **dict.fromkeys(("stats", "row_grad", "max", "measure"), Launch(4096, 8)),
+    **dict.fromkeys(("coupling", "sums", "pair_grad"), Launch(2048, 8)),
+}
+"""How each kernel is launched: a thread's columns, 16 of one slab or 8 of two, stay in registers, and several programs
+fit a multiprocessor (docs/results/triton_sass.md)."""
 
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
 """How all kernels are compiled. No fusion of products and sums: equal inputs then give equal bits wherever they meet,
