@@ -12,16 +12,19 @@ FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash
 IMPLEMENTATIONS = ("eager", "sdpa", *FLASH_PACKAGES)
 
 
-def resolve_attention(wanted: str, *, device_type: str, dtype: str, has_sdpa: bool = True) -> tuple[str, str]:
+def resolve_attention(
+    wanted: str, *, device_type: str, dtype: str, has_sdpa: bool = True, has_flash: bool = True
+) -> tuple[str, str]:
     """(implementation, reason) for `wanted`, which is "auto" or an implementation's name.
 
     device_type: "cuda" or "cpu"; dtype: "float32" or "bfloat16"; has_sdpa: False for an architecture that torch's
-    scaled_dot_product_attention cannot do (Gemma 2 soft-caps its attention logits). auto means flash_attention_2 on
-    CUDA in bfloat16 when the package is installed, else sdpa, else eager. Raises ConfigError when an explicit choice
-    cannot work here.
+    scaled_dot_product_attention cannot do (Gemma 2 soft-caps its attention logits); has_flash: False for one that
+    flash-attention cannot do (Bloom adds biases to them). auto means flash_attention_2 on CUDA in bfloat16 when the
+    package is installed and the architecture can use it, else sdpa, else eager. Raises ConfigError when an explicit
+    choice cannot work here.
     """
     if wanted == "auto":
-        obstacle = _obstacle("flash_attention_2", device_type, dtype)
+        obstacle = _obstacle("flash_attention_2", device_type, dtype, has_flash)
         if obstacle is None:
             return "flash_attention_2", "auto: flash-attn is installed and the device is CUDA"
         if not has_sdpa:
@@ -29,7 +32,7 @@ def resolve_attention(wanted: str, *, device_type: str, dtype: str, has_sdpa: bo
         return "sdpa", f"auto: {obstacle}"
     if wanted not in IMPLEMENTATIONS:
         raise ConfigError(f"attention = {wanted!r} is not known\n  fix: use auto, {', '.join(IMPLEMENTATIONS)}")
-    obstacle = _obstacle(wanted, device_type, dtype)
+    obstacle = _obstacle(wanted, device_type, dtype, has_flash)
     if wanted == "sdpa" and not has_sdpa:
         obstacle = "this architecture cannot use torch's scaled_dot_product_attention"
     if obstacle is not None:
@@ -41,10 +44,12 @@ def resolve_attention(wanted: str, *, device_type: str, dtype: str, has_sdpa: bo
     return wanted, "asked for"
 
 
-def _obstacle(implementation: str, device_type: str, dtype: str) -> str | None:
+def _obstacle(implementation: str, device_type: str, dtype: str, has_flash: bool) -> str | None:
     package = FLASH_PACKAGES.get(implementation)
     if package is None:
         return None
+    if not has_flash:
+        return "this architecture cannot use flash-attention"
     if device_type != "cuda":
         return f"{implementation} needs a CUDA device, this is {device_type}"
     if dtype == "float32":

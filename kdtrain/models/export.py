@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.errors import ConfigError
+from kdtrain.log import LOGGER
 from kdtrain.models.load import parameters_on_meta
 from kdtrain.models.special_tokens import special_token_ids
 
@@ -92,9 +93,11 @@ def tokenizer_files(folder: str | Path) -> list[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """A new empty folder beside `folder` that takes its place when the block ends well, and vanishes when it fails.
 
-    Every file is flushed to disk before the name changes, so a crash leaves the old folder or the new one.
+    Every file is flushed to disk before the name changes, so a crash leaves the old folder or the new one; if it comes
+    between the two changes of names, under a hidden name that the next use, or `recover_folder`, changes back.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    recover_folder(folder)
     temporary = folder.with_name(f".{folder.name}.writing.{os.getpid()}")
     retired = folder.with_name(f".{folder.name}.old.{os.getpid()}")
     temporary.mkdir()
@@ -113,6 +116,41 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             os.rename(retired, folder)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Undo what a killed `replacing_folder` left: the old folder gets its name back, half-written ones are removed.
+
+    Only one process may be replacing `folder`. Leftovers of processes that live on this machine are not touched.
+    """
+    retired = [path for path in _leftovers(folder, "old") if not _is_alive(path)]
+    if retired and not folder.exists():
+        newest = max(retired, key=lambda path: path.stat().st_mtime)
+        LOGGER.warning("%s is restored: a process was killed while it replaced it", folder)
+        os.rename(newest, folder)
+        retired.remove(newest)
+    for path in (*retired, *(path for path in _leftovers(folder, "writing") if not _is_alive(path))):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _leftovers(folder: Path, kind: str) -> list[Path]:
+    prefix = f".{folder.name}.{kind}."
+    found = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    return [path for path in found if path.name.startswith(prefix) and path.name.removeprefix(prefix).isdigit()]
+
+
+def _is_alive(leftover: Path) -> bool:
+    """Whether another process with the id at the end of the name runs here; this one is not replacing it yet."""
+    pid = int(leftover.name.rpartition(".")[2])
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _flush(path: Path) -> None:

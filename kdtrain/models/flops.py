@@ -15,6 +15,7 @@ PEAK_BF16_FLOPS: dict[str, float] = {
     "H100 NVL": 835e12,  # NVIDIA H100 NVL data sheet (2024): 1671 with sparsity
     "H100 PCIe": 756e12,  # NVIDIA H100 data sheet (2023): 1513 with sparsity
     "H100": 989e12,  # NVIDIA H100 SXM data sheet (2023): 1979 with sparsity
+    "H200 NVL": 835e12,  # NVIDIA H200 data sheet (2024): 1671 with sparsity
     "H200": 989e12,  # NVIDIA H200 data sheet (2024): 1979 with sparsity
     "GH200": 989e12,  # NVIDIA GH200 data sheet (2023)
     "B200": 2250e12,  # NVIDIA DGX B200 data sheet (2024): 36 PFLOP/s with sparsity for eight

@@ -200,8 +200,12 @@ def model_size(spec: ModelSpec, vocab_size: int) -> tuple[Any, int]:
 def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int) -> Any:
     """The whole model: parameters on meta if weights are to be read, else initialised from `seed` in float32."""
     config = build_config(spec, vocab_size)
-    has_sdpa = bool(getattr(AutoModelForCausalLM._model_mapping[type(config)], "_supports_sdpa", False))
-    attention, reason = resolve_attention(spec.attention, device_type=device.type, dtype=spec.dtype, has_sdpa=has_sdpa)
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    attention, reason = resolve_attention(
+        spec.attention, device_type=device.type, dtype=spec.dtype,
+        has_sdpa=bool(getattr(kind, "_supports_sdpa", False)),
+        has_flash=bool(getattr(kind, "_supports_flash_attn", False)),
+    )  # fmt: skip
     LOGGER.info("attention of %s: %s (%s)", _source(spec), attention, reason)
     arguments = {"dtype": torch.float32, "attn_implementation": attention}
     if spec.weights is not None:

@@ -100,7 +100,13 @@ class VocabParallelEmbedding(nn.Module):
         self._local_padding_idx = padding_idx - shard.start if is_local and padding_idx is not None else None
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """[...] int64 global ids -> [..., D], replicated."""
+        """[...] int64 global ids -> [..., D], replicated.
+
+        Raises IndexError on the CPU for an id that is no token, on every rank: it would be embedded as zero, by
+        padding at tp 1 and by every rank's mask at tp > 1. On a device the check would wait for it, so none is made.
+        """
+        if input_ids.device.type == "cpu":
+            self._check(input_ids)
         if group_size(self.group) == 1:
             embedded = F.embedding(input_ids, self.weight, self._local_padding_idx)
         else:
@@ -109,6 +115,14 @@ class VocabParallelEmbedding(nn.Module):
             embedded = F.embedding(local.masked_fill(outside, 0), self.weight, self._local_padding_idx)
             embedded = reduce_from_tp(embedded.masked_fill(outside.unsqueeze(-1), 0.0), self.group)
         return embedded if self.scale is None else embedded * torch.tensor(self.scale, dtype=embedded.dtype)
+
+    def _check(self, input_ids: Tensor) -> None:
+        bad = input_ids[(input_ids < 0) | (input_ids >= self.shard.vocab_size)]
+        if bad.numel():
+            raise IndexError(
+                f"token id {int(bad[0])} is not in [0, {self.shard.vocab_size}), the tokens of the vocabulary"
+                "\n  why: it has no row in the embedding\n  fix: prepare the data with this model's tokenizer"
+            )
 
 
 class LmHead(nn.Module):

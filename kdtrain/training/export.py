@@ -12,7 +12,7 @@ import torch
 
 from kdtrain.engine import checkpoint
 from kdtrain.errors import CheckpointError, ConfigError
-from kdtrain.models.export import export_hf
+from kdtrain.models.export import export_hf, recover_folder
 
 MODEL_FOLDER = "model"
 """Inside a run folder: the tokenizer of the student, and the generation_config.json it came with."""
@@ -62,6 +62,7 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool =
             "  fix: put the tokenizer's files there"
         )
     about = {"step": checkpoint.step_of(folder), "checkpoint": checkpoint.identity(folder), "dtype": dtype}
+    recover_folder(output)
     if output.exists():
         if not replace or _origin(output) is None:
             raise ConfigError(f"{output} exists already\n  fix: name a new folder, or remove this one")

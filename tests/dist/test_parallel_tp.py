@@ -15,7 +15,7 @@ from kdtrain.models.backbone import Backbone, call_with_head
 from kdtrain.models.load import enable_activation_checkpointing
 from kdtrain.models.tiny import tiny_config
 from kdtrain.parallel import merge_state_dict, plan_cuts, shard_model
-from kdtrain.parallel.layers import sum_gradient_over_tp
+from kdtrain.parallel.layers import VocabParallelEmbedding, sum_gradient_over_tp
 
 pytestmark = pytest.mark.dist
 
@@ -270,3 +270,22 @@ def test_packed_documents_do_not_see_each_other(rank_pool, family):
     for other, own in rank_pool(2).run(perturb_other_document, family=family):
         assert other == 0.0
         assert own > 0.1
+
+
+def embed_bad_id(rank, world_size, bad):
+    """The error's text. Every rank must raise, or the others would wait in the all-reduce."""
+    mesh = Mesh.build(world_size)
+    shard = VocabShard.of(200, mesh.tp_rank, mesh.tp_size)
+    weight = torch.nn.Parameter(torch.ones(shard.rows, 4))
+    embedding = VocabParallelEmbedding(weight, shard, mesh.tp_group)
+    try:
+        embedding(torch.tensor([[0, 199, bad]]))
+    except IndexError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("bad", [-1, 200, 255, 256, 1000])
+def test_an_id_past_every_shard_is_an_error_on_every_rank(rank_pool, bad):
+    for message in rank_pool(2).run(embed_bad_id, bad=bad):
+        assert f"token id {bad} is not in [0, 200)" in message

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdtrain.data.batch import Batch
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import VocabShard
-from kdtrain.errors import ParallelError
+from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.backbone import Backbone, call_with_head, document_boundaries
 from kdtrain.models.tiny import TINY, tiny_config
 from kdtrain.parallel import plan_cuts, shard_model
@@ -144,3 +144,24 @@ def test_only_plain_tensors_with_gradients_pass_module_borders():
     answer.loss.backward()
     assert backbone.lm_head_module.weight.grad.abs().max() > 0
     assert call_with_head(backbone, batch_of(random_ids()), lambda hidden, head: hidden.shape[0]) == 34
+
+
+def test_a_model_that_keeps_a_cache_is_refused(monkeypatch):
+    backbone = backbone_of(stock("llama"))
+    base = backbone.model.base_model
+
+    def with_cache(**arguments):
+        return type(base).forward(base, **{**arguments, "use_cache": True})
+
+    monkeypatch.setattr(base, "forward", with_cache)
+    with pytest.raises(ConfigError, match="keeps a cache although"):
+        backbone.hidden_states(batch_of(random_ids()))
+
+
+@pytest.mark.parametrize("bad", [-1, 99, 101, 127, 128])
+def test_an_id_that_is_no_token_is_an_error_not_a_zero_vector(bad):
+    """The model has 101 rows, padded to 128, of which the tokenizer uses 99."""
+    backbone = backbone_of(stock("llama"), vocab_size=99)
+    ids = torch.tensor([[1, bad, 98]])
+    with pytest.raises(IndexError, match=rf"token id {bad} is not in \[0, 99\)"):
+        backbone.hidden_states(batch_of(ids))

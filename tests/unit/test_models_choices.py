@@ -1,10 +1,12 @@
 """Attention choice and FLOP counts."""
 
 import importlib.util
+import json
 from types import SimpleNamespace
 
 import pytest
 
+from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import resolve_attention
 from kdtrain.models.flops import (
@@ -14,6 +16,7 @@ from kdtrain.models.flops import (
     peak_flops,
     training_flops_per_token,
 )
+from kdtrain.models.tiny import tiny_config
 
 
 def install(monkeypatch, *names):
@@ -40,6 +43,32 @@ def test_an_architecture_without_sdpa_gets_eager():
     assert resolve_attention("auto", device_type="cpu", dtype="float32", has_sdpa=False)[0] == "eager"
     with pytest.raises(ConfigError, match="cannot use torch's scaled"):
         resolve_attention("sdpa", device_type="cpu", dtype="float32", has_sdpa=False)
+
+
+def test_an_architecture_without_flash_attention_does_not_get_it(monkeypatch):
+    install(monkeypatch, "flash_attn")
+    choice, reason = resolve_attention("auto", device_type="cuda", dtype="bfloat16", has_flash=False)
+    assert choice == "sdpa"
+    assert "architecture cannot use flash-attention" in reason
+    with pytest.raises(ConfigError, match="architecture cannot use flash-attention"):
+        resolve_attention("flash_attention_2", device_type="cuda", dtype="bfloat16", has_flash=False)
+
+
+@pytest.mark.parametrize("name", ["bloom", "llama"])
+def test_an_architecture_is_asked_whether_it_can_do_flash_attention(tmp_path, monkeypatch, name):
+    import kdtrain.models.load as loading
+
+    (tmp_path / "config.json").write_text(json.dumps({**tiny_config("llama"), "model_type": name}))
+    asked = []
+
+    def stop(wanted, **facts):
+        asked.append(facts["has_flash"])
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(loading, "resolve_attention", stop)
+    with pytest.raises(ConfigError, match="enough"):
+        loading.load_backbone(loading.ModelSpec(architecture=str(tmp_path)), Mesh(), vocab_size=101, trainable=False)
+    assert asked == [name == "llama"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +107,7 @@ def test_flops_count_the_head_once_and_attention_by_length():
 
 def test_peaks_are_found_by_the_name_torch_reports():
     assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H200 NVL") == 835e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12

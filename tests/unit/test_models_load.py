@@ -1,6 +1,9 @@
 """Loading and exporting in one process: what is read, in which dtype, and what is said when it cannot work."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from kdtrain.data.batch import Batch
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.architectures import ARCHITECTURES, read_architecture
-from kdtrain.models.export import export_hf, replacing_folder
+from kdtrain.models.export import export_hf, recover_folder, replacing_folder
 from kdtrain.models.load import ModelSpec, build_config, load_backbone, model_rows, parameters_on_meta
 from kdtrain.models.tiny import TINY, tiny_config
 
@@ -299,3 +302,43 @@ def test_a_failure_while_writing_keeps_the_old_folder(tmp_path):
     with pytest.raises(OSError, match="full"):
         write_half()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "good"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from kdtrain.models.export import replacing_folder
+folder, at = Path(sys.argv[1]), int(sys.argv[2])
+real, calls = os.rename, []
+def rename(a, b):
+    if len(calls) == at:
+        os._exit(9)
+    calls.append(real(a, b))
+os.rename = rename
+with replacing_folder(folder) as temporary:
+    (temporary / "new").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_kill_while_a_folder_is_replaced_loses_nothing(tmp_path, at):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "good").write_text("good")
+    done = subprocess.run([sys.executable, "-c", KILLED, folder, str(at)], check=False, cwd=os.getcwd())
+    assert done.returncode == 9
+    assert folder.exists() == (at == 0)
+    assert len([path for path in tmp_path.iterdir() if path.name.startswith(".out.")]) == at + 1
+    recover_folder(folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "good"]
+    with replacing_folder(folder) as temporary:
+        (temporary / "new").write_text("new")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
+
+
+def test_a_folder_that_another_process_is_writing_is_left_alone(tmp_path):
+    theirs = tmp_path / f".out.writing.{os.getppid()}"
+    theirs.mkdir()
+    (tmp_path / ".out.writing.notes").mkdir()
+    recover_folder(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([theirs.name, ".out.writing.notes"])
