@@ -197,6 +197,13 @@ def model_size(spec: ModelSpec, vocab_size: int) -> tuple[Any, int]:
     return config, sum(param.numel() for param in model.parameters())
 
 
+def check_architecture(spec: ModelSpec, vocab_size: int, *, packed: bool = True) -> None:
+    """What `load_backbone` asks of an architecture before it reads or makes a weight. Raises ConfigError as it does."""
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(build_config(spec, vocab_size))  # type: ignore[no-untyped-call]
+    check_model(model, _source(spec), packed=packed)
+
+
 def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int) -> Any:
     """The whole model: parameters on meta if weights are to be read, else initialised from `seed` in float32."""
     config = build_config(spec, vocab_size)

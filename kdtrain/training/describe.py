@@ -7,7 +7,7 @@ from typing import Any
 from kdtrain.config.schema import RunConfig
 from kdtrain.dist.mesh import Mesh
 from kdtrain.log import LOGGER
-from kdtrain.models.load import ModelSpec, model_size
+from kdtrain.models.load import ModelSpec, check_architecture, model_size
 from kdtrain.training import build
 from kdtrain.training.estimate import MemoryEstimate, ModelSize, estimate_memory
 from kdtrain.training.inputs import Inputs
@@ -87,6 +87,8 @@ def _int(config: Any, name: str) -> int:
 
 def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int) -> None:
     """`--check`: everything that can be known before a device is touched."""
+    for spec in build.specs(cfg):
+        check_architecture(spec, inputs.vocab_size, packed=cfg.data.reset_positions)
     dp_size = world_size // cfg.parallel.tp
     LOGGER.info("mesh     %d ranks = dp %d x tp %d", world_size, dp_size, cfg.parallel.tp)
     LOGGER.info("loss     %s", loss_line(cfg))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError
@@ -14,6 +15,10 @@ from kdtrain.models.load import ModelSpec, build_config, load_backbone, paramete
 from kdtrain.models.probe import check_model, measure
 from kdtrain.models.shrink import tiny_settings
 from kdtrain.models.tiny import TINY, tiny_config
+from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from kdtrain.training import build
+from kdtrain.training.describe import print_check
+from kdtrain.training.inputs import open_inputs
 
 COMMON = {key: value for key, value in tiny_config("llama").items() if key != "model_type"}
 README = {
@@ -88,6 +93,18 @@ def test_documents_that_see_each_other_are_refused_only_if_packed_apart(tmp_path
             backbone.hidden_states(Batch(x, x, torch.ones(x.shape), positions, torch.arange(1))) for x in (ids, other)
         )
     assert (one[5:] - two[5:]).abs().max() > 1e-4
+
+
+def test_a_check_before_the_run_finds_it_too(tmp_path):
+    cfg = RunConfig()
+    cfg.student.architecture = folder_of(tmp_path, "opt", **{**COMMON, **LEAKY["opt"]}).architecture
+    write_store(tmp_path / "store", random_documents(4, seed=1), write_tokenizer(tmp_path / "tokenizer"))
+    cfg.data.train, cfg.train.total_tokens = [str(tmp_path / "store")], 2048
+    inputs = open_inputs(cfg, build.specs(cfg))
+    with pytest.raises(ConfigError, match="'opt', which does not separate documents"):
+        print_check(cfg, inputs, world_size=1)
+    cfg.data.reset_positions = False
+    print_check(cfg, inputs, world_size=1)
 
 
 def test_a_model_that_sees_the_future_is_refused_however_documents_are_packed(tmp_path):
