@@ -20,8 +20,8 @@ lint: install    ## style, spelling, layers
 types: install
 	$(BIN)/mypy
 
-layouts: install ## the laws across tp, dp, ZeRO and micro-batches, on gloo ranks
-	$(BIN)/python -m pytest tests/dist $(ARGS)
+layouts: install ## every layout against plain torch -> docs/results/layouts.md, about 10 minutes
+	$(BIN)/python benchmarks/layouts.py $(ARGS)
 
 bench: install   ## every CPU benchmark; results go to benchmarks/results
 	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done

@@ -1,0 +1,285 @@
+"""Every layout that fits 1, 2 and 4 gloo ranks, three optimizer steps each, against plain torch in one process.
+
+    python benchmarks/layouts.py            # a few minutes -> docs/results/layouts.md, and prints it
+    python benchmarks/layouts.py --match tp4     # only the layouts whose name contains it; writes nothing
+
+The steps are those of tests/dist/test_engine_layouts.py: whole logits, autograd and torch's AdamW on one side, kdtrain
+under DeepSpeed on the other; eight sequences with 11, 0, 1, ... valid tokens, rates that change, clipping that bites,
+weight decay. That file tests a few layouts at every submission; here are all that make sense.
+Columns, all against plain torch in float32: relative error of step 1's loss and of its gradient norm (before clipping);
+the worst parameter's |gradient - right| / |right| in the 2-norm, each gradient gathered from all ranks out of AdamW's
+first moment after step 1; the worst absolute error of any weight after three steps; the relative error of the loss on
+other data then. A layout is right if all five are within the tolerance of its dtype.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import autotp_oracle
+import bench_common as common
+
+TABLE = common.ROOT / "docs/results/layouts.md"
+LAWS = common.ROOT / "tests/dist/test_engine_layouts.py"
+ERRORS = ("loss", "norm", "gradient", "weight", "evaluation")
+GROUP, TIMEOUT_S = 16, 300
+MORE_FAMILIES = {"qwen2": {}, "gemma3": {"final_logit_softcapping": None, "tie_word_embeddings": True}}
+"""Besides those of the test. The plain formula has no soft cap; the test of the losses has."""
+
+SECOND_OPINION = (
+    "The same step under AutoTP, in ranks of its own (`benchmarks/autotp_oracle.py`); errors are the worst parameter's,",
+    "as above. Nine query heads in three key/value groups: two ranks hold unequal parts.",
+)
+
+
+def laws() -> ModuleType:
+    """The test file, loaded by path once per process; its families and ours."""
+    name = "layout_laws"
+    if name not in sys.modules:
+        from kdtrain.models.tiny import tiny_config
+
+        spec = importlib.util.spec_from_file_location(name, LAWS)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        module.FAMILIES.update({family: tiny_config(family, **changes) for family, changes in MORE_FAMILIES.items()})
+    return sys.modules[name]
+
+
+def cases() -> dict[int, list[Any]]:
+    """World size -> layouts. Without a teacher: families x tp x stages; with one: its layouts x tp x stages."""
+    found: dict[int, list[Any]] = {1: [], 2: [], 4: []}
+    for world, tp in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 1)):
+        found[world] += [*plain_cases(world, tp), *distilled_cases(world, tp)]
+    return found
+
+
+def cut_of(world: int, tp: int, number: int) -> tuple[int, ...]:
+    """Sequences per micro-batch in the three steps: all at once, one by one, uneven; in turn."""
+    whole = laws().SEQUENCES * tp // world
+    some = min(3, whole)
+    return ((whole, 1, some), (1, whole, 1), (some, 1, whole), (whole, whole, whole))[number % 4]
+
+
+def plain_cases(world: int, tp: int) -> list[Any]:
+    """Cross-entropy: llama at every stage, the other families at one or two, each stage somewhere; bfloat16."""
+    case, found = laws().Case, []
+    for number, family in enumerate(laws().FAMILIES):
+        stages = (number % 4, (number + 2) % 4)[: 2 if world < 4 else 1]
+        for stage in (0, 1, 2, 3) if family == "llama" else stages:
+            cut, recompute = cut_of(world, tp, number + stage), stage == number % 4
+            found.append(case(family, tp, stage, cut, recompute=recompute))
+    return [*found, *(case("llama", tp, stage, cut_of(world, tp, stage), dtype="bfloat16") for stage in (1, 3))]
+
+
+def distilled_cases(world: int, tp: int) -> list[Any]:
+    """Each of the teacher's layouts beside students of two stages; one in bfloat16."""
+    case, found = laws().Case, []
+    for number, teacher in enumerate(teachers(world, tp)):
+        for stage in (number % 4, (number + (1 if world == 4 else 2)) % 4):
+            family = "llama" if stage % 2 else "qwen3"
+            found.append(case(family, tp, stage, cut_of(world, tp, number + stage), teacher=teacher))
+    return [*found, case("llama", tp, 2, cut_of(world, tp, 2), dtype="bfloat16", teacher="plain")]
+
+
+def teachers(world: int, tp: int) -> list[str]:
+    """Where the teacher's weights may lie: whole, cut like the student, cut over more ranks; divided by ZeRO-3."""
+    cuts = ["plain"]
+    if tp > 1:
+        cuts.append("tp")
+    cuts += [f"tp{teacher}" for teacher in (2, 4) if tp < teacher <= world]
+    return [f"{cut}{more}" for cut in cuts for more in ("", " zero3", " zero3 offload") if world > 1 or not more]
+
+
+def run_cases(rank: int, world_size: int, folder: str, settings: list[dict]) -> list[Any]:
+    """On every rank: the test's own function, on layouts that came as dicts."""
+    return laws().run_cases(rank, world_size, Path(folder), [laws().Case(**one) for one in settings])
+
+
+@dataclass(slots=True)
+class Row:
+    """One layout. errors: by name, empty when it failed; problem: why, in a line."""
+
+    world: int
+    case: Any
+    loss: float
+    grad_norm: float
+    errors: dict[str, float]
+    problem: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.problem:
+            return self.problem
+        worst = max(self.errors, key=lambda name: self.errors[name])
+        if self.errors[worst] <= self.case.tolerance:
+            return "right"
+        return f"WRONG: {worst}"
+
+
+def run_group(world: int, chosen: list[Any], folder: Path) -> list[tuple[list[Any] | None, str]]:
+    """(each rank's answer, or None, and why) per layout. A layout that fails may not hide the others."""
+    try:
+        return [(answers, "") for answers in attempt(world, chosen, folder)]
+    except (AssertionError, TimeoutError) as error:
+        if len(chosen) == 1:
+            return [(None, f"FAILED: {first_line(error)}")]
+        print(f"{world} ranks: {first_line(error)}; one layout at a time now", flush=True)
+    return [answer for case in chosen for answer in run_group(world, [case], folder)]
+
+
+def attempt(world: int, chosen: list[Any], folder: Path) -> list[list[Any]]:
+    """Per layout each rank's answer, from fresh ranks. Raises AssertionError and TimeoutError."""
+    from kdtrain.testing.ranks import ENGINE_MODULES, RankPool
+
+    pool = RankPool(world, preload=ENGINE_MODULES)
+    try:
+        settings = [asdict(case) for case in chosen]
+        answers = pool.run(run_cases, timeout_s=TIMEOUT_S, folder=str(folder), settings=settings)
+    finally:
+        pool.close()
+    return [list(of_ranks) for of_ranks in zip(*answers, strict=True)]
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].replace("|", "/")[:160]
+
+
+def row_of(world: int, case: Any, answers: list[Any] | None, problem: str, want: Any, root: Path) -> Row:
+    if answers is None:
+        return Row(world, case, float("nan"), float("nan"), {}, problem)
+    if any(answer != answers[0] for answer in answers):
+        problem = "WRONG: ranks disagree"
+    steps, evaluation = answers[0]
+    (loss, norm), (right_loss, right_norm) = steps[0], want.steps[0]
+    gradient, weight = checkpoint_errors(want, root)
+    errors = {
+        "loss": abs(loss / right_loss - 1),
+        "norm": abs(norm / right_norm - 1),
+        "gradient": gradient,
+        "weight": weight,
+        "evaluation": abs(evaluation / want.evaluation - 1),
+    }
+    return Row(world, case, loss, norm, errors, problem)
+
+
+def checkpoint_errors(want: Any, root: Path) -> tuple[float, float]:
+    """(worst relative gradient error of step 1, worst absolute weight error after step 3) over all parameters."""
+    from kdtrain.engine.slices import CheckpointReader
+
+    gradients, weights = [], []
+    with CheckpointReader(root / "step_000001") as first, CheckpointReader(root / "step_000003") as last:
+        names = first.names()
+        if sorted(names) != sorted(want.weights):
+            raise SystemExit(f"{root} holds other parameters than the plain model: {sorted(names)}")
+        for name in names:
+            rows = first.manifest.parameters[name].shape[0]  # the rest is padding of a vocabulary
+            right = want.grads[name][:rows]
+            gradients.append(float((first.read_full(name, "exp_avg") / (1 - 0.9) - right).norm() / right.norm()))
+            weights.append(float((last.read_full(name, "master") - want.weights[name][:rows]).abs().max()))
+    return max(gradients), max(weights)
+
+
+def measure(folder: Path, chosen: dict[int, list[Any]]) -> list[Row]:
+    """Every layout's row, in order."""
+    rows: list[Row] = []
+    everything = {case.what for some in chosen.values() for case in some}
+    oracles = {what: laws().oracle(folder, *what) for what in sorted(everything)}
+    for world, case_list in chosen.items():
+        for start in range(0, len(case_list), GROUP):
+            some, started = case_list[start : start + GROUP], time.monotonic()
+            for case, (answers, problem) in zip(some, run_group(world, some, folder), strict=True):
+                rows.append(row_of(world, case, answers, problem, oracles[case.what], folder / case.name))
+            print(f"{len(some)} layouts on {world} ranks in {time.monotonic() - started:.0f} s", flush=True)
+    return rows
+
+
+def second_opinion(folder: Path) -> list[str]:
+    """DeepSpeed's own tensor parallelism on the same step."""
+    want = laws().oracle(folder, autotp_oracle.FAMILY, False)
+    lines = autotp_oracle.compare(folder, want)
+    return ["", "## DeepSpeed's own tensor parallelism", "", *SECOND_OPINION, "", *lines]
+
+
+def line_of(row: Row) -> str:
+    case, dp = row.case, row.world // row.case.tp
+    micro = " ".join(str(count) for count in case.micro)
+    errors = " | ".join(f"{row.errors[name]:.1e}" if row.errors else "" for name in ERRORS)
+    return (
+        f"| {case.family}{' recompute' * case.recompute} | {case.dtype} | {row.world} | {case.tp} | {dp} | {case.stage} "
+        f"| {micro} | {case.teacher or 'none'} | {row.loss:.6f} | {row.grad_norm:.6f} | {errors} | {row.verdict} |"
+    )
+
+
+def table_of(rows: list[Row], more: list[str]) -> str:
+    """Markdown; `more` stands after the table."""
+    import deepspeed
+    import torch
+
+    exact = [row for row in rows if row.case.dtype == "float32" and row.errors]
+    worst = {name: max((row.errors[name] for row in exact), default=float("nan")) for name in ERRORS}
+    right = sum(row.verdict == "right" for row in rows)
+    tolerances = ", ".join(f"{limit:g} in {dtype}" for dtype, limit in laws().TOLERANCE.items())
+    return "\n".join(
+        [
+            "# Layouts against plain torch in one process",
+            "",
+            "Made by `make layouts` (`benchmarks/layouts.py`, which says what the columns mean).",
+            f"Commit {common.current_commit()}, {common.today()}, torch {torch.__version__}, deepspeed "
+            f"{deepspeed.__version__}, gloo on a CPU.",
+            "",
+            f"**{right} of {len(rows)} layouts are right** (tolerance {tolerances}). Worst in float32: "
+            + ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
+            + ".",
+            "",
+            "tp, dp, ZeRO: the student's. Sequences: per micro-batch and data rank, in steps 1, 2 and 3. Teacher: plain,",
+            "whole on every rank; tp, cut like the student; tp2, tp4, cut over that many ranks; zero3, divided among",
+            "data ranks besides; offload, in host memory. A teacher means skewed KL at temperature 2 and cross-entropy.",
+            "",
+            "| student | dtype | ranks | tp | dp | ZeRO | sequences | teacher | loss | gradient norm "
+            "| loss error | norm error | gradient error | weight error | evaluation error | verdict |",
+            "| --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+            *(line_of(row) for row in rows),
+            *more,
+            "",
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--match", metavar="TEXT", help="only layouts whose name contains TEXT; writes nothing")
+    arguments = parser.parse_args()
+    chosen = cases()
+    if arguments.match:
+        chosen = {world: [case for case in some if arguments.match in case.name] for world, some in chosen.items()}
+    with tempfile.TemporaryDirectory(prefix="layouts_") as folder:
+        rows = measure(Path(folder), chosen)
+        more = [] if arguments.match else second_opinion(Path(folder))
+    text = table_of(rows, more)
+    if not arguments.match:
+        common.write_whole(TABLE, text)
+    print(text, end="")
+    return int(any(row.verdict != "right" for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
