@@ -121,5 +121,6 @@ def compare(folder: Path, want: Any) -> list[str]:
         "| --- | ---: | ---: | ---: | ---: |",
         f"| plain torch, 1 process | {plain_loss:.6f} | {plain_norm:.6f} | 0 | {worst(want.grads, ours)} |",
         f"| kdtrain, tp 2, ZeRO 1 | {our_loss:.6f} | {our_norm:.6f} | {worst(ours, want.grads)} | 0 |",
-        f"| DeepSpeed AutoTP 2, ZeRO 0 | {loss:.6f} | {norm:.6f} | {worst(autotp, want.grads)} | {worst(autotp, ours)} |",
+        f"| DeepSpeed AutoTP 2, ZeRO 0 | {loss:.6f} | {norm:.6f} | {worst(autotp, want.grads)} "
+        f"| {worst(autotp, ours)} |",
     ]

@@ -43,8 +43,8 @@ MORE_FAMILIES = {"qwen2": {}, "gemma3": {"final_logit_softcapping": None, "tie_w
 """Besides those of the test. The plain formula has no soft cap; the test of the losses has."""
 
 SECOND_OPINION = (
-    "The same step under AutoTP, in ranks of its own (`benchmarks/autotp_oracle.py`); errors are the worst parameter's,",
-    "as above. Nine query heads in three key/value groups: two ranks hold unequal parts.",
+    "The same step under AutoTP, in ranks of its own (`benchmarks/autotp_oracle.py`); errors are the worst",
+    "parameter's, as above. Nine query heads in three key/value groups: two ranks hold unequal parts.",
 )
 
 
@@ -224,8 +224,9 @@ def line_of(row: Row) -> str:
     micro = " ".join(str(count) for count in case.micro)
     errors = " | ".join(f"{row.errors[name]:.1e}" if row.errors else "" for name in ERRORS)
     return (
-        f"| {case.family}{' recompute' * case.recompute} | {case.dtype} | {row.world} | {case.tp} | {dp} | {case.stage} "
-        f"| {micro} | {case.teacher or 'none'} | {row.loss:.6f} | {row.grad_norm:.6f} | {errors} | {row.verdict} |"
+        f"| {case.family}{' recompute' * case.recompute} | {case.dtype} | {row.world} | {case.tp} | {dp} "
+        f"| {case.stage} | {micro} | {case.teacher or 'none'} | {row.loss:.6f} | {row.grad_norm:.6f} | {errors} "
+        f"| {row.verdict} |"
     )
 
 
@@ -250,13 +251,14 @@ def table_of(rows: list[Row], more: list[str]) -> str:
             + ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
             + ".",
             "",
-            "tp, dp, ZeRO: the student's. Sequences: per micro-batch and data rank, in steps 1, 2 and 3. Teacher: plain,",
-            "whole on every rank; tp, cut like the student; tp2, tp4, cut over that many ranks; zero3, divided among",
-            "data ranks besides; offload, in host memory. A teacher means skewed KL at temperature 2 and cross-entropy.",
+            "tp, dp, ZeRO: the student's. Sequences: per micro-batch and data rank, in steps 1, 2 and 3.",
+            "Teacher: plain, whole on every rank; tp, cut like the student; tp2, tp4, cut over that many ranks; zero3,",
+            "divided among data ranks besides; offload, in host memory. A teacher means skewed KL at temperature 2 and",
+            "cross-entropy.",
             "",
             "| student | dtype | ranks | tp | dp | ZeRO | sequences | teacher | loss | gradient norm "
             "| loss error | norm error | gradient error | weight error | evaluation error | verdict |",
-            "| --- | --- | ---: | ---: | ---: | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+            "| --- | --- |" + " ---: |" * 4 + " --- | --- |" + " ---: |" * 7 + " --- |",
             *(line_of(row) for row in rows),
             *more,
             "",
