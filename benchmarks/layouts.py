@@ -129,10 +129,8 @@ class Row:
     def verdict(self) -> str:
         if self.problem:
             return self.problem
-        worst = max(self.errors, key=lambda name: self.errors[name])
-        if self.errors[worst] <= self.case.tolerance:
-            return "right"
-        return f"WRONG: {worst}"
+        wrong = [name for name in ERRORS if not self.errors[name] <= self.case.tolerance]
+        return f"WRONG: {', '.join(wrong)}" if wrong else "right"
 
 
 def run_group(world: int, chosen: list[Any], folder: Path) -> list[tuple[list[Any] | None, str]]:

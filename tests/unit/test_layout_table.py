@@ -1,0 +1,50 @@
+"""The table of layouts: complete, all right as published, and made by a verdict that sees what is wrong."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def load(name):
+    """benchmarks/ is no package: its scripts find each other beside themselves."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def layouts():
+    return load("layouts")
+
+
+def test_every_stage_meets_every_place_a_teacher_may_have(layouts):
+    cases = layouts.cases()
+    names = [(world, case.name) for world, some in cases.items() for case in some]
+    assert len(set(names)) == len(names) >= 80
+    for world, tp in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2)):
+        here = [case for case in cases[world] if case.tp == tp]
+        assert {case.stage for case in here if case.teacher is None} == {0, 1, 2, 3}
+        assert {case.teacher for case in here} == {None, *layouts.teachers(world, tp)}
+        assert {case.family for case in here} == set(layouts.laws().FAMILIES)
+        assert {case.dtype for case in here} == {"float32", "bfloat16"}
+    assert layouts.teachers(4, 2)[6:] == ["tp4", "tp4 zero3", "tp4 zero3 offload"]
+
+
+def test_the_published_table_has_a_line_per_layout_and_every_one_is_right(layouts):
+    lines = [line for line in layouts.TABLE.read_text(encoding="utf-8").splitlines() if line.endswith("right |")]
+    assert len(lines) == sum(len(some) for some in layouts.cases().values())
+
+
+def test_a_layout_that_is_wrong_or_fails_is_shown_as_such(layouts):
+    case = layouts.laws().Case("llama", 2, 1, (8, 8, 8))
+    errors = dict.fromkeys(layouts.ERRORS, 1e-6)
+    assert layouts.Row(2, case, 1.0, 1.0, errors).verdict == "right"
+    for name in layouts.ERRORS:
+        assert layouts.Row(2, case, 1.0, 1.0, {**errors, name: 2e-5}).verdict == f"WRONG: {name}"
+        assert layouts.Row(2, case, 1.0, 1.0, {**errors, name: float("nan")}).verdict == f"WRONG: {name}"
+    failed = layouts.row_of(2, case, None, "FAILED: rank 1", None, Path())
+    assert layouts.line_of(failed).endswith("| nan | nan |  |  |  |  |  | FAILED: rank 1 |")
