@@ -28,6 +28,7 @@ ENGINE_MODULES = (
     "torch._functorch.aot_autograd",
     "deepspeed",
     "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "transformers.models.llama.modeling_llama",
     "kdtrain.models.load",
     "kdtrain.engine.zero",
