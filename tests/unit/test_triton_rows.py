@@ -4,7 +4,9 @@ Ranks of a pool of their own run the checks: TRITON_INTERPRET must be set before
 of the cases; the loss at tp 2 takes both.
 """
 
+import ctypes
 import importlib.util
+import mmap
 from dataclasses import replace
 
 import pytest
@@ -347,6 +349,33 @@ def _check_cross_entropy(rank, world_size):
 
 def test_cross_entropy_with_z_loss_has_float64s_gradient(interpreters):
     interpreters.run(_check_cross_entropy)
+
+
+def _check_rows_far_apart(rank, world_size):
+    """Three rows 2^30 elements apart, in memory of which only what is touched exists."""
+    rows = _triton_rows()
+    apart, size, no_reserve = 1 << 30, 4 * (2 * (1 << 30) + 128), 0x4000  # MAP_NORESERVE of Linux
+    with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve) as memory:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        flat = torch.frombuffer((ctypes.c_float * (size // 4)).from_address(start), dtype=torch.float32)
+        slab = flat.as_strided((3, 5), (apart, 1))
+        values = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+        slab.copy_(values)
+        labels, ones = torch.tensor([1, 2, 3]), torch.ones(3, dtype=torch.float64)
+        stats = rows.row_stats(slab, labels, 1.0, Scratch.of(values))
+        expected = torch_rows.row_stats(values.double(), labels, 1.0, Scratch.of(values.double()))
+        torch.testing.assert_close(stats, expected, rtol=1e-6, atol=1e-6)
+        rows.row_grad(
+            slab, rows.merge_stats(stats[None], 1.0), RowWeights(ones, ones, labels, ones), logit_map=LogitMap(),
+            scratch=Scratch.of(values), operand_dtype=torch.float32,
+        )  # fmt: skip
+        right = values.double().softmax(-1) - torch.eye(5, dtype=torch.float64)[labels]
+        torch.testing.assert_close(slab.double(), right, rtol=1e-6, atol=1e-7)
+        del slab, flat
+
+
+def test_rows_may_lie_beyond_two_to_the_31_elements(interpreters):
+    interpreters.run(_check_rows_far_apart)
 
 
 def _check_refusals(rank, world_size):
