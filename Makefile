@@ -1,5 +1,5 @@
 # Shortcuts; every line can also be typed by hand. `make demo` and `make test` need nothing installed before.
-.PHONY: demo test install lint types layouts bench ci
+.PHONY: demo test install lint types layouts bench soak ci
 BIN := .venv/bin
 
 demo:            ## the quick start: distil a real teacher on two CPU ranks
@@ -25,6 +25,9 @@ layouts: install ## every layout against plain torch -> docs/results/layouts.md,
 
 bench: install   ## every CPU benchmark; results go to benchmarks/results
 	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
+
+soak: install    ## 200 kills at random moments -> docs/results/soak.md; goes on where it stopped; ARGS="--kills 50"
+	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 ci:              ## what runs on every submission
 	bash .ci/run
