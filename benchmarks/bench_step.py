@@ -65,7 +65,7 @@ def jobs(device: str) -> list[dict]:
     if device == "cuda":
         gpu = {**shared, **GPU, "dtype": "bfloat16", "slab_bytes": 1 << 30, "rounds": 6, "steps": 5}
         return [{**gpu, "teacher": name} for name in ("qwen2-miniplm-500m", "qwen3-1.7b")]
-    cpu = {**shared, **CPU}
+    cpu = {**shared, **CPU, "rounds": 7}
     return [
         {**cpu, "teacher": "llama-20m"},
         {**cpu, "teacher": "smollm2-135m"},
@@ -131,7 +131,7 @@ def rows_of(job: dict, answer: dict, commit: str) -> list[dict]:
 
     rows = []
     for mode in MODES:
-        phases = answer["phases"].get(mode, {})
+        phases = answer["phases"].get(mode, {mode: statistics.mean(answer["seconds"][mode])})
         rows.append(
             {
                 "commit": commit,
@@ -179,8 +179,28 @@ def table_of(rows: list[dict], device: str) -> str:
             f"| {row['shape']} | {row['layout']} | {row['mode']} | {row['median_ms']} | {row['p20_ms']} - "
             f"{row['p80_ms']} | {row['fastest_ms']} | {row['ratio']} | {row['ratio_fastest']} | {phases} |"
         )
+    lines += ["", "## What distilling adds", "", *added_lines(rows)]
     lines += ["", "## Memory per rank", "", *memory_lines(rows)]
     return "\n".join(lines) + "\n"
+
+
+def added_lines(rows: list[dict]) -> list[str]:
+    """distill less lm less teacher, by phases. The teacher's head is in its own forward there, in `head` here."""
+    lines = [
+        "Means per step in ms: distill less lm less teacher, and where it arises. The loss head's part is teacher and",
+        "head of distill less the teacher's forward and lm's head: what the divergence costs beyond cross-entropy.",
+        "",
+        "| student from teacher | layout | added | loss head | decoder | backward | optimizer | data and rest |",
+        "| --- | --- |" + " ---: |" * 6,
+    ]
+    for distill, lm, teacher in zip(rows[0::3], rows[1::3], rows[2::3], strict=True):
+        more = {phase: float(distill[f"{phase}_ms"]) - float(lm[f"{phase}_ms"]) for phase in PHASES}
+        head = more.pop("teacher") + more.pop("head") - float(teacher["teacher_ms"])
+        rest = more.pop("data") + more.pop("rest")
+        numbers = [head + rest + sum(more.values()), head, more["decoder"], more["backward"], more["optimizer"], rest]
+        cells = " | ".join(f"{number:.1f}" for number in numbers)
+        lines.append(f"| {distill['shape']} | {distill['layout']} | {cells} |")
+    return lines
 
 
 def memory_lines(rows: list[dict]) -> list[str]:

@@ -61,10 +61,11 @@ def test_nested_phases_become_disjoint_ones():
 
 def test_the_ratio_is_of_medians_and_memory_is_held_against_the_estimate(bench, tmp_path):
     phases = dict.fromkeys(bench.PHASES, 0.001)
+    more = {**phases, "teacher": 0.050, "head": 0.020, "backward": 0.003}
     answer = {
         "device": "d", "threads": 1, "peak_bytes": 3 << 20, "parts": {"weights": 1 << 20, "teacher": 1 << 20},
         "seconds": {"distill": [0.1, 0.3, 0.2], "lm": [0.05, 0.9, 0.1], "teacher": [0.06]},
-        "phases": {"distill": phases, "lm": phases},
+        "phases": {"distill": more, "lm": {**phases, "teacher": 0.0}},
     }  # fmt: skip
     rows = bench.rows_of(toy(tmp_path), answer, "abc")
     assert [row["median_ms"] for row in rows] == ["200", "100", "60"]
@@ -72,7 +73,8 @@ def test_the_ratio_is_of_medians_and_memory_is_held_against_the_estimate(bench, 
     bench.common.write_csv(tmp_path / "rows.csv", rows, bench.COLUMNS)
     text = bench.table_of(bench.common.read_csv(tmp_path / "rows.csv", ""), "cpu")
     assert [row.get("ratio_fastest") for row in rows] == ["0.909", None, None]
-    assert "| distill | 200 | 100 - 300 | 100 | 1.250 | 0.909 | 1 | 1 | 1 | 1 | 1 | 1 | 1 |" in text
+    assert "| distill | 200 | 100 - 300 | 100 | 1.250 | 0.909 | 1 | 50 | 1 | 20 | 3 | 1 | 1 |" in text
+    assert "| 11.0 | 9.0 | 0.0 | 2.0 | 0.0 | 0.0 |" in text
     assert "| 3 | 2 | 1.50 | 1 | 1 |" in text
 
 
