@@ -42,8 +42,9 @@ def test_no_kernel_spills_registers_and_several_programs_fit_a_multiprocessor(co
 
 def test_slabs_are_read_and_written_in_wide_pieces(compiled):
     for row in compiled:
-        # 16 columns a thread, of one slab or of two together; on AMD half as many, for as many more threads
-        assert row["wide_loads"] >= (4 if row["target"].startswith("sm") else 2), row
+        per_slab = 2 if row["target"].startswith("sm") else 1  # 8 columns a thread; half as many, wider waves on AMD
+        slabs = 1 if row["variant"].startswith(("row", "first")) else 2
+        assert row["wide_loads"] >= slabs * per_slab, row
         if "_grad" in row["variant"]:
             assert row["wide_stores"] >= 1, row
 
