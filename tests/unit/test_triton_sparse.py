@@ -127,8 +127,8 @@ POINTERS = {"slab": "*fp32", "columns": "*i64", "labels": "*i64", "at_ids": "*fp
 NUMBERS = {"stride": "i32", "n": "i32", "num_ids": "i32"}
 
 
-def compiled(kernel, out, constants):
-    """The kernel for sm_90, as the launcher would specialise it for aligned pointers and strides."""
+def compiled(kernel, out, constants, target=None):
+    """The kernel, for sm_90 by default, as the launcher would specialise it for aligned pointers and strides."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -143,7 +143,8 @@ def compiled(kernel, out, constants):
     }
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3})
+    target = target or GPUTarget("cuda", 90, 32)
+    return triton.compile(source, target=target, options={"num_warps": 8, "num_stages": 3})
 
 
 def sass(binary):
@@ -158,17 +159,22 @@ def sass(binary):
         ).stdout
 
 
-def check_compile():
-    """128-bit loads and no spills, in each variant that has most to hold."""
+def variants():
+    """Name -> (kernel, type of out, constants) of each variant that has most to hold."""
     from kdtrain_kernels.triton import sparse
 
     shared = {"AT_ONE": False, "BLOCK": sparse.BLOCK, "IDS": 64}
     grad = {**shared, "CAPPED": True}
-    for kernel, out, constants in [
-        (sparse.sparse_stats_kernel, "*fp32", {**shared, "OUT_OFFSET": 4}),
-        (sparse.sparse_grad_kernel, "*fp32", {**grad, "WIDENING": 1}),
-        (sparse.sparse_grad_kernel, "*bf16", {**grad, "WIDENING": 2}),
-    ]:
+    return {
+        "sparse_stats, T": (sparse.sparse_stats_kernel, "*fp32", {**shared, "OUT_OFFSET": 4}),
+        "sparse_grad, T, cap": (sparse.sparse_grad_kernel, "*fp32", {**grad, "WIDENING": 1}),
+        "sparse_grad, T, cap, bf16": (sparse.sparse_grad_kernel, "*bf16", {**grad, "WIDENING": 2}),
+    }
+
+
+def check_compile():
+    """128-bit loads and no spills."""
+    for kernel, out, constants in variants().values():
         text = sass(compiled(kernel, out, constants).asm["cubin"])
         assert len(re.findall(r"\bLDG\.E[.\w]*\.128", text)) >= 4
         assert not re.findall(r"\b(?:LDL|STL)", text), "registers spilled"

@@ -199,8 +199,8 @@ VARIANTS = {
 """Name -> (kernel, warps, constants) as at real vocabularies."""
 
 
-def compiled(kernel, warps, constants):
-    """The kernel for an H100 or H200, rows a multiple of 16 elements apart."""
+def compiled(kernel, warps, constants, target=None):
+    """The kernel, for an H100 or H200 by default, rows a multiple of 16 elements apart."""
     import triton
     from kdtrain_kernels.triton import topk
     from triton.backends.compiler import GPUTarget
@@ -215,7 +215,7 @@ def compiled(kernel, warps, constants):
         if argument == "stride" or signature[argument].startswith("*")
     }
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return triton.compile(source, target=target or GPUTarget("cuda", 90, 32), options={"num_warps": warps})
 
 
 def machine_code(binary):
