@@ -164,7 +164,7 @@ def table_of(rows: list[dict], device: str) -> str:
         "",
         f"Made by `python benchmarks/bench_step.py --table` from `benchmarks/results/{kind(device)}_step.csv`; what",
         "the modes, phases (ms) and columns mean is in that script. ratio: distill to lm + teacher, by their medians;",
-        "of fastest: by the fastest step of each.",
+        "of fastest: by the fastest step of each, which says more where other work shares the machine.",
         "",
         f"Commit {first['commit']}, {first['date']}, {first['device'].rpartition(',')[0]}; {first['versions']}.",
         "",
