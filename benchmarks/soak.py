@@ -276,12 +276,13 @@ def soak(work: Path, kills: int) -> list[dict[str, Any]]:
     config = make_world(work / "world")
     shutil.rmtree(config.parent / "runs", ignore_errors=True)
     whole, seconds = reference(config)
+    commit = common.current_commit()
     while len(found) < kills:
         started, name = time.monotonic(), f"kill_{len(found):04d}"
         some = [one_kill(config, name, len(found) + n, whole, seconds) for n in range(KILLS_PER_RUN)]
         result, _ = finish(config, name)
         for record in some:
-            record |= {"same": result == whole, "run_s": time.monotonic() - started}
+            record |= {"same": result == whole, "run_s": time.monotonic() - started, "commit": commit}
         found += some
         common.write_whole(log, "".join(json.dumps(record) + "\n" for record in found))
         if not faults(some):
@@ -331,7 +332,7 @@ def table_of(found: list[dict[str, Any]]) -> str:
         "# Killed at random moments",
         "",
         "Made by `make soak` (`benchmarks/soak.py`, which says what is done and checked).",
-        f"Commit {common.current_commit()}, {common.today()}, torch {torch.__version__}, deepspeed "
+        f"Commit {', '.join(sorted({record['commit'] for record in found}))}, {common.today()}, torch {torch.__version__}, deepspeed "
         f"{deepspeed.__version__}, one process on a CPU.",
         "",
         f"**{len(found)} kills in {len({record['name'] for record in found})} runs, {len(bad)} with a fault.** "
