@@ -35,9 +35,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import bench_common as common
-from bench_common import ROOT
-from bench_step_rank import PHASES, measure
+import measuring as common
+from measuring import ROOT
+from step_rank import PHASES, measure
 
 COLUMNS = (
     *("commit", "date", "device", "versions", "shape", "layout", "mode", "median_ms", "p20_ms", "p80_ms", "fastest_ms"),

@@ -33,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import autotp_oracle
-import bench_common as common
+import measuring as common
 
 TABLE = common.ROOT / "docs/results/layouts.md"
 LAWS = common.ROOT / "tests/dist/test_engine_layouts.py"

@@ -40,7 +40,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import bench_common as common
+import measuring as common
 
 TABLE = common.ROOT / "docs/results/soak.md"
 STEPS, TOKENS_PER_STEP, KILLS_PER_RUN = 16, 128, 2
@@ -332,8 +332,8 @@ def table_of(found: list[dict[str, Any]]) -> str:
         "# Killed at random moments",
         "",
         "Made by `make soak` (`benchmarks/soak.py`, which says what is done and checked).",
-        f"Commit {', '.join(sorted({record['commit'] for record in found}))}, {common.today()}, torch {torch.__version__}, deepspeed "
-        f"{deepspeed.__version__}, one process on a CPU.",
+        f"Commit {', '.join(sorted({record['commit'] for record in found}))}, {common.today()}, torch "
+        f"{torch.__version__}, deepspeed {deepspeed.__version__}, one process on a CPU.",
         "",
         f"**{len(found)} kills in {len({record['name'] for record in found})} runs, {len(bad)} with a fault.** "
         f"{aimed} were aimed at a checkpoint being written.",

@@ -51,7 +51,7 @@ def test_a_toy_run_measures_three_modes_whose_phases_add_up(bench, tmp_path):
 
 
 def test_nested_phases_become_disjoint_ones():
-    found = load("bench_step_rank").split(
+    found = load("step_rank").split(
         {"data_wait": 1.0, "forward": 10.0, "teacher": 4.0, "head": 3.0, "backward": 5.0, "optimizer": 2.0}, 20.0
     )
     assert found == {

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import bench_common as common
+import measuring as common
 
 PHASES = ("data", "teacher", "decoder", "head", "backward", "optimizer", "rest")
 DOCUMENT_TOKENS = 300
