@@ -107,8 +107,7 @@ def run_job(job: dict) -> dict:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": str(job["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    if job["device"] == "cpu":
-        world["DS_ACCELERATOR"] = "cpu"
+    world["DS_ACCELERATOR"] = job["device"]
     with tempfile.TemporaryDirectory(prefix="bench_step_") as folder:
         ranks = []
         for rank in range(job["ranks"]):
