@@ -42,6 +42,8 @@ setup(
             "import-linter>=2.1",
             "codespell>=2.3",
             "types-PyYAML",
+            # its interpreter and compilers prove the kernels on machines without a GPU
+            "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },
 )

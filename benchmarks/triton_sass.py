@@ -145,7 +145,7 @@ def nvidia(cubin: bytes) -> dict[str, int]:
         "stack": used["STACK"] + used["LOCAL"],
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128", sass)),
-        "wide_stores": len(re.findall(r"\bSTG\.E\.(?:\w+\.)*(?:128|64)", sass)),
+        "wide_stores": len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128", sass)),
         "barriers": len(re.findall(r"\bBAR\.SYNC", sass)),
     }
 
@@ -158,7 +158,7 @@ def amd(assembly: str) -> dict[str, int]:
         "stack": field["private_segment_fixed_size"],
         "spills": field["vgpr_spill_count"] + field["sgpr_spill_count"],
         "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4", assembly)),
-        "wide_stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx[24]", assembly)),
+        "wide_stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4", assembly)),
         "barriers": len(re.findall(r"\bs_barrier", assembly)),
     }
 
@@ -186,7 +186,7 @@ def table(measured: list[dict[str, Any]]) -> str:
         "# Machine code of the dense row kernels",
         "",
         f"Made by `python benchmarks/triton_sass.py` with triton {triton.__version__}, without a GPU. Registers per",
-        "thread (gfx942: vector registers), and 16-byte loads + 8- or 16-byte stores in the code. Blocks and warps:",
+        "thread (gfx942: vector registers), and 16-byte loads + 16-byte stores in the code. Blocks and warps:",
         "; ".join(f"{name} {launch.block} x {launch.warps}" for name, launch in rows.LAUNCHES.items()) + ".",
         "",
         f"{len(measured)} compiled, {wrong} with a fault: local memory, no wide loads or stores, or no barrier where a",

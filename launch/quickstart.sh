@@ -22,7 +22,7 @@ WORK=$ROOT/.quickstart
 LOGS=$WORK/logs
 
 # Sizes in kB, measured on Linux and rounded up by a half: what each stage adds to the disk.
-NEED_VENV_CPU=2500000
+NEED_VENV_CPU=3300000
 NEED_VENV_CUDA=11000000
 NEED_DEMO=2500000
 
