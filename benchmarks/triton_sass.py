@@ -170,7 +170,8 @@ def faults(row: dict[str, Any]) -> list[str]:
         found.append(f"{row['spills']} instructions and {row['stack']} bytes of local memory")
     if not row["wide_loads"]:
         found.append("no 16-byte load")
-    if "_grad" in row["variant"] and not row["wide_stores"]:
+    halves = "bf16" in row["variant"] and row["target"] == "gfx942"  # 4 columns a thread: 8 bytes
+    if "_grad" in row["variant"] and not row["wide_stores"] and not halves:
         found.append("no wide store")
     if "bf16" in row["variant"] and not row["barriers"]:
         found.append("no barrier between the loads and the stores of a block")
@@ -186,7 +187,8 @@ def table(measured: list[dict[str, Any]]) -> str:
         "# Machine code of the dense row kernels",
         "",
         f"Made by `python benchmarks/triton_sass.py` with triton {triton.__version__}, without a GPU. Registers per",
-        "thread (gfx942: vector registers), and 16-byte loads + 16-byte stores in the code. Blocks and warps:",
+        "thread (gfx942: vector registers), and 16-byte loads + 16-byte stores in the code (gfx942 stores bf16 in 8).",
+        "Blocks and warps:",
         "; ".join(f"{name} {launch.block} x {launch.warps}" for name, launch in rows.LAUNCHES.items()) + ".",
         "",
         f"{len(measured)} compiled, {wrong} with a fault: local memory, no wide loads or stores, or no barrier where a",

