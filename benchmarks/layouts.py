@@ -254,8 +254,8 @@ def table_of(rows: list[Row], more: list[str]) -> str:
             "",
             "tp, dp, ZeRO: the student's. Sequences: per micro-batch and data rank, in steps 1, 2 and 3.",
             "Teacher: plain, whole on every rank; tp, cut like the student; tp2, tp4, cut over that many ranks; zero3,",
-            "divided among data ranks besides; offload, in host memory. A teacher means skewed KL at temperature 2 and",
-            "cross-entropy.",
+            "divided among data ranks besides; offload, in host memory. A teacher means skewed KL at temperature 2,",
+            "cross-entropy and a z-loss.",
             "",
             "| student | dtype | ranks | tp | dp | ZeRO | sequences | teacher | loss | gradient norm "
             "| loss error | norm error | gradient error | weight error | evaluation error | verdict |",
