@@ -90,7 +90,8 @@ def deepspeed_config(cfg: RunConfig, *, on_cuda: bool) -> dict[str, Any]:
 
 def frozen_config(dtype: str, *, offload: bool) -> dict[str, Any]:
     """Settings for a frozen model under ZeRO-3: no optimizer, every weight divided, the next layer fetched ahead."""
-    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    # memory_efficient_linear would replace torch's own function, for the whole process
+    zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {

@@ -21,7 +21,9 @@ def missing_paths(cfg: RunConfig) -> Iterator[Problem]:
         if folder is not None:
             fix = "download or import the model first; hub names are not resolved"
             yield from _needs(key, folder, "config.json", "a Hugging Face model folder", fix)
-    if cfg.run.resume not in ("auto", "never", "") and not _path(cfg.run.resume).exists():
+    # A run that has begun needs the checkpoint it began from no more.
+    begun = (_path(cfg.run.output_dir) / _path(cfg.run.name) / "checkpoints").is_dir()
+    if cfg.run.resume not in ("auto", "never", "") and not begun and not _path(cfg.run.resume).exists():
         yield Problem("run.resume", cfg.run.resume, "does not exist", "use auto, never, or the path of a checkpoint")
     yield from _output(cfg.run.output_dir)
 

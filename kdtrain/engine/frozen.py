@@ -16,6 +16,7 @@ from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import HeadShard
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import Backbone
+from kdtrain.models.load import move_buffers
 
 
 class _Body(nn.Module):
@@ -32,20 +33,28 @@ class _Body(nn.Module):
 class FrozenEngine:
     """Hidden states of a frozen Backbone under ZeRO-3 without an optimizer.
 
-    backbone: frozen, cut over mesh already; its weights are divided among mesh's data ranks and freed elsewhere. mesh:
-    the teacher's own. offload: keep the pieces in host memory. Build it before the student's engine. Every rank must
-    construct it, and call it equally often with batches of one shape. Communicates: per layer and call one all-gather
-    of its weights over the data ranks.
+    backbone: frozen, cut over mesh already, in host memory, where every rank must have room for it once; parameter by
+    parameter its weights are divided among mesh's data ranks and freed elsewhere. mesh: the teacher's own. offload:
+    keep the pieces in host memory. Build it before the student's engine. Every rank must construct it, and call it
+    equally often with batches of one shape. Communicates: per layer and call one all-gather of its weights over the
+    data ranks.
     """
 
-    def __init__(self, backbone: Backbone, mesh: Mesh, *, dtype: str, offload: bool) -> None:
+    def __init__(self, backbone: Backbone, mesh: Mesh, *, device: torch.device, dtype: str, offload: bool) -> None:
         full = backbone.lm_head_shard
-        bias = None if full.bias is None else full.bias.detach().clone()
+        bias = None if full.bias is None else full.bias.detach().to(device, copy=True)
         # The loss multiplies with these rows outside of any module: they stay whole on this rank.
-        self.head = HeadShard(full.weight.detach().clone(), bias, full.logit_scale, full.softcap)
+        self.head = HeadShard(full.weight.detach().to(device, copy=True), bias, full.logit_scale, full.softcap)
+        body = _Body(backbone)
         with redirect_stdout(io.StringIO()) as said:
+            # Before `initialize`, which would first move an undivided model to the device, whole.
+            deepspeed.zero.Init(
+                module=body, data_parallel_group=mesh.get_data_parallel_group(),
+                config_dict_or_path=frozen_config(dtype, offload=offload), mpu=mesh,
+            )  # fmt: skip
+            move_buffers(body, device)
             self.deepspeed: Any = deepspeed.initialize(
-                model=_Body(backbone), config=frozen_config(dtype, offload=offload), mpu=mesh, dist_init_required=False
+                model=body, config=frozen_config(dtype, offload=offload), mpu=mesh, dist_init_required=False
             )[0]
         LOGGER.debug("DeepSpeed said while starting the frozen engine: %s", said.getvalue())
         self.deepspeed.eval()

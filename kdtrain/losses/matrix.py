@@ -2,8 +2,8 @@
 
 exact: the value and gradient of the divergence itself. unbiased: their expectation is. lower_bound: those of the
 divergence between both distributions with all ids outside the record put together, which is never larger (data
-processing). biased: something else, however useful; needs an explicit opt-in. refused: raises, with the reason. A cell
-that is not exact is never entered silently. docs/design/0007-sparse-loss.md says why each cell is what it is.
+processing). biased: something else, however useful; never entered without an explicit opt-in. refused: raises, with
+the reason. docs/design/0007-sparse-loss.md says why each cell is what it is.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def load_backbone(
     else:
         for name, param in list(backbone.hf_parameters()):
             materialize_parameter(model, name, param.detach().to(device, DTYPES[spec.dtype]), mesh)
-    _move_buffers(model, device)
+    move_buffers(model, device)
     model.config.dtype = DTYPES[spec.dtype]
     if trainable and spec.activation_checkpointing:
         enable_activation_checkpointing(model)
@@ -292,7 +292,8 @@ def _persistent_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
     return [(name, tensor) for name, tensor in model.state_dict().items() if name not in parameters]
 
 
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Buffers to `device` in the dtype they have, parameters left where they are."""
     for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:

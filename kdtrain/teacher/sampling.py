@@ -56,7 +56,7 @@ def sample_targets(
     vocabulary, nats, at `temperature`. Weights and numbers are float32 (float64 for float64 inputs). unbiased: the
     expectation of the weights over seeds is p. Not differentiable.
 
-    Memory beyond inputs and results: slab_bytes for one slab of logits, a sixteenth of it for running sums, a few cache
+    Memory beyond inputs and results: slab_bytes for one slab of logits, a tenth of it for running sums, a few cache
     blocks and per token of a chunk a few times k numbers.
     Communicates over `group`: per chunk one all-to-all and one all-gather of lists and, if the estimator draws, one
     all-gather of [C, 1]; per call one all-reduce of [T, k] (if it draws), one of [T] and one all-gather of a number.
@@ -69,7 +69,7 @@ def sample_targets(
     checks.check_temperature(temperature)
     chosen = Estimator.of(estimator, k, tail_samples, top_p)
     _check_tokens(seed, {"sample_ids": sample_ids, "positions": positions, "labels": labels}, hidden_t)
-    kernels = topk_kernels(backend, hidden_t.device, work_dtype(hidden_t), chosen.list_length)
+    kernels = topk_kernels(backend, hidden_t.device, work_dtype(hidden_t), max(chosen.list_length, chosen.most_draws))
     temperatures = (float(temperature),) if temperature == 1.0 else (float(temperature), 1.0)
     merger = Merger(chosen.list_length, temperatures, True, shard, group, True, kernels)
     sampler = _Sampler(chosen, merger, _Results.empty(hidden_t, chosen))

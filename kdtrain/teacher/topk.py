@@ -74,7 +74,7 @@ def linear_topk(
     with torch.autocast(hidden_t.device.type, enabled=False):
         for chunk, slab, scratch in teacher_chunks(hidden_t, head_t, shard, slab_bytes):
             merged = merger.merge(merger.select(slab, scratch))
-            parts.append((merger.tokens(chunk).to(hidden_t.device), replace(merged, ids=merged.ids.int())))
+            parts.append((merger.tokens(chunk, hidden_t.device), replace(merged, ids=merged.ids.int())))
     return _collect(parts, merger, hidden_t)
 
 
@@ -157,14 +157,14 @@ class Merger:
         """This rank's part; its entries become -inf in the slab. Does not communicate."""
         return self.kernels.topk_select(slab, self.k, self.temperatures, entropy=self.entropy, scratch=scratch)
 
-    def tokens(self, chunk: slice) -> Tensor:
+    def tokens(self, chunk: slice, device: torch.device) -> Tensor:
         """[n] int64 the tokens of a chunk that `merge` answers for."""
         count = chunk.stop - chunk.start
         if self.gather:
-            return torch.arange(chunk.start, chunk.stop)
+            return torch.arange(chunk.start, chunk.stop, device=device)
         share = -(-count // group_size(self.group))
         first = min(count, group_rank(self.group) * share)
-        return torch.arange(chunk.start + first, chunk.start + min(count, first + share))
+        return torch.arange(chunk.start + first, chunk.start + min(count, first + share), device=device)
 
     def merge(self, mine: Selection) -> Merged:
         """The merged list of `tokens`. Communicates: one all-to-all and, with `gather`, one all-gather."""

@@ -56,7 +56,7 @@ def specs(cfg: RunConfig) -> list[ModelSpec]:
 
 
 def build_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, device: torch.device, *, trainable: bool) -> Models:
-    """Teacher first, student last; both heads cut into the same rows. Every rank must call it."""
+    """Both models, their heads cut into the same rows; no engine of the student yet. Every rank must call it."""
     spec = teacher_spec(cfg)
     rows = head_rows(cfg, inputs.total_rows)
     student = load_backbone(
@@ -82,12 +82,10 @@ def add_teacher(cfg: RunConfig, spec: ModelSpec, models: Models, mesh: Mesh, dev
     )  # fmt: skip
     if t.zero_stage == 0:
         return replace(models, teacher=OnlineTeacher(backbone, mesh, shard, own_mesh), teacher_backbone=backbone)
-    engine = FrozenEngine(backbone, sharded_mesh, dtype=t.dtype, offload=t.offload)
-    head = replace(
-        engine.head, weight=engine.head.weight.to(device),
-        bias=None if engine.head.bias is None else engine.head.bias.to(device),
-    )  # fmt: skip
-    teacher = OnlineTeacher(backbone, mesh, shard, own_mesh, forward=engine.hidden_states, head=head, together=True)
+    engine = FrozenEngine(backbone, sharded_mesh, device=device, dtype=t.dtype, offload=t.offload)
+    teacher = OnlineTeacher(
+        backbone, mesh, shard, own_mesh, forward=engine.hidden_states, head=engine.head, together=True
+    )
     return replace(models, teacher=teacher, teacher_backbone=backbone)
 
 

@@ -69,6 +69,11 @@ def find_resume_point(cfg: RunConfig, run_folder: Path) -> ResumePoint | None:
 
 
 def _from_path(named: Path, own: Path | None) -> ResumePoint:
+    origin = None if own is None else checkpoint.read_state(own).get("origin")
+    if own is not None and origin is not None and str(named.resolve()) in (origin["named"], origin["path"]):
+        # Where the run began may have moved on since, or be gone: the run does not need it any more.
+        LOGGER.info("run.resume = %s is where this run began; it continues from its own %s", named, own.name)
+        return ResumePoint(own, origin)
     found = named if checkpoint.is_complete(named) else checkpoint.find_latest(named / FOLDER)
     if found is None:
         raise CheckpointError(
@@ -76,12 +81,15 @@ def _from_path(named: Path, own: Path | None) -> ResumePoint:
             "  fix: give a folder step_NNNNNN, or a run folder that has one under checkpoints/"
         )
     found = found.resolve()
-    identity = {"path": str(found), "id": checkpoint.identity(found), "step": checkpoint.step_of(found)}
+    identity = {
+        "named": str(named.resolve()),
+        "path": str(found),
+        "id": checkpoint.identity(found),
+        "step": checkpoint.step_of(found),
+    }
     if own is None:
         return ResumePoint(found, identity)
-    origin = checkpoint.read_state(own).get("origin")
     if own.resolve() == found or (origin is not None and origin["id"] == identity["id"]):
-        LOGGER.info("run.resume = %s is where this run began; it continues from its own %s", named, own.name)
         return ResumePoint(own, origin)
     began = "from scratch" if origin is None else f"from {origin['path']}"
     raise ConfigError(

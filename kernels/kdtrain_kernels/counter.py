@@ -37,7 +37,7 @@ def uniform(seed: int, sample_ids: Tensor, positions: Tensor, draw: int = 0) -> 
     """
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed = {seed}, need an integer in [0, 2^63)")
-    state = mix64(torch.tensor(seed, dtype=torch.int64, device=sample_ids.device) + GOLDEN)
+    state = mix64(torch.full((), seed, dtype=torch.int64, device=sample_ids.device) + GOLDEN)
     for word in (sample_ids, positions, torch.full_like(positions, draw)):
         state = mix64((state ^ word) + GOLDEN)
     return _shift_right(state, 11).double() * 2.0**-53

@@ -17,10 +17,6 @@ def sparse_kernels(backend: str, device: torch.device, work: torch.dtype) -> Mod
     auto takes torch where the triton kernels have no form (float64). Raises ValueError as `row_kernels` does, and for
     an explicit triton that has no such form.
     """
-    if row_kernels(backend, device) is torch_rows:
+    if row_kernels(backend, device, work) is torch_rows:
         return sparse_rows
-    if work == torch.float32:
-        return importlib.import_module("kdtrain_kernels.triton.sparse")
-    if backend == "auto":
-        return sparse_rows
-    raise ValueError(f"backend = {backend!r} has no sparse row kernels for {work} logits, need float32; choose torch")
+    return importlib.import_module("kdtrain_kernels.triton.sparse")

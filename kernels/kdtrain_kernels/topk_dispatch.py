@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 from types import ModuleType
 
 import torch
@@ -11,7 +13,7 @@ from kdtrain_kernels import topk_rows, torch_rows
 from kdtrain_kernels.dispatch import row_kernels
 
 TRITON_MAX_K = 511
-"""Longest list that the triton kernels select: they hold the candidates of a row in registers."""
+"""Most draws, and longest list that the triton kernels select: they hold the candidates of a row in registers."""
 
 
 def topk_kernels(backend: str, device: torch.device, work: torch.dtype, k: int) -> ModuleType:
@@ -20,13 +22,17 @@ def topk_kernels(backend: str, device: torch.device, work: torch.dtype, k: int) 
     work: the slab's dtype; k: length of the lists. auto takes torch where the triton kernels have no form (float64,
     k > TRITON_MAX_K). Raises ValueError as `row_kernels` does, and for an explicit triton that has no such form.
     """
-    if row_kernels(backend, device) is torch_rows:
+    if row_kernels(backend, device, work) is torch_rows:
         return topk_rows
-    if work == torch.float32 and k <= TRITON_MAX_K:
+    if k <= TRITON_MAX_K:
         return importlib.import_module("kdtrain_kernels.triton.topk")
     if backend == "auto":
+        _log_long_lists(k)
         return topk_rows
-    raise ValueError(
-        f"backend = {backend!r} has no top-k kernels for {work} logits and k = {k}, need float32 and "
-        f"k <= {TRITON_MAX_K}; choose torch"
-    )
+    raise ValueError(f"backend = {backend!r} has no top-k kernels for k = {k}, need k <= {TRITON_MAX_K}; choose torch")
+
+
+@functools.cache
+def _log_long_lists(k: int) -> None:
+    """Cached, so that it is logged once."""
+    logging.getLogger("kdtrain").info("top-k kernels: torch, because k = %d is more than triton's %d", k, TRITON_MAX_K)

@@ -215,7 +215,7 @@ def merged_numbers(
     top, lost = top.double(), lost.double()
     peaks = stats[:, :, 1]
     log_sums = stats[:, :, STATS:].log()
-    scales = torch.tensor(temperatures, dtype=torch.float64, device=top.device)
+    scales = torch.stack([top.new_full((), temperature) for temperature in temperatures])  # fills do not wait
     outside = torch.cat([lost[:, :, None] / scales, (peaks[:, :, None] / scales + log_sums).transpose(0, 1)], 1)
     tail = outside.logsumexp(1)
     lse = torch.logaddexp(tail, (top[:, :, None] / scales).logsumexp(1))

@@ -1,6 +1,7 @@
 """Where a run goes on from: by what its folder holds and what run.resume says. Real checkpoints of two numbers."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -69,6 +70,18 @@ def test_a_path_starts_a_run_and_the_same_command_then_continues_it(tmp_path):
     assert resume(tmp_path / "run", source).path == own
     assert resume(tmp_path / "run", source).origin == found.origin
     assert resume(tmp_path / "run").origin == found.origin, "auto must carry it on too"
+
+
+@pytest.mark.parametrize("what_happened", ["it went on", "it is gone"])
+def test_the_same_command_continues_whatever_became_of_where_it_began(tmp_path, what_happened):
+    source, run = write(tmp_path / "source", 5), tmp_path / "run"
+    named = tmp_path / "source" if what_happened == "it went on" else source
+    own = write(run, 6, resume(run, named).origin)
+    if what_happened == "it went on":
+        write(tmp_path / "source", 7)
+    else:
+        shutil.rmtree(tmp_path / "source")
+    assert resume(run, named).path == own
 
 
 def test_a_path_that_is_not_where_this_run_began_is_refused_with_both(tmp_path):

@@ -242,15 +242,13 @@ def test_arguments_that_do_not_fit_are_refused_by_name(change, message):
         linear_topk(**arguments)
 
 
-def test_auto_takes_torch_where_triton_has_no_form_and_an_explicit_choice_is_refused(monkeypatch):
+def test_auto_takes_torch_where_triton_has_no_form_and_an_explicit_choice_is_refused(monkeypatch, caplog):
     """As if the dense row kernels of a device were another backend's."""
     cpu = torch.device("cpu")
     assert topk_kernels("auto", cpu, torch.float32, 5) is topk_rows
-    monkeypatch.setattr(topk_dispatch, "row_kernels", lambda backend, device: None)
-    assert topk_kernels("auto", cpu, torch.float64, 5) is topk_rows
-    assert topk_kernels("auto", cpu, torch.float32, TRITON_MAX_K + 1) is topk_rows
-    for dtype, k in ((torch.float64, 5), (torch.float32, TRITON_MAX_K + 1)):
-        with pytest.raises(
-            ValueError, match=rf"no top-k kernels for {dtype} logits and k = {k}, need float32 and k <="
-        ):
-            topk_kernels("triton", cpu, dtype, k)
+    monkeypatch.setattr(topk_dispatch, "row_kernels", lambda backend, device, work: None)
+    with caplog.at_level("INFO", "kdtrain"):
+        assert topk_kernels("auto", cpu, torch.float32, TRITON_MAX_K + 1) is topk_rows
+    assert f"torch, because k = {TRITON_MAX_K + 1} is more than triton's {TRITON_MAX_K}" in caplog.text
+    with pytest.raises(ValueError, match=rf"no top-k kernels for k = {TRITON_MAX_K + 1}, need k <="):
+        topk_kernels("triton", cpu, torch.float32, TRITON_MAX_K + 1)

@@ -130,6 +130,7 @@ NUMBERS = {"stride": "i32", "n": "i32", "num_ids": "i32"}
 def compiled(kernel, out, constants, target=None):
     """The kernel, for sm_90 by default, as the launcher would specialise it for aligned pointers and strides."""
     import triton
+    from kdtrain_kernels.triton import sparse
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -144,7 +145,7 @@ def compiled(kernel, out, constants, target=None):
     values = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
     target = target or GPUTarget("cuda", 90, 32)
-    return triton.compile(source, target=target, options={"num_warps": 8, "num_stages": 3})
+    return triton.compile(source, target=target, options=sparse.OPTIONS)
 
 
 def sass(binary):
@@ -172,14 +173,21 @@ def variants():
     }
 
 
+BARRIERS = {"sparse_stats, T": 11, "sparse_grad, T, cap": 1, "sparse_grad, T, cap, bf16": 2}
+"""In the machine code for sm_90 by triton 3.7.1."""
+
+
 def check_compile():
     """128-bit loads and no spills."""
-    for kernel, out, constants in variants().values():
+    barriers = {}
+    for name, (kernel, out, constants) in variants().items():
         text = sass(compiled(kernel, out, constants).asm["cubin"])
         assert len(re.findall(r"\bLDG\.E[.\w]*\.128", text)) >= 4
         assert not re.findall(r"\b(?:LDL|STL)", text), "registers spilled"
         assert int(re.search(r"REG:(\d+)", text)[1]) <= 96
-        assert "BAR.SYNC" in text
+        barriers[name] = len(re.findall(r"\bBAR\.SYNC", text))
+    # one fewer for each tl.debug_barrier() taken out: reductions bring barriers of their own
+    assert barriers == BARRIERS
 
 
 def run_checks(names, tmp_path, **settings):

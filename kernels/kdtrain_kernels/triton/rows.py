@@ -27,6 +27,7 @@ from kdtrain_kernels.torch_rows import (
     merge_stats,
 )
 from kdtrain_kernels.triton import kernels
+from kdtrain_kernels.triton.device import on_device_of
 
 __all__ = [
     "first_argmax",
@@ -233,7 +234,7 @@ def _launch(kernel: Any, name: str, slab: Tensor, *arguments: Any, **constants: 
     if slab.shape[0] == 0:
         return
     launch = LAUNCHES[name]
-    with torch.cuda.device(slab.device if slab.is_cuda else -1):
+    with on_device_of(slab):
         kernel[(slab.shape[0],)](*arguments, **constants, BLOCK=launch.block, num_warps=launch.warps, **OPTIONS)
 
 

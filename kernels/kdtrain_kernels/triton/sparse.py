@@ -18,12 +18,13 @@ from torch import Tensor
 from kdtrain_kernels.blocks import Scratch, front_of_rows
 from kdtrain_kernels.sparse_table import SparseGradient
 from kdtrain_kernels.torch_rows import ROW_STATS, LogitMap
+from kdtrain_kernels.triton.device import on_device_of
 
 BLOCK = 4096
 """Columns that a program has in registers."""
 MAX_IDS = 1024
 """Ids that a program has in registers."""
-NUM_WARPS = 8
+OPTIONS = {"num_warps": 8, "num_stages": 1}
 STRIDE_MULTIPLE = 128
 
 
@@ -142,10 +143,11 @@ def sparse_stats(slab: Tensor, columns: Tensor, labels: Tensor, temperature: flo
     num_rows, num_ids = columns.shape
     out = slab.new_empty(num_rows, ROW_STATS + num_ids)
     if num_rows:
-        sparse_stats_kernel[(num_rows,)](
-            slab, columns.contiguous(), labels, out, slab.stride(0), slab.shape[1], num_ids, 1.0 / temperature,
-            OUT_OFFSET=ROW_STATS, AT_ONE=temperature == 1.0, BLOCK=BLOCK, IDS=_ids_block(num_ids), num_warps=NUM_WARPS,
-        )  # fmt: skip
+        with on_device_of(slab):
+            sparse_stats_kernel[(num_rows,)](
+                slab, columns.contiguous(), labels, out, slab.stride(0), slab.shape[1], num_ids, 1.0 / temperature,
+                OUT_OFFSET=ROW_STATS, AT_ONE=temperature == 1.0, BLOCK=BLOCK, IDS=_ids_block(num_ids), **OPTIONS,
+            )  # fmt: skip
     return out
 
 
@@ -168,12 +170,13 @@ def sparse_grad(
         return operand
     factors = torch.stack([gradient.peak, gradient.tail, gradient.softmax, gradient.ce], 1).float()
     cap, scale = logit_map.softcap, logit_map.logit_scale
-    sparse_grad_kernel[(num_rows,)](
-        slab, columns.contiguous(), labels, gradient.at_ids.float().contiguous(), factors, operand,
-        slab.stride(0), slab.shape[1], num_ids, 1.0 / temperature, scale, 0.0 if cap is None else 1 / cap,
-        AT_ONE=temperature == 1.0, CAPPED=cap is not None, WIDENING=slab.element_size() // operand.element_size(),
-        BLOCK=BLOCK, IDS=_ids_block(num_ids), num_warps=NUM_WARPS,
-    )  # fmt: skip
+    with on_device_of(slab):
+        sparse_grad_kernel[(num_rows,)](
+            slab, columns.contiguous(), labels, gradient.at_ids.float().contiguous(), factors, operand,
+            slab.stride(0), slab.shape[1], num_ids, 1.0 / temperature, scale, 0.0 if cap is None else 1 / cap,
+            AT_ONE=temperature == 1.0, CAPPED=cap is not None, WIDENING=slab.element_size() // operand.element_size(),
+            BLOCK=BLOCK, IDS=_ids_block(num_ids), **OPTIONS,
+        )  # fmt: skip
     return operand
 
 

@@ -15,6 +15,8 @@ A slab's rows may be further apart than n columns; what lies between is read and
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -32,6 +34,7 @@ from kdtrain_kernels.topk_rows import (
     restore,
     split_keys,
 )
+from kdtrain_kernels.triton.device import on_device_of
 
 __all__ = ["restore", "tail_cdf", "tail_sample", "topk_merge", "topk_select"]
 
@@ -248,6 +251,16 @@ def _tail_sample(
     tl.store(found + row * m + draw, tl.minimum(place, n - 1).to(tl.int64), mask=draw < m)
 
 
+def _on(tensor: Tensor, kernel: Any, programs: int) -> Callable[..., None]:
+    """The kernel's launcher with `programs` programs, on the tensor's device."""
+
+    def launch(*arguments: Any, **constants: Any) -> None:
+        with on_device_of(tensor):
+            kernel[(programs,)](*arguments, **constants)
+
+    return launch
+
+
 def topk_select(
     slab: Tensor, k: int, temperatures: tuple[float, ...], *, entropy: bool, scratch: Scratch, tile: int = TILE
 ) -> Selection:
@@ -269,12 +282,12 @@ def topk_select(
     take_lanes = min(take, lanes)
     maxima = slab.new_empty(num_rows, lanes)
     common = (slab.stride(0), n, lanes)
-    _lane_maxima[(num_rows,)](
+    _on(slab, _lane_maxima, num_rows)(
         slab, maxima, stats, *common, stats.stride(0), W=width, LANES=tile // width, num_warps=WARPS
     )
     lane_list = torch.empty(num_rows, _power(take_lanes), dtype=torch.int32, device=slab.device)
     key_list = torch.empty(num_rows, _power(take), dtype=torch.int64, device=slab.device)
-    _select[(num_rows,)](
+    _on(slab, _select, num_rows)(
         slab,
         maxima,
         lane_list,
@@ -294,7 +307,7 @@ def topk_select(
         num_warps=WARPS if lane_list.shape[1] * width <= FEW_CANDIDATES else 2 * WARPS,
     )
     for place, temperature in enumerate(temperatures if n > k else ()):
-        _tail_sums[(num_rows,)](
+        _on(slab, _tail_sums, num_rows)(
             slab,
             stats,
             slab.stride(0),
@@ -320,7 +333,7 @@ def topk_merge(
     if _power(width) > SORT_LIMIT:
         keys = keys.sort(dim=1, descending=True).values
     elif values.shape[0] > 1 and num_rows:  # one rank's list is in order already
-        _sort_keys[(num_rows,)](keys, width, P=_power(width), num_warps=WARPS)
+        _on(keys, _sort_keys, num_rows)(keys, width, P=_power(width), num_warps=WARPS)
     top, top_ids = split_keys(keys[:, :k])
     lost, _ = split_keys(keys[:, k:])
     return Merged(top, top_ids, merged_numbers(top, lost, stats, temperatures, entropy=entropy))
@@ -333,7 +346,7 @@ def tail_cdf(slab: Tensor, peak: Tensor, temperature: float, *, scratch: Scratch
     lanes = triton.cdiv(n, SAMPLE_LANE)
     sums = slab.new_empty(num_rows, lanes)
     if n and num_rows:
-        _lane_sums[(num_rows,)](
+        _on(slab, _lane_sums, num_rows)(
             slab,
             _finite32(peak),
             sums,
@@ -356,7 +369,7 @@ def tail_sample(slab: Tensor, cdf: Tensor, targets: Tensor, peak: Tensor, temper
     if not n or not targets.numel():
         return found
     lanes, draws = cdf.shape[1], targets.shape[1]
-    _tail_sample[(num_rows,)](
+    _on(slab, _tail_sample, num_rows)(
         slab,
         cdf,
         targets.contiguous(),
