@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
         head = (
             "# Distillation against plain cross-entropy, on two CPU ranks\n\n"
             "Written by `python launch/demo_report.py DISTILL_RUN PRETRAIN_RUN --markdown docs/results/demo.md` after\n"
-            "`sh launch/quickstart.sh`. Teacher, text, sizes: configs/demo (held-out tokens: eval.max_tokens); one seed.\n\n"
+            "`sh launch/quickstart.sh`. Teacher, text, sizes, held-out tokens: configs/demo. One seed.\n\n"
         )
         request.markdown.write_text(head + text, encoding="utf-8")
     print(f"\nthe distilled student continues: {continue_text(request.distill / 'export', request.prompt)!r}")
