@@ -83,6 +83,7 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.phases: list[dict[str, float]] = []
+        self.failure = None
         self._last = time.perf_counter()
 
     def step(self, progress: Any, means: Any, phases: dict[str, float], grad_norm: float, lr: float) -> None:
@@ -152,6 +153,8 @@ class Bench:
         """One round of `mode`, distill or lm, by the trainer of a run."""
         from kdtrain.training import build
         from kdtrain.training.cadence import StopRequest
+        from kdtrain.training.guards import Guards
+        from kdtrain.training.progress import Progress
         from kdtrain.training.trainer import Trainer
 
         self.cfg.objective.name = "distill" if mode == "distill" else "pretrain"
@@ -160,9 +163,11 @@ class Bench:
         nothing: Any = SimpleNamespace(save=lambda *given: None)
         loader = build.build_loader(self.cfg, self.inputs, self.mesh)
         watch: Any = Stopwatch()
+        progress = Progress()
         trainer = Trainer(
             cfg=self.cfg, mesh=self.mesh, device=self.device, engine=self.engine, objective=Unmeasured(objective),
             loader=loader, evaluator=nothing, checkpoints=nothing, reporter=watch, timer=self.timer, stop=StopRequest(),
+            guards=Guards(self.cfg.guard, self.mesh, self.device, progress), progress=progress,
         )  # fmt: skip
         try:
             trainer.run()

@@ -49,6 +49,19 @@ class NonFiniteLoss(KdtrainError):
     exit_code = EXIT_NON_FINITE
 
 
+class OutputError(KdtrainError):
+    """A file of the run cannot be written: the disk is full, or the folder has become read-only."""
+
+    @classmethod
+    def of(cls, path: object, error: OSError) -> OutputError:
+        """`error`, met while writing `path`."""
+        return cls(
+            f"cannot write {path}: [Errno {error.errno}] {error.strerror}\n"
+            "  why: the run's reports go there\n"
+            "  fix: make room, quota and permissions, repeat the command: it resumes from its last checkpoint"
+        )
+
+
 class RunStopped(KdtrainError):
     """A signal or the time limit ended the run after its state was saved."""
 

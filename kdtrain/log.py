@@ -33,6 +33,33 @@ class _Colours(logging.Formatter):
         return f"\x1b[36m{word}\x1b[0m{space}{rest}"
 
 
+class _LogFile(logging.FileHandler):
+    """A file that, once it could not be written, is left alone; `failure` says why, for who can end the run."""
+
+    failure: OSError | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append the record, unless an earlier one failed."""
+        if self.failure is None:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Keep an OSError for `log_failure`; anything else is a mistake in the call and is shown."""
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            self.failure = error
+        else:
+            super().handleError(record)
+
+
+def log_failure() -> tuple[str, OSError] | None:
+    """This rank's log file and why it is incomplete; None if it is whole."""
+    for handler in LOGGER.handlers:
+        if isinstance(handler, _LogFile) and handler.failure is not None:
+            return handler.baseFilename, handler.failure
+    return None
+
+
 def wants_colour(stream: TextIO) -> bool:
     """Whether `stream` is a terminal and nobody said NO_COLOR (or TERM=dumb)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -61,7 +88,7 @@ def setup_logging(rank: int | None = None, folder: Path | None = None) -> loggin
     if folder is not None:
         path = folder / "console.log" if rank == 0 else folder / "ranks" / f"rank_{rank:04d}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path, encoding="utf-8", delay=rank != 0)
+        file = _LogFile(path, encoding="utf-8", delay=rank != 0)
         file.setLevel(logging.INFO if rank == 0 else logging.WARNING)
         file.setFormatter(logging.Formatter("%(message)s" if rank == 0 else "%(asctime)s %(levelname)s %(message)s"))
         LOGGER.addHandler(file)

@@ -12,7 +12,7 @@ from kdtrain.config.keys import suggestion_among
 from kdtrain.config.load import Loaded
 from kdtrain.config.paths import missing_paths
 from kdtrain.config.problems import Problem, format_problems
-from kdtrain.config.schema import DistillObjective, RunConfig, ScheduleSection
+from kdtrain.config.schema import DistillObjective, GuardSection, RunConfig, ScheduleSection
 from kdtrain.errors import ConfigError
 
 MIN_SLAB_BYTES, MAX_SLAB_BYTES = 1 << 20, 1 << 40
@@ -56,6 +56,7 @@ def problems(cfg: RunConfig, *, world_size: int) -> Iterator[Problem]:
     yield from _optimizer(cfg)
     yield from _schedule(cfg)
     yield from _cadence(cfg)
+    yield from _guard(cfg.guard)
 
 
 def _texts(section: Any, prefix: str) -> Iterator[Problem]:
@@ -354,3 +355,25 @@ def _cadence(cfg: RunConfig) -> Iterator[Problem]:
         )  # fmt: skip
     if wandb.entity is not None and "/" in wandb.entity:
         yield Problem("log.wandb.entity", wandb.entity, "is not one name", "entity and project are two settings")
+
+
+def _guard(g: GuardSection) -> Iterator[Problem]:
+    if g.max_skipped_steps < 0:
+        yield Problem("guard.max_skipped_steps", g.max_skipped_steps, "is negative", "0 stops at the first such step")
+    for name, value in (
+        ("spike_sigmas", g.spike_sigmas), ("stall_warn_s", g.stall_warn_s), ("stall_exit_s", g.stall_exit_s),
+    ):  # fmt: skip
+        if value is not None and not 0 < value < math.inf:
+            yield Problem(f"guard.{name}", value, "is not a positive number", "null switches it off")
+    if not 0 < g.data_wait_share <= 1:
+        yield Problem("guard.data_wait_share", g.data_wait_share, "is not in (0, 1]", "0.1 is usual, 1 never warns")
+    if g.stall_exit_s is not None and g.stall_warn_s is None:
+        yield Problem(
+            "guard.stall_exit_s", g.stall_exit_s, "would be ignored: guard.stall_warn_s = null, so nobody watches",
+            "set guard.stall_warn_s too, or guard.stall_exit_s=null",
+        )  # fmt: skip
+    elif g.stall_exit_s is not None and g.stall_warn_s is not None and g.stall_exit_s < g.stall_warn_s:
+        yield Problem(
+            "guard.stall_exit_s", g.stall_exit_s, f"is less than guard.stall_warn_s = {g.stall_warn_s}",
+            "warn first, exit later",
+        )  # fmt: skip

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from kdtrain.errors import ConfigError, DataError
+from kdtrain.errors import ConfigError, DataError, OutputError
 from kdtrain.log import LOGGER
 
 STEP = "data/step"
@@ -43,12 +44,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 class JsonlSink:
     """Appends records; each is on its way to the disk when `write` returns."""
 
-    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+    def __init__(self, path: Path, *, resume_step: int = 0, lazy: bool = False) -> None:
         """Continue the file at `path` after optimizer step `resume_step`; 0: the run starts anew.
 
         Records past that step are of work that will be done again, so they are dropped (by an atomic rewrite): the
         file holds each step once. A run that starts anew puts a former file aside, as metrics.jsonl.before. `repeats`
-        is the last step that a former process has reported. Raises ConfigError if it cannot be written.
+        is the last step that a former process has reported. lazy: there is no file before the first record. Raises
+        ConfigError if it cannot be written.
         """
         self.path = path
         found = read_records(path)
@@ -57,8 +59,9 @@ class JsonlSink:
         try:
             if found and not resume_step:
                 os.replace(path, path.with_name(path.name + ".before"))
-            _rewrite(path, kept)
-            self._file = path.open("a", encoding="utf-8")
+            if kept or path.exists() or not lazy:
+                _rewrite(path, kept)
+            self._file: TextIO | None = None if lazy else path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"cannot write {path}: {error.strerror}\n  why: every report of the run goes there\n"
@@ -66,17 +69,34 @@ class JsonlSink:
             ) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record and flush it. It must hold data/step, an int. Numbers that are not finite become null."""
+        """Append one record and flush it. It must hold data/step, an int. Numbers that are not finite become null.
+
+        Raises OutputError if the file system refuses.
+        """
         if not isinstance(record.get(STEP), int):
             raise ValueError(f"a record needs an int {STEP}, got {record.get('step')!r}")
-        self._file.write(_line(record))
-        self._file.flush()
+        line = _line(record)
+        try:
+            if self._file is None:
+                self._file = self.path.open("a", encoding="utf-8")
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise OutputError.of(self.path, error) from error
 
     def close(self, *, failed: bool = False) -> None:
-        """Make the file durable and let go of it, however the run ends."""
-        if not self._file.closed:
+        """Make the file durable and let go of it, however the run ends. Raises OutputError unless `failed`."""
+        if self._file is None or self._file.closed:
+            return
+        try:
+            self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
+        except OSError as error:
+            if not failed:  # else what failed first has been told
+                raise OutputError.of(self.path, error) from error
+        finally:
+            with contextlib.suppress(OSError):  # flushed above, or refused there
+                self._file.close()
 
 
 def _line(record: Mapping[str, Any]) -> str:

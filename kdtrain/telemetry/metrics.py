@@ -12,7 +12,7 @@ from torch import Tensor
 from kdtrain.dist.collectives import Group, gather_ranks, group_rank, group_size, reduce_sum_
 
 UNITS: dict[str, str] = {
-    "data/step": "optimizer steps, from 1; 0 is the untrained student",
+    "data/step": "optimizer steps from 1, skipped ones included; 0 is the untrained student",
     "data/tokens_seen": "tokens over all ranks since the start of the run, padding included",
     "loss/total": "nats per valid token: kd_weight * temperature^2 * divergence + ce_weight * cross-entropy + loss/z",
     "loss/ce": "nats per valid token, student on the data, temperature 1",
@@ -28,6 +28,7 @@ UNITS: dict[str, str] = {
     "distill/overlap": "1 - distill/tvd: probability the two models share",
     "optim/lr": "learning rate of the last step",
     "optim/grad_norm": "global gradient norm of the last step, before clipping",
+    "guard/skipped_steps": "steps since the start of the run that were not finite and not applied",
     "throughput/tokens_per_s": "tokens per second over all ranks since the last report, padding included",
     "throughput/tokens_per_s_per_rank": "the same divided by the number of ranks",
     "throughput/mfu": "share in [0, 1] of the devices' peak FLOP/s, student and teacher arithmetic, no recomputation",
@@ -42,6 +43,7 @@ UNITS: dict[str, str] = {
     "time/forward_s": "seconds per step in teacher and student forward and the loss, rank 0",
     "time/backward_s": "seconds per step in backward, rank 0",
     "time/optimizer_s": "seconds per step in the optimizer, rank 0",
+    "time/slowest_over_median": "seconds per step in data_wait and forward: the slowest rank's over the ranks' median",
     "time/eval_s": "seconds the evaluation took",
     "memory/peak_allocated_gib": "GiB (2^30 bytes), most ever allocated on rank 0's CUDA device",
     "memory/peak_reserved_gib": "GiB, most ever reserved by the CUDA allocator on rank 0's device",

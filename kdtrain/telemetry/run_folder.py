@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from kdtrain.errors import ConfigError, RunStopped
+from kdtrain.errors import ConfigError, OutputError, RunStopped
 from kdtrain.log import LOGGER
 
 State = Literal["running", "done", "failed", "stopped"]
@@ -29,11 +29,16 @@ State = Literal["running", "done", "failed", "stopped"]
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader, or a kill at any moment, finds the old content or the new, never a part."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def read_status(folder: Path) -> tuple[State, str] | None:
@@ -54,7 +59,7 @@ class RunFolder:
     """An open run folder, held by this process until `close`. One rank opens it; others only need its path.
 
     As a context manager, unless a state was set, it ends as done; or if the block raises as stopped (RunStopped) or
-    failed, with the error's first line.
+    failed, with the error's first line. If that cannot be written, a warning says so and the block's error goes on.
     """
 
     def __init__(self, path: Path, lock: dict[str, Any]) -> None:
@@ -121,10 +126,15 @@ class RunFolder:
         write_atomic(self.path / "environment.json", json.dumps(environment, indent=2, sort_keys=True) + "\n")
 
     def close(self) -> None:
-        """Give the lock back. Does nothing if another process has taken it over."""
+        """Give the lock back. Does nothing if another process has taken it over; a warning where it cannot be removed:
+        the next run sees that its holder is gone.
+        """
         lock = self.path / "LOCK"
         if _read_lock(lock) == self._lock:
-            lock.unlink()
+            try:
+                lock.unlink()
+            except OSError as error:
+                LOGGER.warning("%s cannot be removed: %s", lock, error.strerror)
 
     def __enter__(self) -> RunFolder:
         return self
@@ -137,10 +147,22 @@ class RunFolder:
                 if error is None:
                     self.set_status("done")
                 else:
-                    state: State = "stopped" if isinstance(error, RunStopped) else "failed"
-                    self.set_status(state, f"{type(error).__name__}: {error}")
+                    self._end_as("stopped" if isinstance(error, RunStopped) else "failed", error)
         finally:
             self.close()
+
+    def _end_as(self, state: State, error: BaseException) -> None:
+        try:
+            self.set_status(state, f"{type(error).__name__}: {error}")
+        except OSError as refused:  # the error itself matters more
+            LOGGER.warning("%s still says running: %s", self.path / "STATUS", refused.strerror)
+
+    def finish(self) -> None:
+        """Mark the run done. Raises OutputError if that cannot be written."""
+        try:
+            self.set_status("done")
+        except OSError as error:
+            raise OutputError.of(self.path / "STATUS", error) from error
 
 
 @contextlib.contextmanager

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from kdtrain.dist.mesh import Mesh
-from kdtrain.log import LOGGER
+from kdtrain.errors import OutputError
+from kdtrain.log import LOGGER, log_failure
 from kdtrain.telemetry.console import format_eval, format_step
 from kdtrain.telemetry.memory import memory_record
 from kdtrain.training.progress import Progress
@@ -57,6 +58,14 @@ class Reporter:
         self._costs = costs
         self._total_steps = total_steps
         self._last = Progress()
+        self._refused: OutputError | None = None
+
+    @property
+    def failure(self) -> OutputError | None:
+        """The first file of this rank that could not be written: the run cannot go on, on any rank. Else None."""
+        if self._refused is None and (found := log_failure()) is not None:
+            self._refused = OutputError.of(*found)
+        return self._refused
 
     def resumed(self, progress: Progress) -> None:
         """Rates are taken from here on."""
@@ -71,7 +80,7 @@ class Reporter:
         rate = (progress.tokens_seen - self._last.tokens_seen) / max(seconds, 1e-9)
         self._last = Progress(progress.step, progress.tokens_seen, progress.train_seconds)
         record = self._base(progress) | means
-        record |= {"optim/lr": lr, "optim/grad_norm": grad_norm}
+        record |= {"optim/lr": lr, "optim/grad_norm": grad_norm, "guard/skipped_steps": float(progress.skipped_steps)}
         record |= {f"time/{name}_s": value / steps for name, value in phases.items()}
         record |= {
             "time/step_s": seconds / steps,
@@ -106,8 +115,11 @@ class Reporter:
     def _send(self, record: dict[str, float], line: str) -> None:
         if self._mesh.is_main:
             LOGGER.info(line)
-            for sink in self._sinks:
-                sink.write(record)
+            try:
+                for sink in self._sinks:
+                    sink.write(record)
+            except OutputError as error:  # told by `failure`: raised here, it would leave the other ranks waiting
+                self._refused = self._refused or error
 
     def close(self, *, failed: bool = False) -> None:
         """Flush and close every sink; `failed`: the run ends by an error."""

@@ -16,7 +16,7 @@ FOLDER = "checkpoints"
 """Inside the run folder."""
 
 LAYOUT_ONLY = (
-    *("run", "parallel", "zero", "log", "eval", "checkpoint", "debug"),
+    *("run", "parallel", "zero", "log", "eval", "checkpoint", "guard", "debug"),
     *(
         "student.attention",
         "student.activation_checkpointing",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from kdtrain.config.cli import Request
 from kdtrain.config.load import as_dict, config_hash, to_yaml
-from kdtrain.config.schema import RunConfig
+from kdtrain.config.schema import GuardSection, RunConfig
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import bootstrap
 from kdtrain.engine.zero import StudentEngine
@@ -23,6 +23,7 @@ from kdtrain.evaluation.validation import Validation
 from kdtrain.log import LOGGER, setup_logging
 from kdtrain.models.backbone import call_with_head
 from kdtrain.telemetry.environment import describe, headline
+from kdtrain.telemetry.heartbeat import Pulse, Watchdog, clear_beats
 from kdtrain.telemetry.jsonl_sink import JsonlSink
 from kdtrain.telemetry.run_folder import RunFolder
 from kdtrain.telemetry.wandb_sink import WandbSink
@@ -32,6 +33,7 @@ from kdtrain.training.cadence import Cadence, StopRequest
 from kdtrain.training.checkpoints import Checkpoints
 from kdtrain.training.evaluator import Evaluator
 from kdtrain.training.export import export_checkpoint, write_model_files
+from kdtrain.training.guards import Events, Guards
 from kdtrain.training.inputs import Inputs, open_inputs
 from kdtrain.training.progress import Progress
 from kdtrain.training.report import Reporter, Sink
@@ -58,6 +60,7 @@ def run_training(request: Request) -> int:
         _same_everywhere(mesh, "configuration", config_hash(cfg))
         with _run_folder(cfg, mesh) as (folder, opened):
             _train(request, inputs, mesh, rank.device, folder, opened, stop)
+            on_main(mesh, lambda: opened.finish() if opened is not None else None)
     return 0
 
 
@@ -104,10 +107,11 @@ def _train(
         LOGGER.info("resumed %6d  from %s", progress.step, resume_from.path)
     # Only now: a resume that is refused must leave the folder as it was.
     on_main(mesh, lambda: _describe_run(request, inputs, opened, folder))
-    sinks = on_main(mesh, lambda: _sinks(cfg, folder, progress), share=False)
-    timer = PhaseTimer(device)
+    sinks, events = on_main(mesh, lambda: _sinks(cfg, folder, progress), share=False) or ([], None)
+    pulse = Pulse(mesh.rank)
+    timer = PhaseTimer(device, pulse)
     costs, last_step = build.costs_of(cfg, models, mesh, device), Cadence(cfg, progress).last_step
-    reporter = Reporter(sinks or [], mesh, device, costs, last_step)
+    reporter = Reporter(sinks, mesh, device, costs, last_step)
     reporter.resumed(progress)
     evaluator = Evaluator(
         Validation(engine, models.teacher, models.layout, mesh), engine,
@@ -116,19 +120,21 @@ def _train(
     trainer = Trainer(
         cfg=cfg, mesh=mesh, device=device, engine=engine,
         objective=build.build_objective(cfg, engine, models, timer), loader=loader, evaluator=evaluator,
-        checkpoints=checkpoints, reporter=reporter, timer=timer, stop=stop, progress=progress,
+        checkpoints=checkpoints, reporter=reporter, guards=Guards(cfg.guard, mesh, device, progress, events),
+        timer=timer, stop=stop, progress=progress,
     )  # fmt: skip
     try:
-        trainer.run()
+        with _watchdog(cfg.guard, pulse, mesh, folder, opened):
+            trainer.run()
     except RunStopped:
-        reporter.close()
+        on_main(mesh, trainer.close, share=False)
         raise
     except BaseException:
-        reporter.close(failed=True)
+        trainer.close(failed=True)
         raise
     finally:
         loader.close()
-    reporter.close()
+    on_main(mesh, trainer.close, share=False)
     if cfg.checkpoint.export:
         on_main(mesh, lambda: _export(cfg, folder))
 
@@ -137,9 +143,30 @@ def _export(cfg: RunConfig, folder: Path) -> None:
     LOGGER.info("export   %s", export_checkpoint(folder, folder / "export", dtype=cfg.student.dtype, replace=True))
 
 
-def _sinks(cfg: RunConfig, folder: Path, progress: Progress) -> list[Sink]:
+def _sinks(cfg: RunConfig, folder: Path, progress: Progress) -> tuple[list[Sink], Events]:
+    clear_beats(folder)
     jsonl = JsonlSink(folder / "metrics.jsonl", resume_step=progress.step)
-    return [jsonl, WandbSink(cfg.log.wandb, folder, name=cfg.run.name, config=as_dict(cfg), repeats=jsonl.repeats)]
+    wandb = WandbSink(cfg.log.wandb, folder, name=cfg.run.name, config=as_dict(cfg), repeats=jsonl.repeats)
+    found = [
+        JsonlSink(folder / f"{name}.jsonl", resume_step=progress.step, lazy=True) for name in ("skipped", "spikes")
+    ]
+    return [jsonl, wandb], Events(*found)
+
+
+def _watchdog(
+    settings: GuardSection, pulse: Pulse, mesh: Mesh, folder: Path, opened: RunFolder | None
+) -> AbstractContextManager[object]:
+    """Who notices on this rank that nothing moves; ending the run, rank 0 says so in STATUS."""
+    if settings.stall_warn_s is None:
+        return nullcontext()
+
+    def give_up(why: str) -> None:
+        if opened is not None:
+            opened.set_status("failed", why)
+
+    return Watchdog(
+        pulse, folder, mesh.world_size, warn_s=settings.stall_warn_s, exit_s=settings.stall_exit_s, give_up=give_up
+    )
 
 
 @contextmanager

@@ -9,15 +9,18 @@ from contextlib import contextmanager
 
 import torch
 
+from kdtrain.telemetry.heartbeat import Pulse
+
 
 class PhaseTimer:
     """Seconds per named phase since the last `read`.
 
     On CUDA a phase is bracketed by events that are read only in `read` (one synchronisation per report); elsewhere
-    by the wall clock.
+    by the wall clock. pulse: told of every phase, for other ranks to see.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, pulse: Pulse | None = None) -> None:
+        self.pulse = pulse or Pulse()
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -25,17 +28,18 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the block under `name`; phases may nest under different names."""
-        if self._cuda:
-            begin = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            begin.record()
-            yield
-            end.record()
-            self._events.append((name, begin, end))
-        else:
-            started = time.perf_counter()
-            yield
-            self._seconds[name] += time.perf_counter() - started
+        with self.pulse.phase(name):
+            if self._cuda:
+                begin = torch.cuda.Event(enable_timing=True)
+                end = torch.cuda.Event(enable_timing=True)
+                begin.record()
+                yield
+                end.record()
+                self._events.append((name, begin, end))
+            else:
+                started = time.perf_counter()
+                yield
+                self._seconds[name] += time.perf_counter() - started
 
     def read(self) -> dict[str, float]:
         """Seconds per phase, then start again at zero. Synchronises the device once."""

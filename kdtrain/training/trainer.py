@@ -1,4 +1,7 @@
-"""The loop: draw a step's micro-batches, agree on their token count, learn, step; report, evaluate, save, stop."""
+"""The loop: draw a step's micro-batches, agree on their token count, learn, step; report, evaluate, save, stop.
+
+What one rank alone has met (a signal, a disk that is full) it tells in that agreement, so that all ranks end together.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
@@ -15,12 +19,13 @@ from kdtrain.data.loader import StepLoader
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine.optim import learning_rate
 from kdtrain.engine.zero import StepResult, StudentEngine
-from kdtrain.errors import NonFiniteLoss, RunStopped
+from kdtrain.errors import OutputError, RunStopped
 from kdtrain.objectives.base import Objective
 from kdtrain.telemetry.metrics import Metrics
 from kdtrain.training.cadence import Cadence, StopRequest
 from kdtrain.training.checkpoints import Checkpoints
 from kdtrain.training.evaluator import Evaluator
+from kdtrain.training.guards import Guards, poisoned
 from kdtrain.training.progress import Progress
 from kdtrain.training.replicas import check_replicas
 from kdtrain.training.report import Reporter
@@ -49,18 +54,20 @@ class Trainer:
     evaluator: Evaluator
     checkpoints: Checkpoints
     reporter: Reporter
+    guards: Guards
     timer: PhaseTimer
     stop: StopRequest
     progress: Progress = field(default_factory=Progress)
 
     def run(self) -> None:
-        """Train to the end. Raises RunStopped after saving, NonFiniteLoss without."""
+        """Train to the end. Raises RunStopped after saving; NonFiniteLoss and OutputError without."""
         cadence = Cadence(self.cfg, self.progress)
         metrics = Metrics(device=self.device, group=self.mesh.dp_group)
         metrics.load_state(self.progress.metrics)
         if self.progress.step == 0 and cadence.evaluate(0):
-            self.evaluator.run(self.progress)
+            self._evaluate()
         while self.progress.step < cadence.last_step:
+            self.timer.pulse.begin(self.progress.step + 1)
             started = time.perf_counter()
             micro_batches = self._next_micro_batches()
             num_valid_tokens, stop = self._agree(micro_batches)
@@ -71,15 +78,14 @@ class Trainer:
                 )
             measure = cadence.log(self.progress.step + 1)
             result, lr = self._optimizer_step(micro_batches, num_valid_tokens, metrics, measure)
-            self.progress.step += 1
-            self.progress.tokens_seen += self.cfg.data.tokens_per_step
             self.progress.train_seconds += time.perf_counter() - started
             if cadence.log(self.progress.step):
-                self.reporter.step(self.progress, metrics.reduce(), self.timer.read(), result.grad_norm, lr)
+                self._report(metrics, result.grad_norm, lr)
             if cadence.evaluate(self.progress.step):
-                self.evaluator.run(self.progress)
+                self._evaluate()
             if cadence.save(self.progress.step):
                 self._save(metrics)
+        self._agree([])
 
     def _next_micro_batches(self) -> list[Batch]:
         with self.timer.phase("data_wait"):
@@ -89,43 +95,70 @@ class Trainer:
         return micro_batches
 
     def _agree(self, micro_batches: list[Batch]) -> tuple[float, bool]:
-        """Global number of valid tokens of this step, and whether any rank wants to stop. One all-reduce, world."""
-        local = torch.stack([batch.num_valid_tokens() for batch in micro_batches]).sum()
-        table = torch.stack([local, torch.tensor(float(self.stop.wanted), dtype=torch.float64, device=local.device)])
+        """Global number of valid tokens of this step, and whether any rank wants to stop. One all-reduce, world.
+
+        Raises OutputError on all ranks if one of them could not write.
+        """
+        failure = self.reporter.failure or self.guards.failure
+        flags = [float(self.stop.wanted), float(failure is not None)]
+        table = torch.tensor([0.0, *flags], dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            table[0] += batch.num_valid_tokens()
         if self.mesh.world_size > 1:
             dist.all_reduce(table, group=self.mesh.world_group)
-        valid, stop = table.tolist()
+        valid, stop, failed = table.tolist()
+        if failed:
+            raise failure or OutputError("another rank cannot write its files; its message says which and why")
         # every tp rank of a data rank counted the same tokens
         return valid / self.mesh.tp_size, stop > 0
 
     def _optimizer_step(
         self, micro_batches: list[Batch], num_valid_tokens: float, metrics: Metrics, measure: bool
     ) -> tuple[StepResult, float]:
-        """Sums of the micro-batches divided by one global token count, then one optimizer step."""
+        """Sums of the micro-batches divided by one global token count, then one optimizer step, counted in progress."""
         # the rate belongs to the tokens this step completes: the first step is not wasted on a rate of 0
         lr = learning_rate(self.progress.tokens_seen + self.cfg.data.tokens_per_step, self.cfg)
         torch.manual_seed(step_seed(self.cfg.run.seed, self.progress.step, self.mesh.dp_rank))
         self.objective.begin_step(micro_batches)
+        sums: list[tuple[str, Tensor, Tensor]] = []
+        losses: list[tuple[Tensor, Tensor]] = []
         for batch in micro_batches:
             with self.timer.phase("forward"):
                 out = self.objective(batch, measure=measure)
             with self.timer.phase("backward"):
-                self.engine.backward(out.loss_sum, num_valid_tokens)
-            for name, (total, count) in out.metrics.items():
-                metrics.add(name, total, count)
+                self.engine.backward(poisoned(out.loss_sum), num_valid_tokens)
+            sums += [(name, *pair) for name, pair in out.metrics.items()]
+            losses.append((out.loss_sum.detach(), batch.num_valid_tokens()))
         with self.timer.phase("optimizer"):
             result = self.engine.step(lr)
-        if not result.applied:
-            ids = [int(i) for batch in micro_batches for i in batch.sample_ids.tolist()]
-            raise NonFiniteLoss(
-                f"step {self.progress.step + 1}: the gradient norm is {result.grad_norm}; the step was not applied\n"
-                f"  samples of this rank: {ids}\n"
-                "  why: the loss or a gradient overflowed; often the learning rate is too high or the data is damaged\n"
-                "  fix: lower optim.lr, lengthen schedule.warmup_tokens, or continue from the last checkpoint"
-            )
+        self.progress.step += 1
+        self.progress.tokens_seen += self.cfg.data.tokens_per_step
+        if result.applied:
+            self.guards.applied(micro_batches, losses)
+            for name, total, count in sums:  # not before: a skipped step must not make a report's means nan
+                metrics.add(name, total, count)
+        else:
+            self.guards.skipped(micro_batches, result.grad_norm)
         return result, lr
 
+    def _report(self, metrics: Metrics, grad_norm: float, lr: float) -> None:
+        self.guards.look_at_losses()
+        phases = self.timer.read()
+        means = metrics.reduce() | self.guards.look_at_ranks(phases)
+        self.reporter.step(self.progress, means, phases, grad_norm, lr)
+
+    def _evaluate(self) -> None:
+        with self.timer.pulse.phase("evaluate", apart=True):
+            self.evaluator.run(self.progress)
+
     def _save(self, metrics: Metrics) -> None:
-        self.progress.metrics = metrics.state()
-        sequences = self.progress.tokens_seen // self.cfg.data.seq_len
-        self.checkpoints.save(self.engine, self.progress, self.loader, sequences)
+        with self.timer.pulse.phase("save", apart=True):
+            self.guards.look_at_losses()
+            self.progress.metrics = metrics.state()
+            sequences = self.progress.tokens_seen // self.cfg.data.seq_len
+            self.checkpoints.save(self.engine, self.progress, self.loader, sequences)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Let go of the report's files; `failed`: the run ends by an error. Raises OutputError unless `failed`."""
+        self.guards.close(failed=failed)
+        self.reporter.close(failed=failed)

@@ -160,6 +160,15 @@ CASES = {
     "slab beyond all": ({"train__slab_bytes": 10**20}, "train.slab_bytes", "is not in [1048576, "),
     "wandb project": ({"log__wandb__project": "a/b"}, "log.wandb.project", "is no name that wandb accepts"),
     "wandb entity": ({"log__wandb__entity": "a/b"}, "log.wandb.entity", "is not one name"),
+    "skipped steps": ({"guard__max_skipped_steps": -1}, "guard.max_skipped_steps", "is negative"),
+    "sigmas": ({"guard__spike_sigmas": 0.0}, "guard.spike_sigmas", "is not a positive number"),
+    "stall nan": ({"guard__stall_warn_s": math.nan}, "guard.stall_warn_s", "null switches it off"),
+    "stall exit inf": ({"guard__stall_exit_s": math.inf}, "guard.stall_exit_s", "is not a positive number"),
+    "wait share": ({"guard__data_wait_share": 0.0}, "guard.data_wait_share", "is not in (0, 1]"),
+    "exit before the warning": ({"guard__stall_exit_s": 299.0}, "guard.stall_exit_s", "less than guard.stall_warn_s"),
+    "exit that nobody watches for": (
+        {"guard__stall_warn_s": None, "guard__stall_exit_s": 9.0}, "guard.stall_exit_s", "so nobody watches",
+    ),
 }  # fmt: skip
 
 
@@ -192,6 +201,8 @@ def test_each_mistake_is_one_problem_that_says_why_and_how_to_mend_it(case):
         {"schedule__shape": "wsd", "schedule__decay_tokens": 960},
         {"schedule__shape": "constant", "schedule__warmup_tokens": 960},
         {"train__total_tokens": 97, "optim__grad_clip": None, "optim__betas": (0.0, 0.0), "optim__weight_decay": 0.0},
+        {"guard__spike_sigmas": None, "guard__stall_warn_s": None, "guard__data_wait_share": 1.0},
+        {"guard__max_skipped_steps": 3, "guard__stall_exit_s": 300.0},
         distill(kd_weight=0.0),
         distill(kd_weight=1.0, divergence="jsd", teacher_share=0.9),
         distill(divergence="alpha_beta", ab_alpha=-0.5, ab_beta=1.5),

@@ -1,0 +1,207 @@
+"""A rank that stops moving is named by the others, and, if asked, ends them with their stack traces."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kdtrain.log import LOGGER
+from kdtrain.telemetry import heartbeat
+from kdtrain.telemetry.heartbeat import Beat, Pulse, Watchdog, behind, clear_beats, read_beats
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    messages = []
+    monkeypatch.setattr(LOGGER, "warning", lambda text, *args: messages.append(text % args))
+    return messages
+
+
+def ranks(tmp_path, clock, count=3, **limits):
+    """Pulses and their watchdogs without threads; `end` keeps its code in the watchdog's attribute."""
+    pulses = [Pulse(rank, clock, clock) for rank in range(count)]
+    dogs = [
+        Watchdog(pulse, tmp_path, count, clock=clock, wall=clock, **({"warn_s": 10.0} | limits)) for pulse in pulses
+    ]
+    return pulses, dogs
+
+
+def work(pulse, step, *phases):
+    pulse.begin(step)
+    for name in phases:
+        with pulse.phase(name):
+            pass
+
+
+def test_a_beat_says_step_completed_phase_and_where_the_rank_is_now(clock):
+    pulse = Pulse(3, clock, clock)
+    work(pulse, 7, "data_wait")
+    clock.now += 5
+    with pulse.phase("forward"):
+        with pulse.phase("teacher"):
+            assert (pulse.beat.now, pulse.beat.done, pulse.beat.count, pulse.beat.time) == (
+                "teacher",
+                "data_wait",
+                1,
+                1000,
+            )
+        assert (pulse.beat.now, pulse.beat.done, pulse.beat.count, pulse.beat.time) == ("forward", "teacher", 2, 1005)
+    assert (pulse.beat.now, pulse.beat.done, pulse.beat.step, pulse.beat.rank) == ("", "forward", 7, 3)
+
+
+def test_the_file_is_whole_and_is_not_written_again_without_news(tmp_path, clock, monkeypatch):
+    (pulse, *_), (dog, *_) = ranks(tmp_path, clock)
+    work(pulse, 1, "data_wait")
+    dog.look()
+    path = tmp_path / "heartbeat/rank_00000"
+    assert json.loads(path.read_text())["done"] == "data_wait"
+    assert [p.name for p in path.parent.iterdir()] == ["rank_00000"]
+    monkeypatch.setattr(os, "replace", lambda *given: pytest.fail("written without news"))
+    dog.look()
+
+
+def test_files_are_written_no_more_than_once_a_second(tmp_path, clock):
+    assert ranks(tmp_path, clock, warn_s=0.1)[1][0]._every == 1.0
+    assert ranks(tmp_path, clock, warn_s=300.0)[1][0]._every == 5.0
+
+
+def test_a_rank_that_is_behind_is_named_with_its_last_completed_phase(tmp_path, clock, warned):
+    pulses, dogs = ranks(tmp_path, clock)
+    for pulse in pulses:
+        work(pulse, 4, "data_wait", "forward", "backward", "optimizer")
+        pulse.begin(5)
+    work(pulses[0], 5, "data_wait")
+    work(pulses[2], 5, "data_wait")
+    clock.now += 9.5
+    for dog in dogs:
+        dog.look()
+    assert warned == []
+    clock.now += 1.5
+    dogs[0].look()
+    host = pulses[1].beat.host
+    assert warned == [
+        "stall    rank 0: step 5 has taken 11 s (between phases); "
+        f"behind: rank 1 on {host} (completed optimizer of step 4 11 s ago)"
+    ]
+
+
+def test_a_stall_is_repeated_only_when_the_wait_has_doubled_and_ends_with_the_step(tmp_path, clock, warned):
+    (pulse, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
+    pulse.begin(1)
+    times = []
+    for second in range(50):
+        dog.look()
+        times += [second] * (len(warned) > len(times))
+        clock.now += 1
+    assert times == [10, 20, 40]
+    assert warned[0].endswith("step 1 has taken 10 s (between phases); all ranks have completed the same phases")
+    pulse.begin(2)
+    dog.look()
+    clock.now += 10
+    dog.look()
+    assert len(warned) == 4
+    assert "step 2" in warned[-1]
+
+
+def test_an_evaluation_is_measured_apart_from_the_step(tmp_path, clock, warned):
+    (pulse, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
+    pulse.begin(1)
+    clock.now += 9
+    with pulse.phase("evaluate", apart=True):
+        clock.now += 9
+        dog.look()
+    clock.now += 9
+    dog.look()
+    assert warned == []
+    with pulse.phase("evaluate", apart=True):
+        clock.now += 10
+        dog.look()
+    assert "(evaluate)" in warned[0]
+
+
+def test_a_rank_without_a_word_is_behind_and_former_processes_say_nothing(tmp_path, clock):
+    pulses, dogs = ranks(tmp_path, clock)
+    dogs[0].look()
+    assert behind(read_beats(tmp_path, 3), 3) == [1, 2]
+    (tmp_path / "heartbeat/rank_00001").write_text('{"rank": 1, "cou')
+    (tmp_path / "heartbeat/rank_00002").write_text('{"rank": 2, "other": 1, "host": "a"}')
+    assert list(read_beats(tmp_path, 3)) == [0]
+    work(pulses[2], 1, "data_wait")
+    dogs[2].look()
+    assert read_beats(tmp_path, 2).keys() == {0}, "a smaller world than before"
+    clear_beats(tmp_path)
+    assert read_beats(tmp_path, 3) == {}
+    clear_beats(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_said_once_and_stops_nobody(tmp_path, clock, warned):
+    (tmp_path / "heartbeat").write_text("a file where a folder should be")
+    (pulse, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
+    for step in (1, 2):
+        pulse.begin(step)
+        dog.look()
+    assert len(warned) == 1
+    assert "others will not see where this rank is" in warned[0]
+
+
+def test_the_thread_writes_while_the_work_goes_on_and_a_last_time_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(heartbeat, "SHORTEST_S", 0.01)
+    pulse = Pulse()
+    with Watchdog(pulse, tmp_path, 1, warn_s=0.04):
+        work(pulse, 1, "data_wait")
+        deadline = time.monotonic() + 10
+        while read_beats(tmp_path, 1)[0].done != "data_wait" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert read_beats(tmp_path, 1)[0].done == "data_wait"
+        work(pulse, 2, "backward")
+    assert read_beats(tmp_path, 1)[0].done == "backward"
+
+
+HANG = """
+import sys, time
+from pathlib import Path
+from kdtrain.telemetry.heartbeat import Pulse, Watchdog
+folder, pulse = Path(sys.argv[1]), Pulse()
+with Watchdog(pulse, folder, 2, warn_s=0.5, exit_s=1.0, give_up=lambda why: (folder / "STATUS").write_text(why)):
+    pulse.begin(3)
+    with pulse.phase("forward"):
+        time.sleep(60)
+"""
+
+
+def test_a_rank_that_hangs_too_long_shows_the_table_and_its_stack_and_exits_with_1(tmp_path):
+    other = Beat(1, "elsewhere", step=3, count=0, done="optimizer", done_step=2, time=time.time() - 40, now="data_wait")
+    (tmp_path / "heartbeat").mkdir()
+    (tmp_path / "heartbeat/rank_00001").write_text(json.dumps({name: getattr(other, name) for name in other.__slots__}))
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", HANG, str(tmp_path)], env=env, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    first, why, header, _, mine, theirs, *trace = done.stderr.splitlines()
+    assert first.startswith("kdtrain: rank 0: step 3 has taken 1 s (forward); all ranks have completed the same")
+    assert why == "  why: guard.stall_exit_s = 1 s have passed"
+    assert header.split() == ["rank", "host", "step", "phases", "completed", "in", "seconds", "ago"]
+    assert mine.split()[2:6] == ["3", "0", "start/0", "forward"]
+    assert theirs.split()[:6] == ["1", "elsewhere", "3", "0", "optimizer/2", "data_wait"]
+    assert "line 9 in <module>" in "\n".join(trace)
+    assert (tmp_path / "STATUS").read_text() == first.removeprefix("kdtrain: ")
