@@ -12,11 +12,13 @@ import torch
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
+from kdtrain.dist.collectives import reduce_sum_
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine.zero import StepResult
 from kdtrain.errors import EXIT_NON_FINITE, EXIT_OTHER, NonFiniteLoss, OutputError
 from kdtrain.log import LOGGER, setup_logging
 from kdtrain.objectives.base import LossOutput
+from kdtrain.telemetry.heartbeat import Pulse
 from kdtrain.telemetry.jsonl_sink import JsonlSink
 from kdtrain.telemetry.run_folder import RunFolder, read_status
 from kdtrain.training import guards
@@ -28,20 +30,22 @@ from kdtrain.training.timing import PhaseTimer
 from kdtrain.training.trainer import Trainer
 
 CPU = torch.device("cpu")
+ALONE = Mesh()
 SEQUENCES, SEQ_LEN = 4, 8
 
 
 class Loader:
-    """Steps of two micro-batches of two sequences; sample ids count up."""
+    """Steps of two micro-batches of two sequences per data rank; sample ids count up."""
 
-    def __init__(self, position=0):
-        self.position = position
+    def __init__(self, mesh, position=0):
+        self.position, self.mesh = position, mesh
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        first, self.position = self.position, self.position + SEQUENCES
+        first = self.position + self.mesh.dp_rank * SEQUENCES
+        self.position += self.mesh.dp_size * SEQUENCES
         ids = torch.ones(2, SEQ_LEN, dtype=torch.int64)
         return [
             Batch(ids, ids, ids.float(), ids, torch.arange(start, start + 2)) for start in (first, first + 2)
@@ -51,7 +55,8 @@ class Loader:
 class Engine:
     """Adam on one weight; like the real one, applies no step whose gradient is not finite."""
 
-    def __init__(self):
+    def __init__(self, mesh):
+        self.mesh = mesh
         self.weight = torch.nn.Parameter(torch.tensor([1.0]))
         self.adam = torch.optim.Adam([self.weight])
 
@@ -59,7 +64,7 @@ class Engine:
         (loss / tokens).backward()
 
     def step(self, lr):
-        norm = float(self.weight.grad.norm())
+        norm = float(reduce_sum_(self.weight.grad, self.mesh.dp_group).norm())
         if math.isfinite(norm):
             self.adam.param_groups[0]["lr"] = lr
             self.adam.step()
@@ -97,33 +102,33 @@ class Checkpoints:
         self.saved[progress.step] = (known, engine.adam.state_dict(), sequences, weight, moments)
 
 
-def trainer(folder, steps, values=(), *, saved=None, every=10, log=3, **settings):
+def trainer(folder, steps, values=(), *, mesh=ALONE, saved=None, every=10, log=3, **settings):
     """A run of `steps` steps, maybe resumed from what a Checkpoints kept."""
     cfg = RunConfig()
-    cfg.data.seq_len, cfg.data.tokens_per_step = SEQ_LEN, SEQUENCES * SEQ_LEN
-    cfg.train.total_tokens = steps * SEQUENCES * SEQ_LEN
+    cfg.data.seq_len, cfg.data.tokens_per_step = SEQ_LEN, mesh.dp_size * SEQUENCES * SEQ_LEN
+    cfg.train.total_tokens = steps * cfg.data.tokens_per_step
     cfg.log.every_steps, cfg.checkpoint.every_steps = log, every
     cfg.guard.data_wait_share = 1.0  # steps of microseconds wait for anything
     for name, value in settings.items():
         setattr(cfg.guard, name, value)
-    progress, engine, loader = Progress(), Engine(), Loader()
+    progress, engine, loader = Progress(), Engine(mesh), Loader(mesh)
     if saved is not None:
         known, adam, sequences, weight, moments = saved
-        progress, loader = Progress(**known), Loader(sequences)
+        progress, loader = Progress(**known), Loader(mesh, sequences)
         engine.weight.data.copy_(weight)
         state = {0: {k: v.clone() for k, v in moments.items()}} if moments else {}
         engine.adam.load_state_dict({**adam, "state": state})
-    events = Events(
-        *(JsonlSink(folder / f"{n}.jsonl", resume_step=progress.step, lazy=True) for n in ("skipped", "spikes"))
-    )
-    sink = JsonlSink(folder / "metrics.jsonl", resume_step=progress.step)
-    reporter = Reporter([sink], Mesh(), CPU, Costs(1.0), steps)
+    sinks, events = [], None
+    if mesh.is_main:
+        files = (JsonlSink(folder / f"{n}.jsonl", resume_step=progress.step, lazy=True) for n in ("skipped", "spikes"))
+        sinks, events = [JsonlSink(folder / "metrics.jsonl", resume_step=progress.step)], Events(*files)
+    reporter = Reporter(sinks, mesh, CPU, Costs(1.0), steps)
     reporter.resumed(progress)
     return Trainer(
-        cfg=cfg, mesh=Mesh(), device=CPU, engine=engine, objective=Objective(engine, dict(values)), loader=loader,
+        cfg=cfg, mesh=mesh, device=CPU, engine=engine, objective=Objective(engine, dict(values)), loader=loader,
         evaluator=SimpleNamespace(run=lambda p: None), checkpoints=Checkpoints(), reporter=reporter,
-        guards=Guards(cfg.guard, Mesh(), CPU, progress, events), timer=PhaseTimer(CPU), stop=StopRequest(),
-        progress=progress,
+        guards=Guards(cfg.guard, mesh, CPU, progress, events), timer=PhaseTimer(CPU, Pulse(mesh.rank)),
+        stop=StopRequest(), progress=progress,
     )  # fmt: skip
 
 
