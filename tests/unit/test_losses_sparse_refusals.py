@@ -155,8 +155,11 @@ def test_cells_of_the_matrix_say_what_they_are_worth_and_why():
 
 
 def test_an_explicit_backend_never_falls_back(monkeypatch):
-    monkeypatch.setattr(sparse_dispatch, "row_kernels", lambda backend, device: None)  # as where triton runs
     cpu = torch.device("cpu")
     assert sparse_dispatch.sparse_kernels("auto", cpu, torch.float64) is sparse_rows
-    with pytest.raises(ValueError, match=r"backend = 'triton' has no sparse row kernels for torch.float64 logits"):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as where triton runs
+    with pytest.raises(ValueError, match=r"backend = 'triton' is not available .* float32 logits, not torch.float64"):
         sparse_dispatch.sparse_kernels("triton", cpu, torch.float64)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"backend = 'triton' is not available for cpu"):
+        sparse_dispatch.sparse_kernels("triton", cpu, torch.float32)
