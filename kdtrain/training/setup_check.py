@@ -1,0 +1,148 @@
+"""Does this machine, with these ranks, do what a run will ask of it?   What `launch/check_setup.py` does.
+
+Every check is a row of one table: what was looked at, ok or FAIL (or - where it does not apply), and what was found.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from kdtrain.config.schema import RunConfig
+from kdtrain.dist.mesh import Mesh
+from kdtrain.engine import bootstrap
+from kdtrain.errors import EXIT_DONE, EXIT_OTHER, KdtrainError
+from kdtrain.telemetry.console import format_table
+from kdtrain.telemetry.environment import describe, headline
+from kdtrain.training.setup_probes import Row, collective_rows, gather_objects, kernel_rows
+
+TIMEOUT_MIN = "2"
+"""Minutes for a collective of a check, unless DEEPSPEED_TIMEOUT says otherwise: a run's hour is long to wait."""
+
+
+def run_checks(cfg: RunConfig) -> int:
+    """Print the table on rank 0; 0 if nothing failed, else 1, on every rank. Reads run.output_dir, parallel.tp and
+    train.kernels.
+
+    Communicates: process groups, collectives along both axes, one gather of all findings. Raises KdtrainError on a
+    rank that cannot find the others.
+    """
+    _find_others(os.environ.get("MASTER_ADDR"))
+    os.environ.setdefault("DEEPSPEED_TIMEOUT", TIMEOUT_MIN)
+    with bootstrap.runtime() as rank:
+        mesh = Mesh.build(cfg.parallel.tp)
+        # every rank makes the same rows in the same order, so that they can be laid side by side
+        mine = [
+            *versions(), device_row(rank.device), *kernel_rows(mesh, rank.device, cfg.train.kernels),
+            *collective_rows(mesh, rank.device), *disk_rows(Path(cfg.run.output_dir), mesh),
+        ]  # fmt: skip
+        rows = merge(gather_objects(mine, mesh), gather_objects(socket.gethostname(), mesh))
+        if mesh.is_main:
+            print(headline(describe(world_size=mesh.world_size)))
+            print(format_table([{"check": r.check, "result": r.result, "found": r.found} for r in rows]))
+            failed = sum(row.result == "FAIL" for row in rows)
+            print(f"{failed} of {len(rows)} checks failed" if failed else "setup    every check passed", flush=True)
+    return EXIT_OTHER if any(row.result == "FAIL" for row in rows) else EXIT_DONE
+
+
+def _find_others(address: str | None) -> None:
+    """KdtrainError if the name of the first rank's host means nothing here: joining would wait for minutes."""
+    if address is None:
+        return
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        raise KdtrainError(
+            f"{socket.gethostname()} does not know the host MASTER_ADDR = {address}: {error.strerror}\n"
+            "  why: the ranks meet there\n"
+            "  fix: mend DNS or /etc/hosts on this node, or export MASTER_ADDR with the first node's IP address"
+        ) from error
+
+
+def merge(ranks: Sequence[Sequence[Row]], hosts: Sequence[str]) -> list[Row]:
+    """Rows of all ranks, which all have the same checks, as one table: ranks that found the same share a line.
+
+    A version must be the same everywhere.
+    """
+    merged = [Row("ranks", "-", f"{len(ranks)} on {len(set(hosts))} hosts: {_listed(list(dict.fromkeys(hosts)))}")]
+    for rows in zip(*ranks, strict=True):
+        groups: dict[Row, list[int]] = {}
+        for rank, row in enumerate(rows):
+            groups.setdefault(row, []).append(rank)
+        for row, members in groups.items():
+            differs = len(groups) > 1 and row.check.startswith("version")
+            where = f"   [ranks {_listed(members)}]" if len(groups) > 1 else ""
+            merged.append(Row(row.check, "FAIL" if differs else row.result, row.found + where))
+    return merged
+
+
+def _listed(items: Sequence[object], most: int = 8) -> str:
+    text = ", ".join(map(str, items[:most]))
+    return text if len(items) <= most else f"{text} and {len(items) - most} more"
+
+
+def versions() -> list[Row]:
+    """Python, packages, driver, CUDA and NCCL. Does not communicate."""
+    about = describe()
+    found = {"python": about["python"], **dict.fromkeys(("torch", "deepspeed", "transformers", "numpy"), "missing")}
+    found |= {"triton": "none", "flash-attn": "none", "cuda": about["cuda"] or "none", "driver": _driver()}
+    found |= {name: version for name, version in about["packages"].items() if name in found}
+    nccl = torch.cuda.nccl.version() if torch.cuda.is_available() and dist.is_nccl_available() else None
+    found["nccl"] = "none" if nccl is None else ".".join(map(str, nccl))
+    return [Row.judged(f"version {name}", version != "missing", version) for name, version in found.items()]
+
+
+def _driver() -> str:
+    """The NVIDIA driver's version by nvidia-smi, "none" without it."""
+    if shutil.which("nvidia-smi") is None:
+        return "none"
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown ({type(error).__name__})"
+    return next(iter(done.stdout.split()), "unknown") if done.returncode == 0 else "unknown"
+
+
+def device_row(device: torch.device) -> Row:
+    """This rank's device and its memory."""
+    if device.type != "cuda":
+        return Row("device", "-", f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads per rank")
+    free, total = torch.cuda.mem_get_info(device)
+    properties = torch.cuda.get_device_properties(device)
+    # in tens of a percent: ranks with like devices share a line
+    used = f"{10 * round(10 * (1 - free / total))}% used"
+    name = f"{properties.name}, compute {properties.major}.{properties.minor}, {total / 2**30:.0f} GiB, {used}"
+    return Row.judged("device", free > total / 2, name)
+
+
+def disk_rows(output_dir: Path, mesh: Mesh) -> list[Row]:
+    """Free space where runs will be written, whether this rank may write there, and whether all see the same folder.
+
+    Leaves nothing behind. Communicates: two broadcasts or gathers over the world.
+    """
+    folder = next(path for path in (output_dir.absolute(), *output_dir.absolute().parents) if path.is_dir())
+    made: str | None = None
+    try:
+        made = tempfile.mkdtemp(prefix=".kdtrain_setup_", dir=folder)
+        free = shutil.disk_usage(folder).free / 2**30
+        row = Row("disk", "ok", f"{folder}: writable, {free:.0f} GiB free")
+    except OSError as error:
+        row = Row("disk", "FAIL", f"{folder}: {error.strerror}; set run.output_dir to a folder you may write")
+    first = gather_objects(made, mesh)[0]
+    seen = first is not None and Path(first).is_dir()
+    gather_objects(None, mesh)  # nobody removes its folder while others look
+    if made is not None:
+        os.rmdir(made)
+    if mesh.world_size == 1:
+        return [row]
+    text = "every rank sees what rank 0 writes" if seen else "does not see what rank 0 writes: checkpoints need that"
+    return [row, Row.judged("disk shared", seen, text)]

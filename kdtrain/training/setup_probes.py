@@ -1,0 +1,194 @@
+"""What a run does with its devices, tried at a small size: row kernels against float64, collectives along each axis."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from kdtrain_kernels.dispatch import BACKENDS, row_kernels
+from torch import Tensor
+
+from kdtrain.dist.collectives import Group, exchange_ranks, gather_ranks, group_rank, group_size, reduce_sum_
+from kdtrain.dist.mesh import Mesh
+from kdtrain.dist.vocab import VocabShard
+from kdtrain.losses import linear_kd_loss, reference
+
+TOKENS, VOCAB, WIDTHS = 37, 1001, (32, 48)
+"""Of the loss that is compared with float64; student's and teacher's width."""
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2e-2}
+"""Largest error of loss or gradient, relative to its largest element."""
+BROKEN = (ValueError, ImportError, RuntimeError, OSError, subprocess.CalledProcessError)
+"""What a kernel that cannot be found, compiled or run raises."""
+CPU_BYTES, CUDA_BYTES = 1 << 23, 1 << 28
+"""Size of the buffers that collectives are timed with."""
+REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table. result: "-" for what does not apply or only informs."""
+
+    check: str
+    result: Literal["ok", "FAIL", "-"]
+    found: str
+
+    @classmethod
+    def judged(cls, check: str, good: bool, found: str) -> Row:
+        """ok or FAIL."""
+        return cls(check, "ok" if good else "FAIL", found)
+
+
+def gather_objects(value: Any, mesh: Mesh) -> list[Any]:
+    """Every rank's value, in rank order. Communicates: one gather over the world."""
+    if mesh.world_size == 1:
+        return [value]
+    found: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(found, value, group=mesh.world_group)
+    return found
+
+
+def kernel_rows(mesh: Mesh, device: torch.device, wanted: str) -> list[Row]:
+    """Every divergence's loss and gradients against float64, by each backend that all ranks have.
+
+    First on each rank alone, then cut over tp. A backend that is not there fails only if it is `wanted`
+    (train.kernels). Communicates over tp, and a gather over the world per backend.
+    """
+    rows = []
+    for backend in BACKENDS:
+        refused, kind = "", ""
+        try:
+            row_kernels(backend, device)
+            kind = "FAIL"  # it is there: from here on it must work
+            for dtype in TOLERANCE:
+                loss_error("forward_kl", Mesh(), device, dtype, backend)
+        except BROKEN as error:
+            refused = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").partition("\n")[0]
+        if trouble := [(why, bad) for why, bad in gather_objects((refused, kind), mesh) if why]:
+            why, bad = trouble[0]
+            rows.append(Row(f"kernels {backend}", "FAIL" if bad or backend == wanted else "-", why))
+            continue
+        rows += [_compared(mesh, device, dtype, backend) for dtype in TOLERANCE]
+    return rows
+
+
+def _compared(mesh: Mesh, device: torch.device, dtype: torch.dtype, backend: str) -> Row:
+    errors = {name: loss_error(name, mesh, device, dtype, backend) for name in reference.DIVERGENCES}
+    worst = max(errors, key=lambda name: errors[name])
+    return Row.judged(
+        f"kernels {backend} {str(dtype).removeprefix('torch.')}", errors[worst] <= TOLERANCE[dtype],
+        f"{len(errors)} divergences over tp {mesh.tp_size}: gradients within {TOLERANCE[dtype]:g} of float64"
+        if errors[worst] <= TOLERANCE[dtype] else f"over tp {mesh.tp_size}: {worst} is off by {errors[worst]:.1e}",
+    )  # fmt: skip
+
+
+def loss_error(divergence: str, mesh: Mesh, device: torch.device, dtype: torch.dtype, backend: str) -> float:
+    """Largest relative error of loss, d(hidden) and d(head) of a small problem; inf if one is not finite.
+
+    Communicates over tp, as the loss does.
+    """
+    rng = torch.Generator().manual_seed(1)
+    shard = VocabShard.of(VOCAB, mesh.tp_rank, mesh.tp_size)
+    total_rows = shard.rows * mesh.tp_size
+    hidden = [torch.randn(TOKENS, width, generator=rng).to(device, dtype) for width in WIDTHS]
+    heads = [(torch.randn(total_rows, w, generator=rng) / w**0.5).to(device, dtype) for w in WIDTHS]
+    labels = torch.randint(0, VOCAB, (TOKENS,), generator=rng).to(device)
+    weights = [torch.full((TOKENS,), share, device=device) for share in (0.7, 0.3)]
+    mine = slice(shard.start, shard.stop)
+
+    student, head = hidden[0].clone().requires_grad_(), heads[0][mine].clone().requires_grad_()
+    loss = linear_kd_loss(
+        student, head, hidden[1], heads[1][mine], labels, divergence=divergence, temperature=2.0, shard=shard,
+        kd_weight=weights[0], ce_weight=weights[1], group=mesh.tp_group, slab_bytes=1 << 20, backend=backend,
+    ).loss  # fmt: skip
+    loss.backward()
+
+    x, w = (tensor.double().requires_grad_() for tensor in (hidden[0], heads[0]))
+    expected = reference.total_loss(
+        reference.head_logits(x, w, VOCAB), reference.head_logits(hidden[1], heads[1], VOCAB), labels,
+        divergence=divergence, temperature=2.0, kd_weight=weights[0], ce_weight=weights[1],
+    )  # fmt: skip
+    expected.backward()
+    pairs = ((loss.detach(), expected.detach()), (_grad(student), _grad(x)), (_grad(head), _grad(w)[mine]))
+    return max(_relative(found, right) for found, right in pairs)
+
+
+def _grad(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
+def _relative(found: Tensor, right: Tensor) -> float:
+    error = float((found.double() - right).abs().max() / right.abs().max().clamp_min(1e-300))
+    return error if math.isfinite(error) else math.inf
+
+
+def collective_rows(mesh: Mesh, device: torch.device) -> list[Row]:
+    """All-reduce, all-gather and all-to-all over tp, dp and the world: right results, and bytes per second.
+
+    Communicates over each of them. A rate is that of the slowest rank: bytes in this rank's buffer per second.
+    """
+    rows = []
+    for axis, group in (("tp", mesh.tp_group), ("dp", mesh.dp_group), ("world", mesh.world_group)):
+        size = group_size(group)
+        if size == 1:
+            rows.append(Row(f"collectives {axis}", "-", "one rank"))
+            continue
+        for name, check in (("all-reduce", _all_reduce), ("all-gather", _all_gather), ("all-to-all", _all_to_all)):
+            right, seconds, moved = check(group, device)
+            slowest = max(gather_objects(seconds, mesh))
+            what = f"{size} ranks, {moved / 2**20:.0f} MiB in {1e3 * slowest:.1f} ms: {moved / slowest / 1e9:.2f} GB/s"
+            rows.append(Row.judged(f"{name} {axis}", right, what if right else f"{size} ranks: wrong numbers"))
+    return rows
+
+
+def _buffer(ranks: int, device: torch.device) -> Tensor:
+    """[ranks, n] of this rank's part, of small integers: sums over ranks are exact."""
+    columns = (CUDA_BYTES if device.type == "cuda" else CPU_BYTES) // 4 // ranks
+    return torch.arange(columns, device=device).remainder(251).float().repeat(ranks, 1)
+
+
+def _all_reduce(group: Group, device: torch.device) -> tuple[bool, float, int]:
+    size, rank = group_size(group), group_rank(group)
+    base = _buffer(size, device)
+    found = reduce_sum_(base + rank, group)
+    right = torch.equal(found, base * size + size * (size - 1) // 2)
+    return right, _time(lambda: reduce_sum_(found, group), device), base.nbytes
+
+
+def _all_gather(group: Group, device: torch.device) -> tuple[bool, float, int]:
+    size, rank = group_size(group), group_rank(group)
+    part = _buffer(size, device)[0]
+    found = gather_ranks(part + rank, group)
+    right = all(torch.equal(found[other], part + other) for other in range(size))
+    return right, _time(lambda: gather_ranks(part, group), device), found.nbytes
+
+
+def _all_to_all(group: Group, device: torch.device) -> tuple[bool, float, int]:
+    size, rank = group_size(group), group_rank(group)
+    base = _buffer(size, device)
+    to = torch.arange(size, device=device).float()[:, None]
+    found = exchange_ranks(base + 1000 * rank + to, group)  # row j goes to rank j
+    right = torch.equal(found, base + 1000 * to + rank)
+    return right, _time(lambda: exchange_ranks(base, group), device), base.nbytes
+
+
+def _time(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds per call, after one to warm up."""
+    work()
+    _wait(device)
+    started = time.perf_counter()
+    for _ in range(REPEATS):
+        work()
+    _wait(device)
+    return (time.perf_counter() - started) / REPEATS
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

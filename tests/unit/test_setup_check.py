@@ -1,0 +1,173 @@
+"""The check of a machine: its table on one process, what it makes of faults, and two ranks through the launcher."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kdtrain.dist.mesh import Mesh
+from kdtrain.errors import KdtrainError
+from kdtrain.training import setup_check, setup_probes
+from kdtrain.training.setup_probes import Row
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+def launch(*command, **variables):
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "TRITON_INTERPRET")}
+    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, env=env | variables, capture_output=True, text=True, timeout=200, check=False)
+
+
+def table(text):
+    """check -> (result, found) of the printed table."""
+    rows = [re.split(r"  +", line, maxsplit=2) for line in text.splitlines()]
+    return {row[0]: tuple(row[1:]) for row in rows if len(row) == 3 and row[1] in ("ok", "FAIL", "-")}
+
+
+@pytest.mark.deepspeed
+def test_two_ranks_under_the_launcher_try_every_axis_and_leave_nothing_behind(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    done = launch(
+        Path(sys.executable).with_name("deepspeed"), "--num_accelerators", 2, "--master_port", port,
+        ROOT / "launch/check_setup.py", ROOT / "configs/demo/distill_cpu.yaml", "parallel.tp=2",
+        f"run.output_dir={tmp_path}/runs",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = table(done.stdout)
+    assert found["ranks"] == ("-", f"2 on 1 hosts: {socket.gethostname()}")
+    assert found["version torch"] == ("ok", torch.__version__)
+    assert found["kernels torch float32"] == ("ok", "8 divergences over tp 2: gradients within 0.0002 of float64")
+    assert found["collectives dp"] == ("-", "one rank")
+    for name in ("all-reduce tp", "all-gather tp", "all-to-all tp", "all-reduce world", "all-to-all world"):
+        assert re.fullmatch(r"2 ranks, 8 MiB in [\d.]+ ms: [\d.]+ GB/s", found[name][1])
+    assert found["disk shared"] == ("ok", "every rank sees what rank 0 writes")
+    assert done.stdout.count("version python") == 1
+    assert "setup    every check passed" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.deepspeed
+def test_a_backend_that_the_run_asks_for_and_is_not_there_fails_with_1(tmp_path):
+    done = launch(ROOT / "launch/check_setup.py", "train.kernels=triton", f"run.output_dir={tmp_path}")
+    assert done.returncode == 1, done.stdout + done.stderr
+    result, why = table(done.stdout)["kernels triton"]
+    assert (result, why.split(":")[0]) == ("FAIL", "backend = 'triton' is not available for cpu")
+    assert "1 of 19 checks failed" in done.stdout
+
+
+def test_help_and_mistakes_need_no_torch():
+    done = launch(ROOT / "launch/check_setup.py", "--help")
+    assert (done.returncode, done.stdout.startswith("Check versions, devices, kernels")) == (0, True)
+    done = launch(ROOT / "launch/check_setup.py", "parallel.tpp=2")
+    assert done.returncode == 2
+    assert "did you mean parallel.tp?" in done.stderr
+
+
+@pytest.mark.parametrize("spoil", ["hidden", "head"])
+def test_a_kernel_with_a_wrong_gradient_is_a_failed_row(monkeypatch, spoil):
+    good = setup_probes.kernel_rows(Mesh(), CPU, "auto")
+    assert [(row.check, row.result) for row in good] == [
+        ("kernels torch float32", "ok"), ("kernels torch bfloat16", "ok"), ("kernels triton", "-"),
+    ]  # fmt: skip
+    real = setup_probes.linear_kd_loss
+
+    def wrong(hidden, head, *given, **settings):
+        parts = real(hidden, head, *given, **settings)
+        skewed = hidden if spoil == "hidden" else head
+        extra = (skewed - skewed.detach()).sum() * 0.1
+        return SimpleNamespace(loss=parts.loss + extra)
+
+    monkeypatch.setattr(setup_probes, "linear_kd_loss", wrong)
+    bad = setup_probes.kernel_rows(Mesh(), CPU, "auto")
+    assert [row.result for row in bad] == ["FAIL", "FAIL", "-"]
+    assert re.match(r"over tp 1: \w+ is off by ", bad[0].found)
+
+
+def test_a_kernel_that_breaks_is_a_failed_row_and_not_a_traceback(monkeypatch):
+    def broken(*given, **settings):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(setup_probes, "linear_kd_loss", broken)
+    rows = setup_probes.kernel_rows(Mesh(), CPU, "auto")
+    assert rows[0] == Row("kernels torch", "FAIL", "RuntimeError: no compiler")
+
+
+def test_a_loss_that_is_not_finite_is_infinitely_wrong():
+    assert setup_probes._relative(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0]).double()) == float("inf")
+    assert setup_probes._relative(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]).double()) == 0.25
+
+
+def test_ranks_that_found_the_same_share_a_line_and_versions_must_agree():
+    one = [Row("version torch", "ok", "2.13"), Row("device", "-", "cpu"), Row("disk", "ok", "70 GiB")]
+    other = [Row("version torch", "ok", "2.12"), Row("device", "-", "cpu"), Row("disk", "FAIL", "read-only")]
+    assert setup_check.merge([one, one, other], ["a", "a", "b"]) == [
+        Row("ranks", "-", "3 on 2 hosts: a, b"),
+        Row("version torch", "FAIL", "2.13   [ranks 0, 1]"),
+        Row("version torch", "FAIL", "2.12   [ranks 2]"),
+        Row("device", "-", "cpu"),
+        Row("disk", "ok", "70 GiB   [ranks 0, 1]"),
+        Row("disk", "FAIL", "read-only   [ranks 2]"),
+    ]
+
+
+def test_many_hosts_are_cut_short():
+    rows = setup_check.merge([[]] * 10, [f"h{n}" for n in range(10)])
+    assert rows == [Row("ranks", "-", "10 on 10 hosts: h0, h1, h2, h3, h4, h5, h6, h7 and 2 more")]
+
+
+def test_a_folder_that_cannot_be_written_is_a_failed_row(tmp_path, monkeypatch):
+    def refuse(**given):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(setup_check.tempfile, "mkdtemp", refuse)
+    (row,) = setup_check.disk_rows(tmp_path / "runs" / "deeper", Mesh())
+    assert row == Row("disk", "FAIL", f"{tmp_path}: Permission denied; set run.output_dir to a folder you may write")
+
+
+def test_a_first_host_that_no_name_service_knows_is_told_before_anybody_waits(monkeypatch):
+    def unknown(host, port):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    setup_check._find_others(None)
+    monkeypatch.setattr(setup_check.socket, "getaddrinfo", unknown)
+    with pytest.raises(
+        KdtrainError, match=r"does not know the host MASTER_ADDR = gpu7: Name or (.|\n)*fix: "
+    ) as caught:
+        setup_check._find_others("gpu7")
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "operation"),
+    [("all-reduce", "reduce_sum_"), ("all-gather", "gather_ranks"), ("all-to-all", "exchange_ranks")],
+)
+def test_a_collective_with_wrong_numbers_is_a_failed_row(monkeypatch, name, operation):
+    """A group of two whose other rank is played by arithmetic: what this rank 0 sends and what rank 1 would."""
+    monkeypatch.setattr(setup_probes, "CPU_BYTES", 4096)
+    monkeypatch.setattr(setup_probes, "group_size", lambda group: 2 if group == "two" else 1)
+    monkeypatch.setattr(setup_probes, "group_rank", lambda group: 0)
+    base = setup_probes._buffer(2, CPU)
+    honest = {
+        "reduce_sum_": lambda x, group: x + base + 1,
+        "gather_ranks": lambda x, group: torch.stack([x, base[0] + 1]),
+        "exchange_ranks": lambda x, group: torch.stack([x[0], base[0] + 1000]),
+    }
+    for other, answer in honest.items():
+        monkeypatch.setattr(setup_probes, other, answer)
+    mesh = SimpleNamespace(tp_group="two", dp_group=None, world_group=None, world_size=1)
+    assert [row.result for row in setup_probes.collective_rows(mesh, CPU)] == ["ok", "ok", "ok", "-", "-"]
+    monkeypatch.setattr(setup_probes, operation, lambda x, group: honest[operation](x, group) * 1.001)
+    rows = {row.check: row for row in setup_probes.collective_rows(mesh, CPU)}
+    assert rows.pop(f"{name} tp") == Row(f"{name} tp", "FAIL", "2 ranks: wrong numbers")
+    assert {row.result for row in rows.values()} == {"ok", "-"}
