@@ -58,7 +58,7 @@ class OutputError(KdtrainError):
         return cls(
             f"cannot write {path}: [Errno {error.errno}] {error.strerror}\n"
             "  why: the run's reports go there\n"
-            "  fix: make room, quota and permissions, repeat the command: it resumes from its last checkpoint"
+            "  fix: make room, check permissions, and repeat the command: it resumes from its last checkpoint"
         )
 
 

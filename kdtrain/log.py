@@ -34,14 +34,9 @@ class _Colours(logging.Formatter):
 
 
 class _LogFile(logging.FileHandler):
-    """A file that, once it could not be written, is left alone; `failure` says why, for who can end the run."""
+    """A file that, when it cannot be written, shows no traceback; `failure` says why, for who can end the run."""
 
     failure: OSError | None = None
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Append the record, unless an earlier one failed."""
-        if self.failure is None:
-            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Keep an OSError for `log_failure`; anything else is a mistake in the call and is shown."""

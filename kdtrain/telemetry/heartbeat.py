@@ -3,7 +3,7 @@
 <run folder>/heartbeat/rank_00000    JSON: where that rank is, see `Beat`
 
 No collective takes part: a rank that hangs in one could not say so. Files are replaced atomically, at most once a
-second, and only when something has changed.
+second, and only when something has changed, so what a rank said last may be LONGEST_S old.
 """
 
 from __future__ import annotations

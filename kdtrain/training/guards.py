@@ -89,7 +89,7 @@ class Guards:
                 *(p.step, grad_norm, p.skipped_in_row, p.skipped_steps),
             )
             return
-        before = f" of {p.skipped_in_row} in a row" if p.skipped_in_row > 1 else ""
+        before = f", number {p.skipped_in_row} in a row," if p.skipped_in_row > 1 else ""
         raise NonFiniteLoss(
             f"step {p.step}: the gradient norm is {grad_norm}; the step{before} was not applied\n"
             f"  samples of data rank {self._mesh.dp_rank}: {everyone[self._mesh.dp_rank]} (all ranks': skipped.jsonl)\n"

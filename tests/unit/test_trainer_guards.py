@@ -198,7 +198,7 @@ def test_only_consecutive_steps_count_against_the_limit(tmp_path):
     assert run.progress.skipped_steps == 5
     (tmp_path / "b").mkdir()
     run = trainer(tmp_path / "b", 9, {**spread, 20: math.nan}, max_skipped_steps=2)
-    with pytest.raises(NonFiniteLoss, match=r"^step 6: the gradient norm is nan; the step of 3 in a row was not"):
+    with pytest.raises(NonFiniteLoss, match=r"^step 6: the gradient norm is nan; the step, number 3 in a row, was not"):
         run.run()
     assert [r["data/step"] for r in records(tmp_path / "b/skipped.jsonl")] == [2, 4, 5, 6]
 
@@ -361,6 +361,27 @@ def test_a_full_disk_ends_the_run_at_the_next_step_with_one_message_and_1(tmp_pa
     assert not (tmp_path / "run/LOCK").exists()
     if full != "console.log":  # a log's line waits in memory until the handler goes
         assert path.read_text() == long
+
+
+def test_a_report_of_the_last_step_that_is_refused_is_an_error_too(tmp_path):
+    run = trainer(tmp_path, 1, every=None)
+    with full_disk(10), pytest.raises(OutputError, match="metrics.jsonl"):
+        run.run()
+    assert run.progress.step == 1
+
+
+def test_a_refused_record_is_told_again_at_the_end_unless_the_run_has_failed(tmp_path):
+    for failed in (True, False):
+        sink = JsonlSink(tmp_path / "metrics.jsonl")
+        with full_disk(10):
+            with pytest.raises(OutputError, match="cannot write"):
+                sink.write({"data/step": 1, "loss/total": 2.0})
+            if failed:
+                sink.close(failed=True)
+            else:
+                with pytest.raises(OutputError, match="cannot write"):
+                    sink.close()
+        assert sink._file.closed
 
 
 def test_a_status_that_cannot_be_written_does_not_hide_why_the_run_ended(tmp_path, warned):
