@@ -365,7 +365,7 @@ def test_a_full_disk_ends_the_run_at_the_next_step_with_one_message_and_1(tmp_pa
 
 def test_a_report_of_the_last_step_that_is_refused_is_an_error_too(tmp_path):
     run = trainer(tmp_path, 1, every=None)
-    with full_disk(10), pytest.raises(OutputError, match="metrics.jsonl"):
+    with full_disk(10), pytest.raises(OutputError, match=r"metrics\.jsonl"):
         run.run()
     assert run.progress.step == 1
 
