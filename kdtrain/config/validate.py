@@ -142,6 +142,12 @@ def _layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
     if tp < 1:
         yield Problem("parallel.tp", tp, "is smaller than 1", "1 means that each rank holds the whole student")
         return
+    if cfg.parallel.sequence and (tp == 1 or d.seq_len % tp):
+        yield Problem(
+            "parallel.sequence", True,
+            f"needs ranks to share the tokens: parallel.tp = {tp}, data.seq_len = {d.seq_len}",
+            "set parallel.tp above 1 and data.seq_len to a multiple of it, or parallel.sequence=false",
+        )  # fmt: skip
     if world_size % tp:
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
         yield Problem(

@@ -8,6 +8,9 @@ The convention about factors of tp, written once, here:
 * Where a replicated activation enters sharded weights, each rank's backward yields a *partial* gradient; it is
   summed exactly once, by `copy_to_tp`. Where partial activations leave them, they are summed forward, by
   `reduce_from_tp`, and the (replicated) gradient passes back untouched.
+* Under sequence parallelism activations between blocks are divided by token instead of replicated. Both sums are
+  then taken as reduce-scatters (`gather_tokens` backward, `scatter_tokens` forward): the same sum, of which each rank
+  keeps its tokens. What works on divided tokens (norms, the bias of a row layer) has a partial gradient.
 
 Hence no gradient is ever multiplied or divided by tp. Peers that differentiate through an all-reduce whose
 backward is again an all-reduce get losses right to every digit and gradients wrong by a factor of tp.
@@ -123,3 +126,89 @@ def copy_to_tp(x: Tensor, group: Group) -> Tensor:
 def reduce_from_tp(x: Tensor, group: Group) -> Tensor:
     """Partial activation -> replicated. Forward: one all-reduce (sum). Backward: nothing."""
     return x if group_size(group) == 1 else _ReduceFromTp.apply(x, group)
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _all_tokens(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _summed_share(grad, ctx.group), None
+
+
+class _ScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _summed_share(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _all_tokens(grad, ctx.group), None
+
+
+class _DivideTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _shares(x, group)[group_rank(group)].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _all_tokens(grad, ctx.group), None
+
+
+class _JoinTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return _all_tokens(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return _shares(grad, ctx.group)[group_rank(ctx.group)].clone(), None
+
+
+def gather_tokens(x: Tensor, group: Group) -> Tensor:
+    """Own tokens [B, S/tp, D] -> input of sharded weights [B, S, D]. All-gather forward, reduce-scatter backward."""
+    return x if group_size(group) == 1 else _GatherTokens.apply(x, group)
+
+
+def scatter_tokens(x: Tensor, group: Group) -> Tensor:
+    """Partial [B, S, D] -> own tokens [B, S/tp, D] of the sum. Reduce-scatter forward, all-gather backward."""
+    return x if group_size(group) == 1 else _ScatterTokens.apply(x, group)
+
+
+def divide_tokens(x: Tensor, group: Group) -> Tensor:
+    """Replicated [B, S, D] -> own tokens [B, S/tp, D]. Forward: nothing. Backward: one all-gather.
+
+    Raises ValueError when the ranks do not divide S.
+    """
+    return x if group_size(group) == 1 else _DivideTokens.apply(x, group)
+
+
+def join_tokens(x: Tensor, group: Group) -> Tensor:
+    """Own tokens [B, S/tp, D] -> replicated [B, S, D]. Forward: one all-gather. Backward: nothing."""
+    return x if group_size(group) == 1 else _JoinTokens.apply(x, group)
+
+
+def _shares(x: Tensor, group: Group) -> Tensor:
+    """[B, S, D] -> [ranks, B, S/ranks, D], the tokens of each rank; a view."""
+    size = group_size(group)
+    if x.dim() != 3 or x.shape[1] % size:
+        raise ValueError(f"{size} ranks cannot share the tokens of activations [B, S, D] = {list(x.shape)}")
+    return x.unflatten(1, (size, -1)).transpose(0, 1)
+
+
+def _all_tokens(x: Tensor, group: Group) -> Tensor:
+    return gather_ranks(x, group).transpose(0, 1).flatten(1, 2).contiguous()
+
+
+def _summed_share(x: Tensor, group: Group) -> Tensor:
+    shares = _shares(x, group).contiguous()
+    mine = torch.empty_like(shares[0])
+    dist.reduce_scatter(mine, list(shares.unbind(0)), group=group)
+    return mine

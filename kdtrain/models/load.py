@@ -74,14 +74,16 @@ def load_backbone(
     trainable: bool,
     seed: int = 1,
     packed: bool = True,
+    sequence: bool = False,
 ) -> Backbone:
     """The model of `spec`, cut for this rank of `mesh`, on `device`, parameters in spec.dtype, RoPE in float32.
 
     vocab_size: tokens of the tokenizer. total_rows: rows to make room for on all ranks together (default: the
     model's own). trainable False freezes it and sets eval mode. seed: of the random initialisation, which is the
     same full model for every layout. packed: whether position_ids will restart at documents, which must then not see
-    each other. Does not communicate; every rank must call it. Raises ConfigError or ParallelError with the reason and
-    a fix, also for an architecture that a tiny copy shows to break what `kdtrain.models.probe` checks.
+    each other. sequence: Megatron sequence parallelism over the tp ranks. Does not communicate; every rank must call
+    it. Raises ConfigError or ParallelError with the reason and a fix, also for an architecture that a tiny copy shows
+    to break what `kdtrain.models.probe` checks.
     """
     if spec.dtype not in DTYPES:
         raise ConfigError(f"dtype = {spec.dtype!r} is not supported\n  fix: use one of {', '.join(DTYPES)}")
@@ -95,7 +97,7 @@ def load_backbone(
         _refuse_dropout(model)
     model.requires_grad_(trainable)
     cuts = plan_cuts(model, mesh.tp_size, shard.rows)
-    shard_model(model, mesh, shard)
+    shard_model(model, mesh, shard, sequence=sequence)
     backbone = Backbone(model, shard, {name: cut for name, cut in cuts.items() if not _is_tied_away(model, name)})
     if spec.weights is not None:
         _read_weights(backbone, Path(spec.weights), mesh, device, DTYPES[spec.dtype])

@@ -2,7 +2,8 @@
 
 Activations between blocks are replicated. A block's input passes `copy_to_tp` once (`enter_block`), its column layers
 work on output features, its one row layer sums over the ranks. So a block costs one all-reduce forward and one
-backward, whatever the number of its column layers.
+backward, whatever the number of its column layers. Under sequence parallelism (`kdtrain.parallel.sequence`) each
+all-reduce is replaced by an all-gather and a reduce-scatter.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from kdtrain.dist.collectives import Group, copy_to_tp, group_size, reduce_from_tp, reduce_sum_
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ParallelError
+
+Transfer = Callable[[Tensor, Group], Tensor]
+"""Moves an activation across the border of a block; differentiable (`kdtrain.dist.collectives`)."""
 
 
 class ColumnParallelLinear(nn.Module):
@@ -48,14 +52,18 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """y = sum over ranks of x_local W_local^T, plus b once: sharded [..., in_local] -> replicated [..., out].
 
-    Communicates: one all-reduce forward, nothing backward. The bias is replicated and so is its gradient.
+    leave: how the sum is taken. By default one all-reduce forward and nothing backward; the bias is replicated and so
+    is its gradient.
     """
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group) -> None:
+    def __init__(
+        self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group, leave: Transfer = reduce_from_tp
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
         self.group = group
+        self.leave = leave
 
     @property
     def in_features(self) -> int:
@@ -69,7 +77,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_local] -> [..., out]."""
-        y = reduce_from_tp(F.linear(x, self.weight), self.group)
+        y = self.leave(F.linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias
 
 
@@ -162,18 +170,18 @@ class LmHead(nn.Module):
         return head_fn(hidden, self.head_shard())
 
 
-def enter_block(block: nn.Module, group: Group) -> torch.utils.hooks.RemovableHandle:
+def enter_block(block: nn.Module, group: Group, enter: Transfer = copy_to_tp) -> torch.utils.hooks.RemovableHandle:
     """Make `block` (an attention or MLP module) sum the gradient of its input over the group, once.
 
-    The input is `hidden_states`, as keyword or as the first positional argument. Communicates: nothing forward, one
-    all-reduce backward per call of the block.
+    The input is `hidden_states`, as keyword or as the first positional argument. enter: what it passes through; by
+    default that communicates nothing forward and one all-reduce backward per call of the block.
     """
 
     def copy_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "hidden_states" in kwargs:
-            return args, {**kwargs, "hidden_states": copy_to_tp(kwargs["hidden_states"], group)}
+            return args, {**kwargs, "hidden_states": enter(kwargs["hidden_states"], group)}
         if args and isinstance(args[0], Tensor):
-            return (copy_to_tp(args[0], group), *args[1:]), kwargs
+            return (enter(args[0], group), *args[1:]), kwargs
         raise ParallelError(
             f"{type(module).__name__} was called without hidden_states as keyword or first argument\n"
             "  fix: set parallel.tp=1 for this architecture"
@@ -185,11 +193,13 @@ def enter_block(block: nn.Module, group: Group) -> torch.utils.hooks.RemovableHa
 def sum_gradient_over_tp(param: Tensor, group: Group) -> Any:
     """Make a replicated parameter that is fed by sharded activations receive the whole gradient.
 
-    A tensor hook: it runs before the gradient is accumulated, so every ZeRO stage sees the sum. Communicates: one
-    all-reduce per backward pass.
+    A tensor hook: it runs before the gradient is accumulated, so every ZeRO stage sees the sum, which is taken in
+    float32. Communicates: one all-reduce per backward pass.
     """
 
     def whole(grad: Tensor) -> Tensor:
-        return reduce_sum_(grad.clone(memory_format=torch.contiguous_format), group)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        share = grad.to(wide, memory_format=torch.contiguous_format, copy=True)
+        return reduce_sum_(share, group).to(grad.dtype)
 
     return param.register_hook(whole)  # type: ignore[no-untyped-call]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdtrain.dist.collectives import copy_to_tp, gather_tokens, reduce_from_tp, scatter_tokens
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import VocabShard
 from kdtrain.errors import ParallelError
@@ -25,31 +26,41 @@ from kdtrain.parallel.layers import (
     sum_gradient_over_tp,
 )
 from kdtrain.parallel.plan import plan_cuts, read_plan, vocabulary_modules
+from kdtrain.parallel.sequence import divide_layers, token_wise_parameters
 
 
-def shard_model(model: Any, mesh: Mesh, shard: VocabShard | None = None) -> Any:
+def shard_model(model: Any, mesh: Mesh, shard: VocabShard | None = None, *, sequence: bool = False) -> Any:
     """Replace the embedding and the head, and at tp > 1 every layer the model's plan names, by this rank's piece.
 
     model: a stock causal language model with all its rows; changed in place and returned. shard: this rank's
     vocabulary rows; by default the model's own rows cut over the mesh. Sharded parameters are marked
     `tensor_model_parallel` (DeepSpeed's gradient norm reads it; forgetting it would be silent). Replicated parameters
     with partial gradients get the hook that sums them, now or, from meta, in `materialize_parameter`. Tied weights
-    stay one parameter. Raises ParallelError when the model cannot be cut.
+    stay one parameter. sequence: divide activations between blocks by token (`kdtrain.parallel.sequence`); does
+    nothing at tp 1. Raises ParallelError when the model cannot be cut.
     """
     if shard is None:
         head = model.get_submodule(vocabulary_modules(model)[1])
         shard = VocabShard.of(head.weight.shape[0], mesh.tp_rank, mesh.tp_size)
     cuts = plan_cuts(model, mesh.tp_size, shard.rows)
     blocks = read_plan(model).blocks if mesh.tp_size > 1 else ()
+    sequence = sequence and mesh.tp_size > 1
+    by_token = token_wise_parameters(model, blocks) if sequence else []
+    enter, leave = (gather_tokens, scatter_tokens) if sequence else (copy_to_tp, reduce_from_tp)
     _replace_vocabulary(model, cuts, mesh, shard)
     for block in blocks:
         for name in block.columns:
             model.set_submodule(name, ColumnParallelLinear(*_local_linear(model, name, cuts, mesh)))
-        model.set_submodule(block.row, RowParallelLinear(*_local_linear(model, block.row, cuts, mesh), mesh.tp_group))
+        row = RowParallelLinear(*_local_linear(model, block.row, cuts, mesh), mesh.tp_group, leave)
+        model.set_submodule(block.row, row)
         for name in block.partial_grad:
             for param in model.get_submodule(name).parameters():
                 _mark_partial(param, mesh)
-        enter_block(model.get_submodule(block.name), mesh.tp_group)
+        enter_block(model.get_submodule(block.name), mesh.tp_group, enter)
+    if sequence:
+        divide_layers(model, blocks, mesh.tp_group)
+        for name in by_token:
+            _mark_partial(model.get_parameter(name), mesh)
     return model
 
 

@@ -61,7 +61,7 @@ def build_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, device: torch.devic
     rows = head_rows(cfg, inputs.total_rows)
     student = load_backbone(
         student_spec(cfg), mesh, vocab_size=inputs.vocab_size, total_rows=rows, device=device, trainable=trainable,
-        seed=cfg.run.seed, packed=cfg.data.reset_positions,
+        seed=cfg.run.seed, packed=cfg.data.reset_positions, sequence=cfg.parallel.sequence,
     )  # fmt: skip
     layout = HeadLayout(student.shard, mesh.tp_group, cfg.train.slab_bytes, cfg.train.kernels)
     if spec is None:

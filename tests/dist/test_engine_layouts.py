@@ -23,7 +23,7 @@ from kdtrain.training import build
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
-VOCAB, SEQUENCES, SEQ_LEN = 299, 8, 11
+VOCAB, SEQUENCES, SEQ_LEN = 299, 8, 12
 TEACHER, KD = "qwen3_tied", DistillObjective(divergence="skew_kl", temperature=2.0, kd_weight=0.7, skew=0.3)
 Z_LOSS = 1e-3
 RATES = (1e-2, 3e-3, 2e-3)  # of the three steps
@@ -50,6 +50,7 @@ class Case:
     recompute: bool = False
     dtype: str = "float32"
     teacher: str | None = None  # its layout; without one the loss is plain cross-entropy
+    sequence: bool = False
 
     @property
     def tolerance(self):
@@ -58,7 +59,8 @@ class Case:
     @property
     def name(self):
         micro = ".".join(str(m) for m in self.micro)
-        extras = "".join(f"-{extra.replace(' ', '-')}" for extra in ("recompute" * self.recompute, self.teacher) if extra)
+        words = ("recompute" * self.recompute, "sequence" * self.sequence, self.teacher)
+        extras = "".join(f"-{word.replace(' ', '-')}" for word in words if word)
         return f"{self.family}-tp{self.tp}-zero{self.stage}-{micro}-{self.dtype}{extras}"
 
     @property
@@ -85,6 +87,10 @@ CASES = {
         *(Case("llama", 1, stage, (4, 1, 3), teacher="tp2") for stage in (1, 3)),
         Case("llama", 1, 0, (4, 1, 3), teacher="plain zero3 offload"),
         Case("llama", 2, 3, (3, 8, 1), teacher="plain"),
+        Case("gpt_neox", 2, 1, (8, 1, 3), sequence=True),
+        Case("qwen3", 2, 2, (3, 8, 1), sequence=True, recompute=True, teacher="tp"),
+        Case("llama", 2, 3, (1, 3, 8), sequence=True, teacher="plain"),
+        Case("qwen3", 2, 3, (3, 8, 1), sequence=True, recompute=True, dtype="bfloat16"),
         Case("llama", 1, 0, (4, 1, 3), teacher="plain"),
         Case("llama", 2, 1, (8, 1, 4), dtype="bfloat16"),
         Case("llama_untied", 1, 2, (1, 3, 4), dtype="bfloat16"),
@@ -99,6 +105,7 @@ CASES = {
         Case("llama", 2, 2, (3, 1, 4), teacher="plain"),
         Case("llama", 2, 1, (4, 1, 3), teacher="tp zero3"),
         Case("llama", 2, 3, (4, 2, 1), teacher="tp4"),
+        Case("llama", 2, 1, (1, 2, 4), teacher="tp4", sequence=True),
         Case("llama", 1, 2, (1, 2, 2), teacher="tp4"),
         Case("llama", 1, 1, (2, 1, 2), teacher="tp2 zero3"),
     ],
@@ -119,10 +126,10 @@ def model_spec(folder, family, **settings):
     return ModelSpec(architecture=str(path), attention="sdpa", **settings)
 
 
-def build_backbone(folder, family, mesh, *, dtype="float32", recompute=False, teacher=None):
+def build_backbone(folder, family, mesh, *, dtype="float32", recompute=False, teacher=None, sequence=False):
     spec = model_spec(folder, family, dtype=dtype, activation_checkpointing=recompute)
     rows = None if teacher is None else build.head_rows(teacher_settings(mesh, teacher), 301)
-    backbone = load_backbone(spec, mesh, vocab_size=VOCAB, total_rows=rows, trainable=True, seed=3)
+    backbone = load_backbone(spec, mesh, vocab_size=VOCAB, total_rows=rows, trainable=True, seed=3, sequence=sequence)
     shift_vectors(backbone)
     return backbone
 
@@ -235,7 +242,10 @@ def run_cases(rank, world_size, folder, cases):
     answers = []
     for case in cases:
         mesh = meshes[case.tp]
-        backbone = build_backbone(folder, case.family, mesh, dtype=case.dtype, recompute=case.recompute, teacher=case.teacher)
+        backbone = build_backbone(
+            folder, case.family, mesh, dtype=case.dtype, recompute=case.recompute, teacher=case.teacher,
+            sequence=case.sequence,
+        )  # fmt: skip
         teacher = case.teacher and build_teacher(folder, backbone, mesh, case.teacher)
         engine = StudentEngine(backbone, mesh, configuration(case.stage, dtype=case.dtype), device=torch.device("cpu"))
         root = folder / case.name

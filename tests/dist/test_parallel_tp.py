@@ -1,6 +1,7 @@
 """Tensor parallelism against the stock model in one process: hidden states and every gathered gradient."""
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from kdtrain.data.batch import Batch
 from kdtrain.dist.collectives import copy_to_tp, reduce_from_tp
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import VocabShard
+from kdtrain.errors import ParallelError
 from kdtrain.models.backbone import Backbone, call_with_head
 from kdtrain.models.load import enable_activation_checkpointing
 from kdtrain.models.tiny import tiny_config
 from kdtrain.parallel import merge_state_dict, plan_cuts, shard_model
 from kdtrain.parallel.layers import VocabParallelEmbedding, sum_gradient_over_tp
+from kdtrain.testing.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.dist
 
@@ -52,13 +55,13 @@ def stock_model(family, **changes):
     return model
 
 
-def packed_batch():
+def packed_batch(length=13):
     generator = torch.Generator().manual_seed(7)
-    ids = torch.randint(0, VOCAB, (2, 13), generator=generator)
+    ids = torch.randint(0, VOCAB, (2, length), generator=generator)
     ids[0, 3] = ids[1, 0] = 2  # smollm's padding id
-    positions = torch.tensor([[*range(5), *range(8)], [*range(1), *range(1), *range(11)]])
-    labels = torch.randint(0, VOCAB, (2, 13), generator=generator)
-    mask = torch.ones(2, 13)
+    positions = torch.tensor([[*range(5), *range(length - 5)], [*range(1), *range(1), *range(length - 2)]])
+    labels = torch.randint(0, VOCAB, (2, length), generator=generator)
+    mask = torch.ones(2, length)
     mask[0, 4] = 0
     return Batch(ids, labels, mask, positions, torch.arange(2))
 
@@ -67,10 +70,10 @@ def direction(hidden):
     return torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3), dtype=hidden.dtype)
 
 
-def reference(family, changes, kind):
+def reference(family, changes, kind, length=13):
     """(hidden, loss, gradients by name) of the stock model, with its own head and logits."""
     model = stock_model(family, **changes).train()
-    batch = packed_batch()
+    batch = packed_batch(length)
     out = model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
     hidden = out.last_hidden_state.flatten(0, 1)
     if kind == "hidden":
@@ -104,24 +107,24 @@ def cross_entropy_head(batch, shard, group):
     return head_fn
 
 
-def cut_backbone(family, changes, mesh):
+def cut_backbone(family, changes, mesh, sequence=False):
     model = stock_model(family, **changes)
     shard = VocabShard.of(VOCAB, mesh.tp_rank, mesh.tp_size, total_rows=ROWS)
     cuts = plan_cuts(model, mesh.tp_size, shard.rows)
-    return Backbone(shard_model(model, mesh, shard), shard, cuts)
+    return Backbone(shard_model(model, mesh, shard, sequence=sequence), shard, cuts)
 
 
-def run_cases(rank, world_size, cases):
+def run_cases(rank, world_size, cases, **options):
     """For each (family, changes, kind, checkpointing): this rank's hidden states, loss and gradients as numpy."""
     mesh = Mesh.build(world_size)
-    return [run_case(mesh, *case) for case in cases]
+    return [run_case(mesh, *case, **options) for case in cases]
 
 
-def run_case(mesh, family, changes, kind, checkpointing):
-    backbone = cut_backbone(family, changes, mesh).train()
+def run_case(mesh, family, changes, kind, checkpointing, *, length=13, sequence=False):
+    backbone = cut_backbone(family, changes, mesh, sequence).train()
     if checkpointing:
         enable_activation_checkpointing(backbone.model)
-    batch = packed_batch()
+    batch = packed_batch(length)
     if kind == "hidden":
         hidden = backbone.hidden_states(batch)
         loss = (hidden * direction(hidden)).sum()
@@ -142,9 +145,9 @@ def relative_error(got, want):
     return float((got - want).abs().max() / want.abs().max().clamp(min=1e-12))
 
 
-def compare(case, answers, tp):
+def compare(case, answers, tp, length=13):
     family, changes, kind, _ = case
-    hidden, loss, grads = reference(family, changes, kind)
+    hidden, loss, grads = reference(family, changes, kind, length)
     shard = VocabShard.of(VOCAB, 0, tp, total_rows=ROWS)
     cuts = plan_cuts(stock_model(family, **changes), tp, shard.rows)
     for rank, (got_hidden, got_loss, _) in enumerate(answers):
@@ -193,21 +196,37 @@ def test_activation_checkpointing_changes_no_gradient(rank_pool):
         compare(case, [answer[index] for answer in answers], 2)
 
 
-def count_collectives(rank, world_size, family, checkpointing):
-    """(all-reduces forward, backward) of one hidden_states call."""
+@pytest.mark.parametrize("tp", [2, 3, 4])
+def test_dividing_activations_by_token_changes_no_gradient(rank_pool, tp):
+    cases = [
+        (family, {}, kind, recompute)
+        for family in FAMILIES
+        for kind, recompute in (("hidden", False), ("ce", True))
+        if (family, tp) != ("smollm", 4)
+    ]
+    cases += [("llama", changes, "ce", False) for changes in RELATIVES]
+    cases.append(("llama", {"attention_bias": True, "mlp_bias": True}, "ce", False))
+    answers = rank_pool(tp).run(run_cases, cases=cases, length=12, sequence=True)
+    for index, case in enumerate(cases):
+        compare(case, [answer[index] for answer in answers], tp, length=12)
+
+
+def count_collectives(rank, world_size, family, checkpointing, sequence=False):
+    """Forward and backward of one hidden_states call: all-reduces, or all-gathers and reduce-scatters."""
     mesh = Mesh.build(world_size)
-    backbone = cut_backbone(family, {}, mesh).train()
+    backbone = cut_backbone(family, {}, mesh, sequence).train()
     if checkpointing:
         enable_activation_checkpointing(backbone.model)
     counts = []
+    kinds = ("c10d::allgather_", "c10d::reduce_scatter_") if sequence else ("c10d::allreduce_",)
 
     def count(run):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             result = run()
-        counts.append(sum(e.count for e in profile.key_averages() if e.key == "c10d::allreduce_"))
+        counts.append(tuple(sum(e.count for e in profile.key_averages() if e.key == kind) for kind in kinds))
         return result
 
-    hidden = count(lambda: backbone.hidden_states(packed_batch()))
+    hidden = count(lambda: backbone.hidden_states(packed_batch(12)))
     count(hidden.sum().backward)
     return counts
 
@@ -225,7 +244,70 @@ def count_collectives(rank, world_size, family, checkpointing):
 )
 def test_a_layer_costs_two_all_reduces_each_way(rank_pool, family, checkpointing, forward, backward):
     answers = rank_pool(2).run(count_collectives, family=family, checkpointing=checkpointing)
-    assert answers == [[forward, backward]] * 2
+    assert answers == [[(forward,), (backward,)]] * 2
+
+
+def test_divided_activations_cost_a_gather_and_a_scatter_for_each_all_reduce(rank_pool):
+    answers = rank_pool(2).run(count_collectives, family="llama", checkpointing=False, sequence=True)
+    # per layer two of each, each way; a gather to join the tokens at the end and one for its gradient at the beginning
+    assert answers == [[(2 * 2 + 1, 2 * 2), (2 * 2 + 1, 2 * 2)]] * 2
+
+
+def gradient_without_norm_hook(rank, world_size, name):
+    """Of a parameter that sees this rank's tokens, before the hook that sums it."""
+    backbone = cut_backbone("gpt_neox", {}, Mesh.build(world_size), sequence=True).train()
+    param = dict(backbone.hf_parameters())[name]
+    param._backward_hooks.clear()
+    hidden = backbone.hidden_states(packed_batch(12))
+    (hidden * direction(hidden)).sum().backward()
+    return param.grad.numpy()
+
+
+@pytest.mark.parametrize("name", ["input_layernorm.weight", "attention.dense.bias", "mlp.dense_4h_to_h.bias"])
+def test_without_its_hook_what_sees_a_share_of_the_tokens_would_get_a_share_of_its_gradient(rank_pool, name):
+    name = f"gpt_neox.layers.0.{name}"
+    shares = [torch.from_numpy(share) for share in rank_pool(2).run(gradient_without_norm_hook, name=name)]
+    want = reference("gpt_neox", {}, "hidden", 12)[2][name]
+    for share in shares:
+        assert relative_error(share, want) > 0.05, "the test could not notice a missing hook"
+    assert relative_error(sum(shares), want) < 1e-5
+
+
+def refuse(rank, world_size, family, length):
+    backbone = cut_backbone(family, {}, Mesh.build(world_size), sequence=True)
+    with pytest.raises(ParallelError) as refused:
+        backbone.hidden_states(packed_batch(length))
+    return str(refused.value)
+
+
+def test_a_length_that_ranks_cannot_share_is_refused(rank_pool):
+    for message in rank_pool(2).run(refuse, family="llama", length=13):
+        assert "cannot share the tokens of activations [B, S, D] = [2, 13, " in message
+        assert "make data.seq_len a multiple of parallel.tp" in message
+
+
+def live_bytes(rank, world_size, sequence, recompute):
+    """What forward leaves for backward, in bytes."""
+    mesh = Mesh.build(world_size)
+    backbone = cut_backbone("llama", {"num_hidden_layers": 12}, mesh, sequence).train()
+    if recompute:
+        enable_activation_checkpointing(backbone.model)
+    batch = packed_batch(256)
+    with LiveBytes() as live:
+        hidden = backbone.hidden_states(batch)
+        gc.collect()  # the collectives' own buffers
+        kept = live.now
+    del hidden
+    return kept
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_divided_activations_take_less_memory(rank_pool, recompute):
+    whole, divided = (
+        rank_pool(2).run(live_bytes, sequence=sequence, recompute=recompute)[0] for sequence in (False, True)
+    )
+    # with recomputation: of 12 layers' inputs all but the first layer's halve; else norms and sums do
+    assert divided < (0.8 if recompute else 0.9) * whole
 
 
 def gradients_without_norm_hook(rank, world_size):

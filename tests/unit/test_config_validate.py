@@ -76,6 +76,10 @@ CASES = {
     "prefetch beyond all": ({"data__prefetch": 10**12}, "data.prefetch", "is larger than 1024 steps"),
     "home folder": ({"run__output_dir": "~/runs"}, "run.output_dir", "which only a shell replaces"),
     "tp 0": ({"parallel__tp": 0}, "parallel.tp", "is smaller than 1"),
+    "sequence at tp 1": ({"parallel__tp": 1, "parallel__sequence": True}, "parallel.sequence", "parallel.tp = 1,"),
+    "sequence of odd length": (
+        {"parallel__sequence": True, "data__seq_len": 15}, "parallel.sequence", "data.seq_len = 15",
+    ),
     "tp 3": ({"parallel__tp": 3}, "parallel.tp", r"does not divide the number of ranks (4)"),
     "tp 8": ({"parallel__tp": 8}, "parallel.tp", r"use one of [1, 2, 4]"),
     "tokens not a multiple": ({"data__tokens_per_step": 100}, "data.tokens_per_step", "use 96 or 144"),

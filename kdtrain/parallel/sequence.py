@@ -1,0 +1,87 @@
+"""Megatron sequence parallelism: between blocks each tensor-parallel rank keeps its share of the tokens.
+
+Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.2. A decoder layer is blocks (attention, MLP), which need every
+token, and norms and additions, which work token by token. The first layer takes its own S/tp tokens of the replicated
+embeddings; every block gathers its input and reduce-scatters its output; after the last layer the tokens are joined
+again, so embedding, final norm and loss know nothing of it. The bytes moved are those of the all-reduces it replaces.
+What a layer keeps for backward outside of blocks, and what recomputation keeps per layer, shrinks by tp.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdtrain.dist.collectives import Group, divide_tokens, join_tokens
+from kdtrain.errors import ParallelError
+from kdtrain.parallel.layers import enter_block
+from kdtrain.parallel.plan import Block
+
+
+def token_wise_parameters(model: Any, blocks: Sequence[Block]) -> list[str]:
+    """Names of the replicated parameters of `model`'s layers that will see only this rank's tokens.
+
+    Those of norms, and biases of row layers. Call it before anything is cut. Raises ParallelError for a layer with
+    parameters of any other kind outside of its blocks: it might look across tokens, of which it would see a share.
+    """
+    names = {block.name for block in blocks}
+    found = [f"{block.row}.bias" for block in blocks if model.get_submodule(block.row).bias is not None]
+    for layer in _layers(model, blocks):
+        for name, _ in model.get_submodule(layer).named_parameters(prefix=layer):
+            owner = name.rpartition(".")[0]
+            if any(owner == block or owner.startswith(f"{block}.") for block in names):
+                continue
+            kind = type(model.get_submodule(owner)).__name__
+            if not kind.endswith("Norm"):
+                raise ParallelError(
+                    f"{name!r} belongs to a {kind} outside of the attention and MLP blocks of {layer!r}\n"
+                    "  why: with sequence parallelism it would see only a share of the tokens, and only norms are "
+                    "known to look at one token at a time\n"
+                    "  fix: set parallel.sequence=false for this architecture"
+                )
+            found.append(name)
+    return found
+
+
+def divide_layers(model: Any, blocks: Sequence[Block], group: Group) -> None:
+    """Divide hidden states [B, S, D] by token before the first decoder layer, join them after the last.
+
+    Communicates, per forward and backward pass: one all-gather each.
+    """
+    layers = _layers(model, blocks)
+    enter_block(model.get_submodule(layers[0]), group, _divide)
+
+    def join(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (join_tokens(output[0], group), *output[1:])
+        return join_tokens(output, group)
+
+    model.get_submodule(layers[-1]).register_forward_hook(join)
+
+
+def _divide(hidden: Tensor, group: Group) -> Tensor:
+    try:
+        return divide_tokens(hidden, group)
+    except ValueError as error:
+        raise ParallelError(
+            f"sequence parallelism: {error}\n  fix: make data.seq_len a multiple of parallel.tp, or set "
+            "parallel.sequence=false"
+        ) from error
+
+
+def _layers(model: Any, blocks: Sequence[Block]) -> list[str]:
+    """Names of the decoder layers, in order. Raises ParallelError unless each of one list's layers holds a block."""
+    lists = {match.group(1) for block in blocks if (match := re.match(r"(.*?)\.\d+\.", f"{block.name}."))}
+    if len(lists) == 1:
+        parent = lists.pop()
+        layers = [f"{parent}.{name}" for name, _ in model.get_submodule(parent).named_children()]
+        if all(any(block.name.startswith(f"{layer}.") for block in blocks) for layer in layers):
+            return layers
+    raise ParallelError(
+        f"the decoder layers of {type(model).__name__} cannot be told from its tensor-parallel plan\n"
+        "  why: sequence parallelism divides tokens before the first layer, and every layer must have a block that "
+        "gathers them\n  fix: set parallel.sequence=false for this architecture"
+    )
