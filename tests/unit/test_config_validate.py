@@ -78,7 +78,8 @@ CASES = {
     "tp 0": ({"parallel__tp": 0}, "parallel.tp", "is smaller than 1"),
     "sequence at tp 1": ({"parallel__tp": 1, "parallel__sequence": True}, "parallel.sequence", "parallel.tp = 1,"),
     "sequence of odd length": (
-        {"parallel__sequence": True, "data__seq_len": 15}, "parallel.sequence", "data.seq_len = 15",
+        {"parallel__sequence": True, "data__seq_len": 3, "data__tokens_per_step": 90}, "parallel.sequence",
+        "data.seq_len = 3",
     ),
     "tp 3": ({"parallel__tp": 3}, "parallel.tp", r"does not divide the number of ranks (4)"),
     "tp 8": ({"parallel__tp": 8}, "parallel.tp", r"use one of [1, 2, 4]"),
