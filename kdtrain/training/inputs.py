@@ -8,8 +8,9 @@ from pathlib import Path
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.token_store import TokenStore
-from kdtrain.data.tokenizer import explain_difference, fingerprint
+from kdtrain.data.tokenizer import document_prefix, explain_difference, fingerprint
 from kdtrain.errors import StoreMismatch
+from kdtrain.log import LOGGER
 from kdtrain.models.load import ModelSpec, model_rows
 
 
@@ -36,6 +37,7 @@ def open_inputs(cfg: RunConfig, specs: Sequence[ModelSpec]) -> Inputs:
 
     No store may stand twice in data.train, nor in data.validation what is trained on.
 
+    Warns of documents that do not begin as a model's tokenizer begins a text.
     Reads headers and tokenizers only; does not communicate. Raises DataError for damaged stores, StoreMismatch naming
     both values when two things do not belong together, ConfigError when a model has too few rows.
     """
@@ -49,6 +51,7 @@ def open_inputs(cfg: RunConfig, specs: Sequence[ModelSpec]) -> Inputs:
     for role, folder in (("teacher", cfg.teacher.weights), ("student", cfg.student.weights)):
         if folder is not None:
             _model_tokenizer(first, role, Path(folder))
+            _compare_prefix(first, role, Path(folder))
     vocab_size = first.manifest.vocab_size
     return Inputs(train, validation, vocab_size, max(model_rows(spec, vocab_size) for spec in specs))
 
@@ -112,3 +115,14 @@ def _model_tokenizer(store: TokenStore, role: str, folder: Path) -> None:
             f"  fingerprints: {store.manifest.tokenizer_fingerprint[:16]} and {fingerprint(folder)[:16]}\n"
             "  fix: prepare the corpus with that model's tokenizer (launch/prepare_corpus.py --tokenizer)"
         )
+
+
+def _compare_prefix(store: TokenStore, role: str, folder: Path) -> None:
+    """Warn of text that begins otherwise than the model is used to: many a model is lost without its <bos>."""
+    usual, stored = document_prefix(folder), list(store.manifest.document_prefix)
+    if usual != stored:
+        LOGGER.warning(
+            "the tokenizer of %s.weights = %s puts the ids %s before every text, %s has %s before every document; a "
+            "model that misses what it was trained with predicts badly (launch/prepare_corpus.py --bos auto puts it "
+            "there)", role, folder, usual, store.path, stored,
+        )  # fmt: skip

@@ -10,13 +10,17 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kdtrain.config.cli import run_script
+from kdtrain.config.load import load_run
 from kdtrain.data import prepare
 from kdtrain.data.megatron_index import index_bytes
 from kdtrain.data.prepare import PrepareSettings, import_megatron, prepare_corpus
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.data.tokenizer import document_prefix, load_tokenizer
 from kdtrain.errors import EXIT_DONE, ConfigError, DataError
+from kdtrain.models.load import ModelSpec
+from kdtrain.models.tiny import tiny_config
 from kdtrain.testing.tiny_data import SEPARATOR_ID, write_tokenizer
+from kdtrain.training.inputs import open_inputs
 
 BOS, EOS, CLS = 257, 258, 259
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,3 +184,23 @@ def test_verify_looks_at_the_beginning_of_every_document(tmp_path):
     store = TokenStore.open(tmp_path / "s")
     with pytest.raises(DataError, match=r"document 1 does not begin with document_prefix \[257\]"):
         store.verify()
+
+
+@pytest.mark.parametrize(("single", "bos", "warns"), [("<bos> $A", "never", True), ("<bos> $A", "auto", False)])
+def test_a_run_says_when_text_begins_otherwise_than_its_model_is_used_to(
+    tmp_path, caplog, monkeypatch, single, bos, warns
+):
+    monkeypatch.setattr(prepare.LOGGER, "propagate", True)
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "the teacher reads this"}) + "\n")
+    model = with_template(tmp_path / "model", single)
+    (model / "config.json").write_text(json.dumps(tiny_config("qwen3", vocab_size=260)))
+    prepare_corpus([text], model, tmp_path / "store", PrepareSettings(bos=bos, workers=1))
+    config = tmp_path / "run.yaml"
+    config.write_text("run: {name: x}\ntrain: {total_tokens: 1024}\n")
+    words = [f"student.architecture={model / 'config.json'}", f"teacher.weights={model}"]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="kdtrain"):
+        cfg = load_run([str(config), *words, f"data.train=[{tmp_path / 'store' / 'train'}]"]).config
+        open_inputs(cfg, [ModelSpec(weights=str(model))])
+    assert (f"puts the ids [{BOS}] before every text" in caplog.text) == warns
