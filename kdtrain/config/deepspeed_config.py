@@ -34,8 +34,8 @@ OWNED_ZERO_KEYS: dict[str, str] = {
     "stage": "it is zero.stage",
     "overlap_comm": "it depends on the stage: DeepSpeed refuses it in stages 0 and 1 with unmanaged accumulation",
     "compute_grad_norm": "the norm is reported and clipped in every run",
-    "offload_optimizer": "offloading is not supported: it would compile an operator when the run starts",
-    "offload_param": "offloading is not supported: it would compile an operator when the run starts",
+    "offload_optimizer": "it is zero.offload_optimizer, with which no operator is compiled",
+    "offload_param": "it needs stage 3 with weights fetched from the host in every layer; it is not supported",
     "contiguous_gradients": "accumulation over any number of micro-batches is tested with it only",
     "round_robin_gradients": "it changes which rank holds which optimizer state",
     "zenflow": "it changes when gradients are applied",
@@ -66,7 +66,8 @@ def deepspeed_config(cfg: RunConfig, *, on_cuda: bool) -> dict[str, Any]:
     not managed: any number of backward calls, then one step. The optimizer, the schedule and all reports are ours and
     not described here. Communication overlaps with backward where there is something to overlap: on CUDA, stage 2, 3.
     """
-    clip = cfg.optim.grad_clip
+    clip, zero = cfg.optim.grad_clip, cfg.zero
+    offload = {"offload_optimizer": {"device": "cpu", "pin_memory": on_cuda}} if zero.offload_optimizer else {}
     return {
         "train_micro_batch_size_per_gpu": cfg.data.sequences_per_micro_batch,
         "gradient_accumulation_steps": 1,
@@ -77,10 +78,13 @@ def deepspeed_config(cfg: RunConfig, *, on_cuda: bool) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
-            **cfg.zero.extra,
-            "stage": cfg.zero.stage,
-            "overlap_comm": on_cuda and cfg.zero.stage >= 2,
+            **zero.extra,
+            **offload,
+            "stage": zero.stage,
+            "overlap_comm": on_cuda and zero.stage >= 2,
         },
+        # offloading insists on DeepSpeed's own Adam, compiled when the run starts, unless told otherwise
+        "zero_force_ds_cpu_optimizer": False,
         # kdtrain passes torch's AdamW, which is not on DeepSpeed's list of classes it has tried
         "zero_allow_untested_optimizer": True,
         "steps_per_print": NEVER,

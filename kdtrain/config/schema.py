@@ -148,6 +148,10 @@ class ZeroSection:
 
     stage: Literal[0, 1, 2, 3] = 1
     """0: nothing is partitioned over dp; 1: optimizer states; 2: and gradients; 3: and weights."""
+    offload_optimizer: bool = False
+    """With stage 1 to 3: keep master weights and AdamW's moments in host memory and run AdamW there: 12 bytes less
+    on the device per parameter that ZeRO gives to this rank; but every step waits for the host, whose speed depends on
+    OMP_NUM_THREADS (threads per rank)."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Expert: further keys of DeepSpeed's zero_optimization section, e.g. {reduce_bucket_size: 2e8}; only keys
     that trade memory for speed are accepted."""

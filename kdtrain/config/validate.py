@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from kdtrain.config import checks_memory
 from kdtrain.config.deepspeed_config import EXTRA_ZERO_KEYS, OWNED_ZERO_KEYS
 from kdtrain.config.keys import suggestion_among
 from kdtrain.config.load import Loaded
@@ -49,6 +50,7 @@ def problems(cfg: RunConfig, *, world_size: int) -> Iterator[Problem]:
     yield from _layout(cfg, world_size)
     yield from _teacher_layout(cfg, world_size)
     yield from _zero(cfg)
+    yield from checks_memory.problems(cfg)
     yield from _objective(cfg)
     yield from _z_loss(cfg)
     if cfg.objective.name == "distill":

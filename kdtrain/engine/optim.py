@@ -46,10 +46,13 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
 
 
 def build_adamw(
-    named: Iterable[tuple[str, nn.Parameter]], settings: OptimSection, device: torch.device
+    named: Iterable[tuple[str, nn.Parameter]],
+    settings: OptimSection,
+    device: torch.device,
+    *,
+    offload: bool = False,
 ) -> torch.optim.AdamW:
-    """torch's AdamW, the fused kernel on CUDA: nothing is compiled at run time."""
+    """torch's AdamW, the fused kernel on CUDA and, with `offload`, on the host: nothing is compiled at run time."""
     groups = parameter_groups(named, settings.weight_decay)
-    return torch.optim.AdamW(
-        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=device.type == "cuda"
-    )
+    fused = offload or device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=fused)

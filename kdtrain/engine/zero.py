@@ -50,7 +50,8 @@ class StudentEngine:
         self.zero_stage: int = cfg.zero.stage
         self._grad_clip = cfg.optim.grad_clip
         self._norm = math.nan
-        self.optimizer = build_adamw(backbone.hf_parameters(), cfg.optim, device)
+        self._offloads = cfg.zero.offload_optimizer
+        self.optimizer = build_adamw(backbone.hf_parameters(), cfg.optim, device, offload=self._offloads)
         settings = copy.deepcopy(deepspeed_config(cfg, on_cuda=device.type == "cuda"))
         if self.zero_stage == 0:
             # DeepSpeed reports no norm without ZeRO, and averages it over stale groups: ours is taken in a hook.
@@ -88,7 +89,10 @@ class StudentEngine:
             group["lr"] = lr
         self.deepspeed.step()
         norm = self._norm if self.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())
-        return StepResult(norm, math.isfinite(norm) and bool(self.deepspeed.was_step_applied()))
+        applied = math.isfinite(norm) and bool(self.deepspeed.was_step_applied())
+        if not applied and self._offloads and self.zero_stage < 3:
+            self._forget_gradients()
+        return StepResult(norm, applied)
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
@@ -102,6 +106,14 @@ class StudentEngine:
     def close(self) -> None:
         """Give DeepSpeed's hooks and buffers back."""
         self.deepspeed.destroy()
+
+    def _forget_gradients(self) -> None:
+        """Drop the sums of a skipped step, as DeepSpeed itself does without offload.
+
+        With it, under bfloat16, DeepSpeed 0.19.8 would add the next step's to them: no step would be finite again.
+        """
+        sums = self.deepspeed.optimizer.averaged_gradients
+        sums.update(dict.fromkeys(sums))
 
     def _clip_without_zero(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """Norm over tp of gradients that dp has reduced already; replicated ones count once. One all-reduce (tp)."""

@@ -8,6 +8,8 @@ from kdtrain.config.schema import RunConfig
 
 GIB = 1 << 30
 BYTES = {"float32": 4, "bfloat16": 2}
+HOST_BYTES_PER_ELEMENT = 20
+"""Of an optimizer in host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,30 +24,36 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes per rank, part by part. Activations are the rough one: they depend on the attention kernel."""
+    """Bytes per rank, part by part. Activations are the rough one: they depend on the attention kernel.
+
+    parts: of the device. host: what is kept in host memory on purpose, all of it.
+    """
 
     parts: dict[str, int]
+    host: int = 0
 
     @property
     def total(self) -> int:
-        """Sum of the parts, bytes."""
+        """Sum of the device's parts, bytes."""
         return sum(self.parts.values())
 
     def line(self) -> str:
         """One line for the console."""
         parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts.items())
-        return f"estimate {self.total / GIB:.2f} GiB/rank ({parts})"
+        host = f"; in host memory {self.host / GIB:.2f}" if self.host else ""
+        return f"estimate {self.total / GIB:.2f} GiB/rank ({parts}{host})"
 
 
 def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | None, *, dp_size: int) -> MemoryEstimate:
     """Persistent and peak bytes per rank (our derivation, checked against a run by tests/integration).
 
     Student: weights; an fp32 gradient; fp32 master copy and two Adam moments; ZeRO divides the states (stage >= 1),
-    the gradients (>= 2) and the weights (3) by dp. Teacher: weights, whole or cut. Loss: two fp32 slabs within
+    the gradients (>= 2) and the weights (3) by dp. With zero.offload_optimizer the states are on the host, and at stage
+    3 the gradients too. Teacher: weights, whole or cut. Loss: two fp32 slabs within
     train.slab_bytes plus the fp32 gradients it returns. Activations: per layer about 16 widths per token without
     recomputation, 1 with it (and one layer's worth).
     """
-    tp, stage = cfg.parallel.tp, cfg.zero.stage
+    tp, stage, offload = cfg.parallel.tp, cfg.zero.stage, cfg.zero.offload_optimizer
     local = student.num_parameters / tp
     tokens = cfg.data.sequences_per_micro_batch * cfg.data.seq_len
     item = BYTES[cfg.student.dtype]
@@ -58,15 +66,18 @@ def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | Non
     )
     parts = {
         "weights": local * item / (dp_size if stage == 3 else 1),
-        "gradients": local * 4 / (dp_size if stage >= 2 else 1),
-        "optimizer": local * 12 / (dp_size if stage >= 1 else 1),
+        "gradients": 0 if offload and stage == 3 else local * 4 / (dp_size if stage >= 2 else 1),
+        "optimizer": 0 if offload else local * 12 / (dp_size if stage >= 1 else 1),
         "activations": activations,
         "loss": min(cfg.train.slab_bytes, 8 * tokens * student.vocab_rows / tp)
         + 4 * (tokens * student.width + student.vocab_rows / tp * student.width),
     }
+    # master weights, two moments, the gradient that AdamW reads, and DeepSpeed's buffer beside it
+    host = local * HOST_BYTES_PER_ELEMENT / dp_size if offload else 0.0
     if teacher is not None:
         parts |= _teacher_parts(cfg, teacher, tokens, dp_size)
-    return MemoryEstimate({name: int(size) for name, size in parts.items()})
+        host += _teacher_on_host(cfg, teacher, dp_size)
+    return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host))
 
 
 def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, dp_size: int) -> dict[str, float]:
@@ -83,3 +94,9 @@ def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, dp_size: int
     pieces = 0.0 if t.offload else weights / (dp_size * tp / cut)
     micro_batches = cfg.data.tokens_per_step / (dp_size * tokens)
     return {"teacher": pieces + layers + head, "teacher_hidden": hidden * micro_batches}
+
+
+def _teacher_on_host(cfg: RunConfig, teacher: ModelSize, dp_size: int) -> float:
+    """This rank's pieces, which are the same part of the weights however the teacher is cut besides."""
+    t = cfg.teacher
+    return teacher.num_parameters * BYTES[t.dtype] / (dp_size * cfg.parallel.tp) if t.offload else 0.0

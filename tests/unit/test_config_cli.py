@@ -287,6 +287,16 @@ def test_communication_overlaps_only_where_deepspeed_allows_it(stage, on_cuda, o
     assert deepspeed_config(cfg, on_cuda=on_cuda)["zero_optimization"] == {"stage": stage, "overlap_comm": overlap}
 
 
+@pytest.mark.parametrize("on_cuda", [True, False])
+def test_an_optimizer_in_host_memory_is_torchs_not_one_that_deepspeed_compiles(on_cuda):
+    cfg = RunConfig()
+    assert "offload_optimizer" not in deepspeed_config(cfg, on_cuda=on_cuda)["zero_optimization"]
+    cfg.zero.offload_optimizer = True
+    found = deepspeed_config(cfg, on_cuda=on_cuda)
+    assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": on_cuda}
+    assert found["zero_force_ds_cpu_optimizer"] is False
+
+
 def test_dtype_clipping_and_expert_keys_reach_deepspeed():
     cfg = RunConfig()
     cfg.student.dtype, cfg.optim.grad_clip, cfg.zero.extra = "float32", None, {"sub_group_size": 7}

@@ -99,3 +99,5 @@ def test_adamw_takes_its_settings_from_the_configuration():
     for group, decay in zip(adam.param_groups, (0.2, 0.0), strict=True):
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.7), 1e-3, decay)
         assert not group["fused"]
+    on_host = build_adamw(named_parameters().items(), cfg.optim, torch.device("cpu"), offload=True)
+    assert all(group["fused"] for group in on_host.param_groups)

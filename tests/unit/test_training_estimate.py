@@ -1,0 +1,35 @@
+"""What the memory estimate says of weights and states that are not on the device."""
+
+import pytest
+
+from kdtrain.config.schema import RunConfig
+from kdtrain.training.estimate import ModelSize, estimate_memory
+
+STUDENT, TEACHER = ModelSize(8_000_000, 256, 4, 1024), ModelSize(32_000_000, 512, 8, 1024)
+
+
+def estimated(stage, *, offload, teacher=None, dp_size=2):
+    cfg = RunConfig()
+    cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 1, 64
+    cfg.parallel.tp, cfg.zero.stage, cfg.zero.offload_optimizer = 2, stage, offload
+    if teacher is not None:
+        cfg.teacher.zero_stage, cfg.teacher.offload = 3, offload
+    return estimate_memory(cfg, STUDENT, teacher, dp_size=dp_size)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_an_optimizer_on_the_host_leaves_the_device(stage):
+    on, off = estimated(stage, offload=True), estimated(stage, offload=False)
+    assert off.host == 0
+    assert on.host == 8_000_000 // 2 // 2 * 20
+    assert off.parts["optimizer"] == 8_000_000 // 2 // 2 * 12
+    gone = off.parts["optimizer"] + (off.parts["gradients"] if stage == 3 else 0)
+    assert off.total - on.total == gone
+    assert on.line().endswith("; in host memory 0.04)")
+    assert "host" not in off.line()
+
+
+def test_a_teacher_on_the_host_is_counted_there():
+    on, off = (estimated(2, offload=offload, teacher=TEACHER) for offload in (True, False))
+    assert on.host - estimated(2, offload=True).host == 32_000_000 * 2 // 4
+    assert off.parts["teacher"] - on.parts["teacher"] == 32_000_000 * 2 // 4
