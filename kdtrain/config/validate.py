@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from kdtrain.config import checks_memory
+from kdtrain.config.checks_checkpoint import checkpoint_problems
 from kdtrain.config.deepspeed_config import EXTRA_ZERO_KEYS, OWNED_ZERO_KEYS
 from kdtrain.config.keys import suggestion_among
 from kdtrain.config.load import Loaded
@@ -58,6 +59,7 @@ def problems(cfg: RunConfig, *, world_size: int) -> Iterator[Problem]:
     yield from _optimizer(cfg)
     yield from _schedule(cfg)
     yield from _cadence(cfg)
+    yield from checkpoint_problems(cfg.checkpoint)
     yield from _guard(cfg.guard)
 
 

@@ -7,6 +7,7 @@ or cut along dim 0 that is the row-major order of the full parameter.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,26 @@ FORMAT = "kdtrain-checkpoint"
 VERSION = 1
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 """float32 weights and AdamW's two moments."""
+# Keys of a config that do not change what the model computes from its weights, or change with the library's version.
+VOLATILE = frozenset(
+    (
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
+)
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -221,3 +242,10 @@ def _file_from_json(name: str, found: dict[str, Any]) -> FileEntry:
         raise ValueError(f"{name!r} is not a plain file name")
     slices = tuple(Slice(str(n), str(k), int(t), int(o), int(m)) for n, k, t, o, m in found["slices"])
     return FileEntry(name, int(found["size"]), str(found["sha256"]), slices)
+
+
+def model_fingerprint(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> str:
+    """16 hex digits of the parameters' names and shapes and of what the config says about the computation."""
+    lasting = {key: value for key, value in config.items() if key not in VOLATILE}
+    text = json.dumps([lasting, {name: list(shape) for name, shape in shapes.items()}], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

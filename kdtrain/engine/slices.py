@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,32 +47,47 @@ class Fragment:
 
 
 def write_rank_file(path: Path, fragments: Iterable[Fragment]) -> FileEntry:
-    """Write `path` (a safetensors file), fsync it, and say what is in it. One fragment at a time is copied to the host.
+    """Write `path` with `write_slices`. One fragment at a time is copied to the host."""
+    kept = writable(path, fragments)
+    return write_slices(path, [fragment.describe() for fragment in kept], (_on_host(f.tensor) for f in kept))
+
+
+def writable(path: Path, fragments: Iterable[Fragment]) -> list[Fragment]:
+    """The fragments that hold anything. Raises ValueError for those that `path` cannot keep, or not apart."""
+    kept = [fragment for fragment in fragments if fragment.tensor.numel()]
+    for fragment in kept:
+        if fragment.tensor.dim() != 1 or fragment.tensor.dtype != torch.float32:
+            raise ValueError(f"{fragment.name}: a fragment is 1-D float32, got {fragment.tensor.dtype}")
+    if len({fragment.describe().key for fragment in kept}) != len(kept):
+        raise ValueError(f"{path.name}: two fragments have the same name, kind, tp rank and offset")
+    return kept
+
+
+def write_slices(path: Path, slices: Sequence[Slice], data: Iterable[memoryview]) -> FileEntry:
+    """Write `path` (a safetensors file), fsync it, and say what is in it. data: the slices' bytes one after the other.
 
     Written here, not by the safetensors package, so that a failure carries its errno and the checksum is of the bytes
     meant, not of those read back. Raises OSError; the file may then be incomplete.
     """
-    kept = [fragment for fragment in fragments if fragment.tensor.numel()]
     header: dict[str, Any] = {}
     at = 0
-    for fragment in kept:
-        if fragment.tensor.dim() != 1 or fragment.tensor.dtype != torch.float32:
-            raise ValueError(f"{fragment.name}: a fragment is 1-D float32, got {fragment.tensor.dtype}")
-        size = fragment.tensor.numel()
-        header[fragment.describe().key] = {"dtype": "F32", "shape": [size], "data_offsets": [at, at + 4 * size]}
-        at += 4 * size
-    if len(header) != len(kept):
-        raise ValueError(f"{path.name}: two fragments have the same name, kind, tp rank and offset")
+    for s in slices:
+        header[s.key] = {"dtype": "F32", "shape": [s.numel], "data_offsets": [at, at + 4 * s.numel]}
+        at += 4 * s.numel
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
         _put(file, memoryview(len(text).to_bytes(8, "little") + text), digest)
-        for fragment in kept:
-            values: Any = fragment.tensor.detach().cpu().contiguous().numpy()
-            _put(file, memoryview(values).cast("B"), digest)
+        for block in data:
+            _put(file, block, digest)
         os.fsync(file.fileno())
-    return FileEntry(path.name, 8 + len(text) + at, digest.hexdigest(), tuple(f.describe() for f in kept))
+    return FileEntry(path.name, 8 + len(text) + at, digest.hexdigest(), tuple(slices))
+
+
+def _on_host(tensor: Tensor) -> memoryview:
+    values: Any = tensor.detach().cpu().contiguous().numpy()
+    return memoryview(values).cast("B")
 
 
 def _put(file: Any, data: memoryview, digest: Any) -> None:

@@ -7,9 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.loader import StepLoader
+from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import checkpoint
+from kdtrain.engine.background import BackgroundWriter
+from kdtrain.engine.commit import remove_older
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.log import LOGGER
 from kdtrain.training.progress import Progress
@@ -22,36 +27,84 @@ class Checkpoints:
     No random state is kept: what is random in a step is seeded from (run.seed, step, data rank) when it begins.
     """
 
-    def __init__(self, cfg: RunConfig, run_folder: Path, origin: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, cfg: RunConfig, run_folder: Path, mesh: Mesh, device: torch.device, origin: dict[str, Any] | None = None
+    ) -> None:
         self._root = run_folder / FOLDER
         self._cfg = cfg
+        self._mesh = mesh
         self._origin = origin
         self._last: Path | None = None
+        self._writer = BackgroundWriter(mesh, device) if cfg.checkpoint.async_write else None
+        self._began = self._stalled = 0.0
 
-    def save(self, engine: StudentEngine, progress: Progress, loader: StepLoader, sequences: int) -> Path:
-        """One complete checkpoint, then older ones beyond keep_last are removed. Every rank must call it.
+    def save(
+        self, engine: StudentEngine, progress: Progress, loader: StepLoader, sequences: int, *, wait: bool = True
+    ) -> None:
+        """One complete checkpoint, then those that checkpoint.keep_* do not keep are removed. Every rank must call it.
 
-        sequences: consumed so far by the whole run. Does nothing if this step has been saved already. Communicates:
-        barriers and success flags.
+        sequences: consumed so far by the whole run. wait: return only when it is on disk; else, with
+        checkpoint.async_write, once it has been copied (see `advance`). Writes nothing if this step has been saved
+        already. Communicates: barriers and success flags. Raises CheckpointError on all ranks.
         """
-        if self._last is not None and self._last.name == checkpoint.folder_name(progress.step):
-            return self._last
-        started = time.perf_counter()
-        state: dict[str, Any] = {
+        began = time.perf_counter()
+        self.finish()
+        if self._last is None or self._last.name != checkpoint.folder_name(progress.step):
+            self._began = began
+            self._last = self._write(engine, progress.step, self._state(progress, loader, sequences))
+            self._stalled = time.perf_counter() - began
+        if wait:
+            self.finish()
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank is writing in the background and not ready for `advance`. Does not communicate."""
+        return self._writer is not None and self._writer.busy
+
+    def advance(self) -> None:
+        """Go on with the checkpoint that is being written, if one is. Every rank must call it, when none is `busy`.
+
+        Communicates, only then: success flags. Raises CheckpointError on all ranks if writing failed on any.
+        """
+        if self._writer is not None and (path := self._writer.advance()) is not None:
+            self._tell(path)
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is on disk. Every rank must call it. Raises as `advance`."""
+        while self._writer is not None and self._writer.in_flight is not None:
+            self.advance()
+
+    def _write(self, engine: StudentEngine, step: int, state: dict[str, Any]) -> Path:
+        keep = self._cfg.checkpoint
+        if self._writer is not None:
+
+            def tidy(saved: Path) -> None:
+                remove_older(self._root, keep.keep_last, keep.keep_every, saved)
+
+            return checkpoint.save_behind(self._writer, self._root, engine, step=step, state=state, tidy=tidy)
+        path = checkpoint.save(self._root, engine, step=step, state=state)
+        checkpoint.retain(self._root, keep.keep_last, keep_every=keep.keep_every, just_saved=path, mesh=self._mesh)
+        self._stalled = 0.0
+        self._tell(path)
+        return path
+
+    def _state(self, progress: Progress, loader: StepLoader, sequences: int) -> dict[str, Any]:
+        return {
             "progress": asdict(progress),
             "loader": loader.state_dict(sequences),
             "config": saved_config(self._cfg),
             "origin": self._origin,
         }
-        path = checkpoint.save(self._root, engine, step=progress.step, state=state)
-        checkpoint.retain(self._root, self._cfg.checkpoint.keep_last, just_saved=path, mesh=engine.mesh)
-        if engine.mesh.is_main:
-            LOGGER.info(
-                "saved %7d  %s  %.2f GiB in %.1f s",
-                *(progress.step, path, checkpoint.size_bytes(path) / 2**30, time.perf_counter() - started),
-            )
-        self._last = path
-        return path
+
+    def _tell(self, path: Path) -> None:
+        if self._mesh.is_main:
+            seconds = time.perf_counter() - self._began
+            text = "saved %7d  %s  %.2f GiB in %.1f s"
+            values = (checkpoint.step_of(path), path, checkpoint.size_bytes(path) / 2**30, seconds)
+            if self._writer is None:
+                LOGGER.info(text, *values)
+            else:
+                LOGGER.info(text + ", training waited %.2f s", *values, self._stalled)
 
     def load(self, path: Path, engine: StudentEngine, loader: StepLoader) -> Progress:
         """Bring engine and data position to where `path` was written; any layout. Every rank calls it.

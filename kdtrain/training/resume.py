@@ -91,6 +91,13 @@ def _from_path(named: Path, own: Path | None) -> ResumePoint:
         return ResumePoint(found, identity)
     if own.resolve() == found or (origin is not None and origin["id"] == identity["id"]):
         return ResumePoint(own, origin)
+    if own.resolve().parent == found.parent:
+        raise ConfigError(
+            f"run.resume = {named} is an older checkpoint of this very run, whose newest is {own}\n"
+            "  why: the newer one would win at the next resume; two histories in one folder cannot be told apart\n"
+            f"  fix: to go back to step {identity['step']}, choose another run.name and keep run.resume; to continue "
+            "from the newest, set run.resume=auto"
+        )
     began = "from scratch" if origin is None else f"from {origin['path']}"
     raise ConfigError(
         f"run.resume = {named} (step {identity['step']}), but this run folder holds {own}\n"

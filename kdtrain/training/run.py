@@ -101,7 +101,7 @@ def _train(
     # Last: DeepSpeed keeps process-wide state that the most recent engine owns.
     engine = StudentEngine(models.student, mesh, cfg, device=device)
     progress = Progress()
-    checkpoints = Checkpoints(cfg, folder, None if resume_from is None else resume_from.origin)
+    checkpoints = Checkpoints(cfg, folder, mesh, device, None if resume_from is None else resume_from.origin)
     if resume_from is not None:
         progress = checkpoints.load(resume_from.path, engine, loader)
         LOGGER.info("resumed %6d  from %s", progress.step, resume_from.path)

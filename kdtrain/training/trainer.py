@@ -19,7 +19,7 @@ from kdtrain.data.loader import StepLoader
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine.optim import learning_rate
 from kdtrain.engine.zero import StepResult, StudentEngine
-from kdtrain.errors import OutputError, RunStopped
+from kdtrain.errors import NonFiniteLoss, OutputError, RunStopped
 from kdtrain.objectives.base import Objective
 from kdtrain.telemetry.metrics import Metrics
 from kdtrain.training.cadence import Cadence, StopRequest
@@ -60,7 +60,14 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
 
     def run(self) -> None:
-        """Train to the end. Raises RunStopped after saving; NonFiniteLoss and OutputError without."""
+        """Train to the end. Raises RunStopped after saving; NonFiniteLoss, OutputError and CheckpointError without."""
+        try:
+            self._run()
+        except NonFiniteLoss:  # raised on all ranks together: what is being written can still be completed
+            self.checkpoints.finish()
+            raise
+
+    def _run(self) -> None:
         cadence = Cadence(self.cfg, self.progress)
         metrics = Metrics(device=self.device, group=self.mesh.dp_group)
         metrics.load_state(self.progress.metrics)
@@ -84,7 +91,7 @@ class Trainer:
             if cadence.evaluate(self.progress.step):
                 self._evaluate()
             if cadence.save(self.progress.step):
-                self._save(metrics)
+                self._save(metrics, wait=self.progress.step == cadence.last_step)
         self._agree([])
 
     def _next_micro_batches(self) -> list[Batch]:
@@ -97,18 +104,21 @@ class Trainer:
     def _agree(self, micro_batches: list[Batch]) -> tuple[float, bool]:
         """Global number of valid tokens of this step, and whether any rank wants to stop. One all-reduce, world.
 
-        Raises OutputError on all ranks if one of them could not write.
+        A checkpoint that is being written goes on to its next stage when all ranks are ready for it. Raises OutputError
+        on all ranks if one of them could not write, CheckpointError if that was the checkpoint.
         """
         failure = self.reporter.failure or self.guards.failure
-        flags = [float(self.stop.wanted), float(failure is not None)]
+        flags = [float(self.stop.wanted), float(failure is not None), float(self.checkpoints.busy)]
         table = torch.tensor([0.0, *flags], dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             table[0] += batch.num_valid_tokens()
         if self.mesh.world_size > 1:
             dist.all_reduce(table, group=self.mesh.world_group)
-        valid, stop, failed = table.tolist()
+        valid, stop, failed, busy = table.tolist()
         if failed:
             raise failure or OutputError("another rank cannot write its files; its message says which and why")
+        if not busy:
+            self.checkpoints.advance()
         # every tp rank of a data rank counted the same tokens
         return valid / self.mesh.tp_size, stop > 0
 
@@ -151,12 +161,12 @@ class Trainer:
         with self.timer.pulse.phase("evaluate", apart=True):
             self.evaluator.run(self.progress)
 
-    def _save(self, metrics: Metrics) -> None:
+    def _save(self, metrics: Metrics, *, wait: bool = True) -> None:
         with self.timer.pulse.phase("save", apart=True):
             self.guards.look_at_losses()
             self.progress.metrics = metrics.state()
             sequences = self.progress.tokens_seen // self.cfg.data.seq_len
-            self.checkpoints.save(self.engine, self.progress, self.loader, sequences)
+            self.checkpoints.save(self.engine, self.progress, self.loader, sequences, wait=wait)
 
     def close(self, *, failed: bool = False) -> None:
         """Let go of the report's files; `failed`: the run ends by an error. Raises OutputError unless `failed`."""

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from kdtrain.engine.checkpoint import find_latest, read_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +30,20 @@ def run(code, *args):
     return done.stdout
 
 
-def save_until_killed(slices, root, step, state_bytes, limit):
+def save(slices, root, *, behind, **settings):
+    """One checkpoint by the plain write, or by a thread."""
+    if not behind:
+        return slices.write(root, **settings)
+    from kdtrain.dist.mesh import Mesh
+    from kdtrain.engine.background import BackgroundWriter
+
+    writer = BackgroundWriter(Mesh(), slices.torch.device("cpu"))
+    fragments = slices.fragments({}, slices.ragged)
+    writer.begin(root, slices.about(**settings), fragments, dict.fromkeys(slices.SHAPES, 3))
+    return writer.finish()
+
+
+def save_until_killed(slices, root, step, state_bytes, limit, behind):
     """In a child that the kernel kills when it writes byte `limit` of any one file; whether it was killed."""
     if child := os.fork():
         status = os.waitpid(child, 0)[1]
@@ -39,23 +54,23 @@ def save_until_killed(slices, root, step, state_bytes, limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     code = 1
     try:
-        slices.write(root, step=step, state={"fill": "x" * state_bytes})
+        save(slices, root, behind=behind, step=step, state={"fill": "x" * state_bytes})
         code = 0
     finally:
         os._exit(code)
 
 
-def kill_at_every_kind_of_byte(slices, root):
+def kill_at_every_kind_of_byte(slices, root, behind=False):
     good = slices.write(root, step=1, state={"good": True})
     size = (good / "rank_00000.safetensors").stat().st_size
     state_bytes = 3 * size  # so that checkpoint.json is the longer file, and the larger limits fall into it
     limits = [0, 1, 8, size // 2, size - 1, size, 2 * size, 3 * size]
     for limit in limits:
-        assert save_until_killed(slices, root, 2, state_bytes, limit), limit
+        assert save_until_killed(slices, root, 2, state_bytes, limit, behind), limit
         assert (root / ".step_000002.writing").exists()
         assert find_latest(root) == good
         assert read_state(good) == {"good": True}
-    assert not save_until_killed(slices, root, 2, state_bytes, 10 * size)
+    assert not save_until_killed(slices, root, 2, state_bytes, 10 * size, behind)
     assert sorted(p.name for p in root.iterdir()) == ["step_000001", "step_000002"]
     assert read_state(find_latest(root))["fill"] == "x" * state_bytes
 
@@ -71,9 +86,10 @@ def load(path):
 """
 
 
-def test_a_kill_at_any_byte_leaves_the_last_good_checkpoint(tmp_path):
-    code = LOAD + "load(sys.argv[1]).kill_at_every_kind_of_byte(load(sys.argv[2]), pathlib.Path(sys.argv[3]))"
-    run(code, __file__, SLICES, tmp_path)
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_kill_at_any_byte_leaves_the_last_good_checkpoint(tmp_path, behind):
+    code = f"load(sys.argv[1]).kill_at_every_kind_of_byte(load(sys.argv[2]), pathlib.Path(sys.argv[3]), {behind})"
+    run(LOAD + code, __file__, SLICES, tmp_path)
 
 
 def test_checkpoints_are_read_without_deepspeed(tmp_path):

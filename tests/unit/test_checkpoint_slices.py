@@ -355,7 +355,20 @@ def test_only_the_newest_complete_checkpoints_stay_and_damaged_ones_are_not_touc
     assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_000004", "step_000005"]
     with pytest.raises(ValueError, match="at least 1"):
         retain(tmp_path, 0, just_saved=newest)
+    with pytest.raises(ValueError, match="at least 1"):
+        retain(tmp_path, 1, just_saved=newest, keep_every=0)
     retain(tmp_path / "nowhere", 1, just_saved=newest)
+
+
+def test_checkpoints_at_multiples_of_keep_every_stay_besides_the_newest(tmp_path):
+    for step in range(1, 11):
+        newest = write(tmp_path, step=step)
+        retain(tmp_path, 2, just_saved=newest, keep_every=4)
+    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [4, 8, 9, 10]
+    retain(tmp_path, 1, just_saved=newest)
+    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [10], (
+        "what keep_every kept goes when it is taken back"
+    )
 
 
 def test_what_was_just_saved_stays_whatever_else_is_there(tmp_path):

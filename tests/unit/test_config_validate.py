@@ -1,3 +1,4 @@
+import importlib
 import ast
 import math
 import os
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kdtrain.config import checks_memory, paths, validate
+from kdtrain.config import paths, validate
 from kdtrain.config.load import Loaded, load_run
 from kdtrain.config.problems import Problem, format_problems
 from kdtrain.config.schema import DistillObjective, RunConfig
@@ -16,6 +17,11 @@ from kdtrain.errors import EXIT_CONFIG, ConfigError
 from kdtrain.models.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
+
+CHECKS = [
+    importlib.import_module(f"kdtrain.config.{path.stem}")
+    for path in sorted(Path(validate.__file__).parent.glob("checks_*.py"))
+]
 
 
 def runnable(**changes):
@@ -162,6 +168,14 @@ CASES = {
     "log": ({"log__every_steps": 0}, "log.every_steps", "is smaller than 1"),
     "save": ({"checkpoint__every_steps": 0}, "checkpoint.every_steps", "is smaller than 1"),
     "keep": ({"checkpoint__keep_last": 0}, "checkpoint.keep_last", "is smaller than 1"),
+    "keep every": (
+        {"checkpoint__keep_every": 0, "checkpoint__every_steps": 2}, "checkpoint.keep_every", "is smaller than 1"
+    ),
+    "keep every of none": ({"checkpoint__keep_every": 4}, "checkpoint.keep_every", "would be ignored"),
+    "keep every between": (
+        {"checkpoint__keep_every": 5, "checkpoint__every_steps": 2}, "checkpoint.keep_every", "is no multiple of"
+    ),
+    "async at the end": ({"checkpoint__async_write": True}, "checkpoint.async_write", "would change nothing"),
     "eval": ({"data__validation": "v", "eval__every_steps": 0}, "eval.every_steps", "is smaller than 1"),
     "eval tokens": ({"data__validation": "v", "eval__max_tokens": 0}, "eval.max_tokens", "is smaller than 1"),
     "eval without data": ({"eval__every_steps": 5}, "data.validation", "but the section eval is set"),
@@ -289,7 +303,7 @@ def test_a_runnable_configuration_passes_the_check(tmp_path):
     validate.check(Loaded(path_cases(tmp_path)[0][0], {}), world_size=4)
 
 
-@pytest.mark.parametrize("module", [validate, paths, checks_memory])
+@pytest.mark.parametrize("module", [validate, paths, *CHECKS], ids=lambda module: module.__name__)
 def test_every_problem_of_the_module_is_produced_by_a_case(module, tmp_path, monkeypatch):
     source = Path(module.__file__).read_text(encoding="utf-8")
     calls = [

@@ -90,10 +90,18 @@ def test_a_path_that_is_not_where_this_run_began_is_refused_with_both(tmp_path):
         ConfigError, match=r"\(step 5\), but this run folder holds .*step_000009\n.*from scratch(.|\n)*fix: "
     ):
         resume(tmp_path / "run", source)
-    older = write(tmp_path / "run", 3)
-    with pytest.raises(ConfigError, match=r"\(step 3\), but this run folder holds .*step_000009"):
-        resume(tmp_path / "run", older)
     assert resume(tmp_path / "run", own).path == own
+
+
+def test_an_older_step_of_the_same_run_is_refused_while_newer_ones_stay_and_starts_another_run(tmp_path):
+    older, newest = write(tmp_path / "run", 3), write(tmp_path / "run", 9)
+    with pytest.raises(
+        ConfigError,
+        match=r"older checkpoint of this very run, whose newest is .*step_000009(.|\n)*fix: to go back to step 3",
+    ):
+        resume(tmp_path / "run", older)
+    assert resume(tmp_path / "run").path == newest
+    assert resume(tmp_path / "back", older).path == older.resolve()
 
 
 def test_a_path_without_a_checkpoint_is_refused(tmp_path):

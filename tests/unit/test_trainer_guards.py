@@ -95,7 +95,15 @@ class Checkpoints:
     def __init__(self):
         self.saved = {}
 
-    def save(self, engine, progress, loader, sequences):
+    busy = False
+
+    def advance(self):
+        pass
+
+    def finish(self):
+        pass
+
+    def save(self, engine, progress, loader, sequences, *, wait=True):
         weight = engine.weight.detach().clone()
         moments = {k: v.clone() for k, v in engine.adam.state_dict()["state"].get(0, {}).items()}
         known = json.loads(json.dumps(asdict(progress)))

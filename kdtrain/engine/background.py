@@ -1,0 +1,180 @@
+"""Checkpoints written while training goes on: the same bytes as `checkpoint.save`'s, by a thread of every rank.
+
+A step waits only until this rank's slices have been copied to host memory. The threads never communicate: in the
+all-reduce that each step makes anyway ranks say whether they are `busy`, then all enter the next stage (`advance`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdtrain.dist.mesh import Mesh
+from kdtrain.engine.commit import Description, Place, complete, gather_on_main, prepare, together, undone_if_it_fails
+from kdtrain.engine.slices import Fragment, writable, write_slices
+
+BLOCK_BYTES = 1 << 28
+"""Pinned memory comes in powers of two; in blocks of this size no more than one of them is rounded up."""
+
+Task = Callable[[], Any]
+Tidy = Callable[[Path], None]
+Stages = Generator[tuple[str, Task], Any, None]
+
+
+class Snapshot:
+    """Host memory for what one rank writes: 12 bytes per parameter it owns, allocated once, pinned for CUDA."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._blocks: list[torch.Tensor] = []
+        self._used = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory held."""
+        return sum(4 * block.numel() for block in self._blocks)
+
+    def take(self, fragments: Sequence[Fragment]) -> None:
+        """Copy float32 `fragments` one after the other, replacing what was held. Synchronises the device."""
+        self._used = sum(fragment.tensor.numel() for fragment in fragments)
+        self._grow()
+        size, at = BLOCK_BYTES // 4, 0
+        for fragment in fragments:
+            source, begin = fragment.tensor.detach(), 0
+            while begin < source.numel():
+                block, offset = self._blocks[at // size], at % size
+                count = min(source.numel() - begin, size - offset)
+                block[offset : offset + count].copy_(source[begin : begin + count], non_blocking=True)
+                begin, at = begin + count, at + count
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def data(self) -> Iterator[memoryview]:
+        """What was taken, in order."""
+        left = self._used
+        for block in self._blocks:
+            if left:
+                values: Any = block[: min(left, block.numel())].numpy()
+                yield memoryview(values).cast("B")
+                left -= len(values)
+
+    def _grow(self) -> None:
+        held = sum(block.numel() for block in self._blocks)
+        if held >= self._used:
+            return
+        self._blocks.clear()  # freed before the new ones are asked for
+        left, pinned = self._used, self._device.type == "cuda"
+        while left:
+            count = min(left, BLOCK_BYTES // 4)
+            self._blocks.append(torch.empty(count, pin_memory=pinned))
+            left -= count
+
+
+class BackgroundWriter:
+    """Writes one checkpoint at a time. Every rank holds one and calls the same methods at the same steps, but `busy`.
+
+    A checkpoint goes through stages: every rank writes its file; rank 0 makes the folder a checkpoint; rank 0 tidies
+    up. Whatever fails on one rank in a stage raises on all of them when it is left, as it would have in `save`.
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device) -> None:
+        self._mesh = mesh
+        self._snapshot = Snapshot(device)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kdtrain-checkpoint")
+        self._place: Place | None = None
+        self._stages: Stages | None = None
+        self._failure = ""
+        self._future: Future[Any] | None = None
+
+    @property
+    def in_flight(self) -> Path | None:
+        """The checkpoint that is being written; the same on all ranks."""
+        return None if self._place is None else self._place.final
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's thread is still at work on the present stage. Neither communicates nor waits."""
+        return self._future is not None and not self._future.done()
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that this rank keeps for copies."""
+        return self._snapshot.num_bytes
+
+    def begin(
+        self, root: Path, about: Description, fragments: Sequence[Fragment], adam_steps: dict[str, int], *,
+        tidy: Tidy = lambda saved: None,
+    ) -> Path:  # fmt: skip
+        """Copy `fragments` and begin to write `root`/step_NNNNNN; the path it will have.
+
+        about, fragments, adam_steps: as for `checkpoint.write_checkpoint`. tidy: called with the path on rank 0 once it
+        exists, may raise CheckpointError. Communicates: one all-gather of None or a message. Raises CheckpointError on
+        all ranks when the folder cannot be made; RuntimeError while another one is in flight.
+        """
+        if self._place is not None:
+            raise RuntimeError(f"{self._place.final} is still being written; finish it first")
+        state = json.loads(json.dumps(about.state))  # as it is now, whatever the caller does with it
+        place = Place(root, about.step)
+        together(self._mesh, place.failure, lambda: prepare(place) if self._mesh.is_main else None)
+        kept = writable(place.rank_file(self._mesh.rank), fragments)
+        self._snapshot.take(kept)
+        self._place = place
+        self._stages = self._through(place, replace(about, state=state), kept, adam_steps, tidy)
+        self._start(next(self._stages))
+        return place.final
+
+    def advance(self) -> Path | None:
+        """Leave the present stage for the next; the checkpoint's path when the last one was left, else None.
+
+        Every rank must call it, when none is `busy`, or the slowest will be waited for. Nothing happens when none is in
+        flight. Communicates: one all-gather of None or a message, after the first stage also one gather of small
+        objects. Raises CheckpointError on all ranks; former checkpoints are then as they were.
+        """
+        if self._place is None or self._stages is None or self._future is None:
+            return None
+        place, stages = self._place, self._stages
+        try:
+            with undone_if_it_fails(self._mesh, place):
+                answer = together(self._mesh, self._failure, self._future.result)
+            self._start(stages.send(answer))
+        except StopIteration:
+            self._forget()
+            return place.final
+        except BaseException:
+            self._forget()
+            raise
+        return None
+
+    def finish(self) -> Path | None:
+        """Wait for the checkpoint in flight, if there is one; its path. Every rank must call it.
+
+        Raises as `advance`.
+        """
+        path = self.in_flight
+        while self._place is not None:
+            self.advance()
+        return path
+
+    def _through(
+        self, place: Place, about: Description, kept: Sequence[Fragment], adam_steps: dict[str, int], tidy: Tidy
+    ) -> Stages:
+        """Yields (what a failure's message begins with, this rank's work), stage by stage."""
+        mesh, slices = self._mesh, [fragment.describe() for fragment in kept]
+        path = place.rank_file(mesh.rank)
+        entry = yield place.failure, lambda: write_slices(path, slices, self._snapshot.data())
+        answers = gather_on_main(mesh, (entry, adam_steps))
+        yield place.failure, lambda: complete(place, about, answers) if mesh.is_main else None
+        yield f"{place.root} was not tidied", lambda: tidy(place.final) if mesh.is_main else None
+
+    def _start(self, stage: tuple[str, Task]) -> None:
+        self._failure, work = stage
+        self._future = self._pool.submit(work)
+
+    def _forget(self) -> None:
+        self._place, self._stages, self._future = None, None, None

@@ -1,0 +1,129 @@
+"""Checkpoints written while the caller goes on: the bytes of the plain write, and its errors. One process."""
+
+import importlib.util
+import resource
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdtrain.dist.mesh import Mesh
+from kdtrain.engine import background
+from kdtrain.engine.background import BackgroundWriter, Snapshot
+from kdtrain.engine.checkpoint import find_latest, read_state
+from kdtrain.engine.commit import remove_older
+from kdtrain.engine.slices import Fragment
+from kdtrain.errors import CheckpointError
+
+CPU = torch.device("cpu")
+HELPERS = Path(__file__).with_name("test_checkpoint_slices.py")
+
+
+@pytest.fixture(scope="module")
+def slices():
+    spec = importlib.util.spec_from_file_location("checkpoint_slices", HELPERS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def begin(writer, slices, root, *, step=7, state=None, fragments=None, **settings):
+    fragments = slices.fragments({}, slices.ragged) if fragments is None else fragments
+    return writer.begin(root, slices.about({}, step, state), fragments, dict.fromkeys(slices.SHAPES, 3), **settings)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("block", [4, 20, background.BLOCK_BYTES])
+def test_the_bytes_are_those_of_the_plain_write_whatever_happens_after_the_copy(tmp_path, slices, monkeypatch, block):
+    monkeypatch.setattr(background, "BLOCK_BYTES", block)
+    plain = slices.write(tmp_path / "plain", state={"tokens": [1]})
+    state = {"tokens": [1]}
+    fragments = [replace(f, tensor=f.tensor.clone()) for f in slices.fragments({}, slices.ragged)]
+    writer = BackgroundWriter(Mesh(), CPU)
+    path = begin(writer, slices, tmp_path / "behind", state=state, fragments=fragments)
+    for fragment in fragments:
+        fragment.tensor.fill_(-1.0)  # the next optimizer step
+    state["tokens"].append(2)
+    assert writer.in_flight == path == tmp_path / "behind" / plain.name
+    assert writer.finish() == path
+    assert writer.in_flight is None
+    assert contents(path) == contents(plain)
+    assert writer.host_bytes == sum(4 * f.tensor.numel() for f in fragments)
+
+
+def test_memory_is_kept_and_grows_only_when_it_must():
+    held = Snapshot(CPU)
+    assert list(held.data()) == []
+    for size in (5, 3, 0, 6):
+        held.take([Fragment("a", "master", 0, 0, torch.arange(float(size)))])
+        assert b"".join(held.data()) == torch.arange(float(size)).numpy().tobytes()
+        assert held.num_bytes == 4 * max(5, size)
+
+
+def test_every_stage_is_left_only_when_asked_and_another_save_must_wait(tmp_path, slices):
+    gate, tidied = threading.Event(), []
+    writer = BackgroundWriter(Mesh(), CPU)
+    assert writer.advance() is None
+
+    def tidy(saved):
+        gate.wait(30)
+        tidied.append(saved)
+
+    path = begin(writer, slices, tmp_path, tidy=tidy)
+    with pytest.raises(RuntimeError, match="still being written; finish it first"):
+        begin(writer, slices, tmp_path, step=8)
+    assert not path.exists(), "rank 0 alone must not make a checkpoint of files that others still write"
+    assert writer.advance() is None
+    assert writer.advance() is None
+    assert writer.busy
+    assert find_latest(tmp_path) == path, "the third stage tidies up behind a checkpoint that exists"
+    gate.set()
+    assert writer.advance() == path
+    assert (writer.busy, writer.advance(), tidied) == (False, None, [path])
+    assert begin(writer, slices, tmp_path, step=8).name == "step_000008"
+    writer.finish()
+
+
+def test_a_full_disk_is_the_error_of_the_plain_write_and_leaves_the_former_checkpoint(tmp_path, slices):
+    writer = BackgroundWriter(Mesh(), CPU)
+    good = begin(writer, slices, tmp_path, step=1, state={"good": True})
+    writer.finish()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(CheckpointError) as plain:
+            slices.write(tmp_path, step=2)
+        begin(writer, slices, tmp_path, step=2)
+        with pytest.raises(CheckpointError) as behind:
+            writer.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    messages = [str(plain.value), str(behind.value)]
+    assert messages[0] == messages[1]
+    assert "step_000002 was not saved: rank 0: " in messages[0]
+    assert "[Errno 27] File too large" in messages[0]
+    assert [p.name for p in tmp_path.iterdir()] == [good.name]
+    assert read_state(find_latest(tmp_path)) == {"good": True}
+    assert writer.in_flight is None
+    begin(writer, slices, tmp_path, step=3)
+    assert writer.finish().name == "step_000003", "it can be tried again"
+
+
+def test_a_folder_that_cannot_be_tidied_is_told_and_the_new_checkpoint_stays(tmp_path, slices):
+    for step in (1, 2):
+        slices.write(tmp_path, step=step)
+    writer = BackgroundWriter(Mesh(), CPU)
+
+    def tidy(saved):
+        (tmp_path / ".step_000001.removing").write_text("no folder can be renamed to this")
+        remove_older(tmp_path, 1, None, saved)
+
+    begin(writer, slices, tmp_path, step=3, tidy=tidy)
+    with pytest.raises(CheckpointError, match=r"was not tidied: rank 0: .*cannot be removed: (.|\n)*fix: remove it"):
+        writer.finish()
+    assert find_latest(tmp_path).name == "step_000003"
