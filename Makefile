@@ -26,7 +26,7 @@ layouts: install ## every layout against plain torch -> docs/results/layouts.md,
 bench: install   ## every CPU benchmark; results go to benchmarks/results
 	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
 
-soak: install    ## 200 kills at random moments -> docs/results/soak.md; goes on where it stopped; ARGS="--kills 50"
+soak: install    ## 200 kills at random moments -> docs/results/soak.md; goes on where it stopped; ARGS="--kills 50 --behind"
 	$(BIN)/python benchmarks/soak.py $(ARGS)
 
 ci:              ## what runs on every submission

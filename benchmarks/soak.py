@@ -2,6 +2,7 @@
 
     python benchmarks/soak.py               # until 200 kills are behind it -> docs/results/soak.md
     python benchmarks/soak.py --kills 50    # fewer
+    python benchmarks/soak.py --behind      # the same with checkpoint.async_write -> docs/results/soak_behind.md
 
 Each round starts launch/train.py in a process of its own on a new run folder: a tiny student with dropout distilled
 from a tiny teacher, a checkpoint after every step. It is killed at a moment drawn from a seed, with SIGKILL or
@@ -10,8 +11,8 @@ resumed, and killed again (KILLS_PER_RUN times); then it may end. After every ki
 with right checksums and be no older than the newest that was complete when the signal was sent. At the end every
 reported loss and all weights must equal those of a run that nobody killed.
 
-What happened goes line by line to soak.jsonl in --work; the same command goes on where it stopped. Processes are
-forked from a server that has imported the libraries, so that a kill and a resume take seconds.
+What happened goes line by line to soak.jsonl (soak_behind.jsonl) in --work; the same command goes on where it stopped.
+Processes are forked from a server that has imported the libraries, so that a kill and a resume take seconds.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measuring as common
 
-TABLE = common.ROOT / "docs/results/soak.md"
+TABLES = common.ROOT / "docs/results"
+BEHIND = "checkpoint.async_write=true"
 STEPS, TOKENS_PER_STEP, KILLS_PER_RUN = 16, 128, 2
 DONE, STOPPED = 0, 75
 TIMEOUT_S = 120
@@ -97,15 +99,15 @@ debug: {{self_check: false}}
     )
 
 
-def train(config: str, name: str, log: str) -> None:
-    """In a process of its own: launch/train.py, its output appended to the file `log`."""
+def train(config: str, name: str, log: str, *words: str) -> None:
+    """In a process of its own: launch/train.py with `words`, its output appended to the file `log`."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     import torch
 
     torch.set_num_threads(1)
-    sys.argv = ["train.py", config, f"run.name={name}"]
+    sys.argv = ["train.py", config, f"run.name={name}", *words]
     runpy.run_path(str(common.ROOT / "launch/train.py"), run_name="__main__")
 
 
@@ -123,12 +125,12 @@ def forked(function: Any, *arguments: str) -> Any:
 class Trainee:
     """One attempt at a run."""
 
-    def __init__(self, config: Path, name: str) -> None:
+    def __init__(self, config: Path, name: str, *words: str) -> None:
         self.run = config.parent / "runs" / name
         self.log = config.parent / f"{name}.log"
         self._before = self._hidden()
         self.started = time.monotonic()
-        self.process = forked(train, str(config), name, str(self.log))
+        self.process = forked(train, str(config), name, str(self.log), *words)
 
     def _hidden(self) -> dict[str, int]:
         """Folders that are being written or removed, or were when a kill came, with the times they changed."""
@@ -215,16 +217,18 @@ def outcome(run: Path) -> dict[str, Any]:
     return {"step": checkpoint.step_of(folder), "weights": digest.hexdigest(), "records": records}
 
 
-def finish(config: Path, name: str) -> tuple[dict[str, Any], float]:
+def finish(config: Path, name: str, *words: str) -> tuple[dict[str, Any], float]:
     """Let a run go on to its end: its outcome, and the seconds that took. SystemExit if it fails."""
-    trainee = Trainee(config, name)
+    trainee = Trainee(config, name, *words)
     code = trainee.wait()
     if code != DONE:
         raise SystemExit(f"{name} ended with {code}; see {trainee.log}")
     return outcome(trainee.run), time.monotonic() - trainee.started
 
 
-def one_kill(config: Path, name: str, number: int, whole: dict[str, Any], seconds: float) -> dict[str, Any]:
+def one_kill(
+    config: Path, name: str, number: int, whole: dict[str, Any], seconds: float, *words: str
+) -> dict[str, Any]:
     """Start or resume `name` and kill it as the number-th plan says. What happened, and what is left.
 
     A run that ends before its moment comes must have ended as `whole`, and is begun anew. wrong: what must not be,
@@ -232,7 +236,7 @@ def one_kill(config: Path, name: str, number: int, whole: dict[str, Any], second
     """
     plan = Plan.draw(number, seconds)
     for _ in range(ATTEMPTS):
-        trainee = Trainee(config, name)
+        trainee = Trainee(config, name, *words)
         if kill(trainee, plan):
             return {**asdict(plan), "number": number, "name": name, **aftermath(trainee, plan)}
         if trainee.wait() != DONE or outcome(trainee.run) != whole:
@@ -267,9 +271,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def soak(work: Path, kills: int) -> list[dict[str, Any]]:
-    """Kill until `kills` records are in work/soak.jsonl; all of them. A run's records are written when it has ended."""
-    log = work / "soak.jsonl"
+def soak(work: Path, kills: int, *, behind: bool = False) -> list[dict[str, Any]]:
+    """Kill until `kills` records are in work/soak.jsonl; all of them. A run's records are written when it has ended.
+
+    behind: checkpoints are written while training goes on, except by the run that nobody kills; other file names.
+    """
+    log = work / ("soak_behind.jsonl" if behind else "soak.jsonl")
+    words = (BEHIND,) if behind else ()
     found = read_log(log)
     if len(found) >= kills:
         return found
@@ -279,8 +287,8 @@ def soak(work: Path, kills: int) -> list[dict[str, Any]]:
     commit = common.current_commit()
     while len(found) < kills:
         started, name = time.monotonic(), f"kill_{len(found):04d}"
-        some = [one_kill(config, name, len(found) + n, whole, seconds) for n in range(KILLS_PER_RUN)]
-        result, _ = finish(config, name)
+        some = [one_kill(config, name, len(found) + n, whole, seconds, *words) for n in range(KILLS_PER_RUN)]
+        result, _ = finish(config, name, *words)
         for record in some:
             record |= {"same": result == whole, "run_s": time.monotonic() - started, "commit": commit}
         found += some
@@ -319,7 +327,7 @@ def when(record: dict[str, Any]) -> str:
     return "between two saves" if record["code"] != DONE else "at the very end"
 
 
-def table_of(found: list[dict[str, Any]]) -> str:
+def table_of(found: list[dict[str, Any]], *, behind: bool = False) -> str:
     """Markdown: how many kills, where they hit, what was wrong."""
     import deepspeed
     import torch
@@ -329,9 +337,10 @@ def table_of(found: list[dict[str, Any]]) -> str:
     counts = Counter((when(record), names[record["signal"]]) for record in found)
     aimed = sum(record["in_save_of"] is not None for record in found)
     lines = [
-        "# Killed at random moments",
+        "# Killed at random moments" + (", checkpoints written while training goes on" if behind else ""),
         "",
-        "Made by `make soak` (`benchmarks/soak.py`, which says what is done and checked).",
+        f"Made by `make soak{' ARGS=--behind' if behind else ''}` (`benchmarks/soak.py`, which says what is done and",
+        "checked).",
         f"Commit {', '.join(sorted({record['commit'] for record in found}))}, {common.today()}, torch "
         f"{torch.__version__}, deepspeed {deepspeed.__version__}, one process on a CPU.",
         "",
@@ -355,11 +364,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200, help="in all, those of former calls included")
     parser.add_argument("--work", type=Path, default=common.ROOT / ".soak", help="where runs and soak.jsonl are kept")
+    parser.add_argument("--behind", action="store_true", help="with checkpoint.async_write")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    found = soak(arguments.work.resolve(), arguments.kills)
-    text = table_of(found)
-    common.write_whole(TABLE, text)
+    found = soak(arguments.work.resolve(), arguments.kills, behind=arguments.behind)
+    text = table_of(found, behind=arguments.behind)
+    common.write_whole(TABLES / ("soak_behind.md" if arguments.behind else "soak.md"), text)
     print(text, end="")
     return int(bool(faults(found)))
 

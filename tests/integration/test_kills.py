@@ -12,7 +12,7 @@ import pytest
 from kdtrain.errors import CheckpointError
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-KILLS = 10
+KILLS, KILLS_BEHIND = 10, 4
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,14 @@ def test_ten_kills_lose_no_complete_checkpoint_and_every_resume_is_bitwise_the_w
     assert soak.faults(killed) == []
     assert {record["signal"] for record in killed} == {signal.SIGKILL, signal.SIGTERM}
     assert sum(record["in_save_of"] is not None for record in killed) == KILLS // 2
+
+
+@pytest.mark.deepspeed
+def test_kills_while_a_checkpoint_is_written_behind_training_lose_nothing_either(soak, tmp_path):
+    found = soak.soak(tmp_path, KILLS_BEHIND, behind=True)
+    assert len(found) == KILLS_BEHIND
+    assert soak.faults(found) == []
+    assert {record["signal"] for record in found} == {signal.SIGKILL, signal.SIGTERM}
 
 
 @pytest.mark.deepspeed
