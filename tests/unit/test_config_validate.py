@@ -1,5 +1,5 @@
-import importlib
 import ast
+import importlib
 import math
 import os
 import re
