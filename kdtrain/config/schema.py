@@ -84,7 +84,7 @@ class DataSection:
     tokens_per_step: int = 524288
     """Tokens per optimizer step over all ranks; a multiple of seq_len * sequences_per_micro_batch * dp."""
     sequences_per_micro_batch: int = 8
-    """Sequences per rank in one forward and backward pass. Changes memory and speed, never the result."""
+    """Sequences per data rank in one forward and backward pass. Changes memory and speed, never the result."""
     reset_positions: bool = True
     """Restart position_ids at each document and hide documents packed together from each other."""
     prefetch: int = 2
@@ -133,13 +133,17 @@ class ObjectiveSection:
 
 @dataclass(kw_only=True, slots=True)
 class ParallelSection:
-    """How ranks share the work. dp is the world size divided by tp."""
+    """How ranks share the work. dp is the world size divided by tp and cp."""
 
     tp: int = 1
     """Tensor-parallel ranks per replica of the student."""
     sequence: bool = False
     """Megatron sequence parallelism of the student: between attention and MLP blocks each tp rank keeps its share of
     the tokens. The same result from less activation memory, for as many bytes over the network; needs tp > 1."""
+    cp: int = 1
+    """Context-parallel ranks: they share the sequences of a micro-batch, each holding seq_len / cp consecutive tokens
+    of every one, and share out the attention heads (Ulysses), in the student and in the teacher. The query heads on
+    each rank must divide by cp. For ZeRO they count as data ranks."""
 
 
 @dataclass(kw_only=True, slots=True)

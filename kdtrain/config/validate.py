@@ -9,6 +9,7 @@ from typing import Any
 
 from kdtrain.config import checks_memory
 from kdtrain.config.checks_checkpoint import checkpoint_problems
+from kdtrain.config.checks_context import context_problems, data_ranks
 from kdtrain.config.deepspeed_config import EXTRA_ZERO_KEYS, OWNED_ZERO_KEYS
 from kdtrain.config.keys import suggestion_among
 from kdtrain.config.load import Loaded
@@ -49,6 +50,7 @@ def problems(cfg: RunConfig, *, world_size: int) -> Iterator[Problem]:
     yield from _models(cfg)
     yield from _data(cfg)
     yield from _layout(cfg, world_size)
+    yield from context_problems(cfg, world_size)
     yield from _teacher_layout(cfg, world_size)
     yield from _zero(cfg)
     yield from checks_memory.problems(cfg)
@@ -146,11 +148,12 @@ def _layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
     if tp < 1:
         yield Problem("parallel.tp", tp, "is smaller than 1", "1 means that each rank holds the whole student")
         return
-    if cfg.parallel.sequence and (tp == 1 or d.seq_len % tp):
+    cp = max(1, cfg.parallel.cp)
+    if cfg.parallel.sequence and (tp == 1 or d.seq_len // cp % tp):
         yield Problem(
-            "parallel.sequence", True,
-            f"needs ranks to share the tokens: parallel.tp = {tp}, data.seq_len = {d.seq_len}",
-            "set parallel.tp above 1 and data.seq_len to a multiple of it, or parallel.sequence=false",
+            "parallel.sequence", True, f"needs ranks to share the tokens: parallel.tp = {tp}, data.seq_len = {d.seq_len}"
+            f", parallel.cp = {cp}",
+            "set parallel.tp above 1 and data.seq_len to a multiple of tp x cp, or parallel.sequence=false",
         )  # fmt: skip
     if world_size % tp:
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
@@ -159,7 +162,9 @@ def _layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
             f"use one of {divisors}, or start a multiple of {tp} ranks (deepspeed --num_accelerators {tp})",
         )  # fmt: skip
         return
-    dp = world_size // tp
+    dp = data_ranks(cfg, world_size)
+    if dp is None:  # said by context_problems
+        return
     unit = d.seq_len * d.sequences_per_micro_batch * dp
     if min(d.seq_len, d.sequences_per_micro_batch, d.tokens_per_step) >= 1 and d.tokens_per_step % unit:
         below = d.tokens_per_step // unit * unit

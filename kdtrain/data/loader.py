@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from kdtrain.data.batch import Batch
+from kdtrain.data.context import cut_sequences
 from kdtrain.data.order import STORE_SHIFT, BlendOrder
 from kdtrain.data.packing import num_sequences, pack, stack
 from kdtrain.data.token_store import TokenStore
@@ -26,9 +27,9 @@ class StepLoader:
     """Iterator over optimizer steps: each item is the list of this data rank's micro-batches, on the CPU.
 
     Step n takes positions [n G, (n + 1) G) of one order that depends on seed, stores and weights alone (G =
-    sequences_per_step); each data rank takes a contiguous share of them. So neither dp, tp nor the micro-batch size
-    changes what a step learns from. With prefetch > 0 a thread works that many steps ahead. start_sequence: sequences
-    the whole run consumed before. Does not communicate.
+    sequences_per_step); each data rank takes a contiguous share of them, and of each sequence its part among cp ranks.
+    So neither dp, cp, tp nor the micro-batch size changes what a step learns from. With prefetch > 0 a thread works
+    that many steps ahead. start_sequence: sequences the whole run consumed before. Does not communicate.
 
     Raises ValueError if a step cannot be divided over ranks and micro-batches, DataError as BlendOrder.
     """
@@ -43,6 +44,8 @@ class StepLoader:
         sequences_per_micro_batch: int,
         dp_rank: int = 0,
         dp_size: int = 1,
+        cp_rank: int = 0,
+        cp_size: int = 1,
         seed: int = 1,
         reset_positions: bool = True,
         prefetch: int = 2,
@@ -58,6 +61,7 @@ class StepLoader:
         self._seq_len, self._per_step, self._per_micro = seq_len, sequences_per_step, sequences_per_micro_batch
         self._first = dp_rank * share
         self._share = share
+        self._part = cp_rank, cp_size
         self._reset_positions = reset_positions
         self._order = BlendOrder([num_sequences(s, seq_len) for s in stores], weights, seed)
         self._identity: dict[str, Any] = {
@@ -95,7 +99,7 @@ class StepLoader:
     def _micro_batch(self, start: int, stop: int) -> Batch:
         places = [self._order[position] for position in range(start, stop)]
         packed = [pack(self._stores[s], k, self._seq_len, reset_positions=self._reset_positions) for s, k in places]
-        return stack(packed, [s << STORE_SHIFT | k for s, k in places])
+        return cut_sequences(stack(packed, [s << STORE_SHIFT | k for s, k in places]), *self._part)
 
     def state_dict(self, sequences_consumed: int | None = None) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-ready: sequences consumed by the whole run (default: handed out so far, which
@@ -158,13 +162,16 @@ def validation_batches(
     sequences_per_batch: int,
     dp_rank: int = 0,
     dp_size: int = 1,
+    cp_rank: int = 0,
+    cp_size: int = 1,
     max_tokens: int | None = None,
     reset_positions: bool = True,
 ) -> Iterator[Batch]:
     """The first sequences of `store` in order, the incomplete last one included, dealt out over data ranks.
 
     max_tokens: stop after this many tokens, at least one sequence. Every data rank gets the same number of batches of
-    the same shape; places without a sequence repeat sequence 0 with a loss mask of 0.
+    the same shape, of each sequence its part among cp ranks; places without a sequence repeat sequence 0 with a loss
+    mask of 0.
     """
     total = max(1, -(-(store.num_tokens - 1) // seq_len))
     if max_tokens is not None:
@@ -175,4 +182,4 @@ def validation_batches(
         packed = [pack(store, k if k < total else 0, seq_len, reset_positions=reset_positions) for k in places]
         batch = stack(packed, [k if k < total else 0 for k in places])
         batch.loss_mask[max(total - first, 0) :] = 0.0
-        yield batch
+        yield cut_sequences(batch, cp_rank, cp_size)

@@ -72,6 +72,7 @@ def describe(engine: StudentEngine, step: int, state: dict[str, Any]) -> Descrip
     layout = {
         "tp": mesh.tp_size,
         "dp": mesh.dp_size,
+        "cp": mesh.cp_size,
         "zero_stage": engine.zero_stage,
         "dtype": str(backbone.config.dtype).removeprefix("torch."),
     }

@@ -96,8 +96,8 @@ class FileEntry:
 class Manifest:
     """All of `checkpoint.json`.
 
-    layout: tp, dp, ZeRO stage and dtype of the run that saved. config: the model's Hugging Face config. fingerprint: of
-    config and shapes, for people to compare. state: the caller's.
+    layout: tp, dp, cp, ZeRO stage and dtype of the run that saved. config: the model's Hugging Face config.
+    fingerprint: of config and shapes, for people to compare. state: the caller's.
     """
 
     step: int

@@ -68,7 +68,7 @@ class StudentEngine:
         return call_with_head(self.deepspeed, batch, head_fn)
 
     def backward(self, loss_sum: Tensor, num_valid_tokens: float) -> None:
-        """Accumulate the gradient of loss_sum / num_valid_tokens summed over all data ranks.
+        """Accumulate the gradient of loss_sum / num_valid_tokens summed over all ranks with different tokens.
 
         loss_sum: this rank's sum over tokens. num_valid_tokens: of the whole step, over all ranks. May be called any
         number of times before `step`, equally often on all data ranks. Raises DataError when num_valid_tokens is 0.
@@ -79,8 +79,8 @@ class StudentEngine:
                 "  why: the loss is a mean over valid tokens, and every position of the step is masked\n"
                 "  fix: look at the documents of data.train; one-token documents have nothing to predict"
             )
-        # DeepSpeed averages gradients over dp; multiplying by dp turns its average into the sum that we mean.
-        scale = self.mesh.dp_size / num_valid_tokens
+        # DeepSpeed averages gradients over dp x cp; times their number its average is the sum that we mean.
+        scale = self.mesh.zero_size / num_valid_tokens
         self.deepspeed.backward(loss_sum * scale, scale_wrt_gas=False)
 
     def step(self, lr: float) -> StepResult:

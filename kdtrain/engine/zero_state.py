@@ -46,8 +46,8 @@ class _Owned:
 def local_fragments(engine: StudentEngine) -> Iterator[Fragment]:
     """What this rank has to write: views, no copies. All ranks together cover every parameter exactly once.
 
-    Replicated parameters are written by tp rank 0, and at stage 0 everything by data rank 0. Moments that do not exist
-    yet (no step was made) are zeros. Does not communicate.
+    Replicated parameters are written by tp rank 0, and at stage 0 everything by the first rank of ZeRO's group. Moments
+    that do not exist yet (no step was made) are zeros. Does not communicate.
     """
     for owned in _owned_ranges(engine):
         if not _writes(engine, owned):
@@ -111,7 +111,7 @@ def refresh_parameters(engine: StudentEngine) -> None:
 def _writes(engine: StudentEngine, owned: _Owned) -> bool:
     if owned.valid <= 0 or (owned.cut is None and engine.mesh.tp_rank != 0):
         return False
-    return engine.zero_stage > 0 or engine.mesh.dp_rank == 0
+    return engine.zero_stage > 0 or engine.mesh.zero_rank == 0
 
 
 def _owned_ranges(engine: StudentEngine) -> Iterator[_Owned]:
@@ -135,7 +135,7 @@ def _place(engine: StudentEngine, param: Any) -> tuple[Tensor, int, int, int] | 
     if engine.zero_stage == 3:
         zero = engine.deepspeed.optimizer
         group, begin, numel = zero.grad_position[zero.get_param_id(param)]
-        return zero.fp32_partitioned_groups_flat[group], begin, engine.mesh.dp_rank * numel, numel
+        return zero.fp32_partitioned_groups_flat[group], begin, engine.mesh.zero_rank * numel, numel
     mapping = param._hp_mapping
     if mapping is None:
         return None

@@ -44,10 +44,10 @@ class Validation:
     def run(self, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
         """Means over all valid tokens of `batches` on all data ranks.
 
-        Communicates: the loss's statistics over tp, one all-reduce over dp at the end. Every data rank must have
+        Communicates: the loss's statistics over tp, one all-reduce over dp and cp at the end. Every data rank must have
         the same number of batches.
         """
-        metrics = Metrics(device=device, group=self._mesh.dp_group)
+        metrics = Metrics(device=device, group=self._mesh.zero_group)
         for batch in batches:
             batch = batch.to(device)
             valid = batch.loss_mask.reshape(-1) > 0

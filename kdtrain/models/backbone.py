@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtrain.data.batch import Batch
+from kdtrain.dist.collectives import Group
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
+from kdtrain.models.context import ARGUMENT, PREFIX, Context, whole_sequences
 from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.layers import LmHead
 from kdtrain.parallel.plan import vocabulary_modules
@@ -29,15 +31,17 @@ class Backbone(nn.Module):
 
     model: the stock model, its embedding and head replaced. config: its Hugging Face config, of the full model.
     shard: this rank's vocabulary rows; equal to the head's. cuts: how each sharded parameter is cut, by Hugging Face
-    name; a name that is absent is replicated over tp.
+    name; a name that is absent is replicated over tp. cp_group: the ranks that hold parts of the same sequences, in
+    order (`kdtrain.models.context`); None: batches hold whole ones.
     """
 
-    def __init__(self, model: Any, shard: VocabShard, cuts: dict[str, Cut]) -> None:
+    def __init__(self, model: Any, shard: VocabShard, cuts: dict[str, Cut], cp_group: Group = None) -> None:
         super().__init__()
         self.model: Any = model
         self.config: Any = model.config
         self.shard = shard
         self.cuts = cuts
+        self.cp_group = cp_group
         self.elements_read = 0
         """Elements of weight files that this rank read to fill the model."""
         self._head_name = vocabulary_modules(model)[1]
@@ -64,7 +68,8 @@ class Backbone(nn.Module):
         mask is passed, because with either one transformers would silently let documents attend to each other.
         Whether that is enough for this architecture is measured by `kdtrain.models.probe` when it is loaded.
         Raises ConfigError when the model keeps a cache all the same.
-        Communicates over tp: one all-reduce for the embedding and two per layer; in backward two per layer.
+        Communicates over tp: one all-reduce for the embedding and two per layer; in backward two per layer. Over cp:
+        one all-gather of position_ids and two all-to-alls per layer; in backward two per layer.
         """
         if batch.position_ids.shape != batch.input_ids.shape:
             raise ValueError(
@@ -75,7 +80,7 @@ class Backbone(nn.Module):
             position_ids=batch.position_ids,
             attention_mask=None,
             use_cache=False,
-            **self._varlen_arguments(batch),
+            **self._attention_arguments(batch),
         )
         if getattr(out, "past_key_values", None) is not None:
             raise ConfigError(
@@ -112,13 +117,18 @@ class Backbone(nn.Module):
         """Parameters of the full model over all tp ranks, tied ones once, padding not counted."""
         return sum(torch.Size(shape).numel() for shape in self._full_shapes.values())
 
-    def _varlen_arguments(self, batch: Batch) -> dict[str, Any]:
-        """Explicit document boundaries for flash-attention, which would detect packing only in batches of one."""
-        if not str(self.config._attn_implementation).startswith("flash"):
-            return {}
-        boundaries = document_boundaries(batch.position_ids)
+    def _attention_arguments(self, batch: Batch) -> dict[str, Any]:
+        """What attention must know of whole sequences when ranks hold parts, and explicit document boundaries for
+        flash-attention, which would detect packing only in batches of one."""
+        position_ids, found = batch.position_ids, {}
+        if self.cp_group is not None:
+            position_ids = whole_sequences(position_ids, self.cp_group)
+            found[ARGUMENT] = Context(self.cp_group, position_ids)
+        if not str(self.config._attn_implementation).removeprefix(PREFIX).startswith("flash"):
+            return found
+        boundaries = document_boundaries(position_ids)
         longest = int((boundaries[1:] - boundaries[:-1]).max())
-        return {
+        return found | {
             "cu_seq_lens_q": boundaries,
             "cu_seq_lens_k": boundaries,
             "max_length_q": longest,

@@ -21,6 +21,8 @@ from kdtrain.log import LOGGER
 from kdtrain.models.architectures import read_architecture, read_config_json
 from kdtrain.models.attention import resolve_attention
 from kdtrain.models.backbone import Backbone
+from kdtrain.models.context import use_context
+from kdtrain.models.context_probe import check_context
 from kdtrain.models.probe import check_model
 from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.parallel.plan import plan_cuts
@@ -93,12 +95,16 @@ def load_backbone(
     device = torch.device(device)
     model = _build(spec, vocab_size, device, seed)
     check_model(model, _source(spec), packed=packed)
+    if mesh.cp_size > 1:
+        check_context(model, _source(spec), packed=packed)
+        use_context(model, mesh, _source(spec))
     if trainable and mesh.tp_size > 1:
         _refuse_dropout(model)
     model.requires_grad_(trainable)
     cuts = plan_cuts(model, mesh.tp_size, shard.rows)
     shard_model(model, mesh, shard, sequence=sequence)
-    backbone = Backbone(model, shard, {name: cut for name, cut in cuts.items() if not _is_tied_away(model, name)})
+    kept = {name: cut for name, cut in cuts.items() if not _is_tied_away(model, name)}
+    backbone = Backbone(model, shard, kept, mesh.cp_group)
     if spec.weights is not None:
         _read_weights(backbone, Path(spec.weights), mesh, device, DTYPES[spec.dtype])
     else:

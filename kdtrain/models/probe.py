@@ -8,8 +8,9 @@ positions do not), so each is measured on a tiny random copy of the very config 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -24,6 +25,8 @@ from kdtrain.models.backbone import Backbone
 from kdtrain.models.shrink import FULL_WIDTH, VOCAB_SIZE, num_layers, tiny_settings
 from kdtrain.parallel.plan import plan_cuts
 from kdtrain.parallel.shard import shard_model
+
+M = TypeVar("M")
 
 LARGEST_COPY = 30_000_000
 """Parameters of the largest copy that is probed: about a second on one core."""
@@ -99,13 +102,20 @@ def check_model(model: Any, source: str, *, packed: bool = True) -> None:
 
 def measure(model: Any, source: str) -> Findings:
     """The `Findings` on a tiny copy of `model`. Raises ConfigError when no copy of a bearable size can be run."""
-    attention = _attention(model)
-    key = f"{type(model).__name__} {attention} {model.config.to_json_string(use_diff=False)}"
+    key = f"{type(model).__name__} {_attention(model)} {model.config.to_json_string(use_diff=False)}"
     if key not in _KNOWN:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.manual_seed(0)
-            _KNOWN[key] = _measure_copy(model, attention, source)
+        _KNOWN[key] = run_on_copy(model, source, _findings)
     return _KNOWN[key]
+
+
+def run_on_copy(model: Any, source: str, work: Callable[[Any], M], changes: Mapping[str, Any] | None = None) -> M:
+    """work(a tiny random copy of `model` on the CPU), always the same copy; `changes`: other settings of its config.
+
+    Leaves torch's random state alone. Raises ConfigError when no copy of a bearable size can be run.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        return _measure_copy(model, _attention(model), source, work, changes or {})
 
 
 def _attention(model: Any) -> str:
@@ -114,7 +124,7 @@ def _attention(model: Any) -> str:
     return chosen if chosen in ("eager", "sdpa") else "sdpa" if model._supports_sdpa else "eager"
 
 
-def _measure_copy(model: Any, attention: str, source: str) -> Findings:
+def _measure_copy(model: Any, attention: str, source: str, work: Callable[[Any], M], changes: Mapping[str, Any]) -> M:
     kinds = {type(module).__name__ for module in model.modules()}
     size = sum(param.numel() for param in model.parameters())
     obstacles: list[str] = []
@@ -126,10 +136,10 @@ def _measure_copy(model: Any, attention: str, source: str) -> Findings:
                 obstacles.append(f"with {FULL_WIDTH}: the model's {size:,} parameters may be too many")
                 continue
             try:
-                copy = _copy(model.config.model_type, settings, attention)
+                copy = _copy(model.config.model_type, {**settings, **changes}, attention)
                 missing = kinds - {type(module).__name__ for module in copy.modules()}
                 if not missing:
-                    return _findings(copy)
+                    return work(copy)
             except _BUILD_ERRORS as error:
                 changed = ", ".join(f"{k}={v}" for k, v in settings.items() if before.get(k, v) != v)
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -181,10 +191,10 @@ def _findings(copy: Any) -> Findings:
     after[:, -1] = (after[:, -1] + 7) % (VOCAB_SIZE - 4) + 4
     packed, joined = hidden(ids, restart), hidden(ids, straight)
     return Findings(
-        leak=_difference(hidden(before, restart)[second], packed[second]),
-        joined=_difference(hidden(before, straight)[second], joined[second]),
-        future=_difference(hidden(after, straight)[:, :-1], joined[:, :-1]),
-        logits=_difference(_logits(backbone, joined.flatten(0, 1)), want),
+        leak=difference(hidden(before, restart)[second], packed[second]),
+        joined=difference(hidden(before, straight)[second], joined[second]),
+        future=difference(hidden(after, straight)[:, :-1], joined[:, :-1]),
+        logits=difference(_logits(backbone, joined.flatten(0, 1)), want),
     )
 
 
@@ -196,7 +206,7 @@ def _logits(backbone: Backbone, hidden: Tensor) -> Tensor:
     return logits[:, :VOCAB_SIZE]
 
 
-def _difference(found: Tensor, wanted: Tensor) -> float:
+def difference(found: Tensor, wanted: Tensor) -> float:
     """max |found - wanted| / max |wanted|; inf when either is not finite."""
     ratio = float((found - wanted).abs().max() / wanted.abs().max())
     return ratio if ratio == ratio else float("inf")

@@ -74,8 +74,8 @@ def add_teacher(cfg: RunConfig, spec: ModelSpec, models: Models, mesh: Mesh, dev
     t, shard = cfg.teacher, models.student.shard
     tp = teacher_tp(cfg)
     sharded_mesh = mesh if tp == mesh.tp_size else Mesh.build(tp)
-    # A whole teacher has no tp, whatever ranks ZeRO-3 divides it among.
-    own_mesh = sharded_mesh if tp > 1 else Mesh()
+    # A whole teacher has no tp, whatever ranks ZeRO-3 divides it among; sequences are shared as the student's are.
+    own_mesh = sharded_mesh if tp > 1 else mesh.without_tp()
     backbone = load_backbone(
         spec, own_mesh, vocab_size=shard.vocab_size, total_rows=shard.rows * mesh.tp_size,
         device=device if t.zero_stage == 0 else "cpu", trainable=False, packed=cfg.data.reset_positions,
@@ -108,7 +108,7 @@ def build_loader(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, prefetch: int | 
     return StepLoader(
         inputs.train, d.train_weights, seq_len=d.seq_len, sequences_per_step=d.tokens_per_step // d.seq_len,
         sequences_per_micro_batch=d.sequences_per_micro_batch, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
-        seed=cfg.run.seed, reset_positions=d.reset_positions,
+        cp_rank=mesh.cp_rank, cp_size=mesh.cp_size, seed=cfg.run.seed, reset_positions=d.reset_positions,
         prefetch=d.prefetch if prefetch is None else prefetch,
     )  # fmt: skip
 
@@ -148,7 +148,8 @@ def evaluation_batches(cfg: RunConfig, inputs: Inputs, mesh: Mesh) -> Iterator[B
         raise ConfigError("data.validation is not set\n  fix: name a token store to evaluate on")
     return validation_batches(
         inputs.validation, seq_len=cfg.data.seq_len, sequences_per_batch=cfg.data.sequences_per_micro_batch,
-        dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, max_tokens=cfg.eval.max_tokens,
+        dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, cp_rank=mesh.cp_rank, cp_size=mesh.cp_size,
+        max_tokens=cfg.eval.max_tokens,
         reset_positions=cfg.data.reset_positions,
     )  # fmt: skip
 

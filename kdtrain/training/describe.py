@@ -17,13 +17,7 @@ def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh)
     """The lines above the first step: layout, models, loss, data, memory."""
     student = models.student
     origin = "from scratch" if cfg.student.weights is None else f"from {cfg.student.weights}"
-    LOGGER.info(
-        "mesh     %d ranks = dp %d x tp %d   zero: student %d",
-        mesh.world_size,
-        mesh.dp_size,
-        mesh.tp_size,
-        cfg.zero.stage,
-    )
+    LOGGER.info("mesh     %s   zero: student %d", mesh_line(cfg, mesh.world_size), cfg.zero.stage)
     LOGGER.info(
         "student  %s   %s parameters, %s, %s, %s", cfg.student.architecture or cfg.student.weights,
         f"{student.num_parameters():,}", origin, cfg.student.dtype, student.config._attn_implementation,
@@ -43,6 +37,13 @@ def _teacher_layout(cfg: RunConfig) -> str:
     tp = f"tp {build.teacher_tp(cfg)}" if cfg.teacher.layout == "tp" else "plain"
     zero = " x zero 3" if cfg.teacher.zero_stage == 3 else ""
     return tp + zero + (" in host memory" if cfg.teacher.offload else "")
+
+
+def mesh_line(cfg: RunConfig, world_size: int) -> str:
+    """How the ranks are divided; cp only where sequences are."""
+    p = cfg.parallel
+    cp = f" x cp {p.cp}" if p.cp > 1 else ""
+    return f"{world_size} ranks = dp {world_size // (p.tp * p.cp)}{cp} x tp {p.tp}"
 
 
 def loss_line(cfg: RunConfig) -> str:
@@ -89,8 +90,8 @@ def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int) -> None:
     """`--check`: everything that can be known before a device is touched."""
     for spec in build.specs(cfg):
         check_architecture(spec, inputs.vocab_size, packed=cfg.data.reset_positions)
-    dp_size = world_size // cfg.parallel.tp
-    LOGGER.info("mesh     %d ranks = dp %d x tp %d", world_size, dp_size, cfg.parallel.tp)
+    dp_size = world_size // (cfg.parallel.tp * cfg.parallel.cp)
+    LOGGER.info("mesh     %s", mesh_line(cfg, world_size))
     LOGGER.info("loss     %s", loss_line(cfg))
     LOGGER.info("data     %s", data_line(cfg, inputs, dp_size))
     LOGGER.info("memory   %s", estimate(cfg, inputs, dp_size).line())

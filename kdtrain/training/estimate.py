@@ -48,14 +48,15 @@ def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | Non
     """Persistent and peak bytes per rank (our derivation, checked against a run by tests/integration).
 
     Student: weights; an fp32 gradient; fp32 master copy and two Adam moments; ZeRO divides the states (stage >= 1),
-    the gradients (>= 2) and the weights (3) by dp. With zero.offload_optimizer the states are on the host, and at stage
-    3 the gradients too. Teacher: weights, whole or cut. Loss: two fp32 slabs within
+    the gradients (>= 2) and the weights (3) by dp x cp. With zero.offload_optimizer the states are on the host, and at
+    stage 3 the gradients too. Teacher: weights, whole or cut. Loss: two fp32 slabs within
     train.slab_bytes plus the fp32 gradients it returns. Activations: per layer about 16 widths per token without
     recomputation, 1 with it (and one layer's worth).
     """
     tp, stage, offload = cfg.parallel.tp, cfg.zero.stage, cfg.zero.offload_optimizer
     local = student.num_parameters / tp
-    tokens = cfg.data.sequences_per_micro_batch * cfg.data.seq_len
+    cp = cfg.parallel.cp
+    tokens, zero_size = cfg.data.sequences_per_micro_batch * cfg.data.seq_len // cp, dp_size * cp
     item = BYTES[cfg.student.dtype]
     per_layer = 16 * tokens * student.width * item
     layers = student.num_layers
@@ -65,22 +66,22 @@ def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | Non
         else (layers * per_layer)
     )
     parts = {
-        "weights": local * item / (dp_size if stage == 3 else 1),
-        "gradients": 0 if offload and stage == 3 else local * 4 / (dp_size if stage >= 2 else 1),
-        "optimizer": 0 if offload else local * 12 / (dp_size if stage >= 1 else 1),
+        "weights": local * item / (zero_size if stage == 3 else 1),
+        "gradients": 0 if offload and stage == 3 else local * 4 / (zero_size if stage >= 2 else 1),
+        "optimizer": 0 if offload else local * 12 / (zero_size if stage >= 1 else 1),
         "activations": activations,
         "loss": min(cfg.train.slab_bytes, 8 * tokens * student.vocab_rows / tp)
         + 4 * (tokens * student.width + student.vocab_rows / tp * student.width),
     }
     # master weights, two moments, the gradient that AdamW reads, and DeepSpeed's buffer beside it
-    host = local * HOST_BYTES_PER_ELEMENT / dp_size if offload else 0.0
+    host = local * HOST_BYTES_PER_ELEMENT / zero_size if offload else 0.0
     if teacher is not None:
-        parts |= _teacher_parts(cfg, teacher, tokens, dp_size)
-        host += _teacher_on_host(cfg, teacher, dp_size)
+        parts |= _teacher_parts(cfg, teacher, tokens, zero_size)
+        host += _teacher_on_host(cfg, teacher, zero_size)
     return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host))
 
 
-def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, dp_size: int) -> dict[str, float]:
+def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, zero_size: int) -> dict[str, float]:
     """Weights on this rank and the hidden states that wait for the loss."""
     t, tp, item = cfg.teacher, cfg.parallel.tp, BYTES[cfg.teacher.dtype]
     cut = (t.tp or tp) if t.layout == "tp" else 1
@@ -91,8 +92,8 @@ def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, dp_size: int
     # The pieces, two gathered layers, and the head's rows; hidden states of the whole step.
     head = teacher.vocab_rows * teacher.width * item / max(cut, tp)
     layers = 2 * weights / max(1, teacher.num_layers)
-    pieces = 0.0 if t.offload else weights / (dp_size * tp / cut)
-    micro_batches = cfg.data.tokens_per_step / (dp_size * tokens)
+    pieces = 0.0 if t.offload else weights / (zero_size * tp / cut)
+    micro_batches = cfg.data.tokens_per_step / (zero_size * tokens)
     return {"teacher": pieces + layers + head, "teacher_hidden": hidden * micro_batches}
 
 

@@ -102,13 +102,14 @@ class Guards:
         """Compare each loss since the last call with those before it; warn of jumps. Changes nothing that is trained.
 
         Call when a step is reported or saved, which waits for the device anyway. Communicates: one all-gather over dp
-        of two numbers per step, and one per jump. Synchronises the device.
+        and cp of two numbers per step, and one per jump. Synchronises the device.
         """
         if not self._unseen:
             return
         sigmas = self._settings.spike_sigmas
         assert sigmas is not None
-        everyone = gather_ranks(torch.stack([pair for _, pair, _ in self._unseen]), self._mesh.dp_group)  # [dp, n, 2]
+        # [dp cp, n, 2]
+        everyone = gather_ranks(torch.stack([pair for _, pair, _ in self._unseen]), self._mesh.zero_group)
         for (step, _, ids), pairs in zip(self._unseen, everyone.transpose(0, 1).tolist(), strict=True):
             # exact sums: whether a save came between two steps must not show in a bit of what a checkpoint keeps
             total, count = (math.fsum(column) for column in zip(*pairs, strict=True))

@@ -56,7 +56,7 @@ def run_training(request: Request) -> int:
     stop = StopRequest(cfg.run.time_limit_s)
     stop.install()  # until the process ends: a second signal while ranks leave must not kill one of them
     with bootstrap.runtime() as rank:
-        mesh = Mesh.build(cfg.parallel.tp)
+        mesh = Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
         _same_everywhere(mesh, "configuration", config_hash(cfg))
         with _run_folder(cfg, mesh) as (folder, opened):
             _train(request, inputs, mesh, rank.device, folder, opened, stop)
@@ -72,7 +72,7 @@ def run_evaluation(request: Request) -> int:
         raise ConfigError("student.weights is not set\n  fix: name the Hugging Face folder to evaluate")
     inputs = open_inputs(cfg, build.specs(cfg))
     with bootstrap.runtime() as rank:
-        mesh = Mesh.build(cfg.parallel.tp)
+        mesh = Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
         models = build.build_models(cfg, inputs, mesh, rank.device, trainable=False)
 
         def student(batch: Any, head_fn: Any) -> Any:

@@ -20,7 +20,8 @@ def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout, me
 
     A teacher that predicts the previous or the next-but-one token better than the label means that labels, tokenizer
     or weights are not what they are said to be. Every rank must call it, with its own batch; all judge the same sums.
-    Communicates over tp (the loss's statistics) and one all-reduce over dp. Raises StoreMismatch with the three values.
+    Communicates over tp (the loss's statistics) and one all-reduce over dp and cp. Raises StoreMismatch with the three
+    values.
     """
     signal = teacher.signal(batch)
     ids = batch.input_ids
@@ -43,7 +44,7 @@ def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout, me
         return (parts if spread is None else spread.own(parts)).loss.double()
 
     sums = torch.stack([nll_sum(batch.labels), nll_sum(ids), nll_sum(after_next), mask.sum(dtype=torch.float64)])
-    *totals, count = reduce_sum_(sums, mesh.dp_group).tolist()
+    *totals, count = reduce_sum_(sums, mesh.zero_group).tolist()
     found = dict(zip(("label", "previous", "after_next"), (total / max(count, 1.0) for total in totals), strict=True))
     if count and not found["label"] < min(found["previous"], found["after_next"]):
         raise StoreMismatch(

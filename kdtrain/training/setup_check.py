@@ -29,16 +29,16 @@ TIMEOUT_MIN = "2"
 
 
 def run_checks(cfg: RunConfig) -> int:
-    """Print the table on rank 0; 0 if nothing failed, else 1, on every rank. Reads run.output_dir, parallel.tp and
+    """Print the table on rank 0; 0 if nothing failed, else 1, on every rank. Reads run.output_dir, parallel and
     train.kernels.
 
-    Communicates: process groups, collectives along both axes, one gather of all findings. Raises KdtrainError on a
+    Communicates: process groups, collectives along all axes, one gather of all findings. Raises KdtrainError on a
     rank that cannot find the others.
     """
     _find_others(os.environ.get("MASTER_ADDR"))
     os.environ.setdefault("DEEPSPEED_TIMEOUT", TIMEOUT_MIN)
     with bootstrap.runtime() as rank:
-        mesh = Mesh.build(cfg.parallel.tp)
+        mesh = Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
         # every rank makes the same rows in the same order, so that they can be laid side by side
         mine = [
             *versions(), device_row(rank.device), *kernel_rows(mesh, rank.device, cfg.train.kernels),

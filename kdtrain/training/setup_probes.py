@@ -129,12 +129,13 @@ def _relative(found: Tensor, right: Tensor) -> float:
 
 
 def collective_rows(mesh: Mesh, device: torch.device) -> list[Row]:
-    """All-reduce, all-gather and all-to-all over tp, dp and the world: right results, and bytes per second.
+    """All-reduce, all-gather and all-to-all over tp, cp, dp and the world: right results, and bytes per second.
 
     Communicates over each of them. A rate is that of the slowest rank: bytes in this rank's buffer per second.
     """
     rows = []
-    for axis, group in (("tp", mesh.tp_group), ("dp", mesh.dp_group), ("world", mesh.world_group)):
+    axes = (("tp", mesh.tp_group), ("cp", mesh.cp_group), ("dp", mesh.dp_group), ("world", mesh.world_group))
+    for axis, group in axes:
         size = group_size(group)
         if size == 1:
             rows.append(Row(f"collectives {axis}", "-", "one rank"))

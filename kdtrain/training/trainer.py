@@ -32,12 +32,13 @@ from kdtrain.training.report import Reporter
 from kdtrain.training.timing import PhaseTimer
 
 
-def step_seed(seed: int, step: int, dp_rank: int) -> int:
-    """Seed of whatever is random in a step on a data rank (dropout): needs no saved state to be exact after a resume.
+def step_seed(seed: int, step: int, zero_rank: int) -> int:
+    """Seed of whatever is random in a step on a rank (dropout): needs no saved state to be exact after a resume.
 
-    64 bits of a hash, so that neighbouring steps and ranks have nothing in common. tp ranks of a data rank share it.
+    64 bits of a hash, so that neighbouring steps and ranks have nothing in common. Ranks with the same tokens, those of
+    a tp group, share it.
     """
-    text = f"{seed} {step} {dp_rank}".encode()
+    text = f"{seed} {step} {zero_rank}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
@@ -69,7 +70,7 @@ class Trainer:
 
     def _run(self) -> None:
         cadence = Cadence(self.cfg, self.progress)
-        metrics = Metrics(device=self.device, group=self.mesh.dp_group)
+        metrics = Metrics(device=self.device, group=self.mesh.zero_group)
         metrics.load_state(self.progress.metrics)
         if self.progress.step == 0 and cadence.evaluate(0):
             self._evaluate()
@@ -119,7 +120,7 @@ class Trainer:
             raise failure or OutputError("another rank cannot write its files; its message says which and why")
         if not busy:
             self.checkpoints.advance()
-        # every tp rank of a data rank counted the same tokens
+        # every tp rank counted the same tokens; cp ranks counted each their own
         return valid / self.mesh.tp_size, stop > 0
 
     def _optimizer_step(
@@ -128,7 +129,7 @@ class Trainer:
         """Sums of the micro-batches divided by one global token count, then one optimizer step, counted in progress."""
         # the rate belongs to the tokens this step completes: the first step is not wasted on a rate of 0
         lr = learning_rate(self.progress.tokens_seen + self.cfg.data.tokens_per_step, self.cfg)
-        torch.manual_seed(step_seed(self.cfg.run.seed, self.progress.step, self.mesh.dp_rank))
+        torch.manual_seed(step_seed(self.cfg.run.seed, self.progress.step, self.mesh.zero_rank))
         self.objective.begin_step(micro_batches)
         sums: list[tuple[str, Tensor, Tensor]] = []
         losses: list[tuple[Tensor, Tensor]] = []

@@ -195,7 +195,7 @@ def test_a_run_continues_in_any_other_layout(fresh_pool, architectures):
         CheckpointReader(stayed) as want,
         CheckpointReader(stayed.with_name("step_000008")) as before,
     ):
-        assert got.manifest.layout == {"tp": 2, "dp": 1, "zero_stage": 3, "dtype": "float32"}
+        assert got.manifest.layout == {"tp": 2, "dp": 1, "cp": 1, "zero_stage": 3, "dtype": "float32"}
         assert got.manifest.parameters["model.layers.0.self_attn.o_proj.weight"].cut.dim == 1
         assert got.manifest.fingerprint == want.manifest.fingerprint
         assert sorted(got.names()) == sorted(want.names())

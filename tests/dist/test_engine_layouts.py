@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from kdtrain.config.schema import DistillObjective, RunConfig
 from kdtrain.data.batch import Batch
+from kdtrain.data.context import cut_sequences
+from kdtrain.dist.collectives import reduce_sum_
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.slices import CheckpointReader
@@ -51,6 +53,7 @@ class Case:
     dtype: str = "float32"
     teacher: str | None = None  # its layout; without one the loss is plain cross-entropy
     sequence: bool = False
+    cp: int = 1
 
     @property
     def tolerance(self):
@@ -61,7 +64,8 @@ class Case:
         micro = ".".join(str(m) for m in self.micro)
         words = ("recompute" * self.recompute, "sequence" * self.sequence, self.teacher)
         extras = "".join(f"-{word.replace(' ', '-')}" for word in words if word)
-        return f"{self.family}-tp{self.tp}-zero{self.stage}-{micro}-{self.dtype}{extras}"
+        cp = f"-cp{self.cp}" * (self.cp > 1)
+        return f"{self.family}-tp{self.tp}{cp}-zero{self.stage}-{micro}-{self.dtype}{extras}"
 
     @property
     def what(self):
@@ -182,6 +186,7 @@ def step_batch(step):
 def micro_batches(batch, mesh, sequences):
     per_rank = SEQUENCES // mesh.dp_size
     mine = batch.rows(mesh.dp_rank * per_rank, (mesh.dp_rank + 1) * per_rank)
+    mine = cut_sequences(mine, mesh.cp_rank, mesh.cp_size)
     return [mine.rows(start, min(start + sequences, per_rank)) for start in range(0, per_rank, sequences)]
 
 
@@ -192,7 +197,7 @@ def objective_of(engine, teacher=None):
 
 
 def make_step(engine, step, micro, *, teacher=None):
-    """(loss per valid token over all data ranks, StepResult)"""
+    """(loss per valid token over all ranks with different tokens, StepResult)"""
     batch = step_batch(step)
     total = float(batch.num_valid_tokens())
     loss = 0.0
@@ -203,19 +208,19 @@ def make_step(engine, step, micro, *, teacher=None):
         engine.backward(loss_sum, total)
         loss += float(loss_sum.detach()) / total
     result = engine.step(RATES[step - 1])
-    losses = [None] * engine.mesh.dp_size
-    if engine.mesh.dp_size > 1:
-        torch.distributed.all_gather_object(losses, loss, group=engine.mesh.dp_group)
+    losses = [None] * engine.mesh.zero_size
+    if engine.mesh.zero_size > 1:
+        torch.distributed.all_gather_object(losses, loss, group=engine.mesh.zero_group)
         loss = sum(losses)
     return loss, result
 
 
 def evaluate(engine, teacher=None):
     with torch.no_grad(), engine.eval_mode():
-        batch = step_batch(9)
-        loss_sum = objective_of(engine, teacher)(batch).loss_sum
+        batch, mesh = step_batch(9), engine.mesh
+        loss_sum = objective_of(engine, teacher)(cut_sequences(batch, mesh.cp_rank, mesh.cp_size)).loss_sum
         assert not loss_sum.requires_grad
-        return float(loss_sum) / float(batch.num_valid_tokens())
+        return float(reduce_sum_(loss_sum.clone(), mesh.cp_group)) / float(batch.num_valid_tokens())
 
 
 def join(world_size):
@@ -241,7 +246,7 @@ def run_cases(rank, world_size, folder, cases):
     meshes = join(world_size)
     answers = []
     for case in cases:
-        mesh = meshes[case.tp]
+        mesh = meshes[case.tp] if case.cp == 1 else meshes.setdefault((case.tp, case.cp), Mesh.build(case.tp, case.cp))
         backbone = build_backbone(
             folder, case.family, mesh, dtype=case.dtype, recompute=case.recompute, teacher=case.teacher,
             sequence=case.sequence,

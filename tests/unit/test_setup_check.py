@@ -63,7 +63,7 @@ def test_a_backend_that_the_run_asks_for_and_is_not_there_fails_with_1(tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     result, why = table(done.stdout)["kernels triton"]
     assert (result, why.split(":")[0]) == ("FAIL", "backend = 'triton' is not available for cpu")
-    assert "1 of 19 checks failed" in done.stdout
+    assert "1 of 20 checks failed" in done.stdout
 
 
 def test_help_and_mistakes_need_no_torch():
@@ -165,8 +165,8 @@ def test_a_collective_with_wrong_numbers_is_a_failed_row(monkeypatch, name, oper
     }
     for other, answer in honest.items():
         monkeypatch.setattr(setup_probes, other, answer)
-    mesh = SimpleNamespace(tp_group="two", dp_group=None, world_group=None, world_size=1)
-    assert [row.result for row in setup_probes.collective_rows(mesh, CPU)] == ["ok", "ok", "ok", "-", "-"]
+    mesh = SimpleNamespace(tp_group="two", cp_group=None, dp_group=None, world_group=None, world_size=1)
+    assert [row.result for row in setup_probes.collective_rows(mesh, CPU)] == ["ok", "ok", "ok", "-", "-", "-"]
     monkeypatch.setattr(setup_probes, operation, lambda x, group: honest[operation](x, group) * 1.001)
     rows = {row.check: row for row in setup_probes.collective_rows(mesh, CPU)}
     assert rows.pop(f"{name} tp") == Row(f"{name} tp", "FAIL", "2 ranks: wrong numbers")

@@ -1,0 +1,169 @@
+"""Stock attention for a model whose sequences are cut over a cp group (`kdtrain.parallel.ulysses` trades the heads).
+
+transformers looks its attention function up by the name in a model's config, so ours is registered under names of its
+own and only models that run under context parallelism ask for it: a student and a teacher with other head counts, or
+one without a cp group, do not notice. Under such a name transformers builds no masks, which would be those of the
+local tokens: they are built here, by transformers' own functions, from the position_ids of the whole sequences. What
+an attention call needs travels with it as one keyword argument from `Backbone.hidden_states` down.
+
+B sequences, S tokens of the whole sequence, s = S / cp on this rank, H heads, d their width.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kdtrain.dist.collectives import Group, gather_ranks, group_size
+from kdtrain.dist.mesh import Mesh
+from kdtrain.errors import ConfigError
+from kdtrain.models.attention import IMPLEMENTATIONS
+from kdtrain.parallel.cut import even_cut
+from kdtrain.parallel.ulysses import check_heads, gather_sequence, scatter_sequence
+
+PREFIX = "ulysses_"
+"""Before the name of a stock implementation: the same over a cp group."""
+
+ARGUMENT = "kdtrain_context"
+"""Keyword argument that carries a `Context` through stock code to the attention function."""
+
+PER_HEAD = ("s_aux", "position_bias", "cache")
+"""Arguments of stock attention that are made for other heads or tokens than a rank holds after the exchange."""
+
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary embeddings that look at the largest position of the batch, of which a rank sees its own part only."""
+
+
+@dataclass(slots=True)
+class Context:
+    """What attention must know of one forward pass. group: the cp group. position_ids [B, S]: of whole sequences."""
+
+    group: Group
+    position_ids: Tensor
+    _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
+
+    def mask(self, implementation: str, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """transformers' mask for whole sequences: causal, documents apart, perhaps in a sliding window of tokens.
+
+        [B, 1, S, S], made once per window; None where the implementation needs none (flash-attention is told the
+        documents' boundaries instead). Does not communicate.
+        """
+        if implementation.startswith("flash"):
+            return None
+        key = (implementation, window, dtype)
+        if key not in self._masks:
+            # of a model's config these functions read nothing else, of the embeddings only shape, dtype and device
+            config: Any = SimpleNamespace(_attn_implementation=implementation, is_causal=True, sliding_window=window)
+            embeddings = torch.empty(*self.position_ids.shape, 0, dtype=dtype, device=self.position_ids.device)
+            create: Callable[..., Any] = create_causal_mask if window is None else create_sliding_window_causal_mask
+            self._masks[key] = create(
+                config=config, inputs_embeds=embeddings, attention_mask=None, past_key_values=None,
+                position_ids=self.position_ids,
+            )  # fmt: skip
+        return self._masks[key]
+
+
+def whole_sequences(values: Tensor, group: Group) -> Tensor:
+    """[B, s] on every rank of a cp group -> [B, S]. Communicates: one all-gather. Not differentiable."""
+    return values if group_size(group) == 1 else gather_ranks(values, group).transpose(0, 1).flatten(1)
+
+
+def use_context(model: Any, mesh: Mesh, source: str) -> None:
+    """Let `model`, stock, with all its heads, use its own attention implementation over mesh's cp group.
+
+    Does not communicate. Raises, alike on all ranks, ParallelError when heads on some tp rank cannot be shared out and
+    ConfigError for rotary embeddings that depend on the longest document of a batch.
+    """
+    settings = model.config.to_dict()
+    for kind in _rope_types(settings):
+        if kind in LENGTH_DEPENDENT_ROPE:
+            raise ConfigError(
+                f"{source} has rotary embeddings of the type {kind!r} and parallel.cp > 1\n"
+                "  why: they depend on the largest position of a batch, and a rank sees only its part\n"
+                "  fix: set parallel.cp=1, or use a model with another rope_type"
+            )
+    names = getattr(model.config, "attribute_map", None) or {}
+    heads = settings.get(names.get("num_attention_heads", "num_attention_heads"))
+    kv_heads = settings.get(names.get("num_key_value_heads", "num_key_value_heads")) or heads
+    if isinstance(heads, int) and isinstance(kv_heads, int):  # else each attention call checks its own
+        for start, stop in even_cut(0, kv_heads, mesh.tp_size).pieces:
+            check_heads((stop - start) * heads // kv_heads, mesh.cp_size, source)
+    model.config._attn_implementation = PREFIX + str(model.config._attn_implementation)
+
+
+def _rope_types(settings: Any) -> list[str]:
+    """Every rope_type named anywhere in a config."""
+    if not isinstance(settings, dict):
+        return []
+    here = [str(value) for key, value in settings.items() if key == "rope_type"]
+    return here + [kind for value in settings.values() for kind in _rope_types(value)]
+
+
+def ulysses_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *,
+    implementation: str, **settings: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention function: query [B, H, s, d], key and value perhaps with fewer heads -> [B, s, H, d].
+
+    implementation: the stock one that computes it on [B, H / cp, S, d]. Communicates: two all-to-alls over the cp
+    group, in backward two. Raises ConfigError when the model's own code does what cannot be followed.
+    """
+    context = settings.pop(ARGUMENT, None)
+    foreign = [name for name in PER_HEAD if settings.get(name) is not None]
+    if attention_mask is not None:
+        foreign.append("a mask of its own")
+    if not isinstance(context, Context) or foreign:
+        problem = f"passes {', '.join(foreign)}" if foreign else "does not pass its keyword arguments on"
+        raise ConfigError(
+            f"{type(module).__name__} {problem} to attention, which parallel.cp > 1 cannot follow\n"
+            "  why: attention sees whole sequences there, the code around it one part\n  fix: set parallel.cp=1"
+        )
+    name = type(module).__name__
+    query, key, value = gather_sequence(query, key, value, context.group, what=name)
+    settings["position_ids"] = context.position_ids
+    mask = context.mask(implementation, settings.get("sliding_window"), query.dtype)
+    local = _View(
+        module,
+        num_key_value_groups=query.shape[1] // key.shape[1],
+        config=_View(getattr(module, "config", None), _attn_implementation=implementation),
+    )
+    output = _stock(module, implementation)(local, query, key, value, mask, **settings)[0]
+    return scatter_sequence(output, context.group), None
+
+
+class _View:
+    """An object with some attributes replaced: stock attention reads head counts and names from its module."""
+
+    def __init__(self, original: object, **replaced: object) -> None:
+        self._original = original
+        self.__dict__.update(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+def _stock(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:
+    """The stock function; eager attention is defined beside each architecture."""
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]  # type: ignore[no-any-return]
+    found = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if found is None:
+        raise ConfigError(
+            f"{type(module).__module__} defines no eager_attention_forward, which attention=eager needs with "
+            "parallel.cp > 1\n  fix: set attention=sdpa, or parallel.cp=1"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+for _implementation in IMPLEMENTATIONS:
+    AttentionInterface.register(PREFIX + _implementation, partial(ulysses_attention, implementation=_implementation))

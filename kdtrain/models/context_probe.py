@@ -1,0 +1,86 @@
+"""Measure, before a weight is read, whether a model can run on parts of its sequences. Nothing here communicates.
+
+Under context parallelism a rank runs everything but attention on its own tokens. That is right only if nothing else
+looks at other tokens (convolutions and recurrent states do), if positions come from position_ids alone, and if all
+attention goes through transformers' attention interface with masks that are causal, per document, perhaps in sliding
+windows. Each depends on code in transformers; each is measured on a tiny random copy of the config to be loaded.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from kdtrain.errors import ConfigError
+from kdtrain.models.context import ARGUMENT, PREFIX, Context
+from kdtrain.models.probe import TOLERANCE, difference, run_on_copy
+from kdtrain.models.shrink import VOCAB_SIZE
+
+POINTWISE = "kdtrain_pointwise"
+WINDOW = 3
+"""Tokens of every window in the copy, so that windows matter in 12 tokens."""
+
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+
+
+def check_context(model: Any, source: str, *, packed: bool = True) -> None:
+    """Raise ConfigError unless a model cut by tokens computes what the whole one does.
+
+    model: the stock model, parameters possibly on meta; it is not run. packed: whether position_ids will restart at
+    documents. Builds and runs a tiny random copy on the CPU; leaves torch's random state alone.
+    """
+    changes = {key: WINDOW for key in _WINDOWS if isinstance(model.config.to_dict().get(key), int)}
+    apart, masks = run_on_copy(model, source, partial(_measure, packed=packed), changes)
+    kind = f"{source} has model_type {model.config.model_type!r} and parallel.cp > 1"
+    if apart > TOLERANCE:
+        raise ConfigError(
+            f"{kind}, but tokens see others outside of attention: run on half of each sequence, hidden states differ "
+            f"by {apart:.2g} of their size\n"
+            "  why: each rank would compute with its part of the sequence as if it were all\n"
+            "  fix: set parallel.cp=1, or use an architecture with rotary attention only"
+        )
+    if masks > TOLERANCE:
+        raise ConfigError(
+            f"{kind}, but its attention is not causal attention within documents and sliding windows: hidden states "
+            f"differ by {masks:.2g} of their size\n"
+            "  why: masks are built for whole sequences from position_ids and the window alone\n"
+            "  fix: set parallel.cp=1, or use an architecture of the Llama, Qwen, GPT-NeoX or Gemma kind"
+        )
+
+
+def _measure(copy: Any, *, packed: bool) -> tuple[float, float]:
+    """(tokens that see others outside of attention, our masks against the model's own), relative differences."""
+    ids = torch.randint(4, VOCAB_SIZE, (2, 12))
+    positions = torch.tensor([[*range(5), *range(7)], [*range(8), *range(4)]])
+    if not packed:
+        positions = torch.arange(12).expand(2, -1)
+    implementation = copy.config._attn_implementation
+
+    def hidden(columns: slice, attention: str, **more: Any) -> Tensor:
+        copy.config._attn_implementation = attention
+        found: Tensor = copy.base_model(
+            input_ids=ids[:, columns], position_ids=positions[:, columns], attention_mask=None, use_cache=False, **more
+        ).last_hidden_state
+        return found
+
+    everything, second = slice(None), slice(6, None)
+    context = {ARGUMENT: Context(None, positions)}
+    masks = difference(hidden(everything, PREFIX + implementation, **context), hidden(everything, implementation))
+    whole = hidden(everything, POINTWISE)[:, second]
+    return difference(hidden(second, POINTWISE), whole), masks
+
+
+def _pointwise(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **settings: Any
+) -> tuple[Tensor, None]:
+    """In attention's place: a token sees itself, and its turned query and key show which position it has."""
+    places = query.mean(-1, keepdim=True) + key.mean((1, 3), keepdim=True)
+    groups = query.shape[1] // value.shape[1]
+    return ((1.0 + places) * value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(POINTWISE, _pointwise)

@@ -1,0 +1,92 @@
+"""Ulysses: attention over sequences that the ranks of a cp group share (Jacobs et al. 2023, arXiv 2309.14509).
+
+Everything but attention works token by token, so each rank keeps its S / cp tokens of every sequence there. For
+attention the ranks trade: each gives away its tokens of most heads and gets all tokens of heads / cp heads, computes
+stock attention on them, and trades back. Two all-to-alls per layer forward, two backward; what travels per rank is
+about (heads q + k + v + output) * S / cp values, whatever cp is.
+
+B sequences, s = S / cp tokens on this rank, H heads on this rank before the exchange, d their width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from kdtrain.dist.collectives import Group, exchange_ranks, group_size
+from kdtrain.errors import ParallelError
+
+
+class _Exchange(torch.autograd.Function):
+    """[cp, n] -> [cp, n], row j to rank j. An all-to-all is a permutation of values: its backward is itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return exchange_ranks(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # exchange_ranks copies a gradient with strides of its own: a buffer made like it would be filled out of order
+        return exchange_ranks(grad, ctx.group), None
+
+
+def check_heads(query_heads: int, cp_size: int, what: str) -> None:
+    """ParallelError, on every rank that asks with the same numbers, unless cp_size divides query_heads."""
+    if query_heads % cp_size:
+        possible = [n for n in range(1, query_heads + 1) if query_heads % n == 0]
+        raise ParallelError(
+            f"parallel.cp = {cp_size} does not divide the {query_heads} query heads on a rank of {what}\n"
+            "  why: for attention the ranks of a cp group share out the heads evenly\n"
+            f"  fix: set parallel.cp to one of {possible}, or another parallel.tp"
+        )
+
+
+def gather_sequence(
+    query: Tensor, key: Tensor, value: Tensor, group: Group, *, what: str = "this model"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, H, s, d] each -> [B, H / cp, S, d]: all tokens of this rank's share of the heads; differentiable.
+
+    key and value may have fewer heads (H a multiple of theirs) and value another width. Their heads are repeated as
+    often as it takes to share them out evenly; query head j of the answer reads head j // (query heads / key heads).
+    Communicates: one all-to-all, in backward one. Raises ParallelError when cp does not divide the query heads.
+    """
+    cp_size = group_size(group)
+    if cp_size == 1:
+        return query, key, value
+    check_heads(query.shape[1], cp_size, what)
+    parts = [_by_rank(x, cp_size) for x in (query, _enough_heads(key, cp_size), _enough_heads(value, cp_size))]
+    flat = _exchange(torch.cat([part.flatten(1) for part in parts], dim=1), group)
+    pieces = torch.split(flat, [part[0].numel() for part in parts], dim=1)
+    # from [ranks, which are parts of the sequence, B, H / cp, s, d]
+    q, k, v = (x.view_as(y).permute(1, 2, 0, 3, 4).flatten(2, 3) for x, y in zip(pieces, parts, strict=True))
+    return q, k, v
+
+
+def scatter_sequence(output: Tensor, group: Group) -> Tensor:
+    """[B, S, H / cp, d] -> [B, s, H, d]: what attention made of this rank's heads back to each token's rank.
+
+    Differentiable. Communicates: one all-to-all, in backward one.
+    """
+    cp_size = group_size(group)
+    if cp_size == 1:
+        return output
+    parts = output.reshape(output.shape[0], cp_size, -1, *output.shape[2:]).transpose(0, 1)  # [ranks, B, s, H / cp, d]
+    return _exchange(parts, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _exchange(x: Tensor, group: Group) -> Tensor:
+    return cast(Tensor, _Exchange.apply(x, group))  # type: ignore[no-untyped-call]
+
+
+def _by_rank(x: Tensor, cp_size: int) -> Tensor:
+    """[B, H, s, d] -> [cp, B, H / cp, s, d]"""
+    return x.reshape(x.shape[0], cp_size, -1, *x.shape[2:]).transpose(0, 1)
+
+
+def _enough_heads(x: Tensor, cp_size: int) -> Tensor:
+    """Heads of keys or values, each repeated beside itself until cp_size divides their number."""
+    return x.repeat_interleave(cp_size // math.gcd(x.shape[1], cp_size), dim=1)
