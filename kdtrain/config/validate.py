@@ -151,8 +151,8 @@ def _layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
     cp = max(1, cfg.parallel.cp)
     if cfg.parallel.sequence and (tp == 1 or d.seq_len // cp % tp):
         yield Problem(
-            "parallel.sequence", True, f"needs ranks to share the tokens: parallel.tp = {tp}, data.seq_len = {d.seq_len}"
-            f", parallel.cp = {cp}",
+            "parallel.sequence", True, f"needs ranks to share the tokens: parallel.tp = {tp}, parallel.cp = {cp}, "
+            f"data.seq_len = {d.seq_len}",
             "set parallel.tp above 1 and data.seq_len to a multiple of tp x cp, or parallel.sequence=false",
         )  # fmt: skip
     if world_size % tp:
