@@ -62,6 +62,17 @@ class OutputError(KdtrainError):
         )
 
 
+class PeerLost(KdtrainError):
+    """A rank of the other role (student or dedicated teacher) has ended or does not answer; its message says why.
+
+    exit_code: that rank's, as far as it is known.
+    """
+
+    def __init__(self, message: str, exit_code: int = EXIT_OTHER) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class RunStopped(KdtrainError):
     """A signal or the time limit ended the run after its state was saved."""
 

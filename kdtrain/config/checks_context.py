@@ -40,3 +40,8 @@ def context_problems(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
             "teacher would hold parts of the same sequences, not batches of their own",
             "set teacher.tp=null, or teacher.layout=plain with teacher.zero_stage=3, or parallel.cp=1",
         )  # fmt: skip
+    if t.layout == "dedicated":
+        yield Problem(
+            "teacher.layout", "dedicated", f"while parallel.cp = {cp}: such a teacher is asked for whole sequences",
+            "use teacher.layout=plain or tp, or parallel.cp=1",
+        )  # fmt: skip

@@ -57,11 +57,18 @@ class TeacherSection:
     """Dtype of weights and activations."""
     attention: Attention = "auto"
     """As student.attention."""
-    layout: Literal["plain", "tp"] = "plain"
-    """plain: a whole copy per rank; tp ranks share out the sequences. tp: cut over teacher.tp ranks."""
+    layout: Literal["plain", "tp", "dedicated"] = "plain"
+    """plain: a whole copy per rank; tp ranks share out the sequences. tp: cut over teacher.tp ranks. dedicated: on
+    teacher.ranks ranks of its own, which hold no student and work ahead while the student's ranks train."""
     tp: int | None = None
     """With layout tp: ranks over which the teacher is cut, parallel.tp or a multiple of it; replicas of the student
-    then share one teacher. null: parallel.tp."""
+    then share one teacher; null: parallel.tp. With layout dedicated: ranks that hold one teacher together; null: 1."""
+    ranks: int | None = None
+    """With layout dedicated: how many of the job's ranks, the last ones, hold only the teacher. They make
+    teacher.ranks / teacher.tp teachers, which share out the micro-batches."""
+    in_flight: int | None = None
+    """With layout dedicated: micro-batches of a data rank that may be under way at a time; each needs room for its
+    hidden states in host memory, there and here. null: two per teacher, at least 4."""
     zero_stage: int = 0
     """0: weights stay on every data rank. 3: they are divided among data ranks by ZeRO-3 and gathered layer by layer;
     the teacher then runs once over all micro-batches of a step."""

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from kdtrain.config import checks_memory
+from kdtrain.config import checks_dedicated, checks_memory
 from kdtrain.config.checks_checkpoint import checkpoint_problems
 from kdtrain.config.checks_context import context_problems, data_ranks
+from kdtrain.config.checks_dedicated import student_ranks
 from kdtrain.config.deepspeed_config import EXTRA_ZERO_KEYS, OWNED_ZERO_KEYS
 from kdtrain.config.keys import suggestion_among
 from kdtrain.config.load import Loaded
@@ -44,14 +45,16 @@ def check(loaded: Loaded, *, world_size: int) -> None:
 
 
 def problems(cfg: RunConfig, *, world_size: int) -> Iterator[Problem]:
-    """Problems that need nothing but the values. world_size: ranks that will run, all of them the student's."""
+    """Problems that need nothing but the values. world_size: ranks that will run, dedicated teachers included."""
     yield from _texts(cfg, "")
     yield from _run(cfg)
     yield from _models(cfg)
     yield from _data(cfg)
-    yield from _layout(cfg, world_size)
-    yield from context_problems(cfg, world_size)
-    yield from _teacher_layout(cfg, world_size)
+    yield from checks_dedicated.problems(cfg, world_size)
+    students = student_ranks(cfg, world_size)
+    yield from _layout(cfg, students)
+    yield from context_problems(cfg, students)
+    yield from _teacher_layout(cfg, students)
     yield from _zero(cfg)
     yield from checks_memory.problems(cfg)
     yield from _objective(cfg)
@@ -187,7 +190,7 @@ def _teacher_layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
         )  # fmt: skip
     if t.offload and t.zero_stage != 3:
         yield Problem("teacher.offload", True, "would be ignored: teacher.zero_stage is not 3", "set zero_stage=3 too")
-    if t.tp is None:
+    if t.tp is None or t.layout == "dedicated":
         return
     if t.layout != "tp":
         yield Problem("teacher.tp", t.tp, "would be ignored: teacher.layout = plain", "set teacher.layout=tp, or null")

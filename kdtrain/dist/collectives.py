@@ -80,6 +80,18 @@ def start_gather(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
     return finish
 
 
+def broadcast_first_(tensor: Tensor, group: Group) -> Tensor:
+    """Fill `tensor` with that of the group's first rank, in place, and return it. One broadcast. Not differentiable.
+
+    Raises ValueError for a non-contiguous tensor: the collective would fill its memory in the wrong order.
+    """
+    if group_size(group) > 1:
+        if not tensor.is_contiguous():
+            raise ValueError(f"broadcast_first_ needs a contiguous tensor, got strides {tensor.stride()}")
+        dist.broadcast(tensor, group=group, group_src=0)
+    return tensor
+
+
 def exchange_ranks(tensor: Tensor, group: Group) -> Tensor:
     """[ranks, ...] -> [ranks, ...]: row j of this rank's tensor goes to rank j, row i of the answer came from rank i.
 

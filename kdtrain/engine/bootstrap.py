@@ -19,7 +19,10 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from kdtrain.dist.roles import Roles, split_world
+from kdtrain.dist.wire import Wire
 from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RunStopped
 
 DEFAULT_TIMEOUT_MIN = 60.0
@@ -28,18 +31,30 @@ DEFAULT_TIMEOUT_MIN = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Runtime:
-    """Where this rank runs."""
+    """Where this rank runs. rank, world_size: in the default process group, which is that of its role.
+
+    wire: to the ranks of the other role; None if all ranks are the student's.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    roles: Roles
+    wire: Wire | None = None
+
+    def barrier(self) -> None:
+        """Wait for all ranks, of both roles."""
+        dist.barrier()
+        if self.wire is not None:
+            self.wire.barrier()
 
 
-def start() -> Runtime:
+def start(num_teachers: int = 0) -> Runtime:
     """Join the process group and pick the device. Every rank must call it, once, before any engine is built.
 
     NCCL on CUDA, gloo on the CPU, where DeepSpeed's shared-memory operator is switched off: it would be compiled at
-    run time. Communicates: rendezvous of all ranks. Raises ConfigError when the environment cannot work.
+    run time. num_teachers: of the job's last ranks hold only the teacher, and form a world of their own.
+    Communicates: rendezvous of all ranks. Raises ConfigError when the environment cannot work.
     """
     use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if use_cuda:
@@ -50,9 +65,14 @@ def start() -> Runtime:
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
         device = torch.device("cpu")
-    _start_process_group("nccl" if use_cuda else "gloo")
+    backend, wire = "nccl" if use_cuda else "gloo", None
+    if num_teachers:
+        roles, wire = _split_job(backend, num_teachers)
+    else:
+        _start_process_group(backend)
+        roles = Roles(dist.get_rank(), dist.get_world_size(), 0)
     _start_deepspeed(use_cuda)
-    return Runtime(dist.get_rank(), dist.get_world_size(), device)
+    return Runtime(dist.get_rank(), dist.get_world_size(), device, roles, wire)
 
 
 def device_index(local_rank: int, visible: int) -> int:
@@ -85,6 +105,14 @@ def collective_timeout() -> timedelta:
             f"  fix: unset it ({DEFAULT_TIMEOUT_MIN:.0f} minutes then), or give a positive number"
         )
     return timedelta(minutes=minutes)
+
+
+def _split_job(backend: str, num_teachers: int) -> tuple[Roles, Wire]:
+    """A default group per role, from the store at which all ranks of the job meet."""
+    roles = Roles.of(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), num_teachers)
+    timeout = collective_timeout()
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    return roles, split_world(store, roles, backend, timeout)
 
 
 def _start_process_group(backend: str) -> None:
@@ -120,18 +148,18 @@ def _start_deepspeed(use_cuda: bool) -> None:
 
 
 @contextmanager
-def runtime() -> Iterator[Runtime]:
+def runtime(num_teachers: int = 0) -> Iterator[Runtime]:
     """`start` on entry. Ranks that end well, or stop after saving, leave together: no launcher kills a slower one.
 
     Communicates: `start`'s rendezvous and, unless another exception passes, a barrier at the end.
     """
-    running = start()
+    running = start(num_teachers)
     try:
         yield running
     except RunStopped:
-        dist.barrier()
+        running.barrier()
         raise
-    dist.barrier()
+    running.barrier()
 
 
 def leave(exit_code: int) -> NoReturn:

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from kdtrain.config.checks_dedicated import teacher_ranks
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
 from kdtrain.data.loader import StepLoader, validation_batches
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import ROW_MULTIPLE
+from kdtrain.dist.wire import Wire
 from kdtrain.engine.frozen import FrozenEngine
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.errors import ConfigError
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.flops import forward_flops_per_token, peak_flops, training_flops_per_token
+from kdtrain.models.head import LoadedHead
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.objectives.base import HeadLayout, Objective
-from kdtrain.objectives.distill import Distill
+from kdtrain.objectives.distill import Distill, TeacherSource
 from kdtrain.objectives.pretrain import Pretrain
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.signal import DenseSignal
+from kdtrain.training.dedicated import remote_teacher
 from kdtrain.training.inputs import Inputs
 from kdtrain.training.report import Costs
 from kdtrain.training.timing import PhaseTimer
@@ -30,12 +35,24 @@ from kdtrain.training.timing import PhaseTimer
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Both models on this rank."""
+    """Both models on this rank.
+
+    teacher_backbone: None without a teacher and if it lives on ranks of its own; then its head is here.
+    """
 
     student: Backbone
-    teacher: OnlineTeacher | None
+    teacher: TeacherSource | None
     layout: HeadLayout
     teacher_backbone: Backbone | None
+    teacher_head: LoadedHead | None = None
+
+    @property
+    def teacher_facts(self) -> tuple[Any, int] | None:
+        """(Hugging Face config, parameters) of the whole teacher, wherever it is; None without one."""
+        if self.teacher_head is not None:
+            return self.teacher_head.config, self.teacher_head.num_parameters
+        backbone = self.teacher_backbone
+        return None if backbone is None else (backbone.config, backbone.num_parameters())
 
 
 def student_spec(cfg: RunConfig) -> ModelSpec:
@@ -55,8 +72,14 @@ def specs(cfg: RunConfig) -> list[ModelSpec]:
     return [spec for spec in (student_spec(cfg), teacher_spec(cfg)) if spec is not None]
 
 
-def build_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, device: torch.device, *, trainable: bool) -> Models:
-    """Both models, their heads cut into the same rows; no engine of the student yet. Every rank must call it."""
+def build_models(
+    cfg: RunConfig, inputs: Inputs, mesh: Mesh, device: torch.device, *, trainable: bool, wire: Wire | None = None,
+    on_stop: Callable[[], None] = lambda: None,
+) -> Models:  # fmt: skip
+    """Both models, their heads cut into the same rows; no engine of the student yet. Every rank must call it.
+
+    wire: to a teacher on ranks of its own. on_stop: called when that teacher has been asked to end.
+    """
     spec = teacher_spec(cfg)
     rows = head_rows(cfg, inputs.total_rows)
     student = load_backbone(
@@ -66,6 +89,9 @@ def build_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, device: torch.devic
     layout = HeadLayout(student.shard, mesh.tp_group, cfg.train.slab_bytes, cfg.train.kernels)
     if spec is None:
         return Models(student, None, layout, None)
+    if wire is not None:
+        remote, head = remote_teacher(cfg, spec, student.shard, mesh, device, wire, on_stop)
+        return Models(student, remote, layout, None, head)
     return add_teacher(cfg, spec, Models(student, None, layout, None), mesh, device)
 
 
@@ -116,7 +142,7 @@ def build_loader(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, prefetch: int | 
 class TimedTeacher:
     """A teacher whose time is counted under the phase "teacher"."""
 
-    def __init__(self, teacher: OnlineTeacher, timer: PhaseTimer) -> None:
+    def __init__(self, teacher: TeacherSource, timer: PhaseTimer) -> None:
         self._teacher = teacher
         self._timer = timer
 
@@ -157,12 +183,10 @@ def evaluation_batches(cfg: RunConfig, inputs: Inputs, mesh: Mesh) -> Iterator[B
 def costs_of(cfg: RunConfig, models: Models, mesh: Mesh, device: torch.device) -> Costs:
     """FLOPs per token of both models and the devices' peak."""
 
-    def of(backbone: Backbone) -> tuple[object, int, int]:
-        return backbone.config, backbone.num_parameters(), cfg.data.seq_len
-
-    distils = cfg.objective.name == "distill" and models.teacher_backbone is not None
-    teacher = forward_flops_per_token(*of(models.teacher_backbone)) if distils and models.teacher_backbone else 0.0
+    student, facts, seq_len = models.student, models.teacher_facts, cfg.data.seq_len
+    teacher = 0.0 if cfg.objective.name != "distill" or facts is None else forward_flops_per_token(*facts, seq_len)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return Costs(
-        training_flops_per_token(*of(models.student)), teacher, None if peak is None else peak * mesh.world_size
-    )
+        training_flops_per_token(student.config, student.num_parameters(), seq_len), teacher,
+        None if peak is None else peak * (mesh.world_size + teacher_ranks(cfg)),
+    )  # fmt: skip

@@ -23,12 +23,17 @@ class StopRequest:
     def __init__(self, time_limit_s: float | None = None) -> None:
         self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self._signal: int | None = None
+        self._asked: str | None = None
         self._previous: dict[int, object] = {}
 
     def install(self) -> None:
         """Catch STOP_SIGNALS from now on (main thread only)."""
         for number in STOP_SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
+
+    def ask(self, reason: str) -> None:
+        """Want to stop, because of something that this process learned otherwise than by a signal."""
+        self._asked = self._asked or reason
 
     def restore(self) -> None:
         """Give the signals back to whoever had them."""
@@ -42,6 +47,8 @@ class StopRequest:
     @property
     def wanted(self) -> bool:
         """True once this rank should stop after the current step."""
+        if self._asked is not None:
+            return True
         return self._signal is not None or (self._deadline is not None and time.monotonic() >= self._deadline)
 
     @property
@@ -51,6 +58,8 @@ class StopRequest:
             return f"signal {signal.Signals(self._signal).name}"
         if self._deadline is not None and time.monotonic() >= self._deadline:
             return "run.time_limit_s reached"
+        if self._asked is not None:
+            return self._asked
         return "another rank was asked to stop"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kdtrain.config.checks_dedicated import num_teachers, student_ranks, teacher_ranks
 from kdtrain.config.schema import RunConfig
 from kdtrain.dist.mesh import Mesh
 from kdtrain.log import LOGGER
@@ -22,11 +23,12 @@ def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh)
         "student  %s   %s parameters, %s, %s, %s", cfg.student.architecture or cfg.student.weights,
         f"{student.num_parameters():,}", origin, cfg.student.dtype, student.config._attn_implementation,
     )  # fmt: skip
-    if models.teacher_backbone is not None:
-        teacher = models.teacher_backbone
+    if models.teacher_facts is not None:
+        config, count = models.teacher_facts
+        attention = config._attn_implementation if models.teacher_backbone is not None else cfg.teacher.attention
         LOGGER.info(
-            "teacher  %s   %s parameters, frozen, %s, %s, %s", cfg.teacher.weights, f"{teacher.num_parameters():,}",
-            _teacher_layout(cfg), cfg.teacher.dtype, teacher.config._attn_implementation,
+            "teacher  %s   %s parameters, frozen, %s, %s, %s", cfg.teacher.weights, f"{count:,}", _teacher_layout(cfg),
+            cfg.teacher.dtype, attention,
         )  # fmt: skip
     LOGGER.info("loss     %s", loss_line(cfg))
     LOGGER.info("data     %s", data_line(cfg, inputs, mesh.dp_size))
@@ -34,16 +36,24 @@ def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh)
 
 
 def _teacher_layout(cfg: RunConfig) -> str:
+    if cfg.teacher.layout == "dedicated":
+        return dedicated_line(cfg)
     tp = f"tp {build.teacher_tp(cfg)}" if cfg.teacher.layout == "tp" else "plain"
     zero = " x zero 3" if cfg.teacher.zero_stage == 3 else ""
     return tp + zero + (" in host memory" if cfg.teacher.offload else "")
 
 
 def mesh_line(cfg: RunConfig, world_size: int) -> str:
-    """How the ranks are divided; cp only where sequences are."""
+    """How the student's ranks are divided; cp only where sequences are."""
     p = cfg.parallel
     cp = f" x cp {p.cp}" if p.cp > 1 else ""
     return f"{world_size} ranks = dp {world_size // (p.tp * p.cp)}{cp} x tp {p.tp}"
+
+
+def dedicated_line(cfg: RunConfig) -> str:
+    """How ranks of their own make up teachers: "2 x tp 2 on 4 ranks of its own"."""
+    ranks = teacher_ranks(cfg)
+    return f"{num_teachers(cfg)} x tp {cfg.teacher.tp or 1} on {ranks} rank{'s' if ranks > 1 else ''} of its own"
 
 
 def loss_line(cfg: RunConfig) -> str:
@@ -90,8 +100,11 @@ def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int) -> None:
     """`--check`: everything that can be known before a device is touched."""
     for spec in build.specs(cfg):
         check_architecture(spec, inputs.vocab_size, packed=cfg.data.reset_positions)
-    dp_size = world_size // (cfg.parallel.tp * cfg.parallel.cp)
-    LOGGER.info("mesh     %s", mesh_line(cfg, world_size))
+    students = student_ranks(cfg, world_size)
+    dp_size = students // (cfg.parallel.tp * cfg.parallel.cp)
+    LOGGER.info("mesh     %s", mesh_line(cfg, students))
+    if students < world_size:
+        LOGGER.info("teacher  %s: %s", dedicated_line(cfg), list(range(students, world_size)))
     LOGGER.info("loss     %s", loss_line(cfg))
     LOGGER.info("data     %s", data_line(cfg, inputs, dp_size))
     LOGGER.info("memory   %s", estimate(cfg, inputs, dp_size).line())

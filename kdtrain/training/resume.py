@@ -23,6 +23,8 @@ LAYOUT_ONLY = (
         "teacher.attention",
         "teacher.layout",
         "teacher.tp",
+        "teacher.ranks",
+        "teacher.in_flight",
         "teacher.zero_stage",
         "teacher.offload",
     ),

@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
+from kdtrain.config.checks_dedicated import teacher_ranks
 from kdtrain.config.cli import Request
 from kdtrain.config.load import as_dict, config_hash, to_yaml
 from kdtrain.config.schema import GuardSection, RunConfig
@@ -27,7 +27,7 @@ from kdtrain.telemetry.heartbeat import Pulse, Watchdog, clear_beats
 from kdtrain.telemetry.jsonl_sink import JsonlSink
 from kdtrain.telemetry.run_folder import RunFolder
 from kdtrain.telemetry.wandb_sink import WandbSink
-from kdtrain.training import build
+from kdtrain.training import build, dedicated
 from kdtrain.training import describe as describing
 from kdtrain.training.cadence import Cadence, StopRequest
 from kdtrain.training.checkpoints import Checkpoints
@@ -55,13 +55,24 @@ def run_training(request: Request) -> int:
         return 0
     stop = StopRequest(cfg.run.time_limit_s)
     stop.install()  # until the process ends: a second signal while ranks leave must not kill one of them
-    with bootstrap.runtime() as rank:
-        mesh = Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
-        _same_everywhere(mesh, "configuration", config_hash(cfg))
-        with _run_folder(cfg, mesh) as (folder, opened):
-            _train(request, inputs, mesh, rank.device, folder, opened, stop)
-            on_main(mesh, lambda: opened.finish() if opened is not None else None)
+    with bootstrap.runtime(teacher_ranks(cfg)) as rank:
+        if rank.roles.is_teacher:
+            _serve(cfg, inputs, rank, folder=Path(cfg.run.output_dir) / cfg.run.name, wants_stop=lambda: stop.wanted)
+            return 0
+        with dedicated.student_side(cfg, rank):
+            mesh = Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
+            _same_everywhere(mesh, "configuration", config_hash(cfg))
+            with _run_folder(cfg, mesh) as (folder, opened):
+                _train(request, inputs, mesh, rank, folder, opened, stop)
+                on_main(mesh, lambda: opened.finish() if opened is not None else None)
     return 0
+
+
+def _serve(cfg: RunConfig, inputs: Inputs, rank: bootstrap.Runtime, **settings: Any) -> None:
+    """What a rank of a dedicated teacher does from start to end."""
+    spec = build.teacher_spec(cfg)
+    assert spec is not None
+    dedicated.serve(cfg, spec, inputs.vocab_size, rank, **settings)
 
 
 def run_evaluation(request: Request) -> int:
@@ -71,26 +82,33 @@ def run_evaluation(request: Request) -> int:
     if cfg.student.weights is None:
         raise ConfigError("student.weights is not set\n  fix: name the Hugging Face folder to evaluate")
     inputs = open_inputs(cfg, build.specs(cfg))
-    with bootstrap.runtime() as rank:
-        mesh = Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
-        models = build.build_models(cfg, inputs, mesh, rank.device, trainable=False)
+    with bootstrap.runtime(teacher_ranks(cfg)) as rank:
+        if rank.roles.is_teacher:
+            _serve(cfg, inputs, rank)
+            return 0
+        with dedicated.student_side(cfg, rank):
+            mesh = Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
+            models = build.build_models(cfg, inputs, mesh, rank.device, trainable=False, wire=rank.wire)
 
-        def student(batch: Any, head_fn: Any) -> Any:
-            return call_with_head(models.student, batch, head_fn)
+            def student(batch: Any, head_fn: Any) -> Any:
+                return call_with_head(models.student, batch, head_fn)
 
-        validation = Validation(student, models.teacher, models.layout, mesh)
-        means = validation.run(build.evaluation_batches(cfg, inputs, mesh), rank.device)
-        if mesh.is_main:
-            print(json.dumps(means, sort_keys=True))
+            validation = Validation(student, models.teacher, models.layout, mesh)
+            means = validation.run(build.evaluation_batches(cfg, inputs, mesh), rank.device)
+            if mesh.is_main:
+                print(json.dumps(means, sort_keys=True))
     return 0
 
 
 def _train(
-    request: Request, inputs: Inputs, mesh: Mesh, device: torch.device, folder: Path, opened: RunFolder | None,
+    request: Request, inputs: Inputs, mesh: Mesh, rank: bootstrap.Runtime, folder: Path, opened: RunFolder | None,
     stop: StopRequest,
 ) -> None:  # fmt: skip
-    cfg = request.config
-    models = build.build_models(cfg, inputs, mesh, device, trainable=True)
+    cfg, device = request.config, rank.device
+    models = build.build_models(
+        cfg, inputs, mesh, device, trainable=True, wire=rank.wire,
+        on_stop=lambda: stop.ask("a dedicated teacher's rank was asked to stop"),
+    )  # fmt: skip
     resume_from = on_main(mesh, lambda: find_resume_point(cfg, folder))
     loader = build.build_loader(cfg, inputs, mesh)
     if cfg.debug.self_check and models.teacher is not None and resume_from is None:

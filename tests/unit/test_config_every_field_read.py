@@ -13,6 +13,7 @@ ROOTS = ("cfg", "config")
 """Names and attributes that hold a whole RunConfig."""
 READ_ELSEWHERE = {
     "zero.extra": "kdtrain.config.deepspeed_config hands it to DeepSpeed",
+    "teacher.ranks": "kdtrain.config.checks_dedicated.teacher_ranks, which splits the job, reads it",
 }
 """Settings that nobody outside kdtrain.config reads, and why that misleads no user."""
 
@@ -71,8 +72,9 @@ def test_every_setting_is_read_by_the_code_that_it_is_for():
     assert unread == set(READ_ELSEWHERE)
 
 
-def test_zero_extra_is_read_where_the_exception_says():
-    assert "zero.extra" in keys_read((PACKAGE / "config" / "deepspeed_config.py").read_text(encoding="utf-8"))
+def test_settings_are_read_where_the_exceptions_say():
+    for key, module in (("zero.extra", "deepspeed_config"), ("teacher.ranks", "checks_dedicated")):
+        assert key in keys_read((PACKAGE / "config" / f"{module}.py").read_text(encoding="utf-8"))
 
 
 def test_a_setting_counts_as_read_only_in_its_own_section():

@@ -45,6 +45,13 @@ def distill(**changes):
     return {f"objective__distill__{name}": value for name, value in changes.items()}
 
 
+def dedicated(ranks, **changes):
+    return {
+        "teacher__layout": "dedicated", "teacher__ranks": ranks,
+        **{f"teacher__{name}": value for name, value in changes.items()},
+    }  # fmt: skip
+
+
 # (changes to a configuration that runs on 4 ranks, key of the one problem, words of its reason or fix)
 CASES = {
     "empty text": ({"run__output_dir": ""}, "run.output_dir", "is empty"),
@@ -106,6 +113,23 @@ CASES = {
     ),
     "teacher's tp 0": ({"teacher__tp": 0, "teacher__layout": "tp"}, "teacher.tp", "use 2, 4 or 8"),
     "teacher's tp 8": ({"teacher__tp": 8, "teacher__layout": "tp"}, "teacher.tp", "does not divide the number"),
+    "ranks alone": ({"teacher__ranks": 2}, "teacher.ranks", "would be ignored: teacher.layout = plain"),
+    "in_flight alone": ({"teacher__in_flight": 2}, "teacher.in_flight", "would be ignored: teacher.layout = plain"),
+    "no number of ranks": ({"teacher__layout": "dedicated"}, "teacher.ranks", "needs a number of ranks"),
+    "no teacher's rank": (dedicated(0), "teacher.ranks", "is smaller than 1"),
+    "no student's rank": (
+        {**dedicated(4), "parallel__tp": 1}, "teacher.ranks", "leaves no rank for the student: the job has 4",
+    ),
+    "dedicated tp": (dedicated(2, tp=3), "teacher.tp", "does not divide teacher.ranks = 2\n      fix: use one of [1, 2]"),
+    "dedicated tp 0": (dedicated(2, tp=0), "teacher.tp", "does not divide teacher.ranks = 2"),
+    "dedicated in pieces": (dedicated(2, zero_stage=3), "teacher.zero_stage", "must all run at once"),
+    "nothing in flight": (dedicated(2, in_flight=0), "teacher.in_flight", "is not in [1, 1024]"),
+    "idle teacher": (
+        {**dedicated(2), "objective__name": "pretrain"}, "teacher.layout", "asks the teacher only while it evaluates",
+    ),
+    "student's tp beside teachers": (
+        dedicated(1), "parallel.tp", "does not divide the number of ranks (3)\n      fix: use one of [1, 3]",
+    ),
     "stage 0 in bf16": ({"zero__stage": 0}, "zero.stage", "keep no float32 master weights"),
     "owned zero key": ({"zero__extra": {"stage": 1}}, "zero.extra.stage", "is not yours to set: it is zero.stage"),
     "unknown zero key": (
@@ -218,6 +242,8 @@ def test_each_mistake_is_one_problem_that_says_why_and_how_to_mend_it(case):
         {"student__weights": "w", "student__architecture": None},
         {"zero__stage": 0, "student__dtype": "float32"},
         {"teacher__layout": "tp", "teacher__tp": 4, "teacher__zero_stage": 3, "teacher__offload": True},
+        {"teacher__layout": "dedicated", "teacher__ranks": 2, "teacher__tp": 2, "teacher__in_flight": 1},
+        {"teacher__layout": "dedicated", "teacher__ranks": 3, "parallel__tp": 1},
         {"run__seed": 2**64 - 1},
         {"zero__extra": {"reduce_bucket_size": 5e8, "sub_group_size": 7, "reduce_scatter": False}},
         {"data__train_weights": [1e-9, 5.0], "data__validation": "v", "eval__every_steps": 1, "eval__max_tokens": 1},

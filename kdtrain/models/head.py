@@ -1,0 +1,62 @@
+"""Only the head of a Hugging Face folder, for a rank that never runs the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.errors import ConfigError
+from kdtrain.models.load import DTYPES, ModelSpec, build_config, parameters_on_meta
+from kdtrain.models.safetensors_reader import SafetensorsFolder
+from kdtrain.parallel.plan import vocabulary_modules
+from kdtrain.parallel.shard import head_scaling
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedHead:
+    """head: the rows asked for. config, num_parameters: of the whole model. elements_read: from its files."""
+
+    head: HeadShard
+    config: Any
+    num_parameters: int
+    elements_read: int
+
+
+def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str = "cpu") -> LoadedHead:
+    """The rows `shard` of the head of spec.weights, in spec.dtype; rows that the model has not are zeros.
+
+    Reads those rows and nothing else. Does not communicate. Raises ConfigError or ParallelError as `load_backbone`.
+    """
+    if spec.weights is None:
+        raise ConfigError("only a model with weights has a head to read\n  fix: set teacher.weights to a model folder")
+    with parameters_on_meta():
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            build_config(spec, shard.vocab_size), dtype=torch.float32
+        )
+    name = vocabulary_modules(model)[1]
+    module, (scale, softcap) = model.get_submodule(name), head_scaling(model.config)
+    with SafetensorsFolder(Path(spec.weights), model) as files:
+
+        def rows(parameter: str) -> torch.Tensor:
+            shape = tuple(model.get_parameter(parameter).shape)
+            start, stop = min(shard.start, shape[0]), min(shard.stop, shape[0])
+            value = torch.zeros((shard.rows, *shape[1:]), dtype=DTYPES[spec.dtype], device=device)
+            value[: stop - start] = files.read(_kept(model, parameter), shape, 0, start, stop)
+            return value
+
+        bias = None if getattr(module, "bias", None) is None else rows(f"{name}.bias")
+        head = HeadShard(rows(f"{name}.weight"), bias, scale, softcap)
+        count = sum(param.numel() for param in model.parameters())
+        return LoadedHead(head, model.config, count, files.elements_read)
+
+
+def _kept(model: Any, name: str) -> str:
+    """The name under which files carry the parameter `name`, which may be tied to another."""
+    kept = (getattr(model, "all_tied_weights_keys", None) or {}).get(name, name)
+    tied = kept != name and model.get_parameter(kept) is model.get_parameter(name)
+    return str(kept) if tied else name

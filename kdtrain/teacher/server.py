@@ -1,0 +1,179 @@
+"""What a rank does that holds nothing but the teacher: wait for micro-batches, return their hidden states.
+
+One thread per client waits for its requests and puts them into one queue; the main thread answers in the order of
+arrival. Nothing of an answer depends on that order: every micro-batch is run by itself.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+
+import torch
+from torch import Tensor
+
+from kdtrain.data.batch import Batch
+from kdtrain.dist.collectives import broadcast_first_
+from kdtrain.dist.mesh import Mesh
+from kdtrain.dist.wire import Message, Wire
+from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, PeerLost, RunStopped
+from kdtrain.teacher.protocol import ANSWER, ASK, BYE, GRACE, HIDDEN, IDS, REQUEST, exit_code_of, write_failure
+from kdtrain.telemetry.heartbeat import Pulse
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """kind: ASK or BYE. ids [2, B, S]: input_ids and position_ids, empty with BYE. exit_code: of a client's BYE."""
+
+    client: int
+    kind: int
+    ids: Tensor
+    exit_code: int = EXIT_DONE
+    lost: PeerLost | None = None
+
+
+class Inbox:
+    """Everything that clients (global ranks) send, from the moment it is made, in the order of arrival."""
+
+    def __init__(self, wire: Wire, clients: Sequence[int]) -> None:
+        self._wire = wire
+        self._queue: SimpleQueue[Request] = SimpleQueue()
+        for client in clients:
+            name = f"kdtrain-client-{client}"
+            threading.Thread(target=self._listen, args=(client,), name=name, daemon=True).start()
+
+    def take(self, timeout_s: float | None = None) -> Request | None:
+        """The next one, waiting for it; None after timeout_s."""
+        try:
+            return self._queue.get(timeout=timeout_s)
+        except Empty:
+            return None
+
+    def _listen(self, client: int) -> None:
+        """In a thread of its own: a receive from a named rank, unlike one from any, ends when that rank does."""
+        nothing = torch.empty((2, 0, 0), dtype=torch.int64)
+        kind = ASK
+        while kind == ASK:
+            try:
+                head = self._wire.receive(torch.empty(4, dtype=torch.int64), client, REQUEST).wait()
+                kind, rows, columns, exit_code = head.tolist()
+                ids = nothing
+                if kind == ASK:
+                    ids = torch.empty((2, rows, columns), dtype=torch.int64)
+                    self._wire.receive(ids, client, IDS).wait()
+            except PeerLost as error:
+                self._queue.put(Request(client, BYE, nothing, exit_code_of(error), error))
+                return
+            self._queue.put(Request(client, kind, ids, exit_code))
+
+
+class TeacherServer:
+    """Answers until all clients have said goodbye.
+
+    mesh: the teachers' own; ranks of a tp group hold one teacher together, and its first one has the inbox (None on the
+    others). forward: [B, S] sequences -> [B S, E] on every rank of the group. in_flight: requests of one client under
+    way at a time. begun: called once, before the first answer. wants_stop: whether this rank has been asked to end.
+    pulse: told what this rank does.
+    """
+
+    def __init__(
+        self,
+        wire: Wire,
+        mesh: Mesh,
+        inbox: Inbox | None,
+        clients: Sequence[int],
+        forward: Callable[[Batch], Tensor],
+        *,
+        device: torch.device,
+        in_flight: int,
+        begun: Callable[[], None] = lambda: None,
+        wants_stop: Callable[[], bool] = lambda: False,
+        pulse: Pulse | None = None,
+    ) -> None:
+        self._wire, self._mesh, self._inbox, self._forward = wire, mesh, inbox, forward
+        self._clients, self._device, self._wants_stop = list(clients), device, wants_stop
+        self._begun = begun
+        self._pulse = pulse or Pulse(wire.rank)
+        # A client that asks again has received all but its last in_flight answers: the others need not be kept.
+        self._sent: dict[int, deque[tuple[Message, Message]]] = {c: deque(maxlen=in_flight) for c in clients}
+        self.num_answers = 0
+
+    def run(self) -> None:
+        """Serve. Raises RunStopped if the clients have stopped, PeerLost with their exit code if one failed.
+
+        If this rank fails, the clients are told why, and get time to end by themselves. Communicates: with clients,
+        and over tp what each of them sent.
+        """
+        try:
+            exit_codes = self._serve()
+        except PeerLost:
+            raise
+        except BaseException as error:
+            self._give_up(error)
+            raise
+        if EXIT_STOPPED in exit_codes.values():
+            raise RunStopped("stopped with the student's ranks")
+
+    def _serve(self) -> dict[int, int]:
+        exit_codes: dict[int, int] = {}
+        while len(exit_codes) < len(self._clients):
+            request = self._next_request()
+            if request.kind == ASK:
+                if self.num_answers == 0:
+                    self._begun()
+                self._pulse.begin(self.num_answers + 1)
+                with self._pulse.phase("teacher"):
+                    self._answer(request)
+                continue
+            if request.lost is not None:
+                raise request.lost
+            exit_codes[request.client] = request.exit_code
+            if request.exit_code not in (EXIT_DONE, EXIT_STOPPED):
+                raise PeerLost(f"rank {request.client} (student) failed; its message says why", request.exit_code)
+        return exit_codes
+
+    def _next_request(self) -> Request:
+        """The same on every rank of a tp group."""
+        request = None if self._inbox is None else self._inbox.take()
+        if self._mesh.tp_size == 1:
+            assert request is not None
+            return request
+        head = torch.zeros(5, dtype=torch.int64, device=self._device)
+        if request is not None:
+            head = torch.tensor([request.client, request.kind, *request.ids.shape[1:], request.exit_code]).to(head)
+        client, kind, rows, columns, exit_code = broadcast_first_(head, self._mesh.tp_group).tolist()
+        ids = torch.empty((2, rows, columns), dtype=torch.int64, device=self._device)
+        if request is not None:
+            ids.copy_(request.ids)
+        ids = broadcast_first_(ids, self._mesh.tp_group) if rows else ids
+        return Request(client, kind, ids, exit_code, None if request is None else request.lost)
+
+    @torch.no_grad()
+    def _answer(self, request: Request) -> None:
+        input_ids, position_ids = request.ids.to(self._device).unbind(0)
+        nothing = torch.zeros(input_ids.shape, device=self._device)
+        batch = Batch(input_ids, input_ids, nothing, position_ids, torch.zeros_like(input_ids[:, 0]))
+        hidden = self._forward(batch).cpu().contiguous()
+        self.num_answers += 1
+        if self._inbox is not None:
+            status = torch.tensor([EXIT_DONE, int(self._wants_stop())])
+            self._sent[request.client].append(
+                (
+                    self._wire.send(status, request.client, ANSWER),
+                    self._wire.send(hidden, request.client, HIDDEN),
+                )
+            )
+
+    def _give_up(self, error: BaseException) -> None:
+        write_failure(self._wire.board, self._wire.rank, error)
+        if self._inbox is None:
+            return  # its group's first rank, left alone in a collective, ends too
+        last = [self._wire.send(torch.tensor([exit_code_of(error), 0]), c, ANSWER) for c in self._clients]
+        left, deadline = len(last), time.monotonic() + GRACE.total_seconds()
+        while left and (seconds := deadline - time.monotonic()) > 0:
+            request = self._inbox.take(seconds)
+            left -= request is not None and request.kind == BYE

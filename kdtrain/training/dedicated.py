@@ -1,0 +1,136 @@
+"""Runs whose teacher lives on ranks of its own: what those ranks do, and what the student's ranks hold instead."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdtrain.config.checks_dedicated import num_teachers, student_ranks
+from kdtrain.config.load import config_hash
+from kdtrain.config.schema import RunConfig
+from kdtrain.dist.mesh import Mesh
+from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.dist.wire import Wire
+from kdtrain.engine.bootstrap import Runtime, collective_timeout
+from kdtrain.log import LOGGER, setup_logging
+from kdtrain.models.head import LoadedHead, load_head
+from kdtrain.models.load import ModelSpec, load_backbone
+from kdtrain.teacher.protocol import compare_facts, farewell, write_facts, write_failure
+from kdtrain.teacher.remote import RemoteTeacher
+from kdtrain.teacher.server import Inbox, TeacherServer
+from kdtrain.telemetry.heartbeat import Pulse, Watchdog
+
+
+def serve(
+    cfg: RunConfig, spec: ModelSpec, vocab_size: int, runtime: Runtime, *, folder: Path | None = None,
+    wants_stop: Callable[[], bool] = lambda: False,
+) -> None:  # fmt: skip
+    """The whole life of a teacher's rank: load, tell what was loaded, answer until the student's ranks have ended.
+
+    folder: of the run, where heartbeats and warnings are written; None: nowhere. Every teacher rank must call it.
+    Raises RunStopped and PeerLost as `TeacherServer.run`, and what loading raises; the student's ranks are told.
+    """
+    wire, roles = runtime.wire, runtime.roles
+    assert wire is not None
+    clients = list(range(0, roles.num_students, cfg.parallel.tp))
+    mesh = Mesh.build(cfg.teacher.tp or 1)
+    inbox = Inbox(wire, clients) if mesh.tp_rank == 0 else None
+    try:
+        backbone = load_backbone(
+            spec, mesh, vocab_size=vocab_size, device=runtime.device, trainable=False, packed=cfg.data.reset_positions
+        ).eval()
+        first = _first_row(backbone.lm_head_shard)
+        facts = expected_facts(cfg, spec, vocab_size, backbone.config)
+        write_facts(wire.board, roles.rank, {**facts, FIRST_ROW: first})
+    except BaseException as error:
+        write_failure(wire.board, roles.rank, error)
+        raise
+    pulse, stack = Pulse(roles.rank), ExitStack()
+
+    def begun() -> None:  # not before: the folder is rank 0's to make
+        if folder is not None:
+            setup_logging(roles.rank, folder)
+            # Only says where this rank is: waiting long for a request is nothing to warn of.
+            stack.enter_context(Watchdog(pulse, folder, wire.world_size, warn_s=math.inf))
+
+    with stack:
+        TeacherServer(
+            wire, mesh, inbox, clients, backbone.hidden_states, device=runtime.device, in_flight=in_flight(cfg),
+            begun=begun, wants_stop=wants_stop, pulse=pulse,
+        ).run()  # fmt: skip
+
+
+@contextmanager
+def student_side(cfg: RunConfig, runtime: Runtime) -> Iterator[None]:
+    """Around all that a student's rank does: however it ends, dedicated teachers are told and end too."""
+    wire, roles = runtime.wire, runtime.roles
+    if wire is None or roles.rank % cfg.parallel.tp:
+        yield
+        return
+    with farewell(wire, servers(cfg, roles.num_students, roles.num_teachers)):
+        yield
+
+
+def in_flight(cfg: RunConfig) -> int:
+    """Micro-batches of a data rank under way at a time: one at each teacher, and one waiting there."""
+    return max(4, 2 * num_teachers(cfg)) if cfg.teacher.in_flight is None else cfg.teacher.in_flight
+
+
+def servers(cfg: RunConfig, num_students: int, num_teachers: int) -> list[int]:
+    """Global ranks to ask: the first of each teacher's tp group."""
+    return list(range(num_students, num_students + num_teachers, cfg.teacher.tp or 1))
+
+
+def remote_teacher(
+    cfg: RunConfig, spec: ModelSpec, shard: VocabShard, mesh: Mesh, device: torch.device, wire: Wire,
+    on_stop: Callable[[], None],
+) -> tuple[RemoteTeacher, LoadedHead]:  # fmt: skip
+    """The teacher as a student's rank holds it: its rows of the head, and whom to ask for hidden states.
+
+    shard: the student's. Every rank of the student must call it. Waits until all teachers are loaded, and holds what
+    they loaded against this rank's files: ConfigError naming both values, PeerLost if a teacher failed.
+    """
+    loaded = load_head(spec, shard, device=device)
+    facts = expected_facts(cfg, spec, shard.vocab_size, loaded.config)
+    if mesh.tp_rank == 0:
+        facts[FIRST_ROW] = _first_row(loaded.head)
+    num_students = student_ranks(cfg, wire.world_size)
+    asked = servers(cfg, num_students, wire.world_size - num_students)
+    compare_facts(wire.board, asked, facts, collective_timeout())
+    LOGGER.info("teacher  %d on ranks %s, ready", len(asked), asked)
+    remote = RemoteTeacher(
+        wire, mesh, loaded.head, asked, in_flight=in_flight(cfg), timeout=collective_timeout(), on_stop=on_stop
+    )
+    return remote, loaded
+
+
+FIRST_ROW = "first row of the teacher's head (sha256)"
+
+
+def expected_facts(cfg: RunConfig, spec: ModelSpec, vocab_size: int, model_config: Any) -> dict[str, Any]:
+    """What both roles must agree on, in words that a message can use."""
+    assert spec.weights is not None
+    return {
+        "configuration": config_hash(cfg),
+        "teacher.weights, config.json (sha256)": _digest((Path(spec.weights) / "config.json").read_bytes()),
+        "teacher.dtype": spec.dtype,
+        "width": int(model_config.hidden_size),
+        "vocabulary": vocab_size,
+    }
+
+
+def _first_row(head: HeadShard) -> str:
+    """Of a first tp rank, whose rows begin with token 0: the same bytes in any cut."""
+    row: Tensor = head.weight[0].detach().cpu().contiguous()
+    return _digest(row.view(torch.uint8).numpy().tobytes())
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
