@@ -113,6 +113,18 @@ CASES = {
     ),
     "teacher's tp 0": ({"teacher__tp": 0, "teacher__layout": "tp"}, "teacher.tp", "use 2, 4 or 8"),
     "teacher's tp 8": ({"teacher__tp": 8, "teacher__layout": "tp"}, "teacher.tp", "does not divide the number"),
+    "cp 0": ({"parallel__cp": 0}, "parallel.cp", "is smaller than 1"),
+    "cp 4": ({"parallel__cp": 4}, "parallel.cp", "times parallel.tp = 2 does not divide the number of ranks (4)"),
+    "cp of an odd length": (
+        {"parallel__cp": 2, "data__seq_len": 3, "data__tokens_per_step": 90}, "data.seq_len",
+        "is not a multiple of parallel.cp = 2",
+    ),
+    "cp beside a teacher cut further": (
+        {"parallel__cp": 2, "teacher__layout": "tp", "teacher__tp": 4}, "teacher.tp", "differs from parallel.tp = 2",
+    ),
+    "cp beside a teacher elsewhere": (
+        {**dedicated(2), "parallel__tp": 1, "parallel__cp": 2}, "teacher.layout", "is asked for whole sequences",
+    ),
     "ranks alone": ({"teacher__ranks": 2}, "teacher.ranks", "would be ignored: teacher.layout = plain"),
     "in_flight alone": ({"teacher__in_flight": 2}, "teacher.in_flight", "would be ignored: teacher.layout = plain"),
     "no number of ranks": ({"teacher__layout": "dedicated"}, "teacher.ranks", "needs a number of ranks"),
@@ -120,7 +132,9 @@ CASES = {
     "no student's rank": (
         {**dedicated(4), "parallel__tp": 1}, "teacher.ranks", "leaves no rank for the student: the job has 4",
     ),
-    "dedicated tp": (dedicated(2, tp=3), "teacher.tp", "does not divide teacher.ranks = 2\n      fix: use one of [1, 2]"),
+    "dedicated tp": (
+        dedicated(2, tp=3), "teacher.tp", "does not divide teacher.ranks = 2\n      fix: use one of [1, 2]",
+    ),
     "dedicated tp 0": (dedicated(2, tp=0), "teacher.tp", "does not divide teacher.ranks = 2"),
     "dedicated in pieces": (dedicated(2, zero_stage=3), "teacher.zero_stage", "must all run at once"),
     "nothing in flight": (dedicated(2, in_flight=0), "teacher.in_flight", "is not in [1, 1024]"),
