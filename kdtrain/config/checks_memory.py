@@ -11,6 +11,9 @@ from kdtrain.config.schema import RunConfig
 def problems(cfg: RunConfig) -> Iterator[Problem]:
     """Problems that need nothing but the values."""
     yield from _offload_optimizer(cfg)
+    if cfg.teacher.weights is not None:
+        yield from _tokens_per_forward(cfg)
+        yield from _overlap(cfg)
 
 
 def _offload_optimizer(cfg: RunConfig) -> Iterator[Problem]:
@@ -18,4 +21,28 @@ def _offload_optimizer(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "zero.offload_optimizer", True, "would be ignored: zero.stage = 0 steps the weights where they are",
             "use zero.stage=1, or set zero.offload_optimizer=false",
+        )  # fmt: skip
+
+
+def _tokens_per_forward(cfg: RunConfig) -> Iterator[Problem]:
+    limit, seq_len = cfg.teacher.max_tokens_per_forward, cfg.data.seq_len
+    if limit is not None and limit < max(1, seq_len):
+        yield Problem(
+            "teacher.max_tokens_per_forward", limit, f"is less than one sequence (data.seq_len = {seq_len})",
+            f"use {seq_len} or more, or null for no limit",
+        )  # fmt: skip
+
+
+def _overlap(cfg: RunConfig) -> Iterator[Problem]:
+    if not cfg.teacher.overlap:
+        return
+    if cfg.objective.name == "pretrain":
+        yield Problem(
+            "teacher.overlap", True, "would be ignored: objective.name = pretrain runs no teacher in a step",
+            "set teacher.overlap=false",
+        )  # fmt: skip
+    if cfg.teacher.zero_stage == 3:
+        yield Problem(
+            "teacher.overlap", True, "would be ignored: with teacher.zero_stage = 3 a whole step runs ahead",
+            "set teacher.overlap=false, or teacher.zero_stage=0 if the teacher fits",
         )  # fmt: skip

@@ -74,6 +74,12 @@ class TeacherSection:
     the teacher then runs once over all micro-batches of a step."""
     offload: bool = False
     """With zero_stage 3: keep the divided weights in host memory."""
+    max_tokens_per_forward: int | None = None
+    """Limit of one forward pass of the teacher on a rank; bounds its activations, never changes the result. With
+    zero_stage 3 every pass gathers all weights once. null: a micro-batch, with zero_stage 3 a whole step, at once."""
+    overlap: bool = False
+    """On CUDA: run the teacher on the next micro-batch while the student learns from the present one, on a second
+    stream. Costs the hidden states of one more micro-batch. Anywhere else the same calls are made one by one."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -4,23 +4,27 @@
 gather the hidden states, so no forward pass is done twice. `tp`: the teacher is cut like the student, or over a
 multiple of its tp ranks (`spread`), and all ranks of a group run all sequences together. Either may be sharded over
 data ranks by ZeRO-3 besides (`kdtrain.engine.frozen`), which gathers the weights of a layer when they are needed: then
-it pays to run all micro-batches of a step at once (`begin_step`). Each rank gets the hidden states of all tokens and
-only its own rows of the teacher's head: the full-vocabulary distribution exists nowhere.
+it pays to run all micro-batches of a step at once (`begin_step`). Or the teacher runs one micro-batch ahead of the
+student, on a stream of its own (`side_stream`). Each rank gets the hidden states of all tokens and only its own rows of
+the teacher's head: the full-vocabulary distribution exists nowhere.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import gather_ranks
+from kdtrain.dist.collectives import Group, gather_ranks
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.models.backbone import Backbone
+from kdtrain.teacher.side_stream import SideStream
 from kdtrain.teacher.signal import DenseSignal
 from kdtrain.teacher.spread import Spread
 
@@ -34,8 +38,10 @@ class OnlineTeacher:
     backbone: the frozen model, whole or cut over teacher_mesh. mesh, shard: the student's; the teacher's head must have
     been loaded with as many rows. teacher_mesh: a Mesh of its own tp, `Mesh()` for a whole model. forward: how its
     hidden states are computed, by default by the backbone itself. together: whether `begin_step` runs a step's
-    micro-batches at once. Every rank must construct it. Communicates: groups, and the head's rows if they must move.
-    Raises ValueError, on all ranks alike, if the parts do not fit.
+    micro-batches at once. side: where to run the next micro-batch while the student learns from the present one; the
+    groups of mesh and those that the backbone was cut with must then be the teacher's alone. max_tokens: limit of one
+    forward pass on a rank, but never less than a sequence; null: none. Every rank must construct it. Communicates:
+    groups, and the head's rows if they must move. Raises ValueError, on all ranks alike, if the parts do not fit.
     """
 
     def __init__(
@@ -48,6 +54,8 @@ class OnlineTeacher:
         forward: HiddenStates | None = None,
         head: HeadShard | None = None,
         together: bool = False,
+        side: SideStream | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         _check_frozen(backbone, mesh, shard, teacher_mesh)
         self.backbone = backbone.eval()
@@ -56,36 +64,73 @@ class OnlineTeacher:
         self._shares_sequences = mesh.tp_size > 1 and teacher_mesh.tp_size == 1
         self._spread = Spread.of(mesh, teacher_mesh, shard) if teacher_mesh.tp_size > 1 else None
         self._together = together
-        self._ahead: dict[int, Tensor] = {}
+        self._side = side
+        self._max_tokens = max_tokens
+        self._waiting: deque[Batch] = deque()
+        self._ahead: dict[int, Callable[[], Tensor]] = {}
         wanted = shard if self._spread is None else self._spread.shard
         self._head = _local_rows(head or backbone.lm_head_shard, wanted, teacher_mesh, self._spread)
 
+    @property
+    def gathers_over(self) -> Group:
+        """The group over which ranks that share out sequences gather hidden states; None if they do not."""
+        return self._mesh.tp_group if self._shares_sequences else None
+
     def begin_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Run the teacher over all micro-batches of a step, if that is cheaper; their hidden states are kept."""
+        """Run the teacher over all micro-batches of a step, if that is cheaper, or start on the first of them."""
         self._ahead.clear()
-        if not self._together or len({batch.input_ids.shape for batch in micro_batches}) != 1:
-            return
-        merged = Batch(*(torch.cat([getattr(b, f.name) for b in micro_batches]) for f in fields(Batch)))
-        # [tokens of all, E], or replica by replica the tokens of all
-        hidden = self._hidden(merged)
-        num_replicas = 1 if self._spread is None else self._spread.num_replicas
-        parts = hidden.unflatten(0, (num_replicas, len(micro_batches), -1)).transpose(0, 1)
-        self._ahead = {id(batch): part.flatten(0, 1) for batch, part in zip(micro_batches, parts, strict=True)}
+        self._waiting.clear()
+        if self._together:
+            self._run_together(micro_batches)
+        elif self._side is not None:
+            self._waiting.extend(micro_batches)
+            self._start_next(self._side)
 
     def signal(self, batch: Batch) -> DenseSignal:
-        """The teacher's view of `batch`.
+        """The teacher's view of `batch`; with a side stream, the next micro-batch of the step is then under way.
 
         Communicates over tp: nothing extra when the teacher is cut like the student; one all-gather of [T/tp, E]
         when the ranks share out the sequences; one all-gather per field of the batch when replicas share a teacher.
         """
-        hidden = self._ahead.pop(id(batch), None)
-        return DenseSignal(self._hidden(batch) if hidden is None else hidden, self._head, self._spread)
+        finish = self._ahead.pop(id(batch), None)
+        hidden = self._hidden(self._gathered(batch)) if finish is None else finish()
+        if finish is not None and self._side is not None:
+            self._start_next(self._side)
+        return DenseSignal(hidden, self._head, self._spread)
+
+    def _run_together(self, micro_batches: Sequence[Batch]) -> None:
+        if len({batch.input_ids.shape for batch in micro_batches}) != 1:
+            return
+        merged = Batch(*(torch.cat([getattr(b, f.name) for b in micro_batches]) for f in fields(Batch)))
+        # [tokens of all, E], or replica by replica the tokens of all
+        hidden = self._hidden(self._gathered(merged))
+        num_replicas = 1 if self._spread is None else self._spread.num_replicas
+        parts = hidden.unflatten(0, (num_replicas, len(micro_batches), -1)).transpose(0, 1)
+        for batch, part in zip(micro_batches, parts, strict=True):
+            self._ahead[id(batch)] = partial(part.flatten, 0, 1)
+
+    def _start_next(self, side: SideStream) -> None:
+        if not self._waiting:
+            return
+        batch = self._waiting.popleft()
+        whole = self._gathered(batch)  # here, because replicas use their group in the loss, too
+        inputs = [getattr(whole, f.name) for f in fields(whole)]
+        self._ahead[id(batch)] = side.start(lambda: self._hidden(whole), inputs)
+
+    def _gathered(self, batch: Batch) -> Batch:
+        return batch if self._spread is None else self._spread.gather_batch(batch)
 
     @torch.no_grad()
     def _hidden(self, batch: Batch) -> Tensor:
-        if self._shares_sequences:
-            return self._shared_forward(batch)
-        return self._forward(batch if self._spread is None else self._spread.gather_batch(batch))
+        return self._shared_forward(batch) if self._shares_sequences else self._limited_forward(batch)
+
+    def _limited_forward(self, batch: Batch) -> Tensor:
+        """[T, E] in as few passes as the limit allows; as many on all ranks, whose batches have one shape."""
+        num_sequences, seq_len = batch.input_ids.shape
+        at_once = num_sequences if self._max_tokens is None else max(1, self._max_tokens // seq_len)
+        starts = range(0, num_sequences, at_once)
+        parts = [self._forward(batch.rows(start, min(start + at_once, num_sequences))) for start in starts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _shared_forward(self, batch: Batch) -> Tensor:
         num_sequences, seq_len = batch.input_ids.shape
@@ -94,7 +139,7 @@ class OnlineTeacher:
         first = self._mesh.tp_rank * share
         rows = torch.arange(first, first + share, device=batch.input_ids.device).clamp_(max=num_sequences - 1)
         mine = Batch(*(getattr(batch, name)[rows] for name in Batch.__slots__))
-        hidden = self._forward(mine)
+        hidden = self._limited_forward(mine)
         gathered = gather_ranks(hidden, self._mesh.tp_group)
         return gathered.reshape(-1, hidden.shape[-1])[: num_sequences * seq_len]
 

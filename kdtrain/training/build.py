@@ -26,6 +26,7 @@ from kdtrain.objectives.base import HeadLayout, Objective
 from kdtrain.objectives.distill import Distill, TeacherSource
 from kdtrain.objectives.pretrain import Pretrain
 from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.side_stream import SideStream
 from kdtrain.teacher.signal import DenseSignal
 from kdtrain.training.dedicated import remote_teacher
 from kdtrain.training.inputs import Inputs
@@ -102,17 +103,27 @@ def add_teacher(cfg: RunConfig, spec: ModelSpec, models: Models, mesh: Mesh, dev
     sharded_mesh = mesh if tp == mesh.tp_size else Mesh.build(tp)
     # A whole teacher has no tp, whatever ranks ZeRO-3 divides it among; sequences are shared as the student's are.
     own_mesh = sharded_mesh if tp > 1 else mesh.without_tp()
+    cut_mesh, gather_mesh = _ahead_meshes(mesh, tp) if t.overlap else (own_mesh, mesh)
     backbone = load_backbone(
-        spec, own_mesh, vocab_size=shard.vocab_size, total_rows=shard.rows * mesh.tp_size,
+        spec, cut_mesh, vocab_size=shard.vocab_size, total_rows=shard.rows * mesh.tp_size,
         device=device if t.zero_stage == 0 else "cpu", trainable=False, packed=cfg.data.reset_positions,
     )  # fmt: skip
     if t.zero_stage == 0:
-        return replace(models, teacher=OnlineTeacher(backbone, mesh, shard, own_mesh), teacher_backbone=backbone)
+        side = SideStream(device) if t.overlap else None
+        teacher = OnlineTeacher(backbone, gather_mesh, shard, own_mesh, side=side, max_tokens=t.max_tokens_per_forward)
+        return replace(models, teacher=teacher, teacher_backbone=backbone)
     engine = FrozenEngine(backbone, sharded_mesh, device=device, dtype=t.dtype, offload=t.offload)
     teacher = OnlineTeacher(
-        backbone, mesh, shard, own_mesh, forward=engine.hidden_states, head=engine.head, together=True
-    )
+        backbone, mesh, shard, own_mesh, forward=engine.hidden_states, head=engine.head, together=True,
+        max_tokens=t.max_tokens_per_forward,
+    )  # fmt: skip
     return replace(models, teacher=teacher, teacher_backbone=backbone)
+
+
+def _ahead_meshes(mesh: Mesh, tp: int) -> tuple[Mesh, Mesh]:
+    """What a teacher is cut with, and where it gathers hidden states: on a second stream, over groups of its own."""
+    twin = Mesh.build(tp) if tp > mesh.tp_size else Mesh.build(mesh.tp_size, mesh.cp_size)
+    return (twin, mesh) if tp > 1 else (twin.without_tp(), twin)
 
 
 def head_rows(cfg: RunConfig, total_rows: int) -> int:

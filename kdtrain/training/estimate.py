@@ -86,7 +86,7 @@ def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, zero_size: i
     t, tp, item = cfg.teacher, cfg.parallel.tp, BYTES[cfg.teacher.dtype]
     cut = (t.tp or tp) if t.layout == "tp" else 1
     weights = teacher.num_parameters * item / cut
-    hidden = 2 * tokens * teacher.width * item * max(1, cut // tp)
+    hidden = 2 * tokens * teacher.width * item * max(1, cut // tp) * (2 if t.overlap else 1)
     if t.zero_stage == 0:
         return {"teacher": weights, "teacher_hidden": hidden}
     # The pieces, two gathered layers, and the head's rows; hidden states of the whole step.

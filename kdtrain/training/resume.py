@@ -27,6 +27,8 @@ LAYOUT_ONLY = (
         "teacher.in_flight",
         "teacher.zero_stage",
         "teacher.offload",
+        "teacher.max_tokens_per_forward",
+        "teacher.overlap",
     ),
     *("data.sequences_per_micro_batch", "data.prefetch", "data.validation", "train.slab_bytes", "train.kernels"),
 )

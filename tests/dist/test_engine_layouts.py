@@ -139,11 +139,13 @@ def build_backbone(folder, family, mesh, *, dtype="float32", recompute=False, te
 
 
 def teacher_settings(mesh, words):
-    """words: tp, tp and a number, or plain; zero3; offload."""
+    """words: tp, tp and a number, or plain; zero3; offload; overlap; limit and a number of tokens."""
     cfg, (layout, *more) = RunConfig(), words.split()
     t, tp = cfg.teacher, layout.lstrip("plaint")
     t.layout, t.tp, t.dtype = layout.rstrip("0123456789"), int(tp) if tp else None, "float32"
     t.zero_stage, t.offload, cfg.parallel.tp = 3 if "zero3" in more else 0, "offload" in more, mesh.tp_size
+    t.overlap = "overlap" in more
+    t.max_tokens_per_forward = next((int(word[5:]) for word in more if word.startswith("limit")), None)
     return cfg
 
 

@@ -106,6 +106,15 @@ CASES = {
         {"zero__stage": 0, "student__dtype": "float32", "zero__offload_optimizer": True}, "zero.offload_optimizer",
         "would be ignored: zero.stage = 0",
     ),
+    "teacher's tokens": (
+        {"teacher__max_tokens_per_forward": 7}, "teacher.max_tokens_per_forward", "is less than one sequence",
+    ),
+    "overlap without a teacher's step": (
+        {"objective__name": "pretrain", "teacher__overlap": True}, "teacher.overlap", "objective.name = pretrain",
+    ),
+    "overlap with ZeRO-3": (
+        {"teacher__zero_stage": 3, "teacher__overlap": True}, "teacher.overlap", "a whole step runs ahead",
+    ),
     "offload alone": ({"teacher__offload": True}, "teacher.offload", "would be ignored: teacher.zero_stage is not 3"),
     "teacher's tp alone": ({"teacher__tp": 4}, "teacher.tp", "would be ignored: teacher.layout = plain"),
     "teacher's tp no multiple": (
@@ -258,6 +267,7 @@ def test_each_mistake_is_one_problem_that_says_why_and_how_to_mend_it(case):
         {"teacher__layout": "tp", "teacher__tp": 4, "teacher__zero_stage": 3, "teacher__offload": True},
         {"teacher__layout": "dedicated", "teacher__ranks": 2, "teacher__tp": 2, "teacher__in_flight": 1},
         {"teacher__layout": "dedicated", "teacher__ranks": 3, "parallel__tp": 1},
+        {"teacher__overlap": True, "teacher__max_tokens_per_forward": 8, "zero__offload_optimizer": True},
         {"run__seed": 2**64 - 1},
         {"zero__extra": {"reduce_bucket_size": 5e8, "sub_group_size": 7, "reduce_scatter": False}},
         {"data__train_weights": [1e-9, 5.0], "data__validation": "v", "eval__every_steps": 1, "eval__max_tokens": 1},

@@ -29,6 +29,14 @@ def test_an_optimizer_on_the_host_leaves_the_device(stage):
     assert "host" not in off.line()
 
 
+def test_a_teacher_that_runs_ahead_keeps_the_hidden_states_of_two_micro_batches():
+    cfg = RunConfig()
+    cfg.data.seq_len, cfg.data.sequences_per_micro_batch = 16, 3
+    one = estimate_memory(cfg, STUDENT, TEACHER, dp_size=1).parts["teacher_hidden"]
+    cfg.teacher.overlap = True
+    assert estimate_memory(cfg, STUDENT, TEACHER, dp_size=1).parts["teacher_hidden"] == 2 * one
+
+
 def test_a_teacher_on_the_host_is_counted_there():
     on, off = (estimated(2, offload=offload, teacher=TEACHER) for offload in (True, False))
     assert on.host - estimated(2, offload=True).host == 32_000_000 * 2 // 4

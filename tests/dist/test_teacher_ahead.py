@@ -1,0 +1,86 @@
+"""A teacher that runs ahead on groups of its own, or on few tokens at once: the steps of plain torch in all layouts."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
+
+LAYOUTS = str(Path(__file__).with_name("test_engine_layouts.py"))
+
+
+def load_helpers():
+    spec = importlib.util.spec_from_file_location("engine_layouts", LAYOUTS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def cases(test, world_size):
+    """A sequence has 11 tokens; micro-batches of step 2 are single sequences, so that there are several."""
+    layouts = {
+        2: [
+            (2, 1, (8, 1, 3), "plain overlap"),
+            (2, 2, (8, 1, 3), "tp overlap limit22"),
+            (1, 3, (4, 1, 3), "tp2 overlap"),
+            (1, 0, (4, 1, 3), "plain zero3 limit33"),
+            (2, 1, (8, 3, 4), "plain limit11"),
+            (1, 1, (2, 1, 4), "tp2 zero3 limit22"),
+        ],
+        4: [(2, 2, (4, 1, 3), "tp4 overlap"), (2, 1, (4, 1, 3), "tp zero3 limit11")],
+    }[world_size]
+    return [test.Case("llama", tp, stage, micro, teacher=words) for tp, stage, micro, words in layouts]
+
+
+def run(rank, world_size, folder):
+    test = load_helpers()
+    return test.run_cases(rank, world_size, folder, cases(test, world_size))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("ahead")
+
+
+@pytest.fixture(scope="module")
+def oracle(folder):
+    return load_helpers().oracle(folder, "llama", True)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_teacher_ahead_or_in_pieces_makes_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracle):
+    test = load_helpers()
+    answers = fresh_pool(world_size).run(run, folder=folder)
+    for rank in range(world_size):
+        assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
+    for case, answer in zip(cases(test, world_size), answers[0], strict=True):
+        test.check_case(case, answer, oracle, folder / case.name)
+
+
+def groups_in_use(rank, world_size, folder):
+    """Per layout of an overlapping teacher: the groups of its layers and gathers, and those of the student and loss."""
+    test = load_helpers()
+    meshes = test.join(world_size)
+    found = {}
+    for tp, words in ((2, "plain overlap"), (2, "tp overlap"), (1, "tp2 overlap")):
+        mesh = meshes[tp]
+        backbone = test.build_backbone(folder, "llama", mesh, teacher=words)
+        teacher = test.build_teacher(folder, backbone, mesh, words)
+        theirs = {getattr(module, "group", None) for module in teacher.backbone.modules()} - {None}
+        if teacher.gathers_over is not None:
+            theirs.add(teacher.gathers_over)
+        signal = teacher.signal(test.step_batch(1).rows(0, 2))
+        ours = {mesh.tp_group, mesh.dp_group, mesh.world_group}
+        if signal.spread is not None:
+            ours |= {signal.spread.group, signal.spread.replicas}
+        found[tp, words] = len(theirs), len(theirs & ours), torch.isfinite(signal.hidden_states).all().item()
+    return found
+
+
+def test_an_overlapping_teacher_shares_no_group_with_student_and_loss(fresh_pool, tmp_path):
+    for found in fresh_pool(2).run(groups_in_use, folder=tmp_path):
+        assert found == {
+            (2, "plain overlap"): (1, 0, True), (2, "tp overlap"): (1, 0, True), (1, "tp2 overlap"): (1, 0, True),
+        }  # fmt: skip
