@@ -103,6 +103,24 @@ def test_peers_are_compared_or_absent_with_a_reason(tmp_path, monkeypatch):
     assert absent["ce", "cut-ce"] == "needs cuda"
 
 
+def test_a_teacher_on_a_second_stream_is_compared_with_one_that_waits(tmp_path):
+    hook = f"import sys\nsys.modules.update(dict.fromkeys({FOREIGN!r}))\n"
+    (tmp_path / "sitecustomize.py").write_text(hook, encoding="utf-8")
+    done = suite("overlap", tmp_path / "out", ARGS="--cpu", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(tmp_path / "out/dry_overlap.csv")
+    assert [(row["overlap"], row["same"]) for row in rows] == [("off", "True"), ("on", "True")]
+
+
+def test_an_overlapping_teacher_with_other_answers_fails_its_stage(tmp_path, monkeypatch):
+    overlap = load("gpu_overlap")
+    right, number = overlap.answers, iter(range(9))
+    monkeypatch.setattr(overlap, "answers", lambda *case: [right(*case)[-1] + (next(number) == 2)])
+    monkeypatch.setattr(sys, "argv", ["gpu_overlap.py", "--cpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="gave other answers"):
+        overlap.main()
+
+
 def test_running_out_of_memory_is_a_result():
     ops = load("gpu_ops")
     setting = load("gpu_common").Setting(ops.torch.device("cpu"), Path(), True, True)
@@ -124,7 +142,7 @@ def test_the_suite_refuses_an_unknown_stage_and_says_that_the_sanitizer_is_absen
     done = suite("fast", tmp_path)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (
         2,
-        "unknown stage fast: correct | sanitize | ceilings | ops | peers | all",
+        "unknown stage fast: correct | sanitize | ceilings | ops | peers | overlap | all",
     )
     done = suite("sanitize", tmp_path, PATH="/usr/bin:/bin")
     assert done.returncode == 0, done.stderr

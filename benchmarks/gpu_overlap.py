@@ -1,0 +1,146 @@
+"""A teacher one micro-batch ahead on a second stream: same answers as without, time of a step, memory.
+
+    python benchmarks/gpu_overlap.py [--out FOLDER] [--cpu] [--small]
+
+Stacks of torch's own transformer layers stand in for both models, so that nothing but torch is needed. A step is four
+micro-batches through OnlineTeacher, linear_kd_loss and backward, with teacher.overlap on and off in turn. `same`:
+losses of ten steps and the head's gradient are bitwise equal; a missing wait between streams shows as a difference.
+Memory that was freed is overwritten between steps on purpose. Exits with 1 if they differ. On the CPU nothing
+overlaps, and only the control flow is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import measuring as common
+import torch
+from gpu_common import Setting, whole_shard
+from torch import Tensor, nn
+
+from kdtrain.data.batch import Batch
+from kdtrain.dist.mesh import Mesh
+from kdtrain.dist.vocab import HeadShard
+from kdtrain.losses import linear_kd_loss
+from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.side_stream import SideStream
+
+STEPS, MICRO_BATCHES = 10, 4
+
+
+class Stack(nn.Module):
+    """What OnlineTeacher asks of a Backbone, without a model's weights or transformers."""
+
+    def __init__(self, setting: Setting, vocab: int, width: int, layers: int, *, trainable: bool) -> None:
+        super().__init__()
+        torch.manual_seed(width)
+        self.shard = whole_shard(vocab)
+        self.embedding = nn.Embedding(vocab, width)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, max(1, width // 64), 4 * width, 0.0, batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
+        self.head = nn.Parameter(torch.randn(vocab, width) * 1.5 / width**0.5)
+        self.to(setting.device, setting.dtype).requires_grad_(trainable)
+
+    @property
+    def lm_head_shard(self) -> HeadShard:
+        return HeadShard(self.head, None)
+
+    def hf_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.named_parameters()
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        x = self.embedding(batch.input_ids)
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device, dtype=x.dtype)
+        for layer in self.layers:
+            x = layer(x, src_mask=mask, is_causal=True)
+        return x.flatten(0, 1)
+
+
+def micro_batches(setting: Setting, vocab: int, sequences: int, seq_len: int) -> list[Batch]:
+    rng = torch.Generator(setting.device).manual_seed(1)
+    found = []
+    for _ in range(MICRO_BATCHES):
+        ids, labels = (
+            torch.randint(vocab, (sequences, seq_len), generator=rng, device=setting.device) for _ in range(2)
+        )
+        ones = torch.ones(sequences, seq_len, device=setting.device)
+        positions = torch.arange(seq_len, device=setting.device).repeat(sequences, 1)
+        found.append(Batch(ids, labels, ones, positions, torch.arange(sequences, device=setting.device)))
+    return found
+
+
+def step(student: Stack, teacher: OnlineTeacher, batches: list[Batch]) -> list[Tensor]:
+    """The losses; gradients are added to the student's."""
+    losses = []
+    teacher.begin_step(batches)
+    for batch in batches:
+        signal, ones = teacher.signal(batch), batch.loss_mask.flatten()
+        loss = linear_kd_loss(
+            student.hidden_states(batch), student.head, signal.hidden_states, signal.head.weight, batch.labels.flatten(),
+            divergence="forward_kl", kd_weight=ones, ce_weight=ones, shard=student.shard,
+        ).loss  # fmt: skip
+        loss.backward()
+        losses.append(loss.detach())
+    return losses
+
+
+def overwrite(setting: Setting, numel: int) -> None:
+    """Take the memory that was freed last and fill it: a tensor that was let go too early becomes nan."""
+    blocks = [torch.full((numel,), float("nan"), device=setting.device, dtype=setting.dtype) for _ in range(8)]
+    blocks.clear()
+
+
+def answers(setting: Setting, student: Stack, teacher: OnlineTeacher, batches: list[Batch]) -> list[Tensor]:
+    """Losses of some steps and the head's gradient, which no kernel here adds up in an order of its own."""
+    student.zero_grad(set_to_none=True)
+    losses = []
+    for _ in range(STEPS):
+        losses += step(student, teacher, batches)
+        overwrite(setting, batches[0].num_tokens * teacher.backbone.head.shape[1])
+    assert student.head.grad is not None
+    return [*losses, student.head.grad]
+
+
+def cases(setting: Setting) -> list[tuple[int, int, int, int, int, int, int]]:
+    """(vocabulary, student's width and layers, teacher's width and layers, sequences, tokens of each)"""
+    if setting.is_small:
+        return [(300, 64, 1, 128, 2, 2, 8)]
+    return [(32000, 1024, 8, 2048, 8, 4, 1024), (128256, 2048, 8, 4096, 8, 8, 1024), (32000, 512, 4, 4096, 8, 1, 512)]
+
+
+def rows(setting: Setting) -> Iterator[dict]:
+    """Per case: without and with overlap."""
+    for vocab, width_s, layers_s, width_t, layers_t, sequences, seq_len in cases(setting):
+        student = Stack(setting, vocab, width_s, layers_s, trainable=True)
+        backbone = Stack(setting, vocab, width_t, layers_t, trainable=False)
+        batches = micro_batches(setting, vocab, sequences, seq_len)
+        sides = {"off": None, "on": SideStream(setting.device)}
+        teachers = {
+            name: OnlineTeacher(backbone, Mesh(), student.shard, Mesh(), side=side) for name, side in sides.items()
+        }
+        want = answers(setting, student, teachers["off"], batches)
+        for name, teacher in teachers.items():
+            got = answers(setting, student, teacher, batches)
+            same = all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+            row = {
+                "shape": f"V={vocab} D={width_s}x{layers_s} E={width_t}x{layers_t} T={MICRO_BATCHES}x{sequences}x{seq_len}",
+                "overlap": name,
+                "same": same,
+                "peak_bytes": setting.peak_bytes(lambda teacher=teacher: step(student, teacher, batches)),
+                **common.percentiles(setting.seconds(lambda teacher=teacher: step(student, teacher, batches), runs=10)),
+            }
+            print(row["shape"], "overlap", name, "same" if same else "DIFFERENT", row["median_ms"], "ms", flush=True)
+            yield row
+
+
+def main() -> None:
+    setting = Setting.parse(__doc__)
+    found = setting.write("overlap", rows(setting))
+    if not all(row["same"] for row in found):
+        raise SystemExit("a teacher on a second stream gave other answers")
+
+
+if __name__ == "__main__":
+    main()
