@@ -12,6 +12,7 @@ overlaps, and only the control flow is tested.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import measuring as common
 import torch
@@ -103,41 +104,41 @@ def answers(setting: Setting, student: Stack, teacher: OnlineTeacher, batches: l
     return [*losses, student.head.grad]
 
 
-def cases(setting: Setting) -> list[tuple[int, int, int, int, int, int, int]]:
-    """(vocabulary, student's width and layers, teacher's width and layers, sequences, tokens of each)"""
+def cases(setting: Setting) -> list[tuple[int, tuple, tuple, int, int]]:
+    """(vocabulary, student's and teacher's width and layers, sequences, tokens of each), from busy to idle devices."""
     if setting.is_small:
-        return [(300, 64, 1, 128, 2, 2, 8)]
-    return [(32000, 1024, 8, 2048, 8, 4, 1024), (128256, 2048, 8, 4096, 8, 8, 1024), (32000, 512, 4, 4096, 8, 1, 512)]
+        return [(300, (64, 1), (128, 2), 2, 8)]
+    return [
+        (32000, (1024, 8), (2048, 8), 4, 1024),
+        (128256, (2048, 8), (4096, 8), 8, 1024),
+        (32000, (512, 4), (1024, 8), 1, 512),
+    ]
 
 
-def rows(setting: Setting) -> Iterator[dict]:
-    """Per case: without and with overlap."""
-    for vocab, width_s, layers_s, width_t, layers_t, sequences, seq_len in cases(setting):
-        student = Stack(setting, vocab, width_s, layers_s, trainable=True)
-        backbone = Stack(setting, vocab, width_t, layers_t, trainable=False)
-        batches = micro_batches(setting, vocab, sequences, seq_len)
-        sides = {"off": None, "on": SideStream(setting.device)}
-        teachers = {
-            name: OnlineTeacher(backbone, Mesh(), student.shard, Mesh(), side=side) for name, side in sides.items()
-        }
-        want = answers(setting, student, teachers["off"], batches)
-        for name, teacher in teachers.items():
-            got = answers(setting, student, teacher, batches)
-            same = all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
-            row = {
-                "shape": f"V={vocab} D={width_s}x{layers_s} E={width_t}x{layers_t} T={MICRO_BATCHES}x{sequences}x{seq_len}",
-                "overlap": name,
-                "same": same,
-                "peak_bytes": setting.peak_bytes(lambda teacher=teacher: step(student, teacher, batches)),
-                **common.percentiles(setting.seconds(lambda teacher=teacher: step(student, teacher, batches), runs=10)),
-            }
-            print(row["shape"], "overlap", name, "same" if same else "DIFFERENT", row["median_ms"], "ms", flush=True)
-            yield row
+def compared(setting: Setting, vocab: int, student: tuple, teacher: tuple, sequences: int, seq_len: int) -> list[dict]:
+    """Rows without and with overlap."""
+    learner, backbone = (
+        Stack(setting, vocab, *student, trainable=True),
+        Stack(setting, vocab, *teacher, trainable=False),
+    )
+    batches, found = micro_batches(setting, vocab, sequences, seq_len), []
+    shape = f"V={vocab} D={student[0]}x{student[1]} E={teacher[0]}x{teacher[1]} T={MICRO_BATCHES}x{sequences}x{seq_len}"
+    sides = {"off": None, "on": SideStream(setting.device)}
+    teachers = {name: OnlineTeacher(backbone, Mesh(), learner.shard, Mesh(), side=side) for name, side in sides.items()}
+    want = answers(setting, learner, teachers["off"], batches)
+    for name, source in teachers.items():
+        got = answers(setting, learner, source, batches)
+        same = all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
+        run = partial(step, learner, source, batches)
+        row = {"shape": shape, "overlap": name, "same": same, "peak_bytes": setting.peak_bytes(run)}
+        found.append({**row, **common.percentiles(setting.seconds(run, runs=10))})
+        print(shape, "overlap", name, "same" if same else "DIFFERENT", found[-1]["median_ms"], "ms", flush=True)
+    return found
 
 
 def main() -> None:
     setting = Setting.parse(__doc__)
-    found = setting.write("overlap", rows(setting))
+    found = setting.write("overlap", (row for case in cases(setting) for row in compared(setting, *case)))
     if not all(row["same"] for row in found):
         raise SystemExit("a teacher on a second stream gave other answers")
 
