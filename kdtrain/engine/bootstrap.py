@@ -7,8 +7,8 @@ launcher at all, as a world of one.
 from __future__ import annotations
 
 import logging
-import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from kdtrain.dist.roles import Roles, split_world
 from kdtrain.dist.wire import Wire
 from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RunStopped
 
-DEFAULT_TIMEOUT_MIN = 60.0
+DEFAULT_TIMEOUT_MIN = 60
 """Minutes a collective may wait. DeepSpeed's 10 are too few while one rank still reads a large teacher."""
 
 
@@ -92,19 +92,18 @@ def device_index(local_rank: int, visible: int) -> int:
 
 
 def collective_timeout() -> timedelta:
-    """DEEPSPEED_TIMEOUT in minutes, else DEFAULT_TIMEOUT_MIN. Raises ConfigError unless it is a positive number."""
+    """DEEPSPEED_TIMEOUT in minutes, else DEFAULT_TIMEOUT_MIN. Raises ConfigError unless it is a whole number above 0.
+
+    DeepSpeed reads it too, as an integer, while it is imported.
+    """
     text = os.environ.get("DEEPSPEED_TIMEOUT", str(DEFAULT_TIMEOUT_MIN))
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = math.nan
-    if not 0 < minutes < math.inf:
+    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
         raise ConfigError(
-            f"DEEPSPEED_TIMEOUT = {text!r} in the environment is not a number of minutes\n"
+            f"DEEPSPEED_TIMEOUT = {text!r} in the environment is not a whole number of minutes\n"
             "  why: it limits how long a collective waits for the slowest rank\n"
-            f"  fix: unset it ({DEFAULT_TIMEOUT_MIN:.0f} minutes then), or give a positive number"
+            f"  fix: unset it ({DEFAULT_TIMEOUT_MIN} minutes then), or give 1 or more"
         )
-    return timedelta(minutes=minutes)
+    return timedelta(minutes=int(text))
 
 
 def _split_job(backend: str, num_teachers: int) -> tuple[Roles, Wire]:

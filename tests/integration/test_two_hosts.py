@@ -1,0 +1,263 @@
+"""Two machines, made of namespaces: one loses power in the middle of a run, which then goes on as if nothing had been.
+
+Each host has its own network, process ids, mounts, host name and sshd; they share the file system, as a cluster's nodes
+share theirs. Needs root, and iproute2, openssh-server, openssh-client, pdsh, util-linux (see docs/clusters.md).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = ("ip", "unshare", "nsenter", "mount", "ssh", "ssh-keygen", "pdsh", "deepspeed")
+STEPS, TOKENS_PER_STEP = 24, 256
+LOST_S = 15
+"""A rank that waits this long for the others ends itself; ssh connections to a host that is gone, a little before."""
+SSHD = """
+set -e
+ip link set lo up
+mount -t tmpfs tmpfs /run
+mkdir -p /run/sshd
+hostname {name}
+exec {sshd} -D -e -f {folder}/sshd_config -o ListenAddress={address}
+"""
+SSHD_CONFIG = """
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/key.pub
+StrictModes no
+PermitRootLogin yes
+PasswordAuthentication no
+UsePAM no
+PidFile none
+"""
+
+
+def path_with_sbin():
+    return os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"])
+
+
+def what_is_missing():
+    """Why there can be no hosts here, None if they can be made."""
+    if os.geteuid() != 0:
+        return "only root can make network namespaces"
+    missing = [name for name in (*PROGRAMS, "sshd") if shutil.which(name, path=path_with_sbin()) is None]
+    if missing:
+        return f"not installed: {', '.join(missing)} (docs/clusters.md names the packages)"
+    probe = f"kdt{os.getpid()}"
+    made = subprocess.run([_ip(), "netns", "add", probe], capture_output=True, text=True, check=False)
+    if made.returncode:
+        return f"network namespaces are not allowed here: {made.stderr.strip()}"
+    subprocess.run([_ip(), "netns", "delete", probe], check=True)
+    return None
+
+
+def _ip():
+    return shutil.which("ip", path=path_with_sbin())
+
+
+class Host:
+    """A machine named `name` with one network interface, `wire`, up to `lose_power`."""
+
+    def __init__(self, name, address, wire, folder):
+        self.name, self.address, self.wire, self.folder = name, address, wire, folder
+        self.netns = f"{name}{os.getpid()}"
+        run(_ip(), "netns", "add", self.netns)
+
+    def plug_in(self):
+        run(_ip(), "link", "set", self.wire, "netns", self.netns)
+        run(_ip(), "-n", self.netns, "address", "add", f"{self.address}/24", "dev", self.wire)
+        self.power_on()
+
+    def power_on(self):
+        run(_ip(), "-n", self.netns, "link", "set", self.wire, "up")
+        sshd = shutil.which("sshd", path=path_with_sbin())
+        script = SSHD.format(name=self.name, sshd=sshd, folder=self.folder, address=self.address)
+        with (self.folder / f"{self.name}.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [_ip(), "netns", "exec", self.netns, "unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts",
+                 "--mount-proc", "sh", "-c", script],
+                stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def inside(self, *command):
+        """The command line that runs `command` on this host."""
+        (first,) = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [
+            "nsenter",
+            "--target",
+            first,
+            "--net",
+            "--pid",
+            "--mount",
+            "--uts",
+            "--wd=" + str(self.folder),
+            *command,
+        ]
+
+    def lose_power(self):
+        """Every process ends at once, and nobody out there hears of it: no connection is closed."""
+        run(_ip(), "-n", self.netns, "link", "set", self.wire, "down")
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def remove(self):
+        self.process.kill()
+        self.process.wait()
+        run(_ip(), "netns", "delete", self.netns)
+
+
+def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}: {done.stderr}"
+    return done.stdout
+
+
+@contextmanager
+def two_hosts(folder):
+    """Hosts "alpha" and "beta" that reach each other by ssh with a key made here."""
+    for name in ("key", "host_key"):
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name)
+    (folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=folder))
+    third = os.getpid() % 250
+    with ExitStack() as stack:
+        wires = [f"kdt{end}{os.getpid()}" for end in "ab"]
+        hosts = [Host(n, f"10.77.{third}.{i + 1}", wires[i], folder) for i, n in enumerate(("alpha", "beta"))]
+        run(_ip(), "link", "add", wires[0], "type", "veth", "peer", "name", wires[1])
+        for host in hosts:
+            host.plug_in()
+            stack.callback(host.remove)
+        (folder / "hostfile").write_text("".join(f"{host.address} slots=1\n" for host in hosts))
+        yield hosts
+
+
+def ssh_options(folder):
+    return (
+        f"-i {folder}/key -o StrictHostKeyChecking=no -o UserKnownHostsFile={folder}/known_hosts "
+        "-o ServerAliveInterval=3 -o ServerAliveCountMax=3"
+    )
+
+
+def wait_for_ssh(hosts, folder):
+    deadline = time.monotonic() + 20
+    for host in hosts:
+        command = ["ssh", *ssh_options(folder).split(), "-o", "ConnectTimeout=2", host.address, "hostname"]
+        while True:
+            done = subprocess.run(hosts[0].inside(*command), capture_output=True, text=True, check=False, timeout=30)
+            if done.stdout.strip() == host.name:
+                break
+            assert time.monotonic() < deadline, done.stderr + (folder / f"{host.name}.log").read_text()
+            time.sleep(0.1)
+
+
+def start(hosts, folder, name, *words):
+    """`deepspeed --hostfile` on the first host; its process. Output goes to NAME.log."""
+    (folder / ".deepspeed_env").write_text(
+        f"OMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\nDS_ACCELERATOR=cpu\nPATH={path_with_sbin()}\n"
+        # the two ends of the wire have different names, which is why each host must find its own
+        "GLOO_SOCKET_IFNAME=$(ip -o -4 route show | sed 's/.*dev \\([^ ]*\\).*/\\1/' | head -n 1)\n"
+    )
+    environment = {
+        **os.environ, "PATH": path_with_sbin(), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "DS_ACCELERATOR": "cpu", "PDSH_SSH_ARGS_APPEND": ssh_options(folder),
+    }  # fmt: skip
+    command = [
+        "deepspeed", "--hostfile", folder / "hostfile", "--master_addr", hosts[0].address, "--no_ssh_check",
+        ROOT / "launch/train.py", folder / "config.yaml", f"run.name={name}", *words,
+    ]  # fmt: skip
+    with (folder / f"{name}.log").open("ab") as log:
+        return subprocess.Popen(
+            hosts[0].inside(*map(str, command)), env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        )
+
+
+def write_world(folder):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from kdtrain.models.tiny import tiny_config
+    from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+
+    teacher = write_tokenizer(folder / "teacher", eos="<|endoftext|>")
+    write_store(folder / "store", random_documents(600, seed=0), teacher)
+    settings = tiny_config("qwen3", vocab_size=257)
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(teacher)
+    (folder / "student.json").write_text(json.dumps(tiny_config("smollm")))
+    (folder / "config.yaml").write_text(f"""
+run: {{output_dir: {folder}/runs}}
+student: {{architecture: {folder}/student.json, dtype: float32}}
+teacher: {{weights: {folder}/teacher, dtype: float32}}
+data: {{train: [{folder}/store], seq_len: 16, tokens_per_step: {TOKENS_PER_STEP}, sequences_per_micro_batch: 4}}
+objective: {{name: distill, distill: {{kd_weight: 0.7, temperature: 2.0}}}}
+train: {{total_tokens: {STEPS * TOKENS_PER_STEP}, slab_bytes: 1048576}}
+schedule: {{warmup_tokens: 512}}
+checkpoint: {{every_steps: 1, async_write: true, export: false}}
+log: {{every_steps: 1}}
+guard: {{stall_warn_s: 5, stall_exit_s: {LOST_S}}}
+debug: {{self_check: false}}
+""")
+
+
+def outcome(run_folder):
+    """Every reported loss and norm, and a hash of all weights."""
+    from kdtrain.engine.checkpoint import find_latest, read_full_parameters, step_of
+    from kdtrain.telemetry.jsonl_sink import read_records
+
+    kept = ("data/step", "loss/total", "loss/kd", "loss/ce", "optim/grad_norm", "optim/lr")
+    latest, digest = find_latest(run_folder / "checkpoints"), hashlib.sha256()
+    for name, weight in read_full_parameters(latest):
+        digest.update(name.encode() + weight.numpy().tobytes())
+    records = [[record[key] for key in kept] for record in read_records(run_folder / "metrics.jsonl")]
+    return step_of(latest), digest.hexdigest(), records
+
+
+def end_of(process, folder, name, timeout_s):
+    try:
+        return process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        pytest.fail(f"{name} did not end within {timeout_s} s:\n{(folder / f'{name}.log').read_text()[-3000:]}")
+
+
+@pytest.mark.dist
+@pytest.mark.deepspeed
+def test_a_host_that_loses_power_ends_the_run_and_the_same_command_goes_on_bitwise(tmp_path):
+    if reason := what_is_missing():
+        pytest.skip(reason)
+    write_world(tmp_path)
+    with two_hosts(tmp_path) as hosts:
+        wait_for_ssh(hosts, tmp_path)
+        whole = start(hosts, tmp_path, "whole")
+        log = tmp_path / "whole.log"
+        assert end_of(whole, tmp_path, "whole", 120) == 0, log.read_text()[-3000:]
+        assert "mesh     2 ranks" in log.read_text()
+        hosts_seen = {json.loads(path.read_text())["host"] for path in (tmp_path / "runs/whole/heartbeat").iterdir()}
+        assert hosts_seen == {"alpha", "beta"}
+
+        lost = start(hosts, tmp_path, "lost")
+        while not (tmp_path / "runs/lost/checkpoints/step_000005").exists():
+            assert lost.poll() is None, (tmp_path / "lost.log").read_text()[-3000:]
+            time.sleep(0.01)
+        hosts[1].lose_power()
+        began = time.monotonic()
+        assert end_of(lost, tmp_path, "lost", 4 * LOST_S) not in (0, None)
+        print(f"the other host's ranks ended after {time.monotonic() - began:.1f} s")
+
+        hosts[1].power_on()
+        wait_for_ssh(hosts, tmp_path)
+        again = start(hosts, tmp_path, "lost")
+        log = tmp_path / "lost.log"
+        assert end_of(again, tmp_path, "lost", 120) == 0, log.read_text()[-3000:]
+    assert "resumed " in log.read_text()
+    assert outcome(tmp_path / "runs/lost") == outcome(tmp_path / "runs/whole")
+    assert outcome(tmp_path / "runs/whole")[0] == STEPS
