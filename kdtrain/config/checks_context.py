@@ -30,11 +30,12 @@ def context_problems(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
         )  # fmt: skip
     if cfg.data.seq_len % cp:
         below = cfg.data.seq_len // cp * cp
+        near = f"{below} or {below + cp}" if below > 0 else f"{cp}"
         yield Problem(
             "data.seq_len", cfg.data.seq_len, f"is not a multiple of parallel.cp = {cp}, which share each sequence",
-            f"use {below or cp} or {below + cp}, or another parallel.cp",
+            f"use {near}, or another parallel.cp",
         )  # fmt: skip
-    if t.weights is not None and t.layout == "tp" and t.tp not in (None, tp):
+    if t.weights is not None and t.layout == "tp" and t.tp is not None and tp >= 1 and t.tp > tp and t.tp % tp == 0:
         yield Problem(
             "teacher.tp", t.tp, f"differs from parallel.tp = {tp} while parallel.cp = {cp}: the ranks of such a "
             "teacher would hold parts of the same sequences, not batches of their own",

@@ -79,3 +79,37 @@ def test_ranks_that_share_sequences_make_the_steps_of_plain_torch(world_size, fr
         assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
     for case, answer in zip(cases()[world_size], answers[0], strict=True):
         laws().check_case(case, answer, oracles[case.what], folder / case.name)
+
+
+def hand_over(rank, world_size, folder):
+    """Three steps in three layouts, each from the checkpoint of the one before; the last checkpoint."""
+    from kdtrain.dist.mesh import Mesh
+    from kdtrain.engine import checkpoint
+
+    test = laws()
+    test.join(world_size)
+    last = None
+    for step, (cp, stage) in enumerate(((2, 2), (1, 3), (2, 0)), 1):
+        case = test.Case("gemma3_window", 1, stage, (8 // (2 // cp),) * 3, cp=cp)
+        mesh = Mesh.build(1, cp)
+        engine = test.start_engine(folder, mesh, case)
+        if last is not None:
+            assert checkpoint.load(last, engine) == {"made": step - 1}
+        loss, result = test.make_step(engine, step, case.micro[0])
+        last = checkpoint.save(folder / "handed_over", engine, step=step, state={"made": step})
+        engine.close()
+    return last, loss, result.grad_norm
+
+
+def test_a_run_goes_on_over_another_number_of_cp_ranks(fresh_pool, folder, oracles):
+    from kdtrain.engine.slices import CheckpointReader
+
+    last, loss, norm = fresh_pool(2).run(hand_over, folder=folder)[0]
+    want = oracles["gemma3_window", False]
+    assert (loss, norm) == pytest.approx(want.steps[-1], rel=1e-5)
+    with CheckpointReader(last) as found:
+        assert found.manifest.layout == {"tp": 1, "dp": 1, "cp": 2, "zero_stage": 0, "dtype": "float32"}
+        assert sorted(found.names()) == sorted(want.weights)
+        for name in found.names():
+            right = want.weights[name][: found.manifest.parameters[name].shape[0]]
+            assert (found.read_full(name, "master") - right).abs().max() < 1e-5, name
