@@ -35,12 +35,15 @@ class Message:
         try:
             self.work.wait(timeout)
         except RuntimeError as error:  # gloo's: the connection is gone, or the time is over
-            raise PeerLost(
-                f"rank {self.peer} has ended or does not answer: {str(error).splitlines()[0][:200]}\n"
-                "  why: students and teachers of a run end together\n"
-                f"  fix: look at what rank {self.peer} said last"
-            ) from error
+            raise _lost(self.peer, error) from error
         return self.tensor
+
+
+def _lost(peer: int, error: RuntimeError) -> PeerLost:
+    return PeerLost(
+        f"rank {peer} has ended or does not answer: {str(error).splitlines()[0][:200]}\n"
+        f"  why: students and teachers of a run end together\n  fix: look at what rank {peer} said last"
+    )
 
 
 class Board:
@@ -53,7 +56,7 @@ class Board:
         """Let all ranks read `facts` (JSON) under `key`. Raises PeerLost if the store's host, rank 0, has ended."""
         try:
             self._store.set(key, json.dumps(facts))
-        except dist.DistNetworkError as error:
+        except RuntimeError as error:  # the store's
             raise PeerLost(
                 "rank 0, which keeps what ranks tell each other, has ended\n"
                 "  why: students and teachers of a run end together\n  fix: look at what rank 0 said last"
@@ -63,7 +66,7 @@ class Board:
         """What stands under `key`, as soon as somebody has written it. Raises PeerLost after `timeout`."""
         try:
             self._store.wait([key], timeout)
-        except (dist.DistStoreError, dist.DistNetworkError) as error:
+        except RuntimeError as error:  # the store's, of several classes
             raise PeerLost(
                 f"nobody has written {key!r} within {timeout.total_seconds():.0f} s\n"
                 "  why: students and teachers of a run tell each other what they have loaded\n"
@@ -88,12 +91,24 @@ class Wire:
         self._group: Any = ProcessGroupGloo(PrefixStore("kdtrain_wire", store), rank, world_size, FOREVER)
 
     def send(self, tensor: Tensor, to: int, tag: int) -> Message:
-        """Start sending a contiguous tensor of the host. It leaves when `to` has asked for it; this returns at once."""
-        return Message(tensor, to, self._group.send([tensor], to, tag))
+        """Start sending a contiguous tensor of the host; it leaves when `to` has asked for it, this returns at once.
+
+        Raises PeerLost if `to` is known to have ended.
+        """
+        try:
+            return Message(tensor, to, self._group.send([tensor], to, tag))
+        except RuntimeError as error:
+            raise _lost(to, error) from error
 
     def receive(self, tensor: Tensor, source: int, tag: int) -> Message:
-        """Start filling `tensor` with the next message of `source` under `tag`; this returns at once."""
-        return Message(tensor, source, self._group.recv([tensor], source, tag))
+        """Start filling `tensor` with the next message of `source` under `tag`, and return at once.
+
+        Raises PeerLost if `source` is known to have ended.
+        """
+        try:
+            return Message(tensor, source, self._group.recv([tensor], source, tag))
+        except RuntimeError as error:
+            raise _lost(source, error) from error
 
     def barrier(self) -> None:
         """Wait for all ranks of both roles. Communicates. Raises PeerLost if one of them has ended."""

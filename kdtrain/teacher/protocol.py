@@ -76,7 +76,7 @@ def compare_facts(board: Board, teachers: Sequence[int], mine: dict[str, Any], t
 
 
 def _failure(rank: int, told: dict[str, Any]) -> PeerLost:
-    return PeerLost(f"the teacher on rank {rank} failed: {told['failure']}", int(told["exit_code"]))
+    return PeerLost(f"the teacher on rank {rank} ended: {told['failure']}", int(told["exit_code"]))
 
 
 @contextmanager
@@ -91,7 +91,10 @@ def farewell(wire: Wire, servers: Sequence[int]) -> Iterator[None]:
 
 
 def _say_goodbye(wire: Wire, servers: Sequence[int], exit_code: int) -> None:
-    words = [wire.send(torch.tensor([BYE, 0, 0, exit_code]), server, REQUEST) for server in servers]
-    for word in words:
+    words = []
+    for server in servers:
         with suppress(PeerLost):  # one that has ended already has done all that it was to do
+            words.append(wire.send(torch.tensor([BYE, 0, 0, exit_code]), server, REQUEST))
+    for word in words:
+        with suppress(PeerLost):
             word.wait(GRACE)

@@ -89,7 +89,7 @@ class RemoteTeacher:
         try:
             exit_code, stop = asked.answer.wait(self._timeout).tolist()
             if exit_code:
-                raise PeerLost(f"the teacher on rank {asked.server} failed", exit_code)
+                raise PeerLost(f"the teacher on rank {asked.server} ended", exit_code)
             hidden = asked.hidden.wait(self._timeout)
         except PeerLost as error:
             raise failure_of(self._wire.board, asked.server, error) from error

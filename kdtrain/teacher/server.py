@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
@@ -100,18 +101,17 @@ class TeacherServer:
         self._pulse = pulse or Pulse(wire.rank)
         # A client that asks again has received all but its last in_flight answers: the others need not be kept.
         self._sent: dict[int, deque[tuple[Message, Message]]] = {c: deque(maxlen=in_flight) for c in clients}
+        self._listening = set(clients)
         self.num_answers = 0
 
     def run(self) -> None:
-        """Serve. Raises RunStopped if the clients have stopped, PeerLost with their exit code if one failed.
+        """Serve. Raises RunStopped if the clients have stopped, PeerLost with its exit code if one failed.
 
-        If this rank fails, the clients are told why, and get time to end by themselves. Communicates: with clients,
-        and over tp what each of them sent.
+        If this rank fails, or one client, the others are told why, and get time to end by themselves. Communicates:
+        with clients, and over tp what each of them sent.
         """
         try:
             exit_codes = self._serve()
-        except PeerLost:
-            raise
         except BaseException as error:
             self._give_up(error)
             raise
@@ -129,9 +129,10 @@ class TeacherServer:
                 with self._pulse.phase("teacher"):
                     self._answer(request)
                 continue
+            exit_codes[request.client] = request.exit_code
+            self._listening.discard(request.client)
             if request.lost is not None:
                 raise request.lost
-            exit_codes[request.client] = request.exit_code
             if request.exit_code not in (EXIT_DONE, EXIT_STOPPED):
                 raise PeerLost(f"rank {request.client} (student) failed; its message says why", request.exit_code)
         return exit_codes
@@ -172,8 +173,12 @@ class TeacherServer:
         write_failure(self._wire.board, self._wire.rank, error)
         if self._inbox is None:
             return  # its group's first rank, left alone in a collective, ends too
-        last = [self._wire.send(torch.tensor([exit_code_of(error), 0]), c, ANSWER) for c in self._clients]
-        left, deadline = len(last), time.monotonic() + GRACE.total_seconds()
-        while left and (seconds := deadline - time.monotonic()) > 0:
+        last_words = []  # kept: they must live until they have arrived
+        for client in self._listening:
+            with suppress(PeerLost):
+                last_words.append(self._wire.send(torch.tensor([exit_code_of(error), 0]), client, ANSWER))
+        deadline = time.monotonic() + GRACE.total_seconds()
+        while self._listening and (seconds := deadline - time.monotonic()) > 0:
             request = self._inbox.take(seconds)
-            left -= request is not None and request.kind == BYE
+            if request is not None and request.kind == BYE:
+                self._listening.discard(request.client)

@@ -1,0 +1,151 @@
+"""A teacher on ranks of its own changes nothing: three optimizer steps under DeepSpeed against plain torch."""
+
+import importlib.util
+import os
+import socket
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from kdtrain.dist.mesh import Mesh
+from kdtrain.dist.wire import Wire
+from kdtrain.engine import checkpoint
+from kdtrain.models.load import ModelSpec, load_backbone
+from kdtrain.training import dedicated
+
+pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
+
+LAYOUTS = Path(__file__).with_name("test_engine_layouts.py")
+
+
+def laws():
+    """The steps and the oracle of the layouts with a co-hosted teacher."""
+    if "dedicated_laws" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("dedicated_laws", LAYOUTS)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["dedicated_laws"] = module
+        spec.loader.exec_module(module)
+    return sys.modules["dedicated_laws"]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """tp, stage: the student's. micro: sequences per micro-batch and data rank, step by step."""
+
+    tp: int
+    stage: int
+    micro: tuple[int, int, int]
+    teacher_tp: int | None = None
+    in_flight: int | None = None
+    tolerance: float = 1e-5
+
+    @property
+    def name(self):
+        micro = ".".join(str(m) for m in self.micro)
+        return f"tp{self.tp}-zero{self.stage}-{micro}-teacher{self.teacher_tp}-{self.in_flight}"
+
+
+CASES = {
+    # (students, teachers)
+    (2, 1): [Case(2, 1, (8, 1, 3)), Case(1, 2, (4, 1, 3), in_flight=1), Case(1, 3, (1, 4, 2))],
+    (2, 2): [Case(1, 1, (1, 4, 3)), Case(2, 3, (1, 3, 8), teacher_tp=2), Case(1, 0, (2, 1, 1), teacher_tp=2)],
+}
+
+
+def settings(folder, case, num_teachers):
+    cfg = laws().configuration(case.stage)
+    t = cfg.teacher
+    t.weights, t.layout, t.ranks, t.dtype = str(folder / "teacher"), "dedicated", num_teachers, "float32"
+    t.tp, t.in_flight, cfg.parallel.tp = case.teacher_tp, case.in_flight, case.tp
+    return cfg
+
+
+def save_teacher(folder):
+    """The teacher of the oracle as a Hugging Face folder."""
+    teacher = laws().build_teacher(folder)
+    teacher.config.save_pretrained(folder / "teacher")
+    shapes = teacher.full_shapes()
+    tensors = {n: p.detach()[: shapes[n][0]].clone() for n, p in teacher.hf_parameters()}
+    save_file(tensors, folder / "teacher" / "model.safetensors", metadata={"format": "pt"})
+
+
+def train(folder, case, cfg, spec, runtime, mesh):
+    """What a student's rank does; (losses and norms of the steps, evaluation after the last)."""
+    from kdtrain.engine.zero import StudentEngine
+
+    backbone = laws().build_backbone(folder, "llama", mesh, teacher="plain")
+    teacher, head = dedicated.remote_teacher(
+        cfg, spec, backbone.shard, mesh, runtime.device, runtime.wire, on_stop=lambda: pytest.fail("nobody stops")
+    )
+    width = head.config.hidden_size
+    rows = min(backbone.shard.stop, laws().VOCAB) - backbone.shard.start
+    assert head.elements_read == rows * width, "more was read than this rank's rows of the head"
+    engine = StudentEngine(backbone, mesh, cfg, device=runtime.device)
+    steps = []
+    for step in (1, 2, 3):
+        loss, result = laws().make_step(engine, step, case.micro[step - 1], teacher=teacher)
+        assert result.applied
+        steps.append((loss, result.grad_norm))
+        if step != 2:
+            checkpoint.save(folder / case.name, engine, step=step, state={})
+        else:
+            laws().evaluate(engine, teacher)
+    answer = steps, laws().evaluate(engine, teacher)
+    engine.close()
+    return answer
+
+
+def run_cases(rank, world_size, folder, num_teachers, cases, port):
+    """Every rank of the job: the role its number gives it, case by case."""
+    from kdtrain.engine import bootstrap
+
+    dist.destroy_process_group()  # the pool's, which has the ranks of both roles
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    started = bootstrap.start(num_teachers)
+    assert started.roles.rank == rank
+    assert dist.get_world_size() == started.world_size == (num_teachers if started.roles.is_teacher else 2)
+    meshes = {} if started.roles.is_teacher else {tp: Mesh.build(tp) for tp in (1, 2)}
+    answers = []
+    for number, case in enumerate(cases):
+        # a wire of its own for each case: what ranks once said of another must not be found
+        wire = Wire(dist.FileStore(str(folder / f"wire{world_size}.{number}"), world_size), rank, world_size)
+        runtime, cfg = replace(started, wire=wire), settings(folder, case, num_teachers)
+        spec = ModelSpec(weights=cfg.teacher.weights, dtype="float32", attention="sdpa")
+        if started.roles.is_teacher:
+            answers.append(dedicated.serve(cfg, spec, laws().VOCAB, runtime))
+        else:
+            with dedicated.student_side(cfg, runtime):
+                answers.append(train(folder, case, cfg, spec, runtime, meshes[case.tp]))
+        runtime.barrier()
+    return answers
+
+
+@pytest.mark.parametrize(("students", "teachers"), CASES)
+def test_every_dedicated_layout_makes_the_steps_of_plain_torch(students, teachers, fresh_pool, tmp_path):
+    save_teacher(tmp_path)
+    want = laws().oracle(tmp_path, "llama", True)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    cases = CASES[students, teachers]
+    answers = fresh_pool(students + teachers).run(
+        run_cases, timeout_s=200, folder=tmp_path, num_teachers=teachers, cases=cases, port=port
+    )
+    assert answers[0] == answers[1], "ranks disagree about a loss or a norm"
+    for case, answer in zip(cases, answers[0], strict=True):
+        laws().check_case(case, answer, want, tmp_path / case.name)
+
+
+def test_the_folder_holds_the_teacher_of_the_oracle(tmp_path):
+    save_teacher(tmp_path)
+    ours = load_backbone(
+        ModelSpec(weights=str(tmp_path / "teacher"), dtype="float32"), Mesh(), vocab_size=laws().VOCAB, trainable=False
+    )
+    batch = laws().step_batch(1)
+    with torch.no_grad():
+        assert torch.equal(ours.hidden_states(batch), laws().build_teacher(tmp_path).hidden_states(batch))
