@@ -18,6 +18,7 @@ from kdtrain.dist.collectives import Group
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.context import ARGUMENT, PREFIX, Context, whole_sequences
+from kdtrain.models.experts import idle_parameters
 from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.layers import LmHead
 from kdtrain.parallel.plan import vocabulary_modules
@@ -116,6 +117,10 @@ class Backbone(nn.Module):
     def num_parameters(self) -> int:
         """Parameters of the full model over all tp ranks, tied ones once, padding not counted."""
         return sum(torch.Size(shape).numel() for shape in self._full_shapes.values())
+
+    def num_active_parameters(self) -> int:
+        """Parameters that a token passes: without those of the experts it is not sent to. As `num_parameters` else."""
+        return self.num_parameters() - idle_parameters(self.model, self._full_shapes)
 
     def _attention_arguments(self, batch: Batch) -> dict[str, Any]:
         """What attention must know of whole sequences when ranks hold parts, and explicit document boundaries for

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.dist.mesh import Mesh
@@ -23,13 +24,12 @@ from kdtrain.models.attention import resolve_attention
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.context import use_context
 from kdtrain.models.context_probe import check_context
+from kdtrain.models.experts import choose_products, refuse_mixture
 from kdtrain.models.probe import check_model
 from kdtrain.models.safetensors_reader import SafetensorsFolder
+from kdtrain.parallel.experts import PackedCut
 from kdtrain.parallel.plan import plan_cuts
 from kdtrain.parallel.shard import materialize_parameter, pad_piece, shard_model
-
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""Keys of a config that give the number of experts of a mixture, under every name in use."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -93,7 +93,7 @@ def load_backbone(
     total = max(rows, total_rows or 0)
     shard = VocabShard.of(vocab_size, mesh.tp_rank, mesh.tp_size, total_rows=total)
     device = torch.device(device)
-    model = _build(spec, vocab_size, device, seed)
+    model = _build(spec, vocab_size, device, seed, trainable=trainable)
     check_model(model, _source(spec), packed=packed)
     if mesh.cp_size > 1:
         check_context(model, _source(spec), packed=packed)
@@ -103,6 +103,7 @@ def load_backbone(
     model.requires_grad_(trainable)
     cuts = plan_cuts(model, mesh.tp_size, shard.rows)
     shard_model(model, mesh, shard, sequence=sequence)
+    choose_products(model, DTYPES[spec.dtype])
     kept = {name: cut for name, cut in cuts.items() if not _is_tied_away(model, name)}
     backbone = Backbone(model, shard, kept, mesh.cp_group)
     if spec.weights is not None:
@@ -117,6 +118,18 @@ def load_backbone(
     return backbone.train(trainable)
 
 
+class _ExpertsOnMeta(TorchFunctionMode):
+    """Packed experts are on the meta device from the start: those of one layer can be 30 GB."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and len(args[0] if args and isinstance(args[0], tuple) else args) == 3:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
     """Modules built inside have parameters on the meta device and real buffers (RoPE frequencies, scales)."""
@@ -128,7 +141,8 @@ def parameters_on_meta() -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
-        yield
+        with _ExpertsOnMeta():
+            yield
     finally:
         handle.remove()
 
@@ -159,8 +173,11 @@ def _source(spec: ModelSpec) -> str:
     return f"model {spec.weights!r}" if spec.weights is not None else f"architecture {spec.architecture!r}"
 
 
-def build_config(spec: ModelSpec, vocab_size: int) -> Any:
-    """The Hugging Face config object of `spec`. Raises ConfigError for one transformers refuses or of another kind."""
+def build_config(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> Any:
+    """The Hugging Face config object of `spec`. Raises ConfigError for one transformers refuses or of another kind.
+
+    trainable: a model that is only run, as a teacher is, may be a mixture of experts.
+    """
     settings = _config_dict(spec, vocab_size)
     settings.pop("_name_or_path", None)  # where somebody else once kept the model
     if settings.get("quantization_config"):
@@ -177,44 +194,29 @@ def build_config(spec: ModelSpec, vocab_size: int) -> Any:
             f"{_source(spec)} has model_type {config.model_type!r}, which is not a causal language model\n"
             "  fix: use a decoder-only language model"
         )
-    _refuse_experts(spec, config)
+    refuse_mixture(config, _source(spec), trainable=trainable)
     return config
 
 
-def _refuse_experts(spec: ModelSpec, config: Any) -> None:
-    settings = config.to_dict()
-    if settings.get("is_moe") is False or settings.get("enable_moe_block") is False:
-        return
-    places = (settings, *(value for value in settings.values() if isinstance(value, dict)))
-    found = {key: place[key] for place in places for key in EXPERTS if isinstance(place.get(key), int)}
-    found = {key: count for key, count in found.items() if count > 1}
-    if found:
-        raise ConfigError(
-            f"{_source(spec)} has model_type {config.model_type!r} with {found}: a mixture of experts\n"
-            "  why: this version adds no router losses to the objective, cannot cut experts over tensor-parallel ranks "
-            "and cannot read or write them in packed form\n"
-            "  fix: use a dense model"
-        )
-
-
-def model_size(spec: ModelSpec, vocab_size: int) -> tuple[Any, int]:
+def model_size(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> tuple[Any, int]:
     """(Hugging Face config, parameters with tied ones counted once) of `spec`, without reading or making a weight."""
-    config = build_config(spec, vocab_size)
+    config = build_config(spec, vocab_size, trainable=trainable)
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return config, sum(param.numel() for param in model.parameters())
 
 
-def check_architecture(spec: ModelSpec, vocab_size: int, *, packed: bool = True) -> None:
+def check_architecture(spec: ModelSpec, vocab_size: int, *, packed: bool = True, trainable: bool = True) -> None:
     """What `load_backbone` asks of an architecture before it reads or makes a weight. Raises ConfigError as it does."""
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(build_config(spec, vocab_size))  # type: ignore[no-untyped-call]
+        config = build_config(spec, vocab_size, trainable=trainable)
+        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     check_model(model, _source(spec), packed=packed)
 
 
-def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int) -> Any:
+def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int, *, trainable: bool) -> Any:
     """The whole model: parameters on meta if weights are to be read, else initialised from `seed` in float32."""
-    config = build_config(spec, vocab_size)
+    config = build_config(spec, vocab_size, trainable=trainable)
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     attention, reason = resolve_attention(
         spec.attention, device_type=device.type, dtype=spec.dtype,
@@ -270,6 +272,9 @@ def _read_weights(backbone: Backbone, folder: Path, mesh: Mesh, device: torch.de
             cut = backbone.cuts.get(name)
             if cut is None:
                 value = files.read(name, shape)
+            elif isinstance(cut, PackedCut):
+                ranges = cut.ranges(mesh.tp_rank)
+                value = torch.cat([files.read(name, shape, cut.dim, *piece) for piece in ranges], cut.dim)
             else:
                 value = pad_piece(files.read(name, shape, cut.dim, *cut.pieces[mesh.tp_rank]), cut)
             materialize_parameter(model, name, value.to(device, dtype), mesh)

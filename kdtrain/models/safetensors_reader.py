@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
+from kdtrain.models.experts import PerExpert, group_experts
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,7 +38,7 @@ class SafetensorsFolder:
         self._stack = ExitStack()
         self._open: dict[str, Any] = {}
         self._used: set[str] = set()
-        self._place = self._find_tensors()
+        self._place, self._grouped = self._find_tensors()
 
     def __enter__(self) -> SafetensorsFolder:
         return self
@@ -50,14 +51,21 @@ class SafetensorsFolder:
 
         Everything by default. Raises ConfigError when the file has no such tensor or it has another shape.
         """
+        stop = shape[dim] if stop is None else stop
+        if name in self._grouped:
+            self._used.add(name)
+            return self._grouped[name].read(self._slice, shape, dim, start, stop)
         if name not in self._place:
             raise ConfigError(
                 f"{self.folder} has no tensor for parameter {name!r}\n"
                 "  why: config.json and the weights belong to different models, or the download is incomplete\n"
                 "  fix: fetch the folder again"
             )
-        file, key = self._place[name]
         self._used.add(name)
+        return self._slice(self._place[name], shape, (slice(None),) * dim + (slice(start, stop),))
+
+    def _slice(self, place: tuple[str, str], shape: tuple[int, ...], index: tuple[slice, ...]) -> Tensor:
+        file, key = place
         view = self._reader(file).get_slice(key)
         found = tuple(view.get_shape())
         if found != tuple(shape):
@@ -66,7 +74,6 @@ class SafetensorsFolder:
                 "  why: config.json and the weights belong to different models\n"
                 "  fix: fetch the folder again"
             )
-        index = (slice(None),) * dim + (slice(start, shape[dim] if stop is None else stop),)
         value: Tensor = view[index]
         self.elements_read += value.numel()
         return value
@@ -109,8 +116,8 @@ class SafetensorsFolder:
                 ) from error
         return self._open[file]
 
-    def _find_tensors(self) -> dict[str, tuple[str, str]]:
-        """Model parameter name -> (file, name in the file)."""
+    def _find_tensors(self) -> tuple[dict[str, tuple[str, str]], dict[str, PerExpert]]:
+        """Model parameter name -> (file, name in the file), and names of parameters made of experts' tensors."""
         index = self.folder / INDEX
         if index.is_file():
             try:
@@ -127,7 +134,8 @@ class SafetensorsFolder:
             raise ConfigError(self._nothing_found())
         transforms = get_model_conversion_mapping(self._model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        return {_rename(key, renamings): (file, key) for key, file in keys}
+        converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        return group_experts(self._model, ((_rename(key, renamings), (file, key)) for key, file in keys), converters)
 
     def _nothing_found(self) -> str:
         pickles = sorted(path.name for path in self.folder.glob("*.bin"))

@@ -10,6 +10,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""Keys of a config that give the number of experts of a mixture, under every name in use."""
+
+TAKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+"""Keys of a config that give how many of them a token passes."""
+
 VOCAB_SIZE = 64
 """Tokens of a tiny copy."""
 
@@ -20,6 +26,7 @@ FULL_WIDTH = "fewer layers only"
 """How a copy is called that is as wide as the model."""
 
 _SPECIAL_IDS = re.compile(r"(bos|eos|pad|sep|cls|mask|unk|decoder_start)_token_id")
+_EXPERT_WIDTH = re.compile(r"expert.*intermediate_size|moe_intermediate_size|shared_intermediate_size")
 _NO_WIDTH = re.compile(r"vocab|position|length|token|window|layers|heads|chunk|seq")
 
 
@@ -40,6 +47,7 @@ def tiny_settings(config: Any, layers: int) -> Iterator[tuple[str, dict[str, Any
             settings[key] = VOCAB_SIZE
         elif _SPECIAL_IDS.fullmatch(key) and value is not None:
             settings[key] = min(value, 3) if isinstance(value, int) else [3]
+    _keep_experts(settings)
     head_dim = _head_dim(config)
     if head_dim is not None and head_dim > NARROW_HEAD:
         yield "fewer and narrower heads", _narrow(config, settings, NARROW_HEAD)
@@ -70,6 +78,19 @@ def _keep_layers(config: Any, settings: dict[str, Any], layers: int) -> None:
     settings[_real_name(config, "num_hidden_layers")] = len(kept)
 
 
+def _keep_experts(settings: dict[str, Any]) -> None:
+    """Cut the number of experts to what leaves a choice: two per group, and one more than a token takes."""
+    counts = [key for key in COUNTS if isinstance(settings.get(key), int)]
+    if not counts:
+        return
+    taken = max([value for key, value in settings.items() if key in TAKEN and isinstance(value, int)], default=1)
+    groups = settings.get("n_group") or 1
+    open_groups = min(settings.get("topk_group") or groups, groups)
+    per_group = max(2, -(-taken // open_groups), taken // groups + 1)
+    for key in counts:
+        settings[key] = min(settings[key], groups * per_group)
+
+
 def _narrow(config: Any, settings: dict[str, Any], head_dim: int) -> dict[str, Any]:
     """At most two groups of at most two heads of `head_dim`; other widths in proportion."""
     heads, kv_heads = _heads(config)
@@ -88,6 +109,8 @@ def _narrow(config: Any, settings: dict[str, Any], head_dim: int) -> dict[str, A
             new[key] = hidden
         elif value == old_inner:
             new[key] = 2 * hidden
+        elif _EXPERT_WIDTH.search(key):
+            new[key] = min(value, 2 * hidden)
         elif value == old_head:
             new[key] = head_dim
     for key, count in (("num_attention_heads", groups * per_group), ("num_key_value_heads", groups)):

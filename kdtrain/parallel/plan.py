@@ -19,6 +19,7 @@ from torch import nn
 
 from kdtrain.errors import ParallelError
 from kdtrain.parallel.cut import Cut, even_cut, padded_cut
+from kdtrain.parallel.experts import EXPERTS, expert_cuts, shared_expert_styles
 
 COLWISE = "colwise"
 ROWWISE = "rowwise"
@@ -61,7 +62,7 @@ def read_plan(model: Any) -> TpPlan:
     styles = _styles_by_module(model)
     blocks: dict[str, dict[str, str]] = {}
     for name, style in styles.items():
-        if name in (embedding, head):
+        if name in (embedding, head) or style == EXPERTS:  # experts are found by what they are
             continue
         if style not in _BODY_STYLES:
             raise ParallelError(
@@ -112,12 +113,15 @@ def plan_cuts(model: Any, tp_size: int, vocab_rows: int) -> dict[str, Cut]:
     if tp_size > 1:
         for block in read_plan(model).blocks:
             cuts.update(_block_cuts(model, block, tp_size))
+        cuts.update(expert_cuts(model, tp_size))
     return cuts
 
 
 def _styles_by_module(model: Any) -> dict[str, str]:
     """Module name -> style, wildcards of the plan expanded, in the model's own order."""
     plan = getattr(model, "tp_plan", None) or {}
+    if plan:
+        plan = {**plan, **shared_expert_styles(model)}
     patterns = [(re.compile(re.escape(key).replace(r"\*", r"\d+")), style) for key, style in plan.items()]
     styles: dict[str, str] = {}
     targets = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}

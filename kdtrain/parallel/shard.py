@@ -17,6 +17,7 @@ from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import VocabShard
 from kdtrain.errors import ParallelError
 from kdtrain.parallel.cut import Cut
+from kdtrain.parallel.experts import PackedCut, expert_modules, sum_experts
 from kdtrain.parallel.layers import (
     ColumnParallelLinear,
     LmHead,
@@ -57,6 +58,11 @@ def shard_model(model: Any, mesh: Mesh, shard: VocabShard | None = None, *, sequ
             for param in model.get_submodule(name).parameters():
                 _mark_partial(param, mesh)
         enter_block(model.get_submodule(block.name), mesh.tp_group, enter)
+    if mesh.tp_size > 1:
+        for name, experts in expert_modules(model):
+            for key, param in list(experts.named_parameters(recurse=False)):
+                setattr(experts, key, _local_parameter(param, cuts[f"{name}.{key}"], mesh))
+            sum_experts(experts, mesh.tp_group)
     if sequence:
         divide_layers(model, blocks, mesh.tp_group)
         for name in by_token:
@@ -83,6 +89,8 @@ def split_tensor(full: Tensor, cut: Cut | None, tp_rank: int) -> Tensor:
     """This rank's piece as its own contiguous tensor, padded with zeros where the cut says so; None: all of it."""
     if cut is None:
         return full.clone(memory_format=torch.contiguous_format)
+    if isinstance(cut, PackedCut):
+        return cut.split(full, tp_rank)
     start, stop = cut.pieces[tp_rank]
     return pad_piece(full.narrow(cut.dim, start, stop - start), cut)
 
@@ -99,6 +107,8 @@ def merge_tensors(pieces: Sequence[Tensor], cut: Cut | None) -> Tensor:
     """The full tensor from every tp rank's piece, padding dropped. With cut None the first piece stands for all."""
     if cut is None:
         return pieces[0]
+    if isinstance(cut, PackedCut):
+        return cut.merge(pieces)
     parts = [
         piece.narrow(cut.dim, 0, stop - start)
         for piece, (start, stop) in zip(pieces, cut.pieces, strict=True)

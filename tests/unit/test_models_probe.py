@@ -175,7 +175,7 @@ def test_a_config_of_which_no_copy_can_run_is_refused_with_what_was_tried():
 )  # fmt: skip
 def test_a_mixture_of_experts_is_refused_for_what_is_missing(tmp_path, name, settings):
     spec = folder_of(tmp_path, name, **settings)
-    with pytest.raises(ConfigError, match=r"mixture of experts(.|\n)*router losses(.|\n)*packed form"):
+    with pytest.raises(ConfigError, match=r"mixture of experts(.|\n)*router losses(.|\n)*packed experts"):
         build_config(spec, 101)
 
 

@@ -1,0 +1,179 @@
+"""What loading a mixture of experts takes: which kinds are proven, which tensors of a folder make one parameter.
+
+transformers packs the experts of a layer into one 3-D parameter, while published folders keep one tensor per expert
+and projection. Which belongs where is data of transformers (`transformers.conversion_mapping`): here it becomes a list
+of tensors per parameter, so that any slice of a packed parameter is read from slices of the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from kdtrain.errors import ConfigError
+from kdtrain.log import LOGGER
+from kdtrain.models.shrink import COUNTS
+from kdtrain.parallel.experts import expert_modules, idle_share
+
+TEACHERS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")
+"""Kinds whose hidden states, read from either form of folder, tests compare with those of `from_pretrained`."""
+
+Place = tuple[str, str]
+"""(file, name in the file) of a tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerExpert:
+    """A packed parameter [experts, segments * rows, columns] in a folder that keeps a matrix per expert and segment.
+
+    places[segment][expert]: where each [rows, columns] is.
+    """
+
+    places: tuple[tuple[Place, ...], ...]
+
+    def read(
+        self, get: Callable[[Place, tuple[int, ...], tuple[slice, ...]], Tensor], shape: tuple[int, ...], dim: int,
+        start: int, stop: int,
+    ) -> Tensor:  # fmt: skip
+        """Elements [start, stop) along `dim` of the packed parameter, whose full shape is `shape`.
+
+        get(place, full shape, index): a slice of one expert's matrix; no other element is read. Raises ConfigError
+        when the folder has another number of experts.
+        """
+        num_experts, rows, columns = shape
+        for places in self.places:
+            if len(places) != num_experts:
+                raise ConfigError(
+                    f"{places[0][0]}: {len(places)} experts like {places[0][1]!r}, the model needs {num_experts}\n"
+                    "  why: config.json and the weights belong to different models, or the download is incomplete\n"
+                    "  fix: fetch the folder again"
+                )
+        size = rows // len(self.places)
+        bounds = [[0, num_experts], [0, rows], [0, columns]]
+        bounds[dim] = [start, stop]
+        (first, last), (top, bottom), (left, right) = bounds
+        value: Tensor | None = None
+        for segment, places in enumerate(self.places):
+            # this segment's rows among those that are wanted
+            begin, end = max(top, size * segment), min(bottom, size * (segment + 1))
+            for expert in range(first, last) if begin < end else ():
+                index = (slice(begin - size * segment, end - size * segment), slice(left, right))
+                part = get(places[expert], (size, columns), index)
+                if value is None:  # filled piece by piece: two whole copies would be in memory otherwise
+                    value = part.new_empty((last - first, bottom - top, right - left))
+                value[expert - first, begin - top : end - top] = part
+        return torch.empty((last - first, bottom - top, right - left)) if value is None else value
+
+
+def num_experts_of(config: Any) -> dict[str, int]:
+    """Keys of `config`, nested sections included, that name more than one expert; empty for a dense model."""
+    settings = config.to_dict()
+    if settings.get("is_moe") is False or settings.get("enable_moe_block") is False:
+        return {}
+    places = (settings, *(value for value in settings.values() if isinstance(value, dict)))
+    found = {key: place[key] for place in places for key in COUNTS if isinstance(place.get(key), int)}
+    return {key: count for key, count in found.items() if count > 1}
+
+
+def refuse_mixture(config: Any, source: str, *, trainable: bool) -> None:
+    """Raise ConfigError if `config` is of a mixture of experts that cannot play its part. source: what to call it."""
+    found = num_experts_of(config)
+    if not found or (not trainable and config.model_type in TEACHERS):
+        return
+    kind = f"{source} has model_type {config.model_type!r} with {found}: a mixture of experts"
+    if trainable:
+        raise ConfigError(
+            f"{kind}\n"
+            "  why: as a student it would need router losses, which this version adds to no objective, and gradients "
+            "and checkpoints of packed experts, which it does not have\n"
+            "  fix: train a dense model; a mixture can be its teacher"
+        )
+    raise ConfigError(
+        f"{kind}\n"
+        f"  why: of mixtures only {', '.join(TEACHERS)} have been compared with transformers, number by number\n"
+        "  fix: use one of these as teacher, or a dense model"
+    )
+
+
+def group_experts(
+    model: Any, named: Iterable[tuple[str, Place]], converters: list[WeightConverter]
+) -> tuple[dict[str, Place], dict[str, PerExpert]]:
+    """(tensors that are parameters, parameters that are made of experts' tensors), by the model's parameter names.
+
+    named: (name after transformers' renamings, place) of every tensor in the folder. converters: transformers' rules
+    for `model`. Raises ConfigError when a rule does anything but stack experts and join their gate and up matrices.
+    """
+    targets = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    direct: dict[str, Place] = {}
+    lists: dict[str, dict[str, list[tuple[list[object], Place]]]] = {}
+    rules: dict[str, WeightConverter] = {}
+    for name, place in named:
+        target, pattern, rule = _convert(name, converters)
+        if rule is None or pattern is None or name in targets or target not in targets:
+            direct[name] = place
+            continue
+        _check_rule(rule, target)
+        rules[target] = rule
+        lists.setdefault(target, {}).setdefault(pattern, []).append((_natural(place[1]), place))
+    grouped = {}
+    for target, by_pattern in lists.items():
+        patterns = [pattern for pattern in rules[target].source_patterns if pattern in by_pattern]
+        grouped[target] = PerExpert(
+            tuple(tuple(place for _, place in sorted(by_pattern[pattern])) for pattern in patterns)
+        )
+    return direct, grouped
+
+
+def choose_products(model: Any, dtype: torch.dtype) -> None:
+    """Let experts loop over their matrices when rows of a packed one do not begin at multiples of 16 bytes.
+
+    torch's grouped product, which transformers prefers, refuses those. Sizes decide, alike on every rank or not:
+    nothing is communicated inside. Does nothing for a dense model.
+    """
+    packed = (param for _, module in expert_modules(model) for param in module.parameters(recurse=False))
+    sizes = {size for param in packed if param.dim() == 3 for size in param.shape[1:]}
+    odd = sorted(size for size in sizes if size * dtype.itemsize % 16)
+    if odd:
+        LOGGER.info("experts: rows of %s elements are not multiples of 16 bytes: one product per expert", odd)
+        model.set_experts_implementation("eager")
+
+
+def idle_parameters(model: Any, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Parameters of experts that a token does not pass, of a model whose full parameters have `shapes`; 0 if dense."""
+    idle = 0.0
+    for name, module in expert_modules(model):
+        for key, _ in module.named_parameters(recurse=False):
+            shape = shapes[f"{name}.{key}"]
+            idle += idle_share(shape[0], model.config.num_experts_per_tok) * torch.Size(shape).numel()
+    return int(idle)
+
+
+def _convert(name: str, converters: list[WeightConverter]) -> tuple[str, str | None, WeightConverter | None]:
+    for converter in converters:  # the first that matches, as transformers does
+        target, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return target, pattern, converter
+    return name, None, None
+
+
+def _check_rule(rule: WeightConverter, target: str) -> None:
+    operations = [(type(operation), getattr(operation, "dim", None)) for operation in rule.operations]
+    if operations not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+        names = [f"{kind.__name__}(dim={dim})" for kind, dim in operations]
+        raise ConfigError(
+            f"parameter {target!r} would be made from {rule.source_patterns} by {names}\n"
+            "  why: kdtrain only stacks the matrices of experts and joins gate and up\n"
+            "  fix: convert once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER, "
+            "save_original_format=False)"
+        )
+
+
+def _natural(key: str) -> list[object]:
+    """Sorts experts by number: 10 after 9. Names that are compared differ in numbers only."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
