@@ -160,7 +160,7 @@ class Bench:
         self.cfg.objective.name = "distill" if mode == "distill" else "pretrain"
         student: Any = TimedHead(self.engine, self.timer)
         objective = build.build_objective(self.cfg, student, self.models, self.timer)
-        nothing: Any = SimpleNamespace(save=lambda *given: None)
+        nothing: Any = SimpleNamespace(save=lambda *given, **how: None, busy=False, advance=lambda: None)
         loader = build.build_loader(self.cfg, self.inputs, self.mesh)
         watch: Any = Stopwatch()
         progress = Progress()

@@ -84,7 +84,7 @@ def test_flash_attention_is_told_the_document_boundaries():
     backbone = backbone_of(stock("llama"))
     backbone.config._attn_implementation_internal = "flash_attention_2"
     batch = batch_of(random_ids(1, 6), torch.tensor([[0, 1, 0, 1, 2, 0]]))
-    arguments = backbone._varlen_arguments(batch)
+    arguments = backbone._attention_arguments(batch)
     assert arguments["cu_seq_lens_q"].tolist() == arguments["cu_seq_lens_k"].tolist() == [0, 2, 5, 6]
     assert arguments["max_length_q"] == arguments["max_length_k"] == 3
 
