@@ -39,7 +39,13 @@ TABLE = common.ROOT / "docs/results/layouts.md"
 LAWS = common.ROOT / "tests/dist/test_engine_layouts.py"
 ERRORS = ("loss", "norm", "gradient", "weight", "evaluation")
 GROUP, TIMEOUT_S = 16, 300
-MORE_FAMILIES = {"qwen2": {}, "gemma3": {"final_logit_softcapping": None, "tie_word_embeddings": True}}
+MORE_FAMILIES = {
+    "qwen2": {},
+    "gemma3": {
+        "final_logit_softcapping": None, "tie_word_embeddings": True, "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}  # fmt: skip
 """Besides those of the test. The plain formula has no soft cap; the test of the losses has."""
 
 SECOND_OPINION = (
@@ -69,6 +75,8 @@ def cases() -> dict[int, list[Any]]:
     found: dict[int, list[Any]] = {1: [], 2: [], 4: []}
     for world, tp in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 1)):
         found[world] += [*plain_cases(world, tp), *distilled_cases(world, tp)]
+    for world, tp, cp in ((2, 1, 2), (4, 1, 2), (4, 2, 2), (4, 1, 4)):
+        found[world] += context_cases(world, tp, cp)
     return found
 
 
@@ -98,6 +106,19 @@ def distilled_cases(world: int, tp: int) -> list[Any]:
             family = "llama" if stage % 2 else "qwen3"
             found.append(case(family, tp, stage, cut_of(world, tp, number + stage), teacher=teacher))
     return [*found, case("llama", tp, 2, cut_of(world, tp, 2), dtype="bfloat16", teacher="plain")]
+
+
+def context_cases(world: int, tp: int, cp: int) -> list[Any]:
+    """Ranks that share sequences: families at two stages each, the teacher's layouts of the same tp, bfloat16."""
+    case, found = laws().Case, []
+    for number, family in enumerate(("qwen3", "gpt_neox", "gemma3")):
+        for stage in (number, (number + 2) % 4):
+            cut, recompute = cut_of(world, tp * cp, number + stage), stage == number
+            found.append(case(family, tp, stage, cut, recompute=recompute, cp=cp))
+    for number, teacher in enumerate(f"{cut}{more}" for cut in ("plain", "tp")[:tp] for more in ("", " zero3")):
+        cut = cut_of(world, tp * cp, number)
+        found.append(case("qwen3", tp, (number + cp) % 4, cut, teacher=teacher, cp=cp))
+    return [*found, case("gpt_neox", tp, 2, cut_of(world, tp * cp, 1), dtype="bfloat16", cp=cp)]
 
 
 def teachers(world: int, tp: int) -> list[str]:
@@ -221,11 +242,11 @@ def second_opinion(folder: Path) -> list[str]:
 
 
 def line_of(row: Row) -> str:
-    case, dp = row.case, row.world // row.case.tp
+    case, dp = row.case, row.world // (row.case.tp * row.case.cp)
     micro = " ".join(str(count) for count in case.micro)
     errors = " | ".join(f"{row.errors[name]:.1e}" if row.errors else "" for name in ERRORS)
     return (
-        f"| {case.family}{' recompute' * case.recompute} | {case.dtype} | {row.world} | {case.tp} | {dp} "
+        f"| {case.family}{' recompute' * case.recompute} | {case.dtype} | {row.world} | {case.tp} | {case.cp} | {dp} "
         f"| {case.stage} | {micro} | {case.teacher or 'none'} | {row.loss:.6f} | {row.grad_norm:.6f} | {errors} "
         f"| {row.verdict} |"
     )
@@ -252,14 +273,14 @@ def table_of(rows: list[Row], more: list[str]) -> str:
             + ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
             + ".",
             "",
-            "tp, dp, ZeRO: the student's. Sequences: per micro-batch and data rank, in steps 1, 2 and 3.",
+            "tp, cp, dp, ZeRO: the student's. Sequences: per micro-batch and data rank, in steps 1, 2 and 3.",
             "Teacher: plain, whole on every rank; tp, cut like the student; tp2, tp4, cut over that many ranks; zero3,",
             "divided among data ranks besides; offload, in host memory. A teacher means skewed KL at temperature 2,",
             "cross-entropy and a z-loss.",
             "",
-            "| student | dtype | ranks | tp | dp | ZeRO | sequences | teacher | loss | gradient norm "
+            "| student | dtype | ranks | tp | cp | dp | ZeRO | sequences | teacher | loss | gradient norm "
             "| loss error | norm error | gradient error | weight error | evaluation error | verdict |",
-            "| --- | --- |" + " ---: |" * 4 + " --- | --- |" + " ---: |" * 7 + " --- |",
+            "| --- | --- |" + " ---: |" * 5 + " --- | --- |" + " ---: |" * 7 + " --- |",
             *(line_of(row) for row in rows),
             *more,
             "",

@@ -95,9 +95,7 @@ def load_backbone(
     device = torch.device(device)
     model = _build(spec, vocab_size, device, seed, trainable=trainable)
     check_model(model, _source(spec), packed=packed)
-    if mesh.cp_size > 1:
-        check_context(model, _source(spec), packed=packed)
-        use_context(model, mesh, _source(spec))
+    _prepare_context(model, mesh, _source(spec), packed)
     if trainable and mesh.tp_size > 1:
         _refuse_dropout(model)
     model.requires_grad_(trainable)
@@ -206,12 +204,25 @@ def model_size(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> t
     return config, sum(param.numel() for param in model.parameters())
 
 
-def check_architecture(spec: ModelSpec, vocab_size: int, *, packed: bool = True, trainable: bool = True) -> None:
-    """What `load_backbone` asks of an architecture before it reads or makes a weight. Raises ConfigError as it does."""
+def check_architecture(
+    spec: ModelSpec, vocab_size: int, mesh: Mesh, *, packed: bool = True, trainable: bool = True
+) -> None:
+    """What `load_backbone` asks of an architecture before it reads or makes a weight, cutting apart. Raises as it does.
+
+    mesh: its sizes alone are used, so it may be of a world that does not run yet.
+    """
     with parameters_on_meta():
         config = build_config(spec, vocab_size, trainable=trainable)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     check_model(model, _source(spec), packed=packed)
+    _prepare_context(model, mesh, _source(spec), packed)
+
+
+def _prepare_context(model: Any, mesh: Mesh, source: str, packed: bool) -> None:
+    """Attention over the mesh's cp group, if it has several ranks, once the model is known to bear it."""
+    if mesh.cp_size > 1:
+        check_context(model, source, packed=packed)
+        use_context(model, mesh, source)
 
 
 def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int, *, trainable: bool) -> Any:

@@ -98,8 +98,12 @@ def _int(config: Any, name: str) -> int:
 
 def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int) -> None:
     """`--check`: everything that can be known before a device is touched."""
-    for spec in build.specs(cfg):
-        check_architecture(spec, inputs.vocab_size, packed=cfg.data.reset_positions)
+    tp_sizes = (cfg.parallel.tp, build.teacher_tp(cfg))
+    for role, (spec, tp) in enumerate(zip(build.specs(cfg), tp_sizes, strict=False)):
+        mesh = Mesh(world_size=world_size, tp_size=tp, cp_size=cfg.parallel.cp)
+        check_architecture(
+            spec, inputs.vocab_size, mesh, packed=cfg.data.reset_positions, trainable=role == 0
+        )  # the student comes first
     students = student_ranks(cfg, world_size)
     dp_size = students // (cfg.parallel.tp * cfg.parallel.cp)
     LOGGER.info("mesh     %s", mesh_line(cfg, students))

@@ -47,12 +47,11 @@ def cases():
         ],
         4: [
             case("qwen3", 2, 2, (8, 1, 3), cp=2, recompute=True),
-            case("gemma3_window", 2, 3, (3, 8, 1), cp=2),
-            case("qwen3", 1, 1, (4, 1, 3), cp=2),
+            case("gemma3_window", 2, 3, (3, 8, 1), cp=2, sequence=True),
+            case("qwen3", 1, 1, (4, 1, 3), cp=2, teacher="plain zero3"),
             case("qwen3", 1, 0, (8, 3, 1), cp=4),
             case("gpt_neox", 2, 0, (8, 1, 3), cp=2, teacher="plain"),
             case("qwen3", 2, 1, (3, 1, 8), cp=2, teacher="tp"),
-            case("qwen3", 2, 3, (1, 8, 3), cp=2, teacher="plain zero3"),
             case("qwen3", 2, 2, (8, 3, 1), cp=2, teacher="tp zero3"),
         ],
     }
@@ -89,7 +88,7 @@ def hand_over(rank, world_size, folder):
     test = laws()
     test.join(world_size)
     last = None
-    for step, (cp, stage) in enumerate(((2, 2), (1, 3), (2, 0)), 1):
+    for step, (cp, stage) in enumerate(((2, 3), (1, 2), (2, 3)), 1):
         case = test.Case("gemma3_window", 1, stage, (8 // (2 // cp),) * 3, cp=cp)
         mesh = Mesh.build(1, cp)
         engine = test.start_engine(folder, mesh, case)
@@ -108,7 +107,7 @@ def test_a_run_goes_on_over_another_number_of_cp_ranks(fresh_pool, folder, oracl
     want = oracles["gemma3_window", False]
     assert (loss, norm) == pytest.approx(want.steps[-1], rel=1e-5)
     with CheckpointReader(last) as found:
-        assert found.manifest.layout == {"tp": 1, "dp": 1, "cp": 2, "zero_stage": 0, "dtype": "float32"}
+        assert found.manifest.layout == {"tp": 1, "dp": 1, "cp": 2, "zero_stage": 3, "dtype": "float32"}
         assert sorted(found.names()) == sorted(want.weights)
         for name in found.names():
             right = want.weights[name][: found.manifest.parameters[name].shape[0]]

@@ -31,6 +31,8 @@ def test_every_stage_meets_every_place_a_teacher_may_have(layouts):
         assert {case.teacher for case in here} == {None, *layouts.teachers(world, tp)}
         assert {case.family for case in here} == set(layouts.laws().FAMILIES)
         assert {case.dtype for case in here} == {"float32", "bfloat16"}
+    shared = {(world, case.tp, case.cp) for world, some in cases.items() for case in some if case.cp > 1}
+    assert shared == {(2, 1, 2), (4, 1, 2), (4, 2, 2), (4, 1, 4)}
     assert layouts.teachers(4, 2)[6:] == ["tp4", "tp4 zero3", "tp4 zero3 offload"]
 
 

@@ -14,7 +14,7 @@ from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.context import ARGUMENT, Context, use_context, whole_sequences
 from kdtrain.models.context_probe import check_context
-from kdtrain.models.load import ModelSpec, load_backbone
+from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
 from kdtrain.models.tiny import TINY, tiny_config
 from kdtrain.parallel.shard import shard_model
 
@@ -106,6 +106,12 @@ def test_loading_asks_all_of_it(tmp_path):
     spec = ModelSpec(architecture=str(tmp_path), dtype="float32")
     with pytest.raises(ConfigError, match=r"parallel\.cp > 1, but tokens see others"):
         load_backbone(spec, Mesh(world_size=2, cp_size=2), vocab_size=101, trainable=False, packed=False)
+    with pytest.raises(ConfigError, match=r"parallel\.cp > 1, but tokens see others"):
+        check_architecture(spec, 101, Mesh(world_size=2, cp_size=2), packed=False)
+    check_architecture(spec, 101, Mesh(world_size=2, tp_size=2), packed=False)
+    named = ModelSpec(architecture="smollm2-135m", dtype="float32")
+    with pytest.raises(ParallelError, match="the 9 query heads on a rank of architecture 'smollm2-135m'"):
+        check_architecture(named, 101, Mesh(world_size=2, cp_size=2))
 
 
 @pytest.mark.parametrize("name", ["s_aux", "position_bias"])
