@@ -112,6 +112,10 @@ CASES = {
     "overlap without a teacher's step": (
         {"objective__name": "pretrain", "teacher__overlap": True}, "teacher.overlap", "objective.name = pretrain",
     ),
+    "overlap on ranks of its own": (
+        {"teacher__layout": "dedicated", "teacher__ranks": 2, "teacher__overlap": True, "data__tokens_per_step": 24},
+        "teacher.overlap", "always beside the student's",
+    ),
     "overlap with ZeRO-3": (
         {"teacher__zero_stage": 3, "teacher__overlap": True}, "teacher.overlap", "a whole step runs ahead",
     ),
