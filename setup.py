@@ -32,6 +32,7 @@ setup(
     ],
     extras_require={
         "wandb": ["wandb>=0.26"],
+        "quantize": ["torchao>=0.18"],
         "gguf": ["gguf>=0.10", "accelerate>=1.0"],
         "gpu": ["triton>=3.6; platform_system == 'Linux'", "flash-attn>=2.7; platform_system == 'Linux'"],
         "dev": [
@@ -42,6 +43,7 @@ setup(
             "import-linter>=2.1",
             "codespell>=2.3",
             "types-PyYAML",
+            "torchao>=0.18",
             # its interpreter and compilers prove the kernels on machines without a GPU
             "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],

@@ -11,6 +11,7 @@ from kdtrain.config.schema import RunConfig
 def problems(cfg: RunConfig) -> Iterator[Problem]:
     """Problems that need nothing but the values."""
     yield from _offload_optimizer(cfg)
+    yield from _quantize(cfg)
     if cfg.teacher.weights is not None:
         yield from _tokens_per_forward(cfg)
         yield from _overlap(cfg)
@@ -59,3 +60,23 @@ def _dedicated(cfg: RunConfig) -> Iterator[Problem]:
                 f"teacher.{name}", value, "would be ignored: ranks of teacher.layout = dedicated run whole requests, "
                 "always beside the student's", "remove it, or use another teacher.layout",
             )  # fmt: skip
+
+
+def _quantize(cfg: RunConfig) -> Iterator[Problem]:
+    t = cfg.teacher
+    if t.quantize is None:
+        return
+    if t.weights is None:
+        yield Problem(
+            "teacher.quantize", t.quantize, "would be ignored: teacher.weights = null", "set teacher.quantize=null"
+        )
+    elif t.zero_stage == 3:
+        yield Problem(
+            "teacher.quantize", t.quantize, "cannot be used with teacher.zero_stage = 3, which divides ordinary "
+            "weights only, without their scales", "cut the teacher with teacher.layout=tp, or teacher.quantize=null",
+        )  # fmt: skip
+    elif t.layout == "dedicated":
+        yield Problem(
+            "teacher.quantize", t.quantize, "cannot be used with teacher.layout = dedicated: what it costs is "
+            "measured where the head is, on the student's ranks", "use teacher.layout=plain or tp",
+        )  # fmt: skip

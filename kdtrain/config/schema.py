@@ -11,6 +11,7 @@ from typing import Any, Literal
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "logit_mse"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 Dtype = Literal["float32", "bfloat16"]
+Quantization = Literal["int8", "fp8"]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,6 +75,10 @@ class TeacherSection:
     the teacher then runs once over all micro-batches of a step."""
     offload: bool = False
     """With zero_stage 3: keep the divided weights in host memory."""
+    quantize: Quantization | None = None
+    """Weights of the decoder's linear layers in 8 bits, one scale per output row, by torchao: int8, or fp8
+    (float8_e4m3). Activations, embedding, norms and head keep their dtype. The divergence from the unquantised teacher
+    is measured on the first micro-batch. Not with zero_stage 3."""
     max_tokens_per_forward: int | None = None
     """Limit of one forward pass of the teacher on a rank; bounds its activations, never changes the result. With
     zero_stage 3 every pass gathers all weights once. null: a micro-batch, with zero_stage 3 a whole step, at once."""

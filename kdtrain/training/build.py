@@ -22,6 +22,7 @@ from kdtrain.models.backbone import Backbone
 from kdtrain.models.flops import forward_flops_per_token, peak_flops, training_flops_per_token
 from kdtrain.models.head import LoadedHead
 from kdtrain.models.load import ModelSpec, load_backbone
+from kdtrain.models.quantize import require_torchao
 from kdtrain.objectives.base import HeadLayout, Objective
 from kdtrain.objectives.distill import Distill, TeacherSource
 from kdtrain.objectives.pretrain import Pretrain
@@ -82,6 +83,8 @@ def build_models(
     wire: to a teacher on ranks of its own. on_stop: called when that teacher has been asked to end.
     """
     spec = teacher_spec(cfg)
+    if cfg.teacher.quantize is not None:
+        require_torchao(cfg.teacher.quantize)  # before minutes of loading
     rows = head_rows(cfg, inputs.total_rows)
     student = load_backbone(
         student_spec(cfg), mesh, vocab_size=inputs.vocab_size, total_rows=rows, device=device, trainable=trainable,

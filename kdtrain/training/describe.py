@@ -9,6 +9,7 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.dist.mesh import Mesh
 from kdtrain.log import LOGGER
 from kdtrain.models.load import ModelSpec, check_architecture, model_size
+from kdtrain.models.quantize import require_torchao
 from kdtrain.training import build
 from kdtrain.training.estimate import MemoryEstimate, ModelSize, estimate_memory
 from kdtrain.training.inputs import Inputs
@@ -40,7 +41,8 @@ def _teacher_layout(cfg: RunConfig) -> str:
         return dedicated_line(cfg)
     tp = f"tp {build.teacher_tp(cfg)}" if cfg.teacher.layout == "tp" else "plain"
     zero = " x zero 3" if cfg.teacher.zero_stage == 3 else ""
-    return tp + zero + (" in host memory" if cfg.teacher.offload else "")
+    bits = "" if cfg.teacher.quantize is None else f", {cfg.teacher.quantize} weights"
+    return tp + zero + (" in host memory" if cfg.teacher.offload else "") + bits
 
 
 def mesh_line(cfg: RunConfig, world_size: int) -> str:
@@ -104,6 +106,8 @@ def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int) -> None:
         check_architecture(
             spec, inputs.vocab_size, mesh, packed=cfg.data.reset_positions, trainable=role == 0
         )  # the student comes first
+    if cfg.teacher.quantize is not None:
+        require_torchao(cfg.teacher.quantize)
     students = student_ranks(cfg, world_size)
     dp_size = students // (cfg.parallel.tp * cfg.parallel.cp)
     LOGGER.info("mesh     %s", mesh_line(cfg, students))

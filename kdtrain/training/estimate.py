@@ -85,7 +85,7 @@ def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, zero_size: i
     """Weights on this rank and the hidden states that wait for the loss."""
     t, tp, item = cfg.teacher, cfg.parallel.tp, BYTES[cfg.teacher.dtype]
     cut = (t.tp or tp) if t.layout == "tp" else 1
-    weights = teacher.num_parameters * item / cut
+    weights = _teacher_bytes(cfg, teacher) / cut
     hidden = 2 * tokens * teacher.width * item * max(1, cut // tp) * (2 if t.overlap else 1)
     if t.zero_stage == 0:
         return {"teacher": weights, "teacher_hidden": hidden}
@@ -95,6 +95,18 @@ def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, zero_size: i
     pieces = 0.0 if t.offload else weights / (zero_size * tp / cut)
     micro_batches = cfg.data.tokens_per_step / (zero_size * tokens)
     return {"teacher": pieces + layers + head, "teacher_hidden": hidden * micro_batches}
+
+
+def _teacher_bytes(cfg: RunConfig, teacher: ModelSize) -> float:
+    """Of all weights. Quantised, an element of the decoder takes one byte; embedding and head are counted apart.
+
+    A run holds the teacher as it was read for a moment, before the student's optimizer exists.
+    """
+    item = BYTES[cfg.teacher.dtype]
+    if cfg.teacher.quantize is None:
+        return float(teacher.num_parameters * item)
+    decoder = max(0, teacher.num_parameters - 2 * teacher.vocab_rows * teacher.width)
+    return float(decoder + (teacher.num_parameters - decoder) * item)
 
 
 def _teacher_on_host(cfg: RunConfig, teacher: ModelSize, dp_size: int) -> float:

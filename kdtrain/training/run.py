@@ -36,6 +36,7 @@ from kdtrain.training.export import export_checkpoint, write_model_files
 from kdtrain.training.guards import Events, Guards
 from kdtrain.training.inputs import Inputs, open_inputs
 from kdtrain.training.progress import Progress
+from kdtrain.training.quantized import quantize_teacher
 from kdtrain.training.report import Reporter, Sink
 from kdtrain.training.resume import find_resume_point
 from kdtrain.training.self_check import check_alignment
@@ -89,6 +90,9 @@ def run_evaluation(request: Request) -> int:
         with dedicated.student_side(cfg, rank):
             mesh = Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
             models = build.build_models(cfg, inputs, mesh, rank.device, trainable=False, wire=rank.wire)
+            if cfg.teacher.quantize is not None:
+                first = next(build.evaluation_batches(cfg, inputs, mesh)).to(rank.device)
+                quantize_teacher(cfg, models, first, mesh)
 
             def student(batch: Any, head_fn: Any) -> Any:
                 return call_with_head(models.student, batch, head_fn)
@@ -111,10 +115,7 @@ def _train(
     )  # fmt: skip
     resume_from = on_main(mesh, lambda: find_resume_point(cfg, folder))
     loader = build.build_loader(cfg, inputs, mesh)
-    if cfg.debug.self_check and models.teacher is not None and resume_from is None:
-        first = next(build.build_loader(cfg, inputs, mesh, prefetch=0))[0].to(device)
-        found = check_alignment(models.teacher, first, models.layout, mesh)
-        LOGGER.info("check    teacher's nll on labels %.3f, shifted -1 %.3f, +1 %.3f", *found.values())
+    _prepare_teacher(cfg, inputs, models, mesh, rank, is_fresh=resume_from is None)
     describing.log_header(cfg, inputs, models, mesh)
     # Last: DeepSpeed keeps process-wide state that the most recent engine owns.
     engine = StudentEngine(models.student, mesh, cfg, device=device)
@@ -155,6 +156,20 @@ def _train(
     on_main(mesh, trainer.close, share=False)
     if cfg.checkpoint.export:
         on_main(mesh, lambda: _export(cfg, folder))
+
+
+def _prepare_teacher(
+    cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh, rank: bootstrap.Runtime, *, is_fresh: bool
+) -> None:
+    """Quantise it and, in a run that is_fresh, check that it knows the data: both on the first micro-batch."""
+    checks = cfg.debug.self_check and is_fresh
+    if models.teacher is None or not (checks or cfg.teacher.quantize is not None):
+        return
+    first = next(build.build_loader(cfg, inputs, mesh, prefetch=0))[0].to(rank.device)
+    quantize_teacher(cfg, models, first, mesh)
+    if checks:
+        found = check_alignment(models.teacher, first, models.layout, mesh)
+        LOGGER.info("check    teacher's nll on labels %.3f, shifted -1 %.3f, +1 %.3f", *found.values())
 
 
 def _export(cfg: RunConfig, folder: Path) -> None:

@@ -1,7 +1,9 @@
 """A whole run through the deepspeed launcher: train, stop, resume bitwise, evaluate, export, and refuse bad input."""
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -289,14 +291,33 @@ def test_a_teacher_with_another_tokenizer_is_refused_with_both_ids(world, tmp_pa
     assert "another tokenizer than the teacher's" in done.stderr
 
 
-def test_the_teachers_layout_changes_nothing(world, finished):
+def test_neither_the_teachers_layout_nor_what_saves_memory_changes_anything(world, finished):
     whole, _ = finished
-    done = deepspeed(world / "config.yaml", "run.name=cut", "teacher.layout=tp", "debug.check_replicas=true")
+    done = deepspeed(
+        world / "config.yaml", "run.name=cut", "teacher.layout=tp", "debug.check_replicas=true",
+        "teacher.overlap=true", "teacher.max_tokens_per_forward=64", "zero.offload_optimizer=true",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for mine, theirs in zip(records(world / "runs/cut"), records(whole), strict=True):
         for key in ("loss/total", "loss/kd", "optim/grad_norm", "eval/kl_to_teacher"):
             if key in theirs:
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-4), (key, theirs["data/step"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+def test_a_quantised_teacher_says_what_it_costs_and_teaches_nearly_the_same(world, finished):
+    whole, _ = finished
+    words = ("run.name=int8", "parallel.tp=1", "teacher.quantize=int8", "checkpoint.export=false")
+    done = script("train.py", world / "config.yaml", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"teacher  int8: KL to its float32 self (\S+) nats/token over (\d+) tokens, weights", done.stdout)
+    assert 0 < float(found[1]) < 0.01
+    assert 0 < int(found[2]) <= 4 * 32
+    assert "frozen, plain, int8 weights" in done.stdout
+    for mine, theirs in zip(records(world / "runs/int8"), records(whole), strict=True):
+        if "loss/kd" in theirs:
+            assert mine["loss/kd"] != theirs["loss/kd"]
+            assert mine["loss/kd"] == pytest.approx(theirs["loss/kd"], rel=0.05)
 
 
 def test_more_tp_ranks_than_key_value_groups_is_one_clear_message(world):

@@ -116,6 +116,17 @@ CASES = {
         {"teacher__layout": "dedicated", "teacher__ranks": 2, "teacher__overlap": True, "data__tokens_per_step": 24},
         "teacher.overlap", "always beside the student's",
     ),
+    "nothing to quantise": (
+        {"objective__name": "pretrain", "teacher__weights": None, "teacher__quantize": "int8"}, "teacher.quantize",
+        "would be ignored: teacher.weights = null",
+    ),
+    "quantised in pieces": (
+        {"teacher__quantize": "int8", "teacher__zero_stage": 3}, "teacher.quantize", "divides ordinary weights only",
+    ),
+    "quantised on ranks of its own": (
+        {"teacher__layout": "dedicated", "teacher__ranks": 2, "teacher__quantize": "fp8", "data__tokens_per_step": 24},
+        "teacher.quantize", "measured where the head is",
+    ),
     "overlap with ZeRO-3": (
         {"teacher__zero_stage": 3, "teacher__overlap": True}, "teacher.overlap", "a whole step runs ahead",
     ),

@@ -37,6 +37,13 @@ def test_a_teacher_that_runs_ahead_keeps_the_hidden_states_of_two_micro_batches(
     assert estimate_memory(cfg, STUDENT, TEACHER, dp_size=1).parts["teacher_hidden"] == 2 * one
 
 
+def test_a_quantised_decoder_takes_a_byte_per_element_and_its_vocabulary_two():
+    cfg = RunConfig()
+    cfg.teacher.quantize = "int8"
+    vocabulary = 2 * 1024 * 512
+    assert estimate_memory(cfg, STUDENT, TEACHER, dp_size=1).parts["teacher"] == 32_000_000 + vocabulary
+
+
 def test_a_teacher_on_the_host_is_counted_there():
     on, off = (estimated(2, offload=offload, teacher=TEACHER) for offload in (True, False))
     assert on.host - estimated(2, offload=True).host == 32_000_000 * 2 // 4

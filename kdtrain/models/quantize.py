@@ -1,0 +1,100 @@
+"""Eight-bit weights for a frozen model, by torchao: the only place that imports it.
+
+One scale per output row of a matrix, symmetric, weights only: a product is computed in the activations' dtype. Every
+layout gets the weights that the whole model would get: rows are whole on the ranks that share out outputs, and where
+inputs are shared out the largest entry of a row is taken over all ranks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdtrain.dist.collectives import gather_ranks
+from kdtrain.errors import ConfigError
+from kdtrain.models.backbone import Backbone
+from kdtrain.parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+ROUTERS = frozenset(("gate", "router", "shared_expert_gate"))
+"""Last names of linear layers that choose experts: a rounded choice is another choice."""
+
+
+def require_torchao(kind: str) -> None:
+    """Raises ConfigError, with the line that installs it, if torchao is missing. kind: as teacher.quantize."""
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError(
+            f"teacher.quantize = {kind}: the package torchao is not installed\n"
+            "  why: it holds and multiplies the 8-bit weights\n"
+            "  fix: pip install 'torchao>=0.18', or set teacher.quantize=null"
+        )
+
+
+@torch.no_grad()
+def quantize_decoder_(backbone: Backbone, kind: str) -> tuple[int, int]:
+    """Replace the weights of the decoder's linear layers, one layer after the other; (bytes before, bytes after).
+
+    kind: int8, or fp8 (float8_e4m3). Embedding, head, norms, biases and routers stay as they are, and so do experts
+    packed into one tensor. Bytes: all parameters of this rank, scales included. Every rank must call it. Communicates
+    over tp: one small all-gather per layer whose inputs are shared out. Raises ConfigError if there is no such layer,
+    or without torchao.
+    """
+    require_torchao(kind)
+    before = _parameter_bytes(backbone)
+    layers = list(_linear_layers(backbone))
+    if not layers:
+        raise ConfigError(
+            f"teacher.quantize = {kind}: {type(backbone.model).__name__} has no linear layer to quantise\n"
+            "  fix: set teacher.quantize=null"
+        )
+    for layer in layers:
+        weight = layer.weight
+        largest = None
+        if isinstance(layer, RowParallelLinear):
+            here = nn.functional.pad(weight.abs(), (0, 1)).amax(1, keepdim=True)  # padded: a rank may have no inputs
+            largest = gather_ranks(here, layer.group).amax(0)
+        if weight.numel():
+            layer.weight = nn.Parameter(_quantized(weight, kind, largest), requires_grad=False)
+    return before, _parameter_bytes(backbone)
+
+
+def _linear_layers(backbone: Backbone) -> Iterator[Any]:
+    kinds = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
+    for name, module in backbone.model.base_model.named_modules():
+        if isinstance(module, kinds) and name.rpartition(".")[2] not in ROUTERS:
+            yield module
+
+
+def _quantized(weight: Tensor, kind: str, largest: Tensor | None) -> Any:
+    """[out, in] as a tensor subclass of 8 bits. largest [out, 1]: of each row in size, where other ranks hold the rest."""
+    from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
+
+    weight = weight.detach()
+    rows = PerRow()
+    if kind == "int8":
+        scale = None
+        if largest is not None:  # as torchao derives it from a matrix, here of two columns
+            scale = Int8Tensor.from_hp(torch.cat([largest, torch.zeros_like(largest)], 1), granularity=rows).scale
+        return Int8Tensor.from_hp(weight, granularity=rows, scale=scale)
+    if largest is None:
+        return Float8Tensor.from_hp(weight, granularity=rows)
+    # This class takes no scale: a column that carries it is quantised too, and left out afterwards.
+    whole = Float8Tensor.from_hp(torch.cat([weight, largest], 1), granularity=rows)
+    return Float8Tensor(
+        whole.qdata[:, :-1].contiguous(), whole.scale, [1, weight.shape[1]], whole.mm_config, whole.act_quant_kwargs,
+        whole.kernel_preference, whole.dtype,
+    )  # fmt: skip
+
+
+def _parameter_bytes(backbone: Backbone) -> int:
+    return sum(_stored_bytes(param.data) for _, param in backbone.hf_parameters())
+
+
+def _stored_bytes(tensor: Any) -> int:
+    """Of an ordinary tensor, or of the tensors that a tensor subclass consists of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return int(tensor.nbytes)
+    return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
