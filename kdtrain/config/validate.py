@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from kdtrain.config import checks_dedicated, checks_memory
-from kdtrain.config.checks_checkpoint import checkpoint_problems
+from kdtrain.config.checks_checkpoint import checkpoint_problems, lock_problems
 from kdtrain.config.checks_context import context_problems, data_ranks
 from kdtrain.config.checks_dedicated import student_ranks
 from kdtrain.config.deepspeed_config import EXTRA_ZERO_KEYS, OWNED_ZERO_KEYS
@@ -65,6 +65,7 @@ def problems(cfg: RunConfig, *, world_size: int) -> Iterator[Problem]:
     yield from _schedule(cfg)
     yield from _cadence(cfg)
     yield from checkpoint_problems(cfg.checkpoint)
+    yield from lock_problems(cfg.run)
     yield from _guard(cfg.guard)
 
 

@@ -10,18 +10,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import socket
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
 from kdtrain.errors import ConfigError, OutputError, RunStopped
 from kdtrain.log import LOGGER
+from kdtrain.telemetry.lock import LockKeeper, give_back, take_lock
 
 State = Literal["running", "done", "failed", "stopped"]
 
@@ -68,11 +66,12 @@ class RunFolder:
         self._state: State = "running"
 
     @classmethod
-    def open(cls, output_dir: str | os.PathLike[str], name: str) -> RunFolder:
+    def open(cls, output_dir: str | os.PathLike[str], name: str, *, lease_s: float | None = None) -> RunFolder:
         """Create <output_dir>/<name> or take up an existing one, lock it, and mark it running.
 
-        A lock left by a process that no longer lives is removed, with a warning. Raises ConfigError if the folder
-        cannot be written or another run holds it; nothing is left behind then.
+        A lock left by a process that no longer lives is removed, with a warning. lease_s: what the lock promises;
+        keep it with `kept`. Raises ConfigError if the folder cannot be written or another run holds it; nothing is
+        left behind then.
         """
         if name in ("", ".", "..") or Path(name).name != name:
             raise ConfigError(
@@ -82,8 +81,7 @@ class RunFolder:
         path = Path(output_dir) / name
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with _alone(path):
-                lock = _take_lock(path)
+            lock = take_lock(path, lease_s)
             folder = cls(path, lock)
             try:
                 folder.set_status("running", f"pid {lock['pid']} on {lock['host']} since {lock['since']}")
@@ -129,12 +127,11 @@ class RunFolder:
         """Give the lock back. Does nothing if another process has taken it over; a warning where it cannot be removed:
         the next run sees that its holder is gone.
         """
-        lock = self.path / "LOCK"
-        if _read_lock(lock) == self._lock:
-            try:
-                lock.unlink()
-            except OSError as error:
-                LOGGER.warning("%s cannot be removed: %s", lock, error.strerror)
+        give_back(self.path, self._lock)
+
+    def kept(self) -> LockKeeper:
+        """A context manager in which a thread keeps the lock's promise. The process ends if another took it over."""
+        return LockKeeper(self.path, self._lock)
 
     def __enter__(self) -> RunFolder:
         return self
@@ -163,88 +160,3 @@ class RunFolder:
             self.set_status("done")
         except OSError as error:
             raise OutputError.of(self.path / "STATUS", error) from error
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Serialise the taking of locks between the processes of this host, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no flock; O_EXCL below still holds
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _take_lock(folder: Path) -> dict[str, Any]:
-    path = folder / "LOCK"
-    mine = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "started": _start_time(os.getpid()),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "restart": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    if path.exists():
-        held = _read_lock(path)
-        if not _is_stale(held, mine):
-            assert held is not None
-            raise ConfigError(
-                f"the run folder {folder} is in use by process {held['pid']} on {held['host']} since {held['since']}\n"
-                "  why: two runs in one folder would overwrite each other's checkpoints\n"
-                f"  fix: choose another run.name; or, if that process is gone, remove {path}"
-            )
-        LOGGER.warning("%s was left by a process that is gone; taking over", path)
-        path.unlink()
-    try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-    except FileExistsError as error:  # another host was faster
-        raise ConfigError(
-            f"the run folder {folder} was taken by another run just now\n  fix: choose another run.name"
-        ) from error
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(json.dumps(mine) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    return mine
-
-
-def _read_lock(path: Path) -> dict[str, Any] | None:
-    """The lock's content; None if there is none or its writer died before it was whole."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return found if isinstance(found, dict) and {"host", "pid", "started", "since"} <= set(found) else None
-
-
-def _is_stale(held: dict[str, Any] | None, mine: dict[str, Any]) -> bool:
-    """Whether the holder is certainly gone.
-
-    On this host: no such process, or its number is another process's now. On any host: the holder was an earlier
-    start of this very Slurm job.
-    """
-    if held is None:
-        return True
-    if held["host"] == mine["host"]:
-        return _start_time(held["pid"]) is None or _start_time(held["pid"]) != held["started"]
-    return held.get("job") is not None and held["job"] == mine["job"] and held.get("restart", 0) < mine["restart"]
-
-
-def _start_time(pid: int) -> str | None:
-    """When process `pid` started, as the kernel counts it; "?" where that is unknown, None if there is none."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass  # it lives, and is somebody else's
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
-    except OSError:
-        return "?"
-    # the name may hold spaces and brackets; field 22 counts from after it. A zombie holds nothing any more.
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else fields[19]

@@ -205,9 +205,10 @@ def _watchdog(
 @contextmanager
 def _run_folder(cfg: RunConfig, mesh: Mesh) -> Iterator[tuple[Path, RunFolder | None]]:
     """The run's folder, held by rank 0: its path on every rank, the open folder on rank 0."""
-    opened = on_main(mesh, lambda: RunFolder.open(cfg.run.output_dir, cfg.run.name), share=False)
+    run = cfg.run
+    opened = on_main(mesh, lambda: RunFolder.open(run.output_dir, run.name, lease_s=run.lock_lease_s), share=False)
     path = Path(cfg.run.output_dir) / cfg.run.name
-    with opened if opened is not None else nullcontext():
+    with opened if opened is not None else nullcontext(), opened.kept() if opened is not None else nullcontext():
         setup_logging(mesh.rank, path)
         if opened is not None:
             LOGGER.info(headline(describe(world_size=mesh.world_size)))

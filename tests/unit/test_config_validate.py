@@ -237,6 +237,7 @@ CASES = {
     "keep every between": (
         {"checkpoint__keep_every": 5, "checkpoint__every_steps": 2}, "checkpoint.keep_every", "is no multiple of"
     ),
+    "lease": ({"run__lock_lease_s": 0.0}, "run.lock_lease_s", "is not a positive number"),
     "async at the end": ({"checkpoint__async_write": True}, "checkpoint.async_write", "would change nothing"),
     "eval": ({"data__validation": "v", "eval__every_steps": 0}, "eval.every_steps", "is smaller than 1"),
     "eval tokens": ({"data__validation": "v", "eval__max_tokens": 0}, "eval.max_tokens", "is smaller than 1"),
