@@ -134,7 +134,7 @@ class LockKeeper:
     def _give_up(self, held: dict[str, Any]) -> None:
         why = f"{self._path} was taken over by process {held['pid']} on {held['host']} since {held['since']}"
         print(
-            f"kdtrain: {why}\n  why: this process had not touched it for run.lock_lease_s = {self._mine['lease_s']:g} s, "
+            f"kdtrain: {why}\n  why: it was not touched for run.lock_lease_s = {self._mine['lease_s']:g} s, "
             "and two runs in one folder would overwrite each other's checkpoints\n"
             "  fix: let the other run go on; set run.lock_lease_s higher if this host stood still for long",
             file=sys.stderr, flush=True,
