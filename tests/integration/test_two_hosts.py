@@ -7,6 +7,7 @@ share theirs. Needs root, and iproute2, openssh-server, openssh-client, pdsh, ut
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("ip", "unshare", "nsenter", "mount", "ssh", "ssh-keygen", "pdsh", "deepspeed")
 STEPS, TOKENS_PER_STEP = 24, 256
+WIRE = "eth0"
 LOST_S = 15
 """A rank that waits this long for the others ends itself; ssh connections to a host that is gone, a little before."""
 SSHD = """
@@ -65,20 +67,21 @@ def _ip():
 
 
 class Host:
-    """A machine named `name` with one network interface, `wire`, up to `lose_power`."""
+    """A machine named `name` with one network interface, WIRE, and an sshd; it runs until `lose_power`."""
 
-    def __init__(self, name, address, wire, folder):
-        self.name, self.address, self.wire, self.folder = name, address, wire, folder
+    def __init__(self, name, address, folder):
+        self.name, self.address, self.folder = name, address, folder
         self.netns = f"{name}{os.getpid()}"
+        self.process = None
         run(_ip(), "netns", "add", self.netns)
 
-    def plug_in(self):
-        run(_ip(), "link", "set", self.wire, "netns", self.netns)
-        run(_ip(), "-n", self.netns, "address", "add", f"{self.address}/24", "dev", self.wire)
+    def plug_in(self, wire):
+        run(_ip(), "link", "set", wire, "netns", self.netns, "name", WIRE)
+        run(_ip(), "-n", self.netns, "address", "add", f"{self.address}/24", "dev", WIRE)
         self.power_on()
 
     def power_on(self):
-        run(_ip(), "-n", self.netns, "link", "set", self.wire, "up")
+        run(_ip(), "-n", self.netns, "link", "set", WIRE, "up")
         sshd = shutil.which("sshd", path=path_with_sbin())
         script = SSHD.format(name=self.name, sshd=sshd, folder=self.folder, address=self.address)
         with (self.folder / f"{self.name}.log").open("ab") as log:
@@ -105,13 +108,14 @@ class Host:
 
     def lose_power(self):
         """Every process ends at once, and nobody out there hears of it: no connection is closed."""
-        run(_ip(), "-n", self.netns, "link", "set", self.wire, "down")
+        run(_ip(), "-n", self.netns, "link", "set", WIRE, "down")
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
     def remove(self):
-        self.process.kill()
-        self.process.wait()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
         run(_ip(), "netns", "delete", self.netns)
 
 
@@ -130,11 +134,13 @@ def two_hosts(folder):
     third = os.getpid() % 250
     with ExitStack() as stack:
         wires = [f"kdt{end}{os.getpid()}" for end in "ab"]
-        hosts = [Host(n, f"10.77.{third}.{i + 1}", wires[i], folder) for i, n in enumerate(("alpha", "beta"))]
+        hosts = []
+        for number, name in enumerate(("alpha", "beta"), start=1):
+            hosts.append(Host(name, f"10.77.{third}.{number}", folder))
+            stack.callback(hosts[-1].remove)
         run(_ip(), "link", "add", wires[0], "type", "veth", "peer", "name", wires[1])
-        for host in hosts:
-            host.plug_in()
-            stack.callback(host.remove)
+        for host, wire in zip(hosts, wires, strict=True):
+            host.plug_in(wire)
         (folder / "hostfile").write_text("".join(f"{host.address} slots=1\n" for host in hosts))
         yield hosts
 
@@ -158,24 +164,40 @@ def wait_for_ssh(hosts, folder):
             time.sleep(0.1)
 
 
-def start(hosts, folder, name, *words):
-    """`deepspeed --hostfile` on the first host; its process. Output goes to NAME.log."""
+def driven(block, **names):
+    """The command of docs/clusters.md called `block`, its words replaced."""
+    page = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
+    (command,) = re.findall(rf"<!-- driven: {block} -->\n```sh\n(.*)\n```", page)
+    for old, new in names.items():
+        assert old in command
+        command = command.replace(old, str(new))
+    return command.split()
+
+
+def start(hosts, folder, name, *, node=None):
+    """One of the page's commands on a host: for all with ssh from the first, or for number `node` without.
+
+    Its process; output goes to NAME.log.
+    """
     (folder / ".deepspeed_env").write_text(
-        f"OMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\nDS_ACCELERATOR=cpu\nPATH={path_with_sbin()}\n"
-        # the two ends of the wire have different names, which is why each host must find its own
-        "GLOO_SOCKET_IFNAME=$(ip -o -4 route show | sed 's/.*dev \\([^ ]*\\).*/\\1/' | head -n 1)\n"
+        f"OMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\nDS_ACCELERATOR=cpu\nPATH={path_with_sbin()}\nGLOO_SOCKET_IFNAME={WIRE}\n"
     )
     environment = {
         **os.environ, "PATH": path_with_sbin(), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-        "DS_ACCELERATOR": "cpu", "PDSH_SSH_ARGS_APPEND": ssh_options(folder),
+        "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": WIRE, "PDSH_SSH_ARGS_APPEND": ssh_options(folder),
     }  # fmt: skip
-    command = [
-        "deepspeed", "--hostfile", folder / "hostfile", "--master_addr", hosts[0].address, "--no_ssh_check",
-        ROOT / "launch/train.py", folder / "config.yaml", f"run.name={name}", *words,
-    ]  # fmt: skip
+    names = {
+        " hostfile": f" {folder}/hostfile", "node-a": hosts[0].address, "=NAME": f"={name}",
+        "launch/train.py": ROOT / "launch/train.py", "CONFIG.yaml": folder / "config.yaml",
+    }  # fmt: skip
+    if node is None:
+        command, host = [*driven("hostfile", **names), "checkpoint.async_write=true"], hosts[0]
+        command.insert(1, "--no_ssh_check")  # it would look for the key in the home directory
+    else:
+        command, host = driven("no_ssh", **names, NODE=node), hosts[node]
     with (folder / f"{name}.log").open("ab") as log:
         return subprocess.Popen(
-            hosts[0].inside(*map(str, command)), env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+            host.inside(*command), env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
         )
 
 
@@ -201,7 +223,7 @@ data: {{train: [{folder}/store], seq_len: 16, tokens_per_step: {TOKENS_PER_STEP}
 objective: {{name: distill, distill: {{kd_weight: 0.7, temperature: 2.0}}}}
 train: {{total_tokens: {STEPS * TOKENS_PER_STEP}, slab_bytes: 1048576}}
 schedule: {{warmup_tokens: 512}}
-checkpoint: {{every_steps: 1, async_write: true, export: false}}
+checkpoint: {{every_steps: 1, export: false}}
 log: {{every_steps: 1}}
 guard: {{stall_warn_s: 5, stall_exit_s: {LOST_S}}}
 debug: {{self_check: false}}
@@ -255,9 +277,9 @@ def test_a_host_that_loses_power_ends_the_run_and_the_same_command_goes_on_bitwi
 
         hosts[1].power_on()
         wait_for_ssh(hosts, tmp_path)
-        again = start(hosts, tmp_path, "lost")
+        again = [start(hosts, tmp_path, "lost", node=number) for number in (0, 1)]
         log = tmp_path / "lost.log"
-        assert end_of(again, tmp_path, "lost", 120) == 0, log.read_text()[-3000:]
+        assert [end_of(node, tmp_path, "lost", 120) for node in again] == [0, 0], log.read_text()[-3000:]
     assert "resumed " in log.read_text()
     assert outcome(tmp_path / "runs/lost") == outcome(tmp_path / "runs/whole")
     assert outcome(tmp_path / "runs/whole")[0] == STEPS
