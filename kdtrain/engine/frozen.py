@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
 from kdtrain.config.deepspeed_config import frozen_config
@@ -17,6 +18,7 @@ from kdtrain.dist.vocab import HeadShard
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.load import move_buffers
+from kdtrain.parallel.experts import expert_modules
 
 
 class _Body(nn.Module):
@@ -46,6 +48,10 @@ class FrozenEngine:
         # The loss multiplies with these rows outside of any module: they stay whole on this rank.
         self.head = HeadShard(full.weight.detach().to(device, copy=True), bias, full.logit_scale, full.softcap)
         body = _Body(backbone)
+        for _, experts in expert_modules(backbone):
+            # How often experts call what is inside them depends on a rank's tokens, but DeepSpeed fetches ahead in the
+            # order of calls it recorded, which must be the same on all ranks. Nothing is recorded inside a leaf.
+            set_z3_leaf_module(experts, True)
         with redirect_stdout(io.StringIO()) as said:
             # Before `initialize`, which would first move an undivided model to the device, whole.
             deepspeed.zero.Init(

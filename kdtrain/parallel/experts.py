@@ -8,7 +8,7 @@ all-reduce of the module's output, which is linear in it, completes them all. No
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,15 +74,25 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def shared_expert_styles(model: nn.Module) -> dict[str, str]:
-    """Styles for shared experts that a model's own plan forgets (Qwen2-MoE's), by module name."""
-    return {
-        f"{name}.{child}": style
-        for name, module in model.named_modules()
-        if name.endswith(".shared_expert") and set(dict(module.named_children())) >= set(SHARED_EXPERT)
-        for child, style in SHARED_EXPERT.items()
-        if type(module.get_submodule(child)) is nn.Linear
-    }
+def forgotten_styles(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
+    """Styles for modules of mixtures that their own `plan` leaves out, by module name: {} for other models.
+
+    An expert that every token passes (Qwen2-MoE's) is an ordinary MLP. A norm over one head (GLM-4-MoE's q_norm and
+    k_norm) sees the heads of one rank, so its gradient is partial.
+    """
+    found: dict[str, str] = {}
+    if EXPERTS not in plan.values():
+        return found
+    cuts_heads = any(key.endswith("self_attn.q_proj") and style == "colwise" for key, style in plan.items())
+    for name, module in model.named_modules():
+        if name.endswith(".shared_expert"):
+            linear = [key for key, child in module.named_children() if type(child) is nn.Linear]
+            found |= {f"{name}.{key}": SHARED_EXPERT[key] for key in linear if set(linear) == set(SHARED_EXPERT)}
+        elif cuts_heads and name.endswith((".self_attn.q_norm", ".self_attn.k_norm")):
+            attention = model.get_submodule(name.rpartition(".")[0])
+            if tuple(module.weight.shape) == (getattr(attention, "head_dim", None),):
+                found[name] = "replicated_with_grad_allreduce"
+    return found
 
 
 def expert_cuts(model: nn.Module, tp_size: int) -> dict[str, Cut]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from kdtrain.errors import ParallelError
 from kdtrain.parallel.cut import Cut, even_cut, padded_cut
-from kdtrain.parallel.experts import EXPERTS, expert_cuts, shared_expert_styles
+from kdtrain.parallel.experts import EXPERTS, expert_cuts, forgotten_styles
 
 COLWISE = "colwise"
 ROWWISE = "rowwise"
@@ -120,8 +120,7 @@ def plan_cuts(model: Any, tp_size: int, vocab_rows: int) -> dict[str, Cut]:
 def _styles_by_module(model: Any) -> dict[str, str]:
     """Module name -> style, wildcards of the plan expanded, in the model's own order."""
     plan = getattr(model, "tp_plan", None) or {}
-    if plan:
-        plan = {**plan, **shared_expert_styles(model)}
+    plan = {**plan, **forgotten_styles(model, plan)}
     patterns = [(re.compile(re.escape(key).replace(r"\*", r"\d+")), style) for key, style in plan.items()]
     styles: dict[str, str] = {}
     targets = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
