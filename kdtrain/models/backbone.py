@@ -27,6 +27,19 @@ R = TypeVar("R")
 HeadFn = Callable[[Tensor, HeadShard], R]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Of a whole model, on however many ranks it is: its Hugging Face config and its size.
+
+    num_parameters: tied ones once, padding not counted. num_active_parameters: those that a token passes, without the
+    experts it is not sent to; as many in a dense model.
+    """
+
+    config: Any
+    num_parameters: int
+    num_active_parameters: int
+
+
 class Backbone(nn.Module):
     """The model, already cut for this rank (`kdtrain.parallel.shard_model`).
 
@@ -118,9 +131,10 @@ class Backbone(nn.Module):
         """Parameters of the full model over all tp ranks, tied ones once, padding not counted."""
         return sum(torch.Size(shape).numel() for shape in self._full_shapes.values())
 
-    def num_active_parameters(self) -> int:
-        """Parameters that a token passes: without those of the experts it is not sent to. As `num_parameters` else."""
-        return self.num_parameters() - idle_parameters(self.model, self._full_shapes)
+    def facts(self) -> ModelFacts:
+        """Config and size of the full model."""
+        count = self.num_parameters()
+        return ModelFacts(self.config, count, count - idle_parameters(self.model, self._full_shapes))
 
     def _attention_arguments(self, batch: Batch) -> dict[str, Any]:
         """What attention must know of whole sequences when ranks hold parts, and explicit document boundaries for

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
+from kdtrain.models.backbone import ModelFacts
+from kdtrain.models.experts import idle_parameters
 from kdtrain.models.load import DTYPES, ModelSpec, build_config, parameters_on_meta
 from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.parallel.plan import vocabulary_modules
@@ -19,11 +21,10 @@ from kdtrain.parallel.shard import head_scaling
 
 @dataclass(frozen=True, slots=True)
 class LoadedHead:
-    """head: the rows asked for. config, num_parameters: of the whole model. elements_read: from its files."""
+    """head: the rows asked for. facts: of the whole model. elements_read: from its files."""
 
     head: HeadShard
-    config: Any
-    num_parameters: int
+    facts: ModelFacts
     elements_read: int
 
 
@@ -36,7 +37,7 @@ def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str 
         raise ConfigError("only a model with weights has a head to read\n  fix: set teacher.weights to a model folder")
     with parameters_on_meta():
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            build_config(spec, shard.vocab_size), dtype=torch.float32
+            build_config(spec, shard.vocab_size, trainable=False), dtype=torch.float32
         )
     name = vocabulary_modules(model)[1]
     module, (scale, softcap) = model.get_submodule(name), head_scaling(model.config)
@@ -52,7 +53,9 @@ def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str 
         bias = None if getattr(module, "bias", None) is None else rows(f"{name}.bias")
         head = HeadShard(rows(f"{name}.weight"), bias, scale, softcap)
         count = sum(param.numel() for param in model.parameters())
-        return LoadedHead(head, model.config, count, files.elements_read)
+        shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+        facts = ModelFacts(model.config, count, count - idle_parameters(model, shapes))
+        return LoadedHead(head, facts, files.elements_read)
 
 
 def _kept(model: Any, name: str) -> str:

@@ -31,29 +31,29 @@ ALIGNED = 8
 
 @dataclass(frozen=True, slots=True)
 class PackedCut(Cut):
-    """A parameter that holds `segments` matrices of one size one after the other along `dim`, each cut like the others.
+    """A parameter that holds `parts` matrices of one size one after the other along `dim`, each cut like the others.
 
     pieces are coordinates within a segment. A rank's tensor holds its piece of each, one after the other, so that
     stock code which halves the result of a packed product finds a gate and its counterpart.
     """
 
-    segments: int = 2
+    parts: int = 2
 
     @property
     def full_size(self) -> int:
         """Size of the full parameter along `dim`, all segments together."""
-        return self.segments * self.pieces[-1][1]
+        return self.parts * self.pieces[-1][1]
 
     def local_size(self, tp_rank: int) -> int:
         """Size along `dim` of this rank's tensor."""
         start, stop = self.pieces[tp_rank]
-        return self.segments * (stop - start)
+        return self.parts * (stop - start)
 
     def ranges(self, tp_rank: int) -> list[tuple[int, int]]:
         """(start, stop) of this rank's piece of every segment, in coordinates of the full parameter."""
         start, stop = self.pieces[tp_rank]
         size = self.pieces[-1][1]
-        return [(size * segment + start, size * segment + stop) for segment in range(self.segments)]
+        return [(size * segment + start, size * segment + stop) for segment in range(self.parts)]
 
     def split(self, full: Tensor, tp_rank: int) -> Tensor:
         """This rank's pieces of the full parameter, as their own contiguous tensor."""
@@ -62,8 +62,8 @@ class PackedCut(Cut):
 
     def merge(self, pieces: Sequence[Tensor]) -> Tensor:
         """The full parameter from every tp rank's tensor, in rank order."""
-        by_rank = [piece.chunk(self.segments, self.dim) for piece in pieces]
-        return torch.cat([parts[segment] for segment in range(self.segments) for parts in by_rank], self.dim)
+        by_rank = [piece.chunk(self.parts, self.dim) for piece in pieces]
+        return torch.cat([parts[segment] for segment in range(self.parts) for parts in by_rank], self.dim)
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:

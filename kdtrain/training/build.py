@@ -18,7 +18,7 @@ from kdtrain.dist.wire import Wire
 from kdtrain.engine.frozen import FrozenEngine
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.errors import ConfigError
-from kdtrain.models.backbone import Backbone
+from kdtrain.models.backbone import Backbone, ModelFacts
 from kdtrain.models.flops import forward_flops_per_token, peak_flops, training_flops_per_token
 from kdtrain.models.head import LoadedHead
 from kdtrain.models.load import ModelSpec, load_backbone
@@ -49,12 +49,11 @@ class Models:
     teacher_head: LoadedHead | None = None
 
     @property
-    def teacher_facts(self) -> tuple[Any, int] | None:
-        """(Hugging Face config, parameters) of the whole teacher, wherever it is; None without one."""
+    def teacher_facts(self) -> ModelFacts | None:
+        """Of the whole teacher, wherever it is; None without one."""
         if self.teacher_head is not None:
-            return self.teacher_head.config, self.teacher_head.num_parameters
-        backbone = self.teacher_backbone
-        return None if backbone is None else (backbone.config, backbone.num_parameters())
+            return self.teacher_head.facts
+        return None if self.teacher_backbone is None else self.teacher_backbone.facts()
 
 
 def student_spec(cfg: RunConfig) -> ModelSpec:
@@ -195,10 +194,10 @@ def evaluation_batches(cfg: RunConfig, inputs: Inputs, mesh: Mesh) -> Iterator[B
 
 
 def costs_of(cfg: RunConfig, models: Models, mesh: Mesh, device: torch.device) -> Costs:
-    """FLOPs per token of both models and the devices' peak."""
-
+    """FLOPs per token of both models, of experts those that a token passes, and the devices' peak."""
     student, facts, seq_len = models.student, models.teacher_facts, cfg.data.seq_len
-    teacher = 0.0 if cfg.objective.name != "distill" or facts is None else forward_flops_per_token(*facts, seq_len)
+    distils = cfg.objective.name == "distill" and facts is not None
+    teacher = forward_flops_per_token(facts.config, facts.num_active_parameters, seq_len) if distils and facts else 0.0
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return Costs(
         training_flops_per_token(student.config, student.num_parameters(), seq_len), teacher,

@@ -8,6 +8,7 @@ from kdtrain.config.checks_dedicated import num_teachers, student_ranks, teacher
 from kdtrain.config.schema import RunConfig
 from kdtrain.dist.mesh import Mesh
 from kdtrain.log import LOGGER
+from kdtrain.models.backbone import ModelFacts
 from kdtrain.models.load import ModelSpec, check_architecture, model_size
 from kdtrain.models.quantize import require_torchao
 from kdtrain.training import build
@@ -25,15 +26,20 @@ def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh)
         f"{student.num_parameters():,}", origin, cfg.student.dtype, student.config._attn_implementation,
     )  # fmt: skip
     if models.teacher_facts is not None:
-        config, count = models.teacher_facts
+        config = models.teacher_facts.config
         attention = config._attn_implementation if models.teacher_backbone is not None else cfg.teacher.attention
         LOGGER.info(
-            "teacher  %s   %s parameters, frozen, %s, %s, %s", cfg.teacher.weights, f"{count:,}", _teacher_layout(cfg),
-            cfg.teacher.dtype, attention,
+            "teacher  %s   %s, frozen, %s, %s, %s", cfg.teacher.weights, _parameters(models.teacher_facts),
+            _teacher_layout(cfg), cfg.teacher.dtype, attention,
         )  # fmt: skip
     LOGGER.info("loss     %s", loss_line(cfg))
     LOGGER.info("data     %s", data_line(cfg, inputs, mesh.dp_size))
     LOGGER.info("memory   %s", estimate(cfg, inputs, mesh.dp_size).line())
+
+
+def _parameters(facts: ModelFacts) -> str:
+    full, active = facts.num_parameters, facts.num_active_parameters
+    return f"{full:,} parameters" + ("" if active == full else f" ({active:,} per token)")
 
 
 def _teacher_layout(cfg: RunConfig) -> str:
@@ -84,13 +90,13 @@ def estimate(cfg: RunConfig, inputs: Inputs, dp_size: int) -> MemoryEstimate:
     return estimate_memory(
         cfg,
         _size(build.student_spec(cfg), inputs),
-        None if teacher is None else _size(teacher, inputs),
+        None if teacher is None else _size(teacher, inputs, trainable=False),
         dp_size=dp_size,
     )
 
 
-def _size(spec: ModelSpec, inputs: Inputs) -> ModelSize:
-    config, num_parameters = model_size(spec, inputs.vocab_size)
+def _size(spec: ModelSpec, inputs: Inputs, *, trainable: bool = True) -> ModelSize:
+    config, num_parameters = model_size(spec, inputs.vocab_size, trainable=trainable)
     return ModelSize(num_parameters, _int(config, "hidden_size"), _int(config, "num_hidden_layers"), inputs.total_rows)
 
 
@@ -100,12 +106,11 @@ def _int(config: Any, name: str) -> int:
 
 def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int) -> None:
     """`--check`: everything that can be known before a device is touched."""
-    tp_sizes = (cfg.parallel.tp, build.teacher_tp(cfg))
-    for role, (spec, tp) in enumerate(zip(build.specs(cfg), tp_sizes, strict=False)):
-        mesh = Mesh(world_size=world_size, tp_size=tp, cp_size=cfg.parallel.cp)
-        check_architecture(
-            spec, inputs.vocab_size, mesh, packed=cfg.data.reset_positions, trainable=role == 0
-        )  # the student comes first
+    models = ((build.student_spec(cfg), cfg.parallel.tp, True), (build.teacher_spec(cfg), build.teacher_tp(cfg), False))
+    for spec, tp, trainable in models:
+        if spec is not None:
+            mesh = Mesh(world_size=world_size, tp_size=tp, cp_size=cfg.parallel.cp)
+            check_architecture(spec, inputs.vocab_size, mesh, packed=cfg.data.reset_positions, trainable=trainable)
     if cfg.teacher.quantize is not None:
         require_torchao(cfg.teacher.quantize)
     students = student_ranks(cfg, world_size)

@@ -138,12 +138,12 @@ def test_only_active_experts_cost_flops_and_all_cost_memory(tmp_path):
     backbone = load(tmp_path)
     experts = sum(p.numel() for _, module in expert_modules(model) for p in module.parameters())
     assert backbone.num_parameters() == sum(p.numel() for p in model.parameters())
-    assert backbone.num_parameters() - backbone.num_active_parameters() == experts * 9 // 12  # 3 of 12 are taken
+    assert backbone.num_parameters() - backbone.facts().num_active_parameters == experts * 9 // 12  # 3 of 12 are taken
     spec = ModelSpec(weights=str(tmp_path), dtype="float32")
     assert model_size(spec, 99, trainable=False)[1] == backbone.num_parameters()
     full, active = (
         forward_flops_per_token(model.config, number, 16)
-        for number in (backbone.num_parameters(), backbone.num_active_parameters())
+        for number in (backbone.num_parameters(), backbone.facts().num_active_parameters)
     )
     assert full - active == 2 * experts * 9 // 12
 
