@@ -98,7 +98,7 @@ def remote_teacher(
     they loaded against this rank's files: ConfigError naming both values, PeerLost if a teacher failed.
     """
     loaded = load_head(spec, shard, device=device)
-    facts = expected_facts(cfg, spec, shard.vocab_size, loaded.config)
+    facts = expected_facts(cfg, spec, shard.vocab_size, loaded.facts.config)
     if mesh.tp_rank == 0:
         facts[FIRST_ROW] = _first_row(loaded.head)
     num_students = student_ranks(cfg, wire.world_size)
