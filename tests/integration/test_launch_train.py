@@ -320,6 +320,28 @@ def test_a_quantised_teacher_says_what_it_costs_and_teaches_nearly_the_same(worl
             assert mine["loss/kd"] == pytest.approx(theirs["loss/kd"], rel=0.05)
 
 
+def test_a_mixture_of_experts_teaches_in_two_layouts_alike(world):
+    from kdtrain.models.tiny_mixtures import write_mixture
+
+    teacher = world / "mixture"
+    write_mixture(teacher, "qwen3_moe", packed=False, vocab_size=389, max_position_embeddings=64)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(world / "teacher" / name, teacher / name)
+    words = [world / "config.yaml", f"teacher.weights={teacher}", "train.total_tokens=1024", "checkpoint.export=false"]
+    alone = ["run.name=mixture_1", "parallel.tp=1", "teacher.zero_stage=3"]
+    for done in (
+        script("train.py", *words, *alone, "--check"),
+        script("train.py", *words, *alone),
+        deepspeed(*words, "run.name=mixture_2", "teacher.layout=tp", "debug.check_replicas=true"),
+    ):
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"teacher .* 130,304 parameters \(61,184 per token\), frozen, tp 2", done.stdout)
+    for mine, theirs in zip(records(world / "runs/mixture_1"), records(world / "runs/mixture_2"), strict=True):
+        for key in ("loss/total", "loss/kd", "optim/grad_norm", "eval/kl_to_teacher"):
+            if key in theirs:
+                assert mine[key] == pytest.approx(theirs[key], rel=1e-4), (key, theirs["data/step"])
+
+
 def test_more_tp_ranks_than_key_value_groups_is_one_clear_message(world):
     config = json.loads((world / "student.json").read_text())
     narrow = world / "narrow.json"
