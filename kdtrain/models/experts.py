@@ -21,7 +21,11 @@ from kdtrain.log import LOGGER
 from kdtrain.models.shrink import COUNTS
 from kdtrain.parallel.experts import expert_modules, idle_share
 
-TEACHERS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss")
+TEACHERS = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss", "cohere2_moe", "deepseek_v2",
+    "dots1", "exaone_moe", "flex_olmo", "glm4_moe_lite", "granitemoe", "granitemoeshared", "hy_v3", "mimo_v2_flash",
+    "phimoe", "solar_open",
+)  # fmt: skip
 """Kinds whose hidden states, read from either form of folder, tests compare with those of `from_pretrained`."""
 
 Place = tuple[str, str]

@@ -77,15 +77,15 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def forgotten_styles(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
     """Styles for modules of mixtures that their own `plan` leaves out, by module name: {} for other models.
 
-    An expert that every token passes (Qwen2-MoE's) is an ordinary MLP. A norm over one head (GLM-4-MoE's q_norm and
-    k_norm) sees the heads of one rank, so its gradient is partial.
+    An expert that every token passes (Qwen2-MoE's, EXAONE-MoE's) is an ordinary MLP. A norm over one head (GLM-4-MoE's
+    q_norm and k_norm) sees the heads of one rank, so its gradient is partial.
     """
     found: dict[str, str] = {}
     if EXPERTS not in plan.values():
         return found
     cuts_heads = any(key.endswith("self_attn.q_proj") and style == "colwise" for key, style in plan.items())
     for name, module in model.named_modules():
-        if name.endswith(".shared_expert"):
+        if name.endswith((".shared_expert", ".shared_experts")):
             linear = [key for key, child in module.named_children() if type(child) is nn.Linear]
             found |= {f"{name}.{key}": SHARED_EXPERT[key] for key in linear if set(linear) == set(SHARED_EXPERT)}
         elif cuts_heads and name.endswith((".self_attn.q_norm", ".self_attn.k_norm")):

@@ -76,7 +76,7 @@ def read_plan(model: Any) -> TpPlan:
                 "  fix: set parallel.tp=1; this architecture has a second embedding that kdtrain cannot cut"
             )
         blocks.setdefault(name.rpartition(".")[0], {})[name] = style
-    if not blocks:
+    if not blocks and EXPERTS not in styles.values():
         raise ParallelError(
             f"{type(model).__name__} declares no tensor-parallel plan\n  fix: set parallel.tp=1 for this architecture"
         )

@@ -10,12 +10,17 @@ from kdtrain.models.backbone import Backbone
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny_mixtures import write_mixture
 from kdtrain.parallel import merge_state_dict, shard_model
+from kdtrain.parallel.experts import expert_modules
 from kdtrain.parallel.plan import plan_cuts
 
 pytestmark = pytest.mark.dist
 
-KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3")
-"""With a plan that kdtrain can follow; packed on disk every second one."""
+KINDS = {
+    4: ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3"),
+    2: ("qwen2_moe", "cohere2_moe", "dots1", "exaone_moe", "granitemoe", "granitemoeshared", "hy_v3", "phimoe",
+        "solar_open"),
+}
+"""Whose plans kdtrain can follow, by tp; packed on disk every second one."""
 
 
 def batch_of():
@@ -29,8 +34,7 @@ def routes_of(backbone, batch):
     chosen = []
     hooks = [
         module.register_forward_pre_hook(lambda module, args: chosen.append(args[1].clone()))
-        for name, module in backbone.model.named_modules()
-        if name.endswith("mlp.experts")
+        for _, module in expert_modules(backbone)
     ]
     with torch.no_grad():
         hidden = backbone.hidden_states(batch)
@@ -54,15 +58,15 @@ def load_cases(rank, world_size, folder, kinds):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("mixtures")
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(sorted({kind for some in KINDS.values() for kind in some})):
         write_mixture(path / kind, kind, packed=number % 2 == 1)
     return path
 
 
-@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("tp", KINDS)
 def test_cut_experts_are_those_of_one_process(rank_pool, folder, tp):
-    answers = rank_pool(tp).run(load_cases, folder=folder, kinds=KINDS)
-    for index, kind in enumerate(KINDS):
+    answers = rank_pool(tp).run(load_cases, folder=folder, kinds=KINDS[tp])
+    for index, kind in enumerate(KINDS[tp]):
         one = load_backbone(ModelSpec(weights=str(folder / kind), dtype="float32"), Mesh(), vocab_size=99, trainable=False)
         want, chosen = routes_of(one, batch_of())
         assert len(chosen.unique()) > 3, "too few experts are used to see a mistake"

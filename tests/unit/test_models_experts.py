@@ -21,6 +21,8 @@ from kdtrain.models.tiny_mixtures import MIXTURES, mixture_config, write_mixture
 from kdtrain.parallel.experts import PackedCut, expert_cuts, expert_modules
 from kdtrain.parallel.plan import plan_cuts, read_plan
 
+PUBLISHED_PACKED = ("gpt_oss", "granitemoe", "granitemoeshared")
+
 
 def load(folder, kind="", **changes):
     spec = ModelSpec(weights=str(folder), dtype=changes.pop("dtype", "float32"))
@@ -45,12 +47,13 @@ def test_the_list_of_teachers_is_the_list_of_what_is_tested_here():
     assert sorted(TEACHERS) == sorted(MIXTURES)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize(
+    ("kind", "packed"), [(kind, False) for kind in TEACHERS] + [(kind, True) for kind in TEACHERS[:7]]
+)
 def test_a_mixture_is_what_transformers_makes_of_its_folder(tmp_path, kind, packed):
     write_mixture(tmp_path, kind, packed=packed)
     names = {name for file in tmp_path.glob("*.safetensors") for name in load_file(file)}
-    assert any(".experts.3." in name for name in names) is (not packed and kind != "gpt_oss")
+    assert any(".experts.3." in name for name in names) is (not packed and kind not in PUBLISHED_PACKED)
     for dtype in ("float32", "bfloat16"):
         backbone = load(tmp_path, kind, dtype=dtype)
         model = stock(tmp_path, backbone, getattr(torch, dtype))
@@ -127,9 +130,9 @@ def test_a_mixture_is_refused_as_student_and_allowed_as_teacher(tmp_path, kind):
 
 
 def test_a_mixture_that_nobody_has_compared_is_refused_as_teacher_too(tmp_path):
-    settings = {**mixture_config("mixtral"), "model_type": "phimoe"}
+    settings = {**mixture_config("mixtral"), "model_type": "ernie4_5_moe"}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match=r"phimoe(.|\n)*only mixtral, qwen2_moe, .* compared with transformers"):
+    with pytest.raises(ConfigError, match=r"ernie4_5_moe(.|\n)*only mixtral, qwen2_moe, .* compared with transformers"):
         build_config(ModelSpec(architecture=str(tmp_path)), 99, trainable=False)
 
 
@@ -148,7 +151,7 @@ def test_only_active_experts_cost_flops_and_all_cost_memory(tmp_path):
     assert full - active == 2 * experts * 9 // 12
 
 
-@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("kind", TEACHERS[:7])
 def test_a_published_size_is_probed_on_a_copy_with_few_experts(kind):
     config = AutoConfig.for_model(kind)
     smallest = next(iter(tiny_settings(config, 4)))[1]
