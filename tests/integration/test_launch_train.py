@@ -342,6 +342,56 @@ def test_a_mixture_of_experts_teaches_in_two_layouts_alike(world):
                 assert mine[key] == pytest.approx(theirs[key], rel=1e-4), (key, theirs["data/step"])
 
 
+OWN_RANK = ("teacher.layout=dedicated", "teacher.ranks=1")
+
+
+def test_a_dedicated_teacher_changes_nothing_and_a_signal_to_it_stops_the_run(world, finished):
+    """Stopped through its teacher, then resumed with another number of the student's ranks."""
+    whole, _ = finished
+    words = (world / "config.yaml", "run.name=own", *OWN_RANK)
+    process = subprocess.Popen(
+        launcher(*words, "parallel.tp=1", ranks=2), env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step  1/"):
+            (teacher,) = (p for p in _descendants(process.pid) if "--local_rank=1" in _command(p))
+            os.kill(teacher, signal.SIGTERM)
+    assert process.wait(timeout=120) == 75
+    run = world / "runs/own"
+    state, reason = status(run)
+    assert state == "stopped"
+    assert "a dedicated teacher's rank was asked to stop" in reason
+    done = deepspeed(*words, ranks=3)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "mesh     2 ranks = dp 1 x tp 2" in done.stdout
+    assert "teacher  1 on ranks [2], ready" in done.stdout
+    assert "changed since" not in done.stdout, "where the teacher lives is no change of what is learned"
+    for mine, theirs in zip(records(run), records(whole), strict=True):
+        for key in ("loss/total", "loss/kd", "optim/grad_norm", "eval/val_nll", "eval/kl_to_teacher"):
+            if key in theirs:
+                assert mine[key] == pytest.approx(theirs[key], rel=2e-4), (key, theirs["data/step"])
+    assert (run / "export/model.safetensors").is_file()
+    beats = {path.name: json.loads(path.read_text()) for path in (run / "heartbeat").iterdir()}
+    assert beats["rank_00002"]["done"] == "teacher"
+
+
+def test_a_dedicated_teacher_that_fails_ends_all_ranks_with_its_message(world, tmp_path):
+    """Its rank finds a tensor missing; the student's ranks, which read the head only, learn of it and say it."""
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "teacher"
+    shutil.copytree(world / "teacher", broken)
+    tensors = load_file(broken / "model.safetensors")
+    lost = next(name for name in tensors if "mlp" in name)
+    save_file({name: t for name, t in tensors.items() if name != lost}, broken / "model.safetensors")
+    started = time.monotonic()
+    done = deepspeed(world / "config.yaml", "parallel.tp=1", "run.name=lost", *OWN_RANK, f"teacher.weights={broken}")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"the teacher on rank 1 ended: {broken} has no tensor for parameter {lost!r}" in done.stderr
+    assert status(world / "runs/lost")[0] == "failed"
+    assert time.monotonic() - started < 100
+
+
 def test_more_tp_ranks_than_key_value_groups_is_one_clear_message(world):
     config = json.loads((world / "student.json").read_text())
     narrow = world / "narrow.json"
