@@ -38,10 +38,12 @@ class _Asked:
 class RemoteTeacher:
     """Turns a micro-batch into a `DenseSignal` that another rank computes.
 
+    `begin_step` may be told of the next step while answers of this one are still to come.
+
     mesh: the student's. head: this rank's rows of the teacher's head, cut like the student's. servers: global ranks to
     ask, in turn, so who answers what depends on nothing but the order of the micro-batches. in_flight: requests of a
-    data rank under way at a time; each needs room for [T, E] here and there. timeout: of one answer. on_stop: called
-    when a teacher has been asked to end.
+    data rank under way at a time, and one more that nobody was told of; each needs room for [T, E] here and there.
+    timeout: of one answer. on_stop: called when a teacher has been asked to end.
     """
 
     def __init__(

@@ -99,8 +99,8 @@ class TeacherServer:
         self._clients, self._device, self._wants_stop = list(clients), device, wants_stop
         self._begun = begun
         self._pulse = pulse or Pulse(wire.rank)
-        # A client that asks again has received all but its last in_flight answers: the others need not be kept.
-        self._sent: dict[int, deque[tuple[Message, Message]]] = {c: deque(maxlen=in_flight) for c in clients}
+        # A client that asks again has received all but its last in_flight answers, and one that was out of turn.
+        self._sent: dict[int, deque[tuple[Message, Message]]] = {c: deque(maxlen=in_flight + 1) for c in clients}
         self._listening = set(clients)
         self.num_answers = 0
 

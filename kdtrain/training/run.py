@@ -140,7 +140,7 @@ def _train(
         cfg=cfg, mesh=mesh, device=device, engine=engine,
         objective=build.build_objective(cfg, engine, models, timer), loader=loader, evaluator=evaluator,
         checkpoints=checkpoints, reporter=reporter, guards=Guards(cfg.guard, mesh, device, progress, events),
-        timer=timer, stop=stop, progress=progress,
+        timer=timer, stop=stop, progress=progress, looks_ahead=cfg.teacher.layout == "dedicated",
     )  # fmt: skip
     try:
         with _watchdog(cfg.guard, pulse, mesh, folder, opened):

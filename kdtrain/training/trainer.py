@@ -44,7 +44,10 @@ def step_seed(seed: int, step: int, zero_rank: int) -> int:
 
 @dataclass(slots=True)
 class Trainer:
-    """A run's moving parts. Built by `kdtrain.training.build`; everything here is live on every rank."""
+    """A run's moving parts. Built by `kdtrain.training.build`; everything here is live on every rank.
+
+    looks_ahead: whether the objective is told of the next step before the optimizer runs: a teacher elsewhere begins.
+    """
 
     cfg: RunConfig
     mesh: Mesh
@@ -59,6 +62,8 @@ class Trainer:
     timer: PhaseTimer
     stop: StopRequest
     progress: Progress = field(default_factory=Progress)
+    looks_ahead: bool = False
+    _drawn: list[Batch] = field(default_factory=list)
 
     def run(self) -> None:
         """Train to the end. Raises RunStopped after saving; NonFiniteLoss, OutputError and CheckpointError without."""
@@ -77,7 +82,7 @@ class Trainer:
         while self.progress.step < cadence.last_step:
             self.timer.pulse.begin(self.progress.step + 1)
             started = time.perf_counter()
-            micro_batches = self._next_micro_batches()
+            micro_batches, self._drawn = self._drawn or self._next_micro_batches(), []
             num_valid_tokens, stop = self._agree(micro_batches)
             if stop:
                 self._save(metrics)
@@ -85,7 +90,8 @@ class Trainer:
                     f"stopped at step {self.progress.step} ({self.stop.reason}); saved, resume with the same command"
                 )
             measure = cadence.log(self.progress.step + 1)
-            result, lr = self._optimizer_step(micro_batches, num_valid_tokens, metrics, measure)
+            more = self.progress.step + 1 < cadence.last_step
+            result, lr = self._optimizer_step(micro_batches, num_valid_tokens, metrics, measure, more)
             self.progress.train_seconds += time.perf_counter() - started
             if cadence.log(self.progress.step):
                 self._report(metrics, result.grad_norm, lr)
@@ -124,7 +130,7 @@ class Trainer:
         return valid / self.mesh.tp_size, stop > 0
 
     def _optimizer_step(
-        self, micro_batches: list[Batch], num_valid_tokens: float, metrics: Metrics, measure: bool
+        self, micro_batches: list[Batch], num_valid_tokens: float, metrics: Metrics, measure: bool, more: bool
     ) -> tuple[StepResult, float]:
         """Sums of the micro-batches divided by one global token count, then one optimizer step, counted in progress."""
         # the rate belongs to the tokens this step completes: the first step is not wasted on a rate of 0
@@ -140,6 +146,9 @@ class Trainer:
                 self.engine.backward(poisoned(out.loss_sum), num_valid_tokens)
             sums += [(name, *pair) for name, pair in out.metrics.items()]
             losses.append((out.loss_sum.detach(), batch.num_valid_tokens()))
+        if self.looks_ahead and more:  # its place in the data is not moved: that is counted by steps done
+            self._drawn = self._next_micro_batches()
+            self.objective.begin_step(self._drawn)
         with self.timer.phase("optimizer"):
             result = self.engine.step(lr)
         self.progress.step += 1
