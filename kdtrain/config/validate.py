@@ -10,7 +10,7 @@ from typing import Any
 from kdtrain.config import checks_dedicated, checks_memory
 from kdtrain.config.checks_checkpoint import checkpoint_problems, lock_problems
 from kdtrain.config.checks_context import context_problems, data_ranks
-from kdtrain.config.checks_dedicated import student_ranks
+from kdtrain.config.checks_dedicated import student_ranks, teacher_ranks
 from kdtrain.config.deepspeed_config import EXTRA_ZERO_KEYS, OWNED_ZERO_KEYS
 from kdtrain.config.keys import suggestion_among
 from kdtrain.config.load import Loaded
@@ -161,8 +161,9 @@ def _layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
         )  # fmt: skip
     if world_size % tp:
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        ranks = "the student's ranks" if teacher_ranks(cfg) else "ranks"
         yield Problem(
-            "parallel.tp", tp, f"does not divide the number of ranks ({world_size})",
+            "parallel.tp", tp, f"does not divide the number of {ranks} ({world_size})",
             f"use one of {divisors}, or start a multiple of {tp} ranks (deepspeed --num_accelerators {tp})",
         )  # fmt: skip
         return

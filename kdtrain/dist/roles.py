@@ -53,6 +53,11 @@ class Roles:
         return self.num_teachers if self.is_teacher else self.num_students
 
     @property
+    def teachers(self) -> range:
+        """The teachers' ranks."""
+        return range(self.num_students, self.num_students + self.num_teachers)
+
+    @property
     def name(self) -> str:
         """student or teacher."""
         return "teacher" if self.is_teacher else "student"

@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -91,8 +91,12 @@ def clear_beats(run_folder: Path) -> None:
 
 def read_beats(run_folder: Path, world_size: int) -> dict[int, Beat]:
     """rank -> its last words, of those that have said something whole. Does not communicate."""
+    return _read(run_folder, range(world_size))
+
+
+def _read(run_folder: Path, ranks: Iterable[int]) -> dict[int, Beat]:
     found = {}
-    for rank in range(world_size):
+    for rank in ranks:
         try:
             found[rank] = Beat(**json.loads(beat_path(run_folder, rank).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):  # never written, or damaged: no word
@@ -114,16 +118,18 @@ def behind(beats: dict[int, Beat], world_size: int) -> list[int]:
 class Watchdog:
     """A thread that writes this rank's beat and, when a step takes too long, says which ranks are behind.
 
-    folder: of the run. warn_s, exit_s: guard.stall_warn_s and guard.stall_exit_s. give_up: called with one line before
+    folder: of the run. teachers: ranks beyond world_size that hold nothing but the teacher; they go through phases of
+    their own, and what they did last is told besides. warn_s, exit_s: guard.stall_warn_s and guard.stall_exit_s. give_up: called with one line before
     the process is ended by `end`. As a context manager it watches inside the block. Never communicates.
     """
 
     def __init__(
-        self, pulse: Pulse, folder: Path, world_size: int, *, warn_s: float, exit_s: float | None = None,
+        self, pulse: Pulse, folder: Path, world_size: int, *, teachers: Sequence[int] = (), warn_s: float,
+        exit_s: float | None = None,
         give_up: Callable[[str], None] = lambda why: None, end: Callable[[int], None] = os._exit,
         clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
     ) -> None:  # fmt: skip
-        self._pulse, self._folder, self._world_size = pulse, folder, world_size
+        self._pulse, self._folder, self._world_size, self._teachers = pulse, folder, world_size, list(teachers)
         self._warn_s, self._exit_s = warn_s, exit_s
         self._give_up, self._end, self._clock, self._wall = give_up, end, clock, wall
         self._every = min(max(SHORTEST_S, warn_s / 4), LONGEST_S)
@@ -180,6 +186,9 @@ class Watchdog:
         beat, beats = self._pulse.beat, read_beats(self._folder, self._world_size)
         late = behind(beats, self._world_size)
         text = f"rank {beat.rank}: step {beat.step} has taken {waited:.0f} s ({beat.now or 'between phases'})"
+        if self._teachers:
+            words = _read(self._folder, self._teachers)
+            text += f"; teachers: {', '.join(_last_words(r, words.get(r), self._wall()) for r in self._teachers[:8])}"
         if not late:
             return text + "; all ranks have completed the same phases"
         told = [_last_words(rank, beats.get(rank), self._wall()) for rank in late[:8]]

@@ -12,7 +12,7 @@ from kdtrain.models.backbone import ModelFacts
 from kdtrain.models.load import ModelSpec, check_architecture, model_size
 from kdtrain.models.quantize import require_torchao
 from kdtrain.training import build
-from kdtrain.training.estimate import MemoryEstimate, ModelSize, estimate_memory
+from kdtrain.training.estimate import MemoryEstimate, ModelSize, estimate_memory, estimate_teacher_rank
 from kdtrain.training.inputs import Inputs
 
 
@@ -34,7 +34,7 @@ def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh)
         )  # fmt: skip
     LOGGER.info("loss     %s", loss_line(cfg))
     LOGGER.info("data     %s", data_line(cfg, inputs, mesh.dp_size))
-    LOGGER.info("memory   %s", estimate(cfg, inputs, mesh.dp_size).line())
+    log_memory(cfg, inputs, mesh.dp_size)
 
 
 def _parameters(facts: ModelFacts) -> str:
@@ -95,6 +95,16 @@ def estimate(cfg: RunConfig, inputs: Inputs, dp_size: int) -> MemoryEstimate:
     )
 
 
+def log_memory(cfg: RunConfig, inputs: Inputs, dp_size: int) -> None:
+    """One line for the student's ranks, one for those of a dedicated teacher."""
+    LOGGER.info("memory   %s", estimate(cfg, inputs, dp_size).line())
+    teacher = build.teacher_spec(cfg)
+    if teacher is not None and teacher_ranks(cfg):
+        LOGGER.info(
+            "memory   teacher's ranks: %s", estimate_teacher_rank(cfg, _size(teacher, inputs, trainable=False)).line()
+        )
+
+
 def _size(spec: ModelSpec, inputs: Inputs, *, trainable: bool = True) -> ModelSize:
     config, num_parameters = model_size(spec, inputs.vocab_size, trainable=trainable)
     return ModelSize(num_parameters, _int(config, "hidden_size"), _int(config, "num_hidden_layers"), inputs.total_rows)
@@ -120,7 +130,7 @@ def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int) -> None:
         LOGGER.info("teacher  %s: %s", dedicated_line(cfg), list(range(students, world_size)))
     LOGGER.info("loss     %s", loss_line(cfg))
     LOGGER.info("data     %s", data_line(cfg, inputs, dp_size))
-    LOGGER.info("memory   %s", estimate(cfg, inputs, dp_size).line())
+    log_memory(cfg, inputs, dp_size)
     steps = -(-cfg.train.total_tokens // cfg.data.tokens_per_step)
     LOGGER.info("length   %s steps, %s tokens", f"{steps:,}", f"{cfg.train.total_tokens:,}")
     LOGGER.info("check    passed")

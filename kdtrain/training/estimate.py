@@ -81,9 +81,22 @@ def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | Non
     return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host))
 
 
+def estimate_teacher_rank(cfg: RunConfig, teacher: ModelSize) -> MemoryEstimate:
+    """Bytes on a rank that holds nothing but the teacher: its weights, and a layer's activations of a micro-batch."""
+    item, tokens = BYTES[cfg.teacher.dtype], cfg.data.sequences_per_micro_batch * cfg.data.seq_len
+    parts = {
+        "weights": teacher.num_parameters * item // (cfg.teacher.tp or 1),
+        "activations": 16 * tokens * teacher.width * item,
+    }
+    return MemoryEstimate(parts)
+
+
 def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, zero_size: int) -> dict[str, float]:
     """Weights on this rank and the hidden states that wait for the loss."""
     t, tp, item = cfg.teacher, cfg.parallel.tp, BYTES[cfg.teacher.dtype]
+    if t.layout == "dedicated":
+        head = teacher.vocab_rows * teacher.width * item / tp
+        return {"teacher_head": head, "teacher_hidden": tokens * teacher.width * item}
     cut = (t.tp or tp) if t.layout == "tp" else 1
     weights = _teacher_bytes(cfg, teacher) / cut
     hidden = 2 * tokens * teacher.width * item * max(1, cut // tp) * (2 if t.overlap else 1)

@@ -143,7 +143,7 @@ def _train(
         timer=timer, stop=stop, progress=progress, looks_ahead=cfg.teacher.layout == "dedicated",
     )  # fmt: skip
     try:
-        with _watchdog(cfg.guard, pulse, mesh, folder, opened):
+        with _watchdog(cfg.guard, pulse, mesh, folder, opened, rank.roles.teachers):
             trainer.run()
     except RunStopped:
         on_main(mesh, trainer.close, share=False)
@@ -187,8 +187,8 @@ def _sinks(cfg: RunConfig, folder: Path, progress: Progress) -> tuple[list[Sink]
 
 
 def _watchdog(
-    settings: GuardSection, pulse: Pulse, mesh: Mesh, folder: Path, opened: RunFolder | None
-) -> AbstractContextManager[object]:
+    settings: GuardSection, pulse: Pulse, mesh: Mesh, folder: Path, opened: RunFolder | None, teachers: range
+) -> AbstractContextManager[object]:  # fmt: skip
     """Who notices on this rank that nothing moves; ending the run, rank 0 says so in STATUS."""
     if settings.stall_warn_s is None:
         return nullcontext()
@@ -198,8 +198,9 @@ def _watchdog(
             opened.set_status("failed", why)
 
     return Watchdog(
-        pulse, folder, mesh.world_size, warn_s=settings.stall_warn_s, exit_s=settings.stall_exit_s, give_up=give_up
-    )
+        pulse, folder, mesh.world_size, teachers=teachers, warn_s=settings.stall_warn_s, exit_s=settings.stall_exit_s,
+        give_up=give_up,
+    )  # fmt: skip
 
 
 @contextmanager

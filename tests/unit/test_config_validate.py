@@ -166,7 +166,7 @@ CASES = {
         {**dedicated(2), "objective__name": "pretrain"}, "teacher.layout", "asks the teacher only while it evaluates",
     ),
     "student's tp beside teachers": (
-        dedicated(1), "parallel.tp", "does not divide the number of ranks (3)\n      fix: use one of [1, 3]",
+        dedicated(1), "parallel.tp", "does not divide the number of the student's ranks (3)\n      fix: use one of",
     ),
     "stage 0 in bf16": ({"zero__stage": 0}, "zero.stage", "keep no float32 master weights"),
     "owned zero key": ({"zero__extra": {"stage": 1}}, "zero.extra.stage", "is not yours to set: it is zero.stage"),

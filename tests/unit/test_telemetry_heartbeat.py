@@ -122,6 +122,21 @@ def test_a_stall_is_repeated_only_when_the_wait_has_doubled_and_ends_with_the_st
     assert "step 2" in warned[-1]
 
 
+def test_a_stall_says_what_dedicated_teachers_do_and_counts_them_not_as_behind(tmp_path, clock, warned):
+    (pulse, *_), (dog, *_) = ranks(tmp_path, clock, count=1, teachers=[1, 2])
+    teacher = Pulse(1, clock, clock)
+    teachers_dog = Watchdog(teacher, tmp_path, 3, warn_s=10.0, clock=clock, wall=clock)
+    work(teacher, 5, "teacher")
+    teachers_dog.look()
+    pulse.begin(1)
+    clock.now += 12
+    with pulse.phase("forward"), pulse.phase("teacher"):
+        dog.look()
+    (words,) = warned
+    assert words.startswith("stall    rank 0: step 1 has taken 12 s (teacher); teachers: rank 1 on ")
+    assert "(completed teacher of step 5 12 s ago), rank 2 (no word); all ranks have completed" in words
+
+
 def test_an_evaluation_is_measured_apart_from_the_step(tmp_path, clock, warned):
     (pulse, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
     pulse.begin(1)
