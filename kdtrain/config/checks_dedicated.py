@@ -45,6 +45,11 @@ def problems(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
             "whoever asks first, and ranks that divide a teacher must all run at once",
             "set teacher.zero_stage=0, and cut a large teacher with teacher.tp",
         )  # fmt: skip
+    if t.overlap:
+        yield Problem(
+            "teacher.overlap", True, "would be ignored: teacher.layout = dedicated always works ahead",
+            "set teacher.overlap=false, and how far ahead by teacher.in_flight",
+        )  # fmt: skip
     if cfg.objective.name == "pretrain":
         yield Problem(
             "teacher.layout", t.layout, "but objective.name = pretrain asks the teacher only while it evaluates: "

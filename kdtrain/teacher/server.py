@@ -77,8 +77,8 @@ class TeacherServer:
 
     mesh: the teachers' own; ranks of a tp group hold one teacher together, and its first one has the inbox (None on the
     others). forward: [B, S] sequences -> [B S, E] on every rank of the group. in_flight: requests of one client under
-    way at a time. begun: called once, before the first answer. wants_stop: whether this rank has been asked to end.
-    pulse: told what this rank does.
+    way at a time. max_tokens: limit of one forward pass, but never less than a sequence; None: none. begun: called
+    once, before the first answer. wants_stop: whether this rank has been asked to end. pulse: told what it does.
     """
 
     def __init__(
@@ -91,13 +91,14 @@ class TeacherServer:
         *,
         device: torch.device,
         in_flight: int,
+        max_tokens: int | None = None,
         begun: Callable[[], None] = lambda: None,
         wants_stop: Callable[[], bool] = lambda: False,
         pulse: Pulse | None = None,
     ) -> None:
         self._wire, self._mesh, self._inbox, self._forward = wire, mesh, inbox, forward
         self._clients, self._device, self._wants_stop = list(clients), device, wants_stop
-        self._begun = begun
+        self._begun, self._max_tokens = begun, max_tokens
         self._pulse = pulse or Pulse(wire.rank)
         # A client that asks again has received all but its last in_flight answers, and one that was out of turn.
         self._sent: dict[int, deque[tuple[Message, Message]]] = {c: deque(maxlen=in_flight + 1) for c in clients}
@@ -158,7 +159,10 @@ class TeacherServer:
         input_ids, position_ids = request.ids.to(self._device).unbind(0)
         nothing = torch.zeros(input_ids.shape, device=self._device)
         batch = Batch(input_ids, input_ids, nothing, position_ids, torch.zeros_like(input_ids[:, 0]))
-        hidden = self._forward(batch).cpu().contiguous()
+        num_sequences, seq_len = input_ids.shape
+        at_once = num_sequences if self._max_tokens is None else max(1, self._max_tokens // seq_len)
+        passes = [batch.rows(start, min(start + at_once, num_sequences)) for start in range(0, num_sequences, at_once)]
+        hidden = torch.cat([self._forward(part).cpu() for part in passes])
         self.num_answers += 1
         if self._inbox is not None:
             status = torch.tensor([EXIT_DONE, int(self._wants_stop())])

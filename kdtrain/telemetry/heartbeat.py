@@ -119,8 +119,9 @@ class Watchdog:
     """A thread that writes this rank's beat and, when a step takes too long, says which ranks are behind.
 
     folder: of the run. teachers: ranks beyond world_size that hold nothing but the teacher; they go through phases of
-    their own, and what they did last is told besides. warn_s, exit_s: guard.stall_warn_s and guard.stall_exit_s. give_up: called with one line before
-    the process is ended by `end`. As a context manager it watches inside the block. Never communicates.
+    their own, and what they did last is told besides. warn_s, exit_s: guard.stall_warn_s and guard.stall_exit_s.
+    give_up: called with one line before the process is ended by `end`. As a context manager it watches inside the
+    block. Never communicates.
     """
 
     def __init__(

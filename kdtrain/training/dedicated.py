@@ -63,7 +63,7 @@ def serve(
     with stack:
         TeacherServer(
             wire, mesh, inbox, clients, backbone.hidden_states, device=runtime.device, in_flight=in_flight(cfg),
-            begun=begun, wants_stop=wants_stop, pulse=pulse,
+            max_tokens=cfg.teacher.max_tokens_per_forward, begun=begun, wants_stop=wants_stop, pulse=pulse,
         ).run()  # fmt: skip
 
 

@@ -84,6 +84,7 @@ def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | Non
 def estimate_teacher_rank(cfg: RunConfig, teacher: ModelSize) -> MemoryEstimate:
     """Bytes on a rank that holds nothing but the teacher: its weights, and a layer's activations of a micro-batch."""
     item, tokens = BYTES[cfg.teacher.dtype], cfg.data.sequences_per_micro_batch * cfg.data.seq_len
+    tokens = min(tokens, cfg.teacher.max_tokens_per_forward or tokens)
     parts = {
         "weights": teacher.num_parameters * item // (cfg.teacher.tp or 1),
         "activations": 16 * tokens * teacher.width * item,

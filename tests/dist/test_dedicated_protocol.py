@@ -32,6 +32,16 @@ def hidden_of(batch):
     return (batch.input_ids + 0.25 * batch.position_ids).reshape(-1, 1) * torch.tensor([1.0, 2.0, -1.0])
 
 
+def limited(most):
+    """`hidden_of`, refusing more than `most` tokens at a time."""
+
+    def forward(batch):
+        assert 0 < batch.num_tokens <= most
+        return hidden_of(batch)
+
+    return forward
+
+
 def client(wire, rank, servers, num_clients=1, in_flight=4, **more):
     head = HeadShard(torch.zeros(5, WIDTH))
     mesh = Mesh(world_size=num_clients, rank=rank)
@@ -56,7 +66,7 @@ def ask_many(rank, world_size, folder, in_flight):
     wire = wire_of(folder, rank, world_size)
     clients, servers = [0, 1], list(range(2, world_size))
     if rank in servers:
-        served = serve(wire, clients, in_flight=in_flight).num_answers
+        served = serve(wire, clients, limited(8), in_flight=in_flight, max_tokens=9).num_answers
         wire.barrier()
         return served
     with farewell(wire, servers):

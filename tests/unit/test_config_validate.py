@@ -161,6 +161,7 @@ CASES = {
     ),
     "dedicated tp 0": (dedicated(2, tp=0), "teacher.tp", "does not divide teacher.ranks = 2"),
     "dedicated in pieces": (dedicated(2, zero_stage=3), "teacher.zero_stage", "must all run at once"),
+    "dedicated overlap": (dedicated(2, overlap=True), "teacher.overlap", "always works ahead"),
     "nothing in flight": (dedicated(2, in_flight=0), "teacher.in_flight", "is not in [1, 1024]"),
     "idle teacher": (
         {**dedicated(2), "objective__name": "pretrain"}, "teacher.layout", "asks the teacher only while it evaluates",
