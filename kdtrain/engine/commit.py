@@ -251,4 +251,4 @@ def _reason(error: OSError) -> str:
 
 
 def _unpadded(cut: Cut | None) -> Cut | None:
-    return None if cut is None else Cut(cut.dim, cut.pieces)
+    return None if cut is None else Cut(cut.dim, cut.pieces, segments=cut.segments)

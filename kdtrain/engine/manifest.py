@@ -21,7 +21,7 @@ from kdtrain.parallel.cut import Cut
 
 MANIFEST = "checkpoint.json"
 FORMAT = "kdtrain-checkpoint"
-VERSION = 1
+VERSION = 2
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 """float32 weights and AdamW's two moments."""
 # Keys of a config that do not change what the model computes from its weights, or change with the library's version.
@@ -75,11 +75,17 @@ class ParameterEntry:
     adam_step: int
 
     def pieces(self) -> list[int]:
-        """Elements of each saved piece, by tp rank."""
+        """Elements of each saved piece, by tp rank; 0 for one that a lower rank has saved."""
         if self.cut is None:
             return [math.prod(self.shape)]
+        return [0 if self.cut.is_copy(rank) else self.held(rank) for rank in range(self.cut.tp_size)]
+
+    def held(self, tp_rank: int) -> int:
+        """Elements that `tp_rank` holds, padding left out."""
+        if self.cut is None:
+            return math.prod(self.shape)
         rest = math.prod((*self.shape[: self.cut.dim], *self.shape[self.cut.dim + 1 :]))
-        return [(stop - start) * rest for start, stop in self.cut.pieces]
+        return self.cut.held_size(tp_rank) * rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +222,10 @@ def _json_block(key: str, rows: dict[str, Any]) -> str:
 
 
 def _parameter_to_json(entry: ParameterEntry) -> dict[str, Any]:
-    cut = None if entry.cut is None else {"dim": entry.cut.dim, "pieces": entry.cut.pieces}
+    cut: dict[str, Any] | None = None
+    if entry.cut is not None:
+        places = {"segments": entry.cut.segments} if entry.cut.segments else {"pieces": entry.cut.pieces}
+        cut = {"dim": entry.cut.dim, **places}
     return {"shape": entry.shape, "cut": cut, "adam_step": entry.adam_step}
 
 
@@ -224,12 +233,16 @@ def _parameter_from_json(found: dict[str, Any]) -> ParameterEntry:
     shape = tuple(int(size) for size in found["shape"])
     cut = found["cut"]
     if cut is not None:
-        pieces = tuple((int(start), int(stop)) for start, stop in cut["pieces"])
-        cut = Cut(int(cut["dim"]), pieces)
-        ends = [0, *(stop for _, stop in pieces)]
-        if [start for start, _ in pieces] != ends[:-1] or ends[-1] != shape[cut.dim] or ends != sorted(ends):
-            raise ValueError(f"pieces {pieces} do not partition dim {cut.dim} of {shape}")
+        if "segments" in cut:
+            cut = Cut(int(cut["dim"]), (), segments=tuple(_ranges(found) for found in cut["segments"]))
+        else:
+            cut = Cut(int(cut["dim"]), _ranges(cut["pieces"]))
+        cut.check(shape[cut.dim])
     return ParameterEntry(shape, cut, int(found["adam_step"]))
+
+
+def _ranges(found: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((int(start), int(stop)) for start, stop in found)
 
 
 def _file_to_json(entry: FileEntry) -> dict[str, Any]:

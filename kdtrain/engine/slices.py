@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from kdtrain.engine.manifest import FileEntry, Manifest, ParameterEntry, Slice, damaged
 from kdtrain.parallel.cut import Cut
-from kdtrain.parallel.shard import pad_piece
+from kdtrain.parallel.pieces import read_piece
 
 _READ_BYTES = 1 << 24
 
@@ -155,7 +156,7 @@ class CheckpointReader:
         """What `tp_rank` holds under `cut` (None: all of it), zero padding included, float32 on the CPU."""
         if cut is None:
             return self.read_full(name, kind)
-        return pad_piece(self._read_part(name, kind, cut.dim, *cut.pieces[tp_rank]), cut)
+        return read_piece(partial(self._read_part, name, kind, cut.dim), cut, tp_rank)
 
     def read_range(self, name: str, kind: str, cut: Cut | None, tp_rank: int, start: int, stop: int) -> Tensor:
         """Flat elements [start, stop) of `read_piece`; past the piece's end, zeros. Reads no more than it must."""
@@ -163,10 +164,10 @@ class CheckpointReader:
             raise ValueError(f"{name}: only a cut along dim 0 can be padded, else padding is not at the end")
         entry = self.manifest.parameters[name]
         now = ParameterEntry(entry.shape, cut, entry.adam_step)
-        same_cut = cut and entry.cut and (cut.dim, cut.pieces) == (entry.cut.dim, entry.cut.pieces)
+        same_cut = cut and entry.cut and not cut.shared and _places(cut) == _places(entry.cut)
         same_order = same_cut or (_by_rows(now) and _by_rows(entry))
         piece = 0 if cut is None else tp_rank
-        size = now.pieces()[piece]
+        size = now.held(piece)
         out = torch.zeros(stop - start)
         begin, end = min(start, size), min(stop, size)
         if begin == end:
@@ -187,17 +188,13 @@ class CheckpointReader:
             return self._read_saved(name, kind, start * row, stop * row).reshape(stop - start, *shape[1:])
         out = torch.empty(*shape[:dim], stop - start, *shape[dim + 1 :])
         at = 0
-        pieces = ((0, shape[0]),) if entry.cut is None else entry.cut.pieces
         old_dim = 0 if entry.cut is None else entry.cut.dim
-        for (low, high), numel in zip(pieces, entry.pieces(), strict=True):
-            begin, end = (max(low, start), min(high, stop)) if old_dim == dim else (low, high)
-            if begin < end:
+        for tp_rank, numel in enumerate(entry.pieces()):
+            ranges = ((0, shape[0]),) if entry.cut is None else entry.cut.ranges(tp_rank)
+            if numel and (old_dim != dim or any(low < stop and start < high for low, high in ranges)):
                 old = self._read_saved(name, kind, at, at + numel)
-                old = old.reshape(*shape[:old_dim], high - low, *shape[old_dim + 1 :])
-                if old_dim == dim:
-                    out.narrow(dim, begin - start, end - begin).copy_(old.narrow(dim, begin - low, end - begin))
-                else:
-                    out.narrow(old_dim, low, high - low).copy_(old.narrow(dim, start, stop - start))
+                old = old.reshape(*shape[:old_dim], -1, *shape[old_dim + 1 :])
+                _copy_overlap(out, old, ranges, (old_dim, dim), (start, stop))
             at += numel
         return out
 
@@ -227,4 +224,24 @@ class CheckpointReader:
 
 def _by_rows(entry: ParameterEntry) -> bool:
     """Whether the saved order of `entry` is the row-major order of the full parameter."""
-    return entry.cut is None or entry.cut.dim == 0
+    return entry.cut is None or (entry.cut.dim == 0 and entry.cut.in_order)
+
+
+def _places(cut: Cut) -> tuple[object, ...]:
+    """All of a cut but its padding."""
+    return cut.dim, cut.pieces, cut.segments
+
+
+def _copy_overlap(
+    out: Tensor, old: Tensor, ranges: Iterable[tuple[int, int]], dims: tuple[int, int], wanted: tuple[int, int]
+) -> None:
+    """From a saved piece, which holds `ranges` along dims[0], copy to `out` what is `wanted` of dims[1]."""
+    (old_dim, dim), (start, stop) = dims, wanted
+    at = 0
+    for low, high in ranges:
+        if old_dim != dim:
+            some = old.narrow(old_dim, at, high - low).narrow(dim, start, stop - start)
+            out.narrow(old_dim, low, high - low).copy_(some)
+        elif (begin := max(low, start)) < (end := min(high, stop)):
+            out.narrow(dim, begin - start, end - begin).copy_(old.narrow(dim, at + begin - low, end - begin))
+        at += high - low

@@ -44,7 +44,7 @@ class StudentEngine:
     """
 
     def __init__(self, backbone: Backbone, mesh: Mesh, cfg: RunConfig, *, device: torch.device) -> None:
-        _check_marks(backbone)
+        _check_marks(backbone, mesh)
         self.backbone = backbone
         self.mesh = mesh
         self.zero_stage: int = cfg.zero.stage
@@ -130,8 +130,10 @@ class StudentEngine:
                 param.grad.mul_(self._grad_clip / (self._norm + 1e-6))
 
 
-def _check_marks(backbone: Backbone) -> None:
+def _check_marks(backbone: Backbone, mesh: Mesh) -> None:
     """ParallelError unless exactly the parameters that are cut over several ranks are marked as such.
+
+    Of ranks that hold the same piece only the first is marked: the others would count it again.
 
     DeepSpeed sums the squares of marked gradients over tp and counts unmarked ones once: with a mark forgotten, norm
     and clipping would be wrong without a sign.
@@ -141,7 +143,7 @@ def _check_marks(backbone: Backbone) -> None:
         if cut is not None and cut.tp_size == 1:
             continue  # alone on its tp axis: both ways of counting agree
         marked = bool(getattr(param, "tensor_model_parallel", False))
-        if marked != (cut is not None):
+        if marked != (cut is not None and not cut.is_copy(mesh.tp_rank)):
             raise ParallelError(
                 f"{name} is {'replicated' if cut is None else 'cut'} over tp, but tensor_model_parallel is {marked}\n"
                 "  why: the gradient norm, and with it clipping, would silently be wrong\n"

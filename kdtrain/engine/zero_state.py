@@ -46,8 +46,9 @@ class _Owned:
 def local_fragments(engine: StudentEngine) -> Iterator[Fragment]:
     """What this rank has to write: views, no copies. All ranks together cover every parameter exactly once.
 
-    Replicated parameters are written by tp rank 0, and at stage 0 everything by the first rank of ZeRO's group. Moments
-    that do not exist yet (no step was made) are zeros. Does not communicate.
+    Replicated parameters are written by tp rank 0, pieces that ranks share by the first of them, and at stage 0
+    everything by the first rank of ZeRO's group. Moments that do not exist yet (no step was made) are zeros. Does not
+    communicate.
     """
     for owned in _owned_ranges(engine):
         if not _writes(engine, owned):
@@ -109,7 +110,8 @@ def refresh_parameters(engine: StudentEngine) -> None:
 
 
 def _writes(engine: StudentEngine, owned: _Owned) -> bool:
-    if owned.valid <= 0 or (owned.cut is None and engine.mesh.tp_rank != 0):
+    tp_rank = engine.mesh.tp_rank
+    if owned.valid <= 0 or (tp_rank != 0 if owned.cut is None else owned.cut.is_copy(tp_rank)):
         return False
     return engine.zero_stage > 0 or engine.mesh.zero_rank == 0
 
@@ -121,7 +123,7 @@ def _owned_ranges(engine: StudentEngine) -> Iterator[_Owned]:
         if not param.requires_grad:
             raise ValueError(f"{name} is frozen: kdtrain trains all parameters of a student")
         cut = engine.backbone.cuts.get(name)
-        size = ParameterEntry(shapes[name], cut, 0).pieces()[0 if cut is None else engine.mesh.tp_rank]
+        size = ParameterEntry(shapes[name], cut, 0).held(engine.mesh.tp_rank)
         place = _place(engine, param)
         if place is not None:
             owner, begin, offset, numel = place

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ from kdtrain.models.context_probe import check_context
 from kdtrain.models.experts import choose_products, refuse_mixture
 from kdtrain.models.probe import check_model
 from kdtrain.models.safetensors_reader import SafetensorsFolder
-from kdtrain.parallel.experts import PackedCut
+from kdtrain.parallel.pieces import read_piece
 from kdtrain.parallel.plan import plan_cuts
-from kdtrain.parallel.shard import materialize_parameter, pad_piece, shard_model
+from kdtrain.parallel.shard import materialize_parameter, shard_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -283,11 +284,8 @@ def _read_weights(backbone: Backbone, folder: Path, mesh: Mesh, device: torch.de
             cut = backbone.cuts.get(name)
             if cut is None:
                 value = files.read(name, shape)
-            elif isinstance(cut, PackedCut):
-                ranges = cut.ranges(mesh.tp_rank)
-                value = torch.cat([files.read(name, shape, cut.dim, *piece) for piece in ranges], cut.dim)
             else:
-                value = pad_piece(files.read(name, shape, cut.dim, *cut.pieces[mesh.tp_rank]), cut)
+                value = read_piece(partial(files.read, name, shape, cut.dim), cut, mesh.tp_rank)
             materialize_parameter(model, name, value.to(device, dtype), mesh)
         _check_tied(model, files)
         for name, buffer in _persistent_buffers(model):

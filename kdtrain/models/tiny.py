@@ -49,6 +49,27 @@ TINY: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 5.0,
         "query_pre_attn_scalar": 8,
     },
+    # Conv1D layers, whose weights are [in, out]; query, key and value in one; learned positions; tied by nature.
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 101,
+        "n_embd": 32,
+        "n_inner": 44,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "initializer_range": 0.2,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "tie_word_embeddings": True,
+    },
+    # Query, key and value in one, gate and up in one.
+    "phi3": {**_COMMON, "model_type": "phi3"},
+    # q_norm and k_norm over all heads at once.
+    "olmo2": {**_COMMON, "model_type": "olmo2"},
 }
 """Name -> Hugging Face config dict. 101 tokens and 44 MLP features divide by neither 3 nor 8."""
 

@@ -8,16 +8,14 @@ all-reduce of the module's output, which is linear in it, completes them all. No
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kdtrain.dist.collectives import Group, copy_to_tp, reduce_from_tp
 from kdtrain.errors import ParallelError
-from kdtrain.parallel.cut import Cut, even_cut
+from kdtrain.parallel.cut import Cut, even_cut, fused_cut
 
 EXPERTS = "moe_tp_experts"
 """Style that a model's plan gives to its modules of experts."""
@@ -27,43 +25,6 @@ SHARED_EXPERT = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "row
 
 ALIGNED = 8
 """Features at whose multiples experts are cut where possible: grouped products on a GPU want rows of 16 bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class PackedCut(Cut):
-    """A parameter that holds `parts` matrices of one size one after the other along `dim`, each cut like the others.
-
-    pieces are coordinates within a segment. A rank's tensor holds its piece of each, one after the other, so that
-    stock code which halves the result of a packed product finds a gate and its counterpart.
-    """
-
-    parts: int = 2
-
-    @property
-    def full_size(self) -> int:
-        """Size of the full parameter along `dim`, all segments together."""
-        return self.parts * self.pieces[-1][1]
-
-    def local_size(self, tp_rank: int) -> int:
-        """Size along `dim` of this rank's tensor."""
-        start, stop = self.pieces[tp_rank]
-        return self.parts * (stop - start)
-
-    def ranges(self, tp_rank: int) -> list[tuple[int, int]]:
-        """(start, stop) of this rank's piece of every segment, in coordinates of the full parameter."""
-        start, stop = self.pieces[tp_rank]
-        size = self.pieces[-1][1]
-        return [(size * segment + start, size * segment + stop) for segment in range(self.parts)]
-
-    def split(self, full: Tensor, tp_rank: int) -> Tensor:
-        """This rank's pieces of the full parameter, as their own contiguous tensor."""
-        parts = [full.narrow(self.dim, start, stop - start) for start, stop in self.ranges(tp_rank)]
-        return torch.cat(parts, self.dim)
-
-    def merge(self, pieces: Sequence[Tensor]) -> Tensor:
-        """The full parameter from every tp rank's tensor, in rank order."""
-        by_rank = [piece.chunk(self.parts, self.dim) for piece in pieces]
-        return torch.cat([parts[segment] for segment in range(self.parts) for parts in by_rank], self.dim)
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -116,7 +77,8 @@ def expert_cuts(model: nn.Module, tp_size: int) -> dict[str, Cut]:
         if not module.has_gate:
             cuts[f"{name}.up_proj"] = Cut(rows, inner.pieces)
         elif module.is_concatenated:
-            cuts[f"{name}.gate_up_proj"] = PackedCut(rows, inner.pieces)
+            half = Cut(rows, inner.pieces)
+            cuts[f"{name}.gate_up_proj"] = fused_cut((half, half))
         else:  # gate and up take turns, row by row
             cuts[f"{name}.gate_up_proj"] = Cut(rows, tuple((2 * start, 2 * stop) for start, stop in inner.pieces))
     return cuts

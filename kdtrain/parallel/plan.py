@@ -1,86 +1,98 @@
 """From a stock Hugging Face causal language model to a `Cut` for every parameter that tensor parallelism shards.
 
-The model declares a style per module in `model.tp_plan`; the sizes come from its modules. Nothing here imports
-transformers, touches weights or communicates: the model may live on the meta device.
+The model declares a style per module in `model.tp_plan`, and `plans` adds to it; the sizes come from its modules.
+Nothing here imports transformers, touches weights or communicates: the model may live on the meta device.
 
-Supported styles: colwise, rowwise, replicated_with_grad_allreduce, embedding_rowwise, and for the head any style,
-because the head is always cut by vocabulary rows. Attention is cut between key/value groups (a key/value head with
-the query heads that read it), so that stock attention code, which infers head counts from shapes, works on a shard.
+Attention is cut between query heads, each with the key/value head that it reads, so that stock attention code, which
+infers head counts from shapes, works on a shard; `blocks` and `heads` say how. The head is always cut by vocabulary
+rows, whatever its style.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from kdtrain.errors import ParallelError
+from kdtrain.parallel.blocks import Block, block_cuts, can_cut, column_cuts, features, row_cuts
 from kdtrain.parallel.cut import Cut, even_cut, padded_cut
 from kdtrain.parallel.experts import EXPERTS, expert_cuts, forgotten_styles
+from kdtrain.parallel.plans import (
+    COLWISE,
+    COPYING,
+    FUSED_HALVES,
+    FUSED_QKV,
+    GATHERED,
+    OWN_PLANS,
+    PARTIAL_GRAD,
+    REPLICATED,
+    ROWWISE,
+    SPLIT_INPUT,
+    OwnPlan,
+)
 
-COLWISE = "colwise"
-ROWWISE = "rowwise"
-PARTIAL_GRAD = "replicated_with_grad_allreduce"
 EMBEDDING = "embedding_rowwise"
-HEAD = "vocab_parallel_head"
-_BODY_STYLES = (COLWISE, ROWWISE, PARTIAL_GRAD, EMBEDDING)
-_FUSED_QKV = "query_key_value"
-"""Name of the one fused projection whose rows are known to be head-major: per head its query, key and value."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A module whose children are sharded: replicated activations enter it, replicated ones leave it."""
-
-    name: str
-    columns: tuple[str, ...]
-    """Modules cut by output features, by full name."""
-    row: str
-    """The module cut by input features, whose output is summed over the ranks."""
-    partial_grad: tuple[str, ...]
-    """Replicated modules fed by sharded activations: every rank has only its share of their gradient."""
+LATENT = "mla_kv_a_proj"
+LOCAL_PARAMETERS = "local_params"
+"""A mark on a module whose own parameters have styles of their own."""
+_COLUMNS = (COLWISE, COPYING, FUSED_QKV, FUSED_HALVES)
+_BLOCK_STYLES = (*_COLUMNS, ROWWISE, PARTIAL_GRAD, LATENT)
+_ALONE = (GATHERED, SPLIT_INPUT)
+_IGNORED = (REPLICATED, LOCAL_PARAMETERS, EXPERTS)
+"""Styles of what is left whole, and of experts, which are found by what they are."""
+_BEFORE_LATENT = ("q_a_proj", "q_a_layernorm", "kv_a_layernorm")
+"""Replicated modules of latent attention that stand before all column layers."""
 
 
 @dataclass(frozen=True, slots=True)
 class TpPlan:
-    """Where a model is cut: names of modules, and blocks in forward order."""
+    """Where a model is cut: names of modules, and blocks in forward order.
+
+    gathered, split: column and row layers that stand alone, with replicated input and output.
+    """
 
     embedding: str
     head: str
     blocks: tuple[Block, ...]
+    gathered: tuple[str, ...] = ()
+    split: tuple[str, ...] = ()
 
 
 def read_plan(model: Any) -> TpPlan:
-    """The model's own merged plan, resolved to module names and checked for completeness.
+    """The model's own merged plan, with ours on top, resolved to module names and checked for completeness.
 
     Raises ParallelError, naming style and module, for a style, a class or a block that cannot be cut safely.
     """
     embedding, head = vocabulary_modules(model)
-    styles = _styles_by_module(model)
+    styles = {name: style for name, style in _styles_by_module(model).items() if name not in (embedding, head)}
     blocks: dict[str, dict[str, str]] = {}
+    alone: dict[str, str] = {}
     for name, style in styles.items():
-        if name in (embedding, head) or style == EXPERTS:  # experts are found by what they are
-            continue
-        if style not in _BODY_STYLES:
-            raise ParallelError(
-                f"tensor-parallel style {style!r} of module {name!r} ({type(model).__name__}) is not supported\n"
-                f"  why: kdtrain cuts {', '.join(_BODY_STYLES)} and the head\n"
-                "  fix: set parallel.tp=1, or use an architecture of the Llama, Qwen or GPT-NeoX kind"
-            )
-        if style == EMBEDDING:
-            raise ParallelError(
-                f"module {name!r} is planned as {style!r} but is not the input embedding ({embedding!r})\n"
-                "  fix: set parallel.tp=1; this architecture has a second embedding that kdtrain cannot cut"
-            )
-        blocks.setdefault(name.rpartition(".")[0], {})[name] = style
-    if not blocks and EXPERTS not in styles.values():
+        if style in _ALONE:
+            alone[name] = style
+        elif style in _BLOCK_STYLES:
+            blocks.setdefault(name.rpartition(".")[0], {})[name] = style
+        elif style not in _IGNORED:
+            raise _unsupported(model, name, style)
+    if not blocks and not alone and EXPERTS not in styles.values():
         raise ParallelError(
             f"{type(model).__name__} declares no tensor-parallel plan\n  fix: set parallel.tp=1 for this architecture"
         )
-    return TpPlan(embedding, head, tuple(_block(model, parent, children) for parent, children in blocks.items()))
+    for name in alone:
+        _check_alone(model, name, blocks)
+    return TpPlan(
+        embedding,
+        head,
+        tuple(_block(model, parent, children) for parent, children in blocks.items()),
+        tuple(name for name, style in alone.items() if style == GATHERED),
+        tuple(name for name, style in alone.items() if style == SPLIT_INPUT),
+    )
+
+
+def own_plan(model: Any) -> OwnPlan:
+    """What `plans` has for this model's type; an empty plan if nothing."""
+    return OWN_PLANS.get(model.config.model_type, OwnPlan({}))
 
 
 def vocabulary_modules(model: Any) -> tuple[str, str]:
@@ -111,16 +123,23 @@ def plan_cuts(model: Any, tp_size: int, vocab_rows: int) -> dict[str, Cut]:
         for key, param in model.get_submodule(name).named_parameters(recurse=False):
             cuts[f"{name}.{key}"] = padded_cut(0, param.shape[0], tp_size, vocab_rows)
     if tp_size > 1:
-        for block in read_plan(model).blocks:
-            cuts.update(_block_cuts(model, block, tp_size))
+        plan = read_plan(model)
+        for block in plan.blocks:
+            cuts.update(block_cuts(model, block, tp_size))
+        for name in plan.gathered:
+            module = model.get_submodule(name)
+            cuts.update(column_cuts(name, module, even_cut(0, features(module)[1], tp_size)))
+        for name in plan.split:
+            module = model.get_submodule(name)
+            cuts.update(row_cuts(name, module, even_cut(0, features(module)[0], tp_size)))
         cuts.update(expert_cuts(model, tp_size))
     return cuts
 
 
 def _styles_by_module(model: Any) -> dict[str, str]:
     """Module name -> style, wildcards of the plan expanded, in the model's own order."""
-    plan = getattr(model, "tp_plan", None) or {}
-    plan = {**plan, **forgotten_styles(model, plan)}
+    plan = {**(getattr(model, "tp_plan", None) or {}), **own_plan(model).styles}
+    plan |= forgotten_styles(model, plan)
     patterns = [(re.compile(re.escape(key).replace(r"\*", r"\d+")), style) for key, style in plan.items()]
     styles: dict[str, str] = {}
     targets = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
@@ -138,10 +157,45 @@ def _styles_by_module(model: Any) -> dict[str, str]:
     return styles
 
 
+def _unsupported(model: Any, name: str, style: str) -> ParallelError:
+    if style == EMBEDDING:
+        return ParallelError(
+            f"module {name!r} is planned as {style!r} but is not the input embedding\n"
+            "  fix: set parallel.tp=1; this architecture has a second embedding that kdtrain cannot cut"
+        )
+    known = ", ".join((*_BLOCK_STYLES, *_ALONE, *_IGNORED))
+    return ParallelError(
+        f"tensor-parallel style {style!r} of module {name!r} ({type(model).__name__}) is not supported\n"
+        f"  why: kdtrain cuts {known} and the head\n"
+        "  fix: set parallel.tp=1, or use an architecture of the Llama, Qwen or GPT-NeoX kind"
+    )
+
+
+def _check_alone(model: Any, name: str, blocks: dict[str, dict[str, str]]) -> None:
+    """A layer that stands alone reads and gives whole gradients; inside a block they would be added up once more."""
+    parents = [parent for parent in blocks if name.startswith(parent + ".")]
+    if parents:
+        raise ParallelError(
+            f"module {name!r} is planned as {GATHERED!r} or {SPLIT_INPUT!r} in the sharded block {parents[0]!r}\n"
+            "  why: its share of the block's gradient would be added once per rank\n"
+            "  fix: set parallel.tp=1 for this architecture"
+        )
+    _check_class(model, name)
+
+
+def _check_class(model: Any, name: str) -> None:
+    if not can_cut(model.get_submodule(name)):
+        raise ParallelError(
+            f"module {name!r} is a {type(model.get_submodule(name)).__name__}; only torch.nn.Linear and Conv1D can be "
+            "cut\n  fix: set parallel.tp=1 for this architecture"
+        )
+
+
 def _block(model: Any, parent: str, children: dict[str, str]) -> Block:
-    columns = tuple(name for name, style in children.items() if style == COLWISE)
-    rows = tuple(name for name, style in children.items() if style == ROWWISE)
-    partial = tuple(name for name, style in children.items() if style == PARTIAL_GRAD)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    columns = {name: style for name, style in children.items() if style in _COLUMNS and name not in parameters}
+    rows = [name for name, style in children.items() if style == ROWWISE]
+    latent = tuple(name for name, style in children.items() if style == LATENT)
     module = model.get_submodule(parent)
     if not columns or len(rows) != 1:
         raise ParallelError(
@@ -150,64 +204,28 @@ def _block(model: Any, parent: str, children: dict[str, str]) -> Block:
             "  fix: set parallel.tp=1 for this architecture"
         )
     for name in (*columns, *rows):
-        if type(model.get_submodule(name)) is not nn.Linear:
-            raise ParallelError(
-                f"module {name!r} is a {type(model.get_submodule(name)).__name__}; only torch.nn.Linear can be cut\n"
-                "  fix: set parallel.tp=1 for this architecture"
-            )
+        _check_class(model, name)
+    copying = COPYING in columns.values()
+    if not copying:
+        _check_complete(module, parent, [*children, *(f"{parent}.{name}" for name in _BEFORE_LATENT if latent)])
+    return Block(
+        parent,
+        columns,
+        rows[0],
+        partial_grad=tuple(name for name, style in children.items() if style == PARTIAL_GRAD),
+        per_head=tuple(name for name in children if name in parameters),
+        latent=latent,
+        copies_inputs=copying or bool(latent),
+    )
+
+
+def _check_complete(module: Any, parent: str, known_names: list[str]) -> None:
+    """Every parameter of a block must be planned, or its gradient may be one rank's share only."""
     for name, _ in module.named_parameters():
-        owner = f"{parent}.{name}".rpartition(".")[0]
-        if not any(owner == known or owner.startswith(known + ".") for known in children):
+        full = f"{parent}.{name}"
+        if not any(full == known or full.startswith(known + ".") for known in known_names):
             raise ParallelError(
-                f"parameter {parent + '.' + name!r} lives in a sharded block but the model's plan does not mention it\n"
+                f"parameter {full!r} lives in a sharded block but the model's plan does not mention it\n"
                 "  why: its gradient would silently be only one rank's share\n"
                 "  fix: set parallel.tp=1 for this architecture"
             )
-    return Block(parent, columns, rows[0], partial)
-
-
-def _block_cuts(model: Any, block: Block, tp_size: int) -> Iterator[tuple[str, Cut]]:
-    columns = {name: model.get_submodule(name).out_features for name in block.columns}
-    row_features = model.get_submodule(block.row).in_features
-    num_units, what = _num_units(model, block, columns, row_features)
-    if tp_size > num_units:
-        raise ParallelError(
-            f"parallel.tp = {tp_size} is more than the {num_units} {what} of {block.name!r}\n"
-            f"  why: each rank needs at least one\n  fix: set parallel.tp to at most {num_units}"
-        )
-    for name in block.columns:
-        module = model.get_submodule(name)
-        cut = even_cut(0, columns[name], tp_size, columns[name] // num_units)
-        yield f"{name}.weight", cut
-        if module.bias is not None:
-            yield f"{name}.bias", cut
-    yield f"{block.row}.weight", even_cut(1, row_features, tp_size, row_features // num_units)
-
-
-def _num_units(model: Any, block: Block, columns: dict[str, int], row_features: int) -> tuple[int, str]:
-    """How many indivisible pieces a block has, and what they are called."""
-    module = model.get_submodule(block.name)
-    head_dim = getattr(module, "head_dim", None) or getattr(module, "head_size", None)
-    short = {name.rpartition(".")[2]: size for name, size in columns.items()}
-    if head_dim is None:
-        if len(set(short.values())) != 1 or row_features not in short.values():
-            raise ParallelError(
-                f"block {block.name!r} is neither attention (it has no head_dim) nor an MLP whose column layers "
-                f"({short}) all match its row layer ({row_features})\n  fix: set parallel.tp=1 for this architecture"
-            )
-        return row_features, "intermediate features"
-    if set(short) == {_FUSED_QKV}:
-        num_groups = short[_FUSED_QKV] // (3 * head_dim)
-    elif {"q_proj", "k_proj", "v_proj"} == set(short):
-        num_groups = short["k_proj"] // head_dim
-    else:
-        raise ParallelError(
-            f"attention {block.name!r} has the column layers {sorted(short)}; how their rows map to heads is unknown\n"
-            "  fix: set parallel.tp=1 for this architecture"
-        )
-    if num_groups < 1 or any(size % num_groups for size in (*short.values(), row_features)):
-        raise ParallelError(
-            f"attention {block.name!r}: {num_groups} key/value groups do not divide {short} and {row_features}\n"
-            "  fix: set parallel.tp=1 for this architecture"
-        )
-    return num_groups, "key/value groups"

@@ -17,16 +17,26 @@ from torch import Tensor, nn
 
 from kdtrain.dist.collectives import Group, divide_tokens, join_tokens
 from kdtrain.errors import ParallelError
+from kdtrain.parallel.blocks import Block
 from kdtrain.parallel.layers import enter_block
-from kdtrain.parallel.plan import Block
+from kdtrain.parallel.plan import TpPlan
 
 
-def token_wise_parameters(model: Any, blocks: Sequence[Block]) -> list[str]:
+def token_wise_parameters(model: Any, plan: TpPlan) -> list[str]:
     """Names of the replicated parameters of `model`'s layers that will see only this rank's tokens.
 
     Those of norms, and biases of row layers. Call it before anything is cut. Raises ParallelError for a layer with
     parameters of any other kind outside of its blocks: it might look across tokens, of which it would see a share.
+    So it does for layers that are cut without a block, and for blocks that do not gather their own input.
     """
+    blocks = plan.blocks
+    odd = [*plan.gathered, *plan.split, *(block.name for block in blocks if block.copies_inputs)]
+    if odd:
+        raise ParallelError(
+            f"{odd[0]!r} of {type(model).__name__} is cut in a way that does not gather its input once\n"
+            "  why: with sequence parallelism every cut layer must be in a block that gathers the tokens\n"
+            "  fix: set parallel.sequence=false for this architecture"
+        )
     names = {block.name for block in blocks}
     found = [f"{block.row}.bias" for block in blocks if model.get_submodule(block.row).bias is not None]
     for layer in _layers(model, blocks):
@@ -46,12 +56,12 @@ def token_wise_parameters(model: Any, blocks: Sequence[Block]) -> list[str]:
     return found
 
 
-def divide_layers(model: Any, blocks: Sequence[Block], group: Group) -> None:
+def divide_layers(model: Any, plan: TpPlan, group: Group) -> None:
     """Divide hidden states [B, S, D] by token before the first decoder layer, join them after the last.
 
     Communicates, per forward and backward pass: one all-gather each.
     """
-    layers = _layers(model, blocks)
+    layers = _layers(model, plan.blocks)
     enter_block(model.get_submodule(layers[0]), group, _divide)
 
     def join(module: nn.Module, args: Any, output: Any) -> Any:

@@ -23,8 +23,9 @@ from kdtrain.engine.checkpoint import (
 from kdtrain.engine.manifest import KINDS, FileEntry, Manifest, ParameterEntry, Slice
 from kdtrain.engine.slices import CheckpointReader, Fragment, write_rank_file
 from kdtrain.errors import EXIT_DATA, CheckpointError
-from kdtrain.parallel.cut import Cut, even_cut, padded_cut
-from kdtrain.parallel.shard import split_tensor
+from kdtrain.parallel.cut import Cut, even_cut, fused_cut, padded_cut
+from kdtrain.parallel.heads import HeadCut
+from kdtrain.parallel.pieces import split_tensor
 
 SHAPES = {"embed.weight": (11, 6), "o_proj.weight": (6, 9), "stack.weight": (2, 5, 3), "norm.weight": (6,), "scale": ()}
 
@@ -42,6 +43,18 @@ LAYOUTS = {
         "o_proj.weight": Cut(1, ((0, 6), (6, 6), (6, 9))),
         "stack.weight": even_cut(1, 5, 3),
     },
+    # as fused projections are cut, whose ranks hold several ranges
+    "fused": {
+        "embed.weight": fused_cut([even_cut(0, 5, 2), even_cut(0, 3, 2), even_cut(0, 3, 2)]),
+        "o_proj.weight": fused_cut([even_cut(1, 4, 2), even_cut(1, 5, 2)]),
+        "norm.weight": fused_cut([even_cut(0, 2, 2), even_cut(0, 2, 2), even_cut(0, 2, 2)]),
+    },
+    # as key and value projections of two heads are cut over five ranks
+    "shared": {
+        "embed.weight": padded_cut(0, 11, 5, 8),
+        "norm.weight": HeadCut.of(6, 2, 5).key_value_cut(0, 3),
+        "stack.weight": HeadCut.of(6, 2, 5).key_value_cut(0, 1),
+    },
 }
 
 
@@ -58,6 +71,8 @@ def fragments(cuts, pieces_of=lambda size: [size]):
         cut = cuts.get(name)
         for kind in KINDS:
             for tp_rank in range(1 if cut is None else cut.tp_size):
+                if cut is not None and cut.is_copy(tp_rank):
+                    continue
                 unpadded = None if cut is None else replace(cut, padded=None)
                 flat = split_tensor(values(name, kind), unpadded, tp_rank).flatten()
                 at = 0
@@ -188,8 +203,8 @@ def file_outside(found):
     found["files"]["../x"] = found["files"]["rank_00000.safetensors"]
 
 
-def version_two(found):
-    found["version"] = 2
+def version_three(found):
+    found["version"] = 3
 
 
 def without_layout(found):
@@ -203,7 +218,7 @@ IN_JSON = {
     slice_of_a_rank_too_many: "tp rank 1, which did not exist",
     pieces_with_a_hole: "do not partition",
     file_outside: "plain file name",
-    version_two: "format version 2, this kdtrain reads up to 1",
+    version_three: "format version 3, this kdtrain reads up to 2",
     without_layout: "KeyError 'layout'",
 }
 DAMAGE = {

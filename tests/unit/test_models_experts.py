@@ -18,7 +18,7 @@ from kdtrain.models.probe import measure
 from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.models.shrink import COUNTS, tiny_settings
 from kdtrain.models.tiny_mixtures import MIXTURES, mixture_config, write_mixture
-from kdtrain.parallel.experts import PackedCut, expert_cuts, expert_modules
+from kdtrain.parallel.experts import expert_cuts, expert_modules
 from kdtrain.parallel.plan import plan_cuts, read_plan
 
 PUBLISHED_PACKED = ("gpt_oss", "granitemoe", "granitemoeshared")
@@ -166,24 +166,11 @@ def test_a_published_size_is_probed_on_a_copy_with_few_experts(kind):
     assert (found.leak < 1e-4) is (kind != "gpt_oss")
 
 
-def test_packed_gate_and_up_are_cut_alike_and_put_together_again():
-    full = torch.arange(2 * 40 * 3.0).view(2, 40, 3)
-    cut = PackedCut(1, ((0, 8), (8, 20)))
-    pieces = [cut.split(full, rank) for rank in (0, 1)]
-    assert [tuple(piece.shape) for piece in pieces] == [(2, 16, 3), (2, 24, 3)]
-    assert [cut.local_size(rank) for rank in (0, 1)] == [16, 24]
-    gate, up = pieces[1].chunk(2, 1)
-    assert torch.equal(gate, full[:, 8:20])
-    assert torch.equal(up, full[:, 28:40])
-    assert torch.equal(cut.merge(pieces), full)
-    assert cut.full_shape(tuple(pieces[0].shape)) == tuple(full.shape)
-
-
 def test_experts_are_cut_where_a_gpu_wants_it_and_shared_experts_with_them():
     cuts = plan_cuts(on_meta("qwen3_moe"), 4, 128)
     name = "model.layers.0.mlp.experts."
     assert cuts[name + "down_proj"].pieces == ((0, 16), (16, 24), (24, 32), (32, 40))
-    assert cuts[name + "gate_up_proj"] == PackedCut(1, cuts[name + "down_proj"].pieces)
+    assert cuts[name + "gate_up_proj"].ranges(1) == ((16, 24), (56, 64)), "a gate and its counterpart"
     assert "model.layers.0.mlp.gate.weight" not in cuts, "routers are replicated"
     blocks = {block.name for block in read_plan(on_meta("qwen2_moe")).blocks}
     assert "model.layers.0.mlp.shared_expert" in blocks, "transformers' plan does not name it"

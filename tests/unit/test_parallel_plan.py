@@ -61,14 +61,28 @@ def test_norms_inside_attention_are_known_to_get_partial_gradients():
         assert set(block.partial_grad) == set(expected)
 
 
-def test_more_ranks_than_key_value_groups_is_refused_with_the_number_to_use():
-    with pytest.raises(ParallelError, match=r"parallel\.tp = 4 is more than the 3 key/value groups(.|\n)*at most 3"):
-        plan_cuts(meta_model("smollm"), 4, 128)
+def test_more_ranks_than_query_heads_is_refused_with_the_number_to_use():
+    with pytest.raises(ParallelError, match=r"parallel\.tp = 10 is more than the 9 query heads(.|\n)*at most 9"):
+        plan_cuts(meta_model("smollm"), 10, 128)
+
+
+def test_more_ranks_than_groups_of_a_fused_projection_is_refused_with_the_number_to_use():
+    with pytest.raises(ParallelError, match=r"parallel\.tp = 5 is more than the 4 key/value groups(.|\n)*at most 4"):
+        plan_cuts(meta_model("phi3"), 5, 128)
 
 
 def test_an_unknown_style_is_refused_with_style_and_module():
-    with pytest.raises(ParallelError, match=r"'colwise_gather_output' of module 'model\.layers\.0\.self_attn\.q_proj'"):
-        plan_cuts(meta_model("olmo2"), 2, 128)
+    model = meta_model()
+    model._tp_plan = {**model.tp_plan, "model.layers.*.self_attn.q_proj": "sideways"}
+    with pytest.raises(ParallelError, match=r"'sideways' of module 'model\.layers\.0\.self_attn\.q_proj'"):
+        plan_cuts(model, 2, 128)
+
+
+def test_a_layer_that_stands_alone_may_not_stand_in_a_sharded_block():
+    model = meta_model()
+    model._tp_plan = {**model.tp_plan, "model.layers.*.self_attn.q_proj": "colwise_gather_output"}
+    with pytest.raises(ParallelError, match=r"q_proj' is planned as (.|\n)* in the sharded block"):
+        plan_cuts(model, 2, 128)
 
 
 def test_a_model_without_a_plan_is_refused():

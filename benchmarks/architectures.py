@@ -1,0 +1,299 @@
+"""Every causal language model that transformers knows, cut over two ranks, against the stock model in one process.
+
+    python benchmarks/architectures.py           # a few minutes -> docs/results/architectures.md, and prints it
+    python benchmarks/architectures.py --match phi     # only model types that contain it; writes nothing
+
+A tiny random copy of each model type's default config (2 layers, 4 heads in 2 key/value groups where it has groups,
+299 tokens) goes through kdtrain's own `load_backbone` at tp 2. Compared with the stock class, run whole by
+transformers: hidden states, the summed cross-entropy, and every parameter's gradient, gathered from the ranks. Errors
+are relative, in the 2-norm; a gradient smaller than a hundredth of the whole gradient is measured against that
+hundredth, because some (the bias of keys) are zero but for rounding. Norms, biases and other vectors are moved away
+from ones and zeros.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import measuring as common
+
+TABLE = common.ROOT / "docs/results/architectures.md"
+COMMAND = "make architectures"
+VOCAB, SEQUENCES, SEQ_LEN, SEED = 299, 2, 13, 5
+TOLERANCE, TIMEOUT_S = 1e-5, 90.0
+PRELOAD = ("torch", "transformers.models.llama.modeling_llama", "kdtrain.models.load")
+
+EQUAL, REFUSED, FAILED = "equal", "refused", "FAILED"
+EXPERTS, ALONE, UNBUILT = "mixture of experts", "refused at tp 1 too", "no tiny copy"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model type. planned: whether transformers gives it a tensor-parallel plan; None: no copy could be built."""
+
+    model_type: str
+    name: str
+    planned: bool | None
+    result: str
+    detail: str = ""
+    error: float = math.nan
+
+    def line(self) -> str:
+        error = "" if math.isnan(self.error) else f"{self.error:.1e}"
+        return f"| {self.name} | {self.model_type} | {self.result} | {error} | {self.detail} |"
+
+
+def known_types() -> dict[str, str]:
+    """model_type -> class, of everything AutoModelForCausalLM can build."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return dict(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()))
+
+
+def tiny_copies(model_type: str) -> list[dict[str, Any]]:
+    """config.json contents to try, the smallest first."""
+    from transformers import AutoConfig
+
+    from kdtrain.models.shrink import FULL_WIDTH, tiny_settings
+
+    default = AutoConfig.for_model(model_type)
+    copies = []
+    for what, settings in tiny_settings(default, 2):
+        if what == FULL_WIDTH:
+            continue
+        quiet = {key: 0.0 for key, value in settings.items() if is_dropout(key) and value}
+        copies.append({**settings, **quiet, "model_type": model_type, "vocab_size": VOCAB})
+    return copies
+
+
+def is_dropout(key: str) -> bool:
+    return key.endswith(("dropout", "pdrop", "drop_rate", "dropout_prob", "layerdrop"))
+
+
+def first_line(error: BaseException | str) -> str:
+    return str(error).splitlines()[0].replace("|", "/")[:200] if str(error) else type(error).__name__
+
+
+def write_copy(folder: Path, model_type: str) -> tuple[Path | None, str]:
+    """(config.json of the first tiny copy that kdtrain can load whole, ""), or (None, why there is none)."""
+    from kdtrain.dist.mesh import Mesh
+    from kdtrain.errors import KdtrainError
+
+    reasons = []
+    try:
+        copies = tiny_copies(model_type)
+    except build_errors() as error:
+        return None, f"{UNBUILT}: {first_line(error)}"
+    for number, settings in enumerate(copies):
+        path = folder / f"{model_type}_{number}.json"
+        path.write_text(json.dumps(settings))
+        try:
+            load(path, Mesh())
+        except KdtrainError as error:
+            text = first_line(error).replace(str(path), model_type)
+            reasons.append(f"{EXPERTS if 'mixture of experts' in str(error) else ALONE}: {text}")
+        except build_errors() as error:
+            reasons.append(f"{UNBUILT}: {type(error).__name__}: {first_line(error)}")
+        else:
+            return path, ""
+    return None, reasons[-1] if reasons else f"{UNBUILT}: its config has no width"
+
+
+def build_errors() -> tuple[type[Exception], ...]:
+    from kdtrain.models.probe import _BUILD_ERRORS
+
+    return (*_BUILD_ERRORS, OSError)
+
+
+def load(path: Path, mesh: Any) -> Any:
+    """The Backbone of a copy, the same numbers in every layout, its vectors moved away from ones and zeros."""
+    import torch
+
+    from kdtrain.models.load import ModelSpec, load_backbone
+    from kdtrain.parallel.pieces import split_tensor
+
+    spec = ModelSpec(architecture=str(path), dtype="float32")
+    backbone = load_backbone(spec, mesh, vocab_size=VOCAB, trainable=True, seed=SEED, packed=False)
+    shapes = backbone.full_shapes()
+    with torch.no_grad():
+        for number, (name, param) in enumerate(backbone.hf_parameters()):
+            generator = torch.Generator().manual_seed(number)
+            more = torch.randn(shapes[name], generator=generator) * (0.3 if len(shapes[name]) == 1 else 0.05)
+            param += split_tensor(more, backbone.cuts.get(name), mesh.tp_rank)
+    return backbone
+
+
+def has_plan(path: Path) -> bool:
+    """Whether transformers plans the cut of this model."""
+    from transformers import AutoModelForCausalLM
+
+    from kdtrain.models.load import ModelSpec, build_config, parameters_on_meta
+
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(build_config(ModelSpec(architecture=str(path)), VOCAB))
+    return bool(model.tp_plan)
+
+
+def batch_of() -> Any:
+    import torch
+
+    from kdtrain.data.batch import Batch
+
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(4, VOCAB, (SEQUENCES, SEQ_LEN + 1), generator=generator)
+    positions = torch.arange(SEQ_LEN).expand(SEQUENCES, -1).clone()
+    mask = torch.ones(SEQUENCES, SEQ_LEN)
+    mask[0, 4] = 0
+    return Batch(tokens[:, :-1], tokens[:, 1:], mask, positions, torch.arange(SEQUENCES))
+
+
+def run_stock(path: Path) -> dict[str, Any]:
+    """Hidden states, loss and gradients of the stock class, given the numbers of `load` at tp 1."""
+    import torch
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM
+
+    from kdtrain.dist.mesh import Mesh
+
+    backbone = load(path, Mesh())
+    attention = str(backbone.config._attn_implementation)
+    model = AutoModelForCausalLM.from_config(backbone.config, attn_implementation=attention, dtype=torch.float32)
+    mine = dict(backbone.hf_parameters())
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            param.copy_(mine[name][tuple(slice(size) for size in param.shape)])
+    model.train()
+    batch = batch_of()
+    out = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, output_hidden_states=True)
+    losses = F.cross_entropy(out.logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+    loss = (losses * batch.loss_mask.flatten()).sum()
+    loss.backward()
+    grads = {name: param.grad.numpy() for name, param in model.named_parameters() if param.grad is not None}
+    return {"hidden": out.hidden_states[-1].detach().flatten(0, 1).numpy(), "loss": float(loss), "grads": grads}
+
+
+def run_cut(rank: int, world_size: int, path: str) -> dict[str, Any]:
+    """On every rank: what `run_stock` says, with this rank's part of each gradient."""
+    from kdtrain.dist.mesh import Mesh
+    from kdtrain.losses import linear_cross_entropy
+
+    mesh = Mesh.build(world_size)
+    try:
+        backbone = load(Path(path), mesh)
+        batch = batch_of()
+        hidden = backbone.hidden_states(batch)
+        parts = linear_cross_entropy(
+            hidden, backbone.lm_head_shard, batch.labels.flatten(), weight=batch.loss_mask.flatten(),
+            shard=backbone.shard, group=mesh.tp_group,
+        )  # fmt: skip
+        parts.loss.backward()
+    except build_errors() as error:
+        return {"failure": f"{type(error).__name__}: {first_line(error)}"}
+    grads = {name: param.grad.numpy() for name, param in backbone.hf_parameters() if param.grad is not None}
+    return {"hidden": hidden.detach().numpy(), "loss": float(parts.loss), "grads": grads}
+
+
+def errors_of(stock: dict[str, Any], cuts: dict[str, Any], answers: list[dict[str, Any]]) -> dict[str, float]:
+    """Relative error of hidden states, loss and each gradient, the worst rank's."""
+    import numpy as np
+    import torch
+
+    from kdtrain.parallel.pieces import merge_state_dict
+
+    norm = np.linalg.norm
+    found = {"loss": max(abs(answer["loss"] / stock["loss"] - 1) for answer in answers)}
+    found["hidden states"] = max(
+        float(norm(answer["hidden"] - stock["hidden"]) / norm(stock["hidden"])) for answer in answers
+    )
+    total = math.sqrt(sum(float(norm(grad)) ** 2 for grad in stock["grads"].values()))
+    states = [{name: torch.from_numpy(grad) for name, grad in answer["grads"].items()} for answer in answers]
+    for name in states[0]:
+        if name not in cuts and any(not torch.equal(state[name], states[0][name]) for state in states):
+            found[f"{name} (ranks disagree)"] = math.inf
+    merged = merge_state_dict(states, cuts)
+    for name in sorted(set(merged) ^ set(stock["grads"])):
+        found[f"{name} (one side has no gradient)"] = math.inf
+    for name in set(merged) & set(stock["grads"]):
+        want = stock["grads"][name]
+        got = merged[name].numpy()[tuple(slice(size) for size in want.shape)]
+        found[name] = float(norm(got - want)) / max(float(norm(want)), total / 100)
+    return {name: math.inf if math.isnan(error) else error for name, error in found.items()}
+
+
+class Sweep:
+    """A pool of two ranks and a folder for configs. A case that kills its ranks does not end it."""
+
+    def __init__(self, folder: Path, tp_size: int = 2) -> None:
+        from kdtrain.testing.ranks import RankPool
+
+        self.folder, self.tp_size = folder, tp_size
+        self.pool = RankPool(tp_size, preload=PRELOAD)
+
+    def row(self, model_type: str, name: str) -> Row:
+        """Measure one model type."""
+        path, why = write_copy(self.folder, model_type)
+        if path is None:
+            return Row(model_type, name, None, *why.split(": ", 1))
+        return self.measure(path, model_type, name)
+
+    def measure(self, path: Path, model_type: str, name: str) -> Row:
+        """Refused without ranks; else run on them."""
+        from kdtrain.dist.mesh import Mesh
+        from kdtrain.errors import KdtrainError
+
+        planned = has_plan(path)
+        try:
+            cuts = load(path, Mesh(self.tp_size, 0, self.tp_size)).cuts
+        except KdtrainError as error:
+            return Row(model_type, name, planned, REFUSED, first_line(error))
+        except build_errors() as error:
+            return Row(model_type, name, planned, FAILED, f"{type(error).__name__}: {first_line(error)}")
+        try:
+            answers = self.pool.run(run_cut, timeout_s=TIMEOUT_S, path=str(path))
+        except (AssertionError, TimeoutError) as error:
+            return Row(model_type, name, planned, FAILED, first_line(error))
+        failures = [answer["failure"] for answer in answers if "failure" in answer]
+        if failures:
+            return Row(model_type, name, planned, FAILED, failures[0])
+        errors = errors_of(run_stock(path), cuts, answers)
+        worst = max(errors, key=lambda key: errors[key])
+        verdict = (EQUAL, "") if errors[worst] <= TOLERANCE else (FAILED, f"worst: {worst}")
+        return Row(model_type, name, planned, *verdict, errors[worst])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--match", metavar="TEXT", help="only model types that contain TEXT; writes nothing")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    started, rows = time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="architectures_") as folder:
+        sweep = Sweep(Path(folder))
+        for model_type, name in known_types().items():
+            if (arguments.match or "") in model_type:
+                rows.append(sweep.row(model_type, name))
+                print(rows[-1].line(), flush=True)
+        sweep.pool.close()
+    print(dict(Counter((row.planned, row.result) for row in rows)), f"{time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

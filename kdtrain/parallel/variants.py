@@ -1,0 +1,113 @@
+"""Further tensor-parallel layers: for other inputs, outputs and weight layouts than those of `layers`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdtrain.dist.collectives import Group, copy_to_tp
+from kdtrain.dist.features import Sizes, gather_features, split_features
+from kdtrain.parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+
+class ColumnParallelConv1D(ColumnParallelLinear):
+    """As ColumnParallelLinear for transformers' Conv1D, whose weight is [in, out_local]."""
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """Width of this rank's output."""
+        return self.weight.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out_local]. Does not communicate."""
+        return F.linear(x, self.weight.t(), self.bias)
+
+
+class RowParallelConv1D(RowParallelLinear):
+    """As RowParallelLinear for transformers' Conv1D, whose weight is [in_local, out]."""
+
+    @property
+    def in_features(self) -> int:
+        """Width of this rank's input."""
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.weight.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_local] -> [..., out]."""
+        y = self.leave(F.linear(x, self.weight.t()), self.group)
+        return y if self.bias is None else y + self.bias
+
+
+class CopyingColumnLinear(ColumnParallelLinear):
+    """A column layer that sums its own input's gradient, because its input is not the input of its block.
+
+    Communicates: nothing forward, one all-reduce backward.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group) -> None:
+        super().__init__(weight, bias)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Replicated [..., in] -> sharded [..., out_local]."""
+        return super().forward(copy_to_tp(x, self.group))
+
+
+class GatheredColumnLinear(CopyingColumnLinear):
+    """A column layer whose output every rank needs whole: replicated [..., in] -> replicated [..., out].
+
+    What follows is computed by every rank. Communicates: one all-gather forward, one all-reduce backward.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group, sizes: Sizes) -> None:
+        super().__init__(weight, bias, group)
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Replicated [..., in] -> replicated [..., out]."""
+        return gather_features(super().forward(x), self.sizes, self.group)
+
+
+class SplitInputRowLinear(RowParallelLinear):
+    """A row layer that takes its part of a replicated input: replicated [..., in] -> replicated [..., out].
+
+    Communicates: one all-reduce forward, one all-gather backward.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group, sizes: Sizes) -> None:
+        super().__init__(weight, bias, group)
+        self.sizes = sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Replicated [..., in] -> replicated [..., out]."""
+        return super().forward(split_features(x, self.sizes, self.group))
+
+
+class LatentLinear(nn.Module):
+    """The replicated projection of latent attention, [..., in] -> [..., latent + rope].
+
+    Its first `latent` outputs go through column layers that copy their input; the rest is read by every rank's own
+    heads directly, so its gradient is summed here. Communicates: nothing forward, one all-reduce backward.
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group, latent: int) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.group = group
+        self.latent = latent
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Replicated [..., in] -> replicated [..., latent + rope]."""
+        y = F.linear(x, self.weight, self.bias)
+        return torch.cat([y[..., : self.latent], copy_to_tp(y[..., self.latent :], self.group)], -1)
