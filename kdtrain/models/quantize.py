@@ -69,7 +69,7 @@ def _linear_layers(backbone: Backbone) -> Iterator[Any]:
 
 
 def _quantized(weight: Tensor, kind: str, largest: Tensor | None) -> Any:
-    """[out, in] as a tensor subclass of 8 bits. largest [out, 1]: of each row in size, where other ranks hold the rest."""
+    """[out, in] as a subclass of 8 bits. largest [out, 1]: of each row in size, where other ranks hold the rest."""
     from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
 
     weight = weight.detach()
