@@ -40,6 +40,15 @@ VOCAB, SEQUENCES, SEQ_LEN, SEED = 299, 2, 13, 5
 TOLERANCE, TIMEOUT_S = 1e-5, 90.0
 PRELOAD = ("torch", "transformers.models.llama.modeling_llama", "kdtrain.models.load")
 
+HINTS: dict[str, dict[str, Any]] = {
+    "ministral": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "gemma4_text": {"per_layer_config": None},
+    "gemma4_unified_text": {"per_layer_config": None},
+}
+"""Settings without which no tiny copy of a default config can be built."""
+
 EQUAL, REFUSED, FAILED = "equal", "refused", "FAILED"
 EXPERTS, ALONE, UNBUILT = "mixture of experts", "refused at tp 1 too", "no tiny copy"
 
@@ -74,6 +83,8 @@ def tiny_copies(model_type: str) -> list[dict[str, Any]]:
     from kdtrain.models.shrink import FULL_WIDTH, tiny_settings
 
     default = AutoConfig.for_model(model_type)
+    for key, value in HINTS.get(model_type, {}).items():
+        setattr(default, key, value)
     copies = []
     for what, settings in tiny_settings(default, 2):
         if what == FULL_WIDTH:
@@ -141,14 +152,15 @@ def load(path: Path, mesh: Any) -> Any:
 
 
 def has_plan(path: Path) -> bool:
-    """Whether transformers plans the cut of this model."""
+    """Whether transformers plans the cut of this model, more of it than embedding and head."""
     from transformers import AutoModelForCausalLM
 
     from kdtrain.models.load import ModelSpec, build_config, parameters_on_meta
 
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(build_config(ModelSpec(architecture=str(path)), VOCAB))
-    return bool(model.tp_plan)
+    outside = {"lm_head", "embed_tokens", "embed_in", "embed_out"}
+    return bool({key.rpartition(".")[2] for key in model.tp_plan} - outside)
 
 
 def batch_of() -> Any:

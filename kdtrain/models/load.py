@@ -261,7 +261,8 @@ def enable_activation_checkpointing(model: Any) -> None:
 def _refuse_dropout(model: Any) -> None:
     settings = vars(model.config)
     dropouts = {key: value for key, value in settings.items() if key.endswith(("dropout", "pdrop")) and value}
-    dropouts.pop("classifier_dropout", None)
+    for of_another_task in ("classifier_dropout", "summary_first_dropout"):
+        dropouts.pop(of_another_task, None)
     if dropouts:
         raise ParallelError(
             f"config.json sets {dropouts} and parallel.tp > 1\n"

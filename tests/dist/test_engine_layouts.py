@@ -1,7 +1,7 @@
 """Three optimizer steps under DeepSpeed in many layouts, against plain torch: whole logits, autograd, AdamW."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from kdtrain.models.tiny import tiny_config
 from kdtrain.objectives.base import HeadLayout
 from kdtrain.objectives.distill import Distill
 from kdtrain.objectives.pretrain import Pretrain
+from kdtrain.parallel.pieces import split_tensor
 from kdtrain.training import build
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
@@ -165,8 +166,8 @@ def shift_vectors(backbone):
             cut = backbone.cuts.get(name)
             size = backbone.full_shapes()[name][0]
             full = 0.3 * torch.sin(torch.arange(size) + len(name))
-            start, stop = (0, size) if cut is None else cut.pieces[backbone.shard.start // backbone.shard.rows]
-            param.data += full[start:stop].to(param.dtype)
+            tp_rank = backbone.shard.start // backbone.shard.rows
+            param.data += split_tensor(full, cut and replace(cut, padded=None), tp_rank).to(param.dtype)
 
 
 def step_batch(step):

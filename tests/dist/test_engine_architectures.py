@@ -1,0 +1,145 @@
+"""Architectures that need more than one contiguous piece per parameter, through the engine: against plain torch.
+
+Fused projections, Conv1D, outputs gathered for a norm over the whole width, key/value heads that ranks share. Loss,
+gradient norm, every gathered gradient, three steps, and a checkpoint that another tp continues.
+"""
+
+import importlib.util
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdtrain.dist.mesh import Mesh
+from kdtrain.engine import checkpoint
+from kdtrain.engine.slices import CheckpointReader
+from kdtrain.models.tiny import tiny_config
+
+pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
+
+
+def load_laws():
+    """test_engine_layouts.py, by path: its steps, its oracle and its comparison."""
+    name = "layout_laws"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("test_engine_layouts.py"))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+laws = load_laws()
+laws.FAMILIES.update(
+    gpt2=tiny_config("gpt2"),
+    phi3=tiny_config("phi3"),
+    olmo2=tiny_config("olmo2"),
+    few_groups=tiny_config("llama", num_attention_heads=4, num_key_value_heads=2),
+    one_group=tiny_config("llama", num_key_value_heads=1, tie_word_embeddings=True),
+    uneven_groups=tiny_config("smollm", num_attention_heads=9, num_key_value_heads=3),
+)
+Case = laws.Case
+CASES = {
+    2: [
+        Case("gpt2", 2, 1, (8, 1, 4)),
+        Case("gpt2", 2, 3, (3, 8, 1), recompute=True),
+        Case("phi3", 2, 2, (8, 3, 1)),
+        Case("phi3", 2, 0, (1, 8, 4)),
+        Case("olmo2", 2, 1, (8, 3, 1), recompute=True),
+        Case("olmo2", 2, 3, (8, 3, 1)),
+        Case("one_group", 2, 2, (3, 8, 1)),
+    ],
+    4: [
+        Case("few_groups", 4, 0, (8, 1, 4)),
+        Case("few_groups", 4, 1, (8, 1, 4), recompute=True),
+        Case("few_groups", 4, 3, (3, 8, 1)),
+        Case("one_group", 4, 2, (8, 4, 1)),
+        Case("uneven_groups", 4, 1, (8, 8, 8)),
+        Case("one_group", 2, 1, (4, 1, 3)),
+    ],
+}
+
+
+def run_cases(rank, world_size, folder, settings):
+    """As in the layouts' test, on meshes of any tp. Cases come as dicts: ranks load that test under another name."""
+    from kdtrain.engine import bootstrap
+    from kdtrain.engine.zero import StudentEngine
+
+    assert bootstrap.start().world_size == world_size
+    cases = [Case(**one) for one in settings]
+    meshes = {tp: Mesh.build(tp) for tp in sorted({case.tp for case in cases})}
+    answers = []
+    for case in cases:
+        mesh = meshes[case.tp]
+        backbone = laws.build_backbone(folder, case.family, mesh, recompute=case.recompute)
+        engine = StudentEngine(backbone, mesh, laws.configuration(case.stage), device=torch.device("cpu"))
+        steps = []
+        for step in (1, 2, 3):
+            loss, result = laws.make_step(engine, step, case.micro[step - 1])
+            assert result.applied
+            steps.append((loss, result.grad_norm))
+            if step != 2:
+                checkpoint.save(folder / case.name, engine, step=step, state={})
+        answers.append((steps, laws.evaluate(engine)))
+        engine.close()
+    return answers
+
+
+def continue_cases(rank, world_size, folder, settings):
+    """[losses and norms of steps 2 and 3], an evaluation, of each (case, tp) from the case's checkpoint of step 1."""
+    from kdtrain.engine import bootstrap
+    from kdtrain.engine.zero import StudentEngine
+
+    assert bootstrap.start().world_size == world_size
+    cases = [(Case(**one), tp) for one, tp in settings]
+    meshes = {tp: Mesh.build(tp) for tp in sorted({tp for _, tp in cases})}
+    answers = []
+    for case, tp in cases:
+        backbone = laws.build_backbone(folder, case.family, meshes[tp])
+        engine = StudentEngine(backbone, meshes[tp], laws.configuration(case.stage), device=torch.device("cpu"))
+        checkpoint.load(folder / case.name / "step_000001", engine)
+        micro = laws.SEQUENCES * tp // world_size
+        steps = [laws.make_step(engine, step, micro) for step in (2, 3)]
+        answers.append(([(loss, result.grad_norm) for loss, result in steps], laws.evaluate(engine)))
+        engine.close()
+    return answers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("architectures")
+
+
+@pytest.fixture(scope="module")
+def oracles(folder):
+    families = {case.family for cases in CASES.values() for case in cases}
+    return {family: laws.oracle(folder, family, False) for family in families}
+
+
+@pytest.mark.parametrize("world_size", CASES)
+def test_every_architecture_makes_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
+    answers = fresh_pool(world_size).run(run_cases, folder=folder, settings=[asdict(case) for case in CASES[world_size]])
+    for rank in range(world_size):
+        assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
+    for case, answer in zip(CASES[world_size], answers[0], strict=True):
+        laws.check_case(case, answer, oracles[case.family], folder / case.name)
+
+
+CONTINUED = {1: [("few_groups", 1), ("phi3", 1)], 2: [("few_groups", 2), ("gpt2", 1), ("olmo2", 1)]}
+"""World size -> (family, tp) that goes on from a checkpoint of the first of the family's cases."""
+
+
+@pytest.mark.parametrize("world_size", CONTINUED)
+def test_another_tp_continues_from_a_checkpoint(world_size, fresh_pool, folder, oracles):
+    every = [case for cases in CASES.values() for case in cases]
+    cases = [(next(c for c in every if c.family == family), tp) for family, tp in CONTINUED[world_size]]
+    missing = [case for case, _ in cases if not (folder / case.name).exists()]
+    assert not missing, "this test goes on where test_every_architecture_makes_the_steps_of_plain_torch was"
+    answers = fresh_pool(world_size).run(continue_cases, folder=folder, settings=[(asdict(c), tp) for c, tp in cases])
+    for (case, tp), (steps, evaluation) in zip(cases, answers[0], strict=True):
+        want = oracles[case.family]
+        for step, right in zip(steps, want.steps[1:], strict=True):
+            assert step == pytest.approx(right, rel=case.tolerance), (case.name, tp)
+        assert evaluation == pytest.approx(want.evaluation, rel=case.tolerance), (case.name, tp)
