@@ -42,7 +42,7 @@ def cases():
             case("gpt_neox", 1, 3, (3, 8, 1), cp=2, recompute=True),
             case("gemma3_window", 1, 1, (8, 1, 3), cp=2),
             case("llama_one_kv", 1, 2, (1, 8, 3), cp=2, recompute=True),
-            case("gpt_neox", 1, 1, (8, 3, 1), cp=2, teacher="plain"),
+            case("gpt_neox", 1, 1, (8, 3, 1), cp=2, teacher="plain overlap"),
             case("qwen3", 1, 3, (3, 8, 1), cp=2, teacher="plain zero3"),
         ],
         4: [

@@ -1,15 +1,20 @@
 """What is reported of sequences that ranks share: the means of whole sequences, each token counted once."""
 
+import dataclasses
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.data.context import cut_sequences
+from kdtrain.dist.collectives import gather_ranks
 from kdtrain.dist.mesh import Mesh
 from kdtrain.evaluation.validation import EVAL_METRICS, Validation
 from kdtrain.models.backbone import call_with_head
 from kdtrain.models.load import ModelSpec, load_backbone
-from kdtrain.models.tiny import tiny_config
+from kdtrain.models.tiny import TINY, tiny_config
+from kdtrain.models.tiny_mixtures import mixture_config
 from kdtrain.objectives.base import HeadLayout
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.testing.validation_reference import favour_tokens, reference_means, uneven_batches
@@ -23,6 +28,46 @@ MODELS = {
     "student": tiny_config("qwen3", vocab_size=VOCAB),
     "teacher": tiny_config("gemma3", vocab_size=VOCAB, sliding_window=4, final_logit_softcapping=5.0),
 }
+
+WINDOW = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+KINDS = {
+    **TINY,
+    "mistral": {**TINY["llama"], "model_type": "mistral", "sliding_window": 4},
+    "gemma2": {**TINY["llama"], "model_type": "gemma2", "head_dim": 4, "attn_logit_softcapping": 2.0, **WINDOW},
+    "cohere2": {**TINY["llama"], "model_type": "cohere2", **WINDOW},
+    "phi": {**TINY["llama"], "model_type": "phi", "num_key_value_heads": 8},
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2, "bos_token_id": None, "eos_token_id": None},
+    **{kind: mixture_config(kind) for kind in ("mixtral", "qwen3_moe", "deepseek_v3")},  # the last: values are narrower
+}
+UNEVEN = ("smollm",)
+"""Nine heads, which two ranks cannot share."""
+
+
+def hidden_states(rank, world_size, folder, kinds):
+    """Worst difference of any token's hidden states from those of whole sequences, per kind, of its largest value."""
+    mesh, found = Mesh.build(1, world_size), {}
+    (whole,) = uneven_batches(VOCAB, ((2, 9),), SEQ_LEN)
+    for kind in kinds:
+        spec = ModelSpec(architecture=f"{folder}/{kind}.json", dtype="float32")
+        packed = kind != "gpt2"
+        batch = whole if packed else dataclasses.replace(whole, position_ids=torch.arange(SEQ_LEN).expand(2, -1))
+        one, ours = (
+            load_backbone(spec, m, vocab_size=VOCAB, trainable=False, packed=packed).eval() for m in (Mesh(), mesh)
+        )
+        right = one.hidden_states(batch).view(2, SEQ_LEN, -1)
+        part = cut_sequences(batch, mesh.cp_rank, mesh.cp_size)
+        got = gather_ranks(ours.hidden_states(part).view(2, SEQ_LEN // world_size, -1), mesh.cp_group)
+        found[kind] = float((torch.cat(list(got), 1) - right).abs().max() / right.abs().max())
+    return found
+
+
+def test_hidden_states_of_every_kind_are_those_of_whole_sequences(rank_pool, tmp_path):
+    kinds = [kind for kind in KINDS if kind not in UNEVEN]
+    for kind in kinds:
+        (tmp_path / f"{kind}.json").write_text(json.dumps(KINDS[kind]))
+    for found in rank_pool(2).run(hidden_states, folder=str(tmp_path), kinds=kinds):
+        assert found.keys() == set(kinds)
+        assert {kind: error for kind, error in found.items() if not error < 1e-5} == {}
 
 
 def evaluate(rank, world_size, root, tp, cp):

@@ -65,10 +65,14 @@ def test_rotary_transformers_pass(name):
     [
         ({**TINY["llama"], "model_type": "mamba"}, "tokens see others outside of attention"),
         ({**TINY["llama"], "model_type": "bloom", "n_head": 4, "n_layer": 2}, "tokens see others outside of attention"),
+        (
+            {**TINY["llama"], "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+            "tokens see others outside of attention",
+        ),
         ({**TINY["llama"], "model_type": "opt"}, "its attention is not causal attention within documents"),
         ({**TINY["llama"], "model_type": "stablelm"}, "does not pass its keyword arguments on to attention"),
     ],
-    ids=["mamba", "bloom", "opt", "stablelm"],
+    ids=["mamba", "bloom", "lfm2", "opt", "stablelm"],
 )
 def test_a_model_that_cannot_be_cut_by_tokens_is_refused(config, words):
     attention = "eager" if config["model_type"] in ("mamba", "bloom") else "sdpa"
