@@ -299,7 +299,8 @@ class DebugSection:
     """Switches for finding faults."""
 
     check_replicas: bool = False
-    """Compare the micro-batches of all tp ranks, element for element, each step; slow."""
+    """Compare the micro-batches of all tp ranks, element for element, and the borders of cp ranks' parts, each step;
+    slow."""
     self_check: bool = True
     """Before the first step: label cross-entropy of the teacher must beat its +-1 shifts, and tokenizers must agree."""
 

@@ -1,4 +1,4 @@
-"""debug.check_replicas: what must be the same on all ranks of a tp group is compared, not believed."""
+"""debug.check_replicas: what ranks of a tp group, and of a cp group, must have in common is compared, not believed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from kdtrain.errors import ParallelError
 
 
 def check_replicas(micro_batches: list[Batch], mesh: Mesh) -> None:
-    """ParallelError on every tp rank unless all of them hold the same micro-batches, element for element.
+    """ParallelError on every tp rank unless all of them hold the same micro-batches, element for element, and on every
+    cp rank unless their parts make up sequences.
 
-    Communicates: one all-gather over tp per micro-batch and field. Synchronises the device.
+    Communicates: one all-gather over tp per micro-batch and field, one over cp per micro-batch. Synchronises the
+    device.
     """
     for number, batch in enumerate(micro_batches):
         for field in fields(Batch):
@@ -27,3 +29,22 @@ def check_replicas(micro_batches: list[Batch], mesh: Mesh) -> None:
                     "  why: the ranks of a tp group must run the same tokens, or every gradient is wrong\n"
                     "  fix: give every node the same stores (fingerprints are in their manifest.json)"
                 )
+        _check_parts(number, batch, mesh)
+
+
+def _check_parts(number: int, batch: Batch, mesh: Mesh) -> None:
+    """The last label of a part is the first token of the next, and all parts are of the same samples."""
+    ends = torch.stack([batch.sample_ids, batch.input_ids[:, 0], batch.labels[:, -1]])
+    everyone = gather_ranks(ends, mesh.cp_group)  # [cp, 3, B]
+    odd = [
+        rank
+        for rank in range(1, len(everyone))
+        if not torch.equal(everyone[rank][0], everyone[0][0])
+        or not torch.equal(everyone[rank][1], everyone[rank - 1][2])
+    ]
+    if odd:
+        raise ParallelError(
+            f"micro-batch {number}: the parts of cp ranks {odd} do not continue those before them\n"
+            "  why: the ranks of a cp group must hold parts of the same sequences, or attention mixes different texts\n"
+            "  fix: give every node the same stores (fingerprints are in their manifest.json)"
+        )

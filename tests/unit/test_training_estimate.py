@@ -48,3 +48,14 @@ def test_a_teacher_on_the_host_is_counted_there():
     on, off = (estimated(2, offload=offload, teacher=TEACHER) for offload in (True, False))
     assert on.host - estimated(2, offload=True).host == 32_000_000 * 2 // 4
     assert off.parts["teacher"] - on.parts["teacher"] == 32_000_000 * 2 // 4
+
+
+def test_ranks_that_share_sequences_share_activations_and_states():
+    cfg = RunConfig()
+    cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 2, 128
+    cfg.zero.stage, cfg.teacher.zero_stage = 3, 3
+    whole = estimate_memory(cfg, STUDENT, TEACHER, dp_size=2).parts
+    cfg.parallel.cp = 4
+    shared = estimate_memory(cfg, STUDENT, TEACHER, dp_size=2).parts
+    for name in ("activations", "weights", "gradients", "optimizer", "teacher_hidden"):
+        assert shared[name] == whole[name] // 4, name
