@@ -8,7 +8,6 @@ inputs are shared out the largest entry of a row is taken over all ranks.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,10 +16,8 @@ from torch import Tensor, nn
 from kdtrain.dist.collectives import gather_ranks
 from kdtrain.errors import ConfigError
 from kdtrain.models.backbone import Backbone
+from kdtrain.parallel.experts import expert_modules
 from kdtrain.parallel.layers import ColumnParallelLinear, RowParallelLinear
-
-ROUTERS = frozenset(("gate", "router", "shared_expert_gate"))
-"""Last names of linear layers that choose experts: a rounded choice is another choice."""
 
 
 def require_torchao(kind: str) -> None:
@@ -37,19 +34,12 @@ def require_torchao(kind: str) -> None:
 def quantize_decoder_(backbone: Backbone, kind: str) -> tuple[int, int]:
     """Replace the weights of the decoder's linear layers, one layer after the other; (bytes before, bytes after).
 
-    kind: int8, or fp8 (float8_e4m3). Embedding, head, norms, biases and routers stay as they are, and so do experts
-    packed into one tensor. Bytes: all parameters of this rank, scales included. Every rank must call it. Communicates
-    over tp: one small all-gather per layer whose inputs are shared out. Raises ConfigError if there is no such layer,
-    or without torchao.
+    kind: int8, or fp8 (float8_e4m3). Embedding, head, norms and biases stay as they are. Bytes: all parameters of this
+    rank, scales included. Every rank must call it. Communicates over tp: one small all-gather per layer whose inputs
+    are shared out. Raises ConfigError without torchao, without such a layer, or for a mixture of experts.
     """
     require_torchao(kind)
-    before = _parameter_bytes(backbone)
-    layers = list(_linear_layers(backbone))
-    if not layers:
-        raise ConfigError(
-            f"teacher.quantize = {kind}: {type(backbone.model).__name__} has no linear layer to quantise\n"
-            "  fix: set teacher.quantize=null"
-        )
+    before, layers = _parameter_bytes(backbone), _linear_layers(backbone, kind)
     for layer in layers:
         weight = layer.weight
         largest = None
@@ -61,11 +51,18 @@ def quantize_decoder_(backbone: Backbone, kind: str) -> tuple[int, int]:
     return before, _parameter_bytes(backbone)
 
 
-def _linear_layers(backbone: Backbone) -> Iterator[Any]:
-    kinds = (nn.Linear, ColumnParallelLinear, RowParallelLinear)
-    for name, module in backbone.model.base_model.named_modules():
-        if isinstance(module, kinds) and name.rpartition(".")[2] not in ROUTERS:
-            yield module
+def _linear_layers(backbone: Backbone, kind: str) -> list[Any]:
+    decoder, classes = backbone.model.base_model, (nn.Linear, ColumnParallelLinear, RowParallelLinear)
+    found = [module for module in decoder.modules() if isinstance(module, classes)]
+    mixture = next(expert_modules(backbone.model), None) is not None
+    if mixture or not found:
+        why = "is a mixture of experts" if mixture else "has no linear layer"
+        raise ConfigError(
+            f"teacher.quantize = {kind}: {type(backbone.model).__name__} {why}\n"
+            "  why: torchao's tensors are matrices; packed experts, nearly all of a mixture's weights, are not\n"
+            "  fix: set teacher.quantize=null; teacher.layout=tp or teacher.zero_stage=3 divide the weights"
+        )
+    return found
 
 
 def _quantized(weight: Tensor, kind: str, largest: Tensor | None) -> Any:

@@ -15,6 +15,7 @@ from kdtrain.losses.reference import forward_kl
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.quantize import quantize_decoder_, require_torchao
 from kdtrain.models.tiny import tiny_config
+from kdtrain.models.tiny_mixtures import mixture_config
 from kdtrain.objectives.base import HeadLayout
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.testing.validation_reference import uneven_batches
@@ -64,16 +65,6 @@ def test_the_decoders_matrices_become_eight_bits_wide_and_nothing_else(build, fa
     assert quantised > 0.3 * sum(value.numel() for value in was.values())
     assert after == before or kind == "int8", "int8 keeps a zero point of a byte per row besides"
     assert after - before <= sum(len(param) for param in named(backbone).values() if param.dim() > 1)
-
-
-@needs_torchao
-def test_layers_that_choose_experts_are_left_alone(build):
-    backbone = build("qwen3")
-    mlp = backbone.model.base_model.layers[0].mlp
-    mlp.gate = torch.nn.Linear(8, 4)
-    quantize_decoder_(backbone, "int8")
-    assert type(mlp.gate.weight) is torch.nn.Parameter
-    assert type(mlp.up_proj.weight) is not torch.nn.Parameter
 
 
 def reference(backbone, batch):
@@ -140,8 +131,13 @@ def test_without_the_library_the_message_says_how_to_install_it(monkeypatch, bui
 
 
 @needs_torchao
-def test_a_model_without_linear_layers_is_refused(build):
+def test_what_has_no_matrices_to_quantise_is_refused(build, tmp_path):
     backbone = build("qwen3")
     backbone.model.base_model.layers = torch.nn.ModuleList()
-    with pytest.raises(ConfigError, match="has no linear layer to quantise"):
+    with pytest.raises(ConfigError, match=r"has no linear layer\n.*\n  fix: set teacher.quantize=null"):
         quantize_decoder_(backbone, "int8")
+    (tmp_path / "mixture.json").write_text(json.dumps(mixture_config("mixtral")))
+    spec = ModelSpec(architecture=str(tmp_path / "mixture.json"), dtype="float32")
+    mixture = load_backbone(spec, Mesh(), vocab_size=VOCAB, trainable=False)
+    with pytest.raises(ConfigError, match="MixtralForCausalLM is a mixture of experts"):
+        quantize_decoder_(mixture, "fp8")
