@@ -31,7 +31,11 @@ def cases(test, world_size):
         ],
         4: [(2, 2, (4, 1, 3), "tp4 overlap"), (2, 1, (4, 1, 3), "tp zero3 limit11")],
     }[world_size]
-    return [test.Case("llama", tp, stage, micro, teacher=words) for tp, stage, micro, words in layouts]
+    contexts = {
+        2: [test.Case("qwen3", 1, 1, (8, 1, 3), cp=2, teacher="plain overlap limit18")],
+        4: [test.Case("qwen3", 2, 2, (8, 1, 3), cp=2, teacher="tp overlap")],
+    }[world_size]
+    return [*(test.Case("llama", tp, stage, micro, teacher=words) for tp, stage, micro, words in layouts), *contexts]
 
 
 def run(rank, world_size, folder):
@@ -45,18 +49,18 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def oracle(folder):
-    return load_helpers().oracle(folder, "llama", True)
+def oracles(folder):
+    return {family: load_helpers().oracle(folder, family, True) for family in ("llama", "qwen3")}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_teacher_ahead_or_in_pieces_makes_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracle):
+def test_a_teacher_ahead_or_in_pieces_makes_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
     test = load_helpers()
     answers = fresh_pool(world_size).run(run, folder=folder)
     for rank in range(world_size):
         assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
     for case, answer in zip(cases(test, world_size), answers[0], strict=True):
-        test.check_case(case, answer, oracle, folder / case.name)
+        test.check_case(case, answer, oracles[case.family], folder / case.name)
 
 
 def groups_in_use(rank, world_size, folder):
