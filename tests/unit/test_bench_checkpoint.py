@@ -1,0 +1,55 @@
+"""The checkpoint benchmark: a measurement measures, and its table is what its CSV says."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MEASURE = """
+import json, sys
+from pathlib import Path
+import bench_checkpoint
+print(json.dumps(bench_checkpoint.measure(sys.argv[1], Path(sys.argv[2]), rounds=1)))
+"""
+
+
+def load():
+    """benchmarks/ is no package: its scripts find each other beside themselves."""
+    if str(ROOT / "benchmarks") not in sys.path:
+        sys.path.insert(0, str(ROOT / "benchmarks"))
+    return importlib.import_module("bench_checkpoint")
+
+
+@pytest.mark.deepspeed
+def test_one_round_of_a_tiny_model_saves_both_ways_and_keeps_one_checkpoint(tmp_path):
+    from kdtrain.models.tiny import tiny_config
+
+    (tmp_path / "student.json").write_text(json.dumps(tiny_config("smollm")))
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "benchmarks")))
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path / "student.json"), str(tmp_path / "saved")],
+        capture_output=True, text=True, check=False, timeout=200, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    size, table = json.loads(done.stdout.splitlines()[-1])
+    (kept,) = (tmp_path / "saved").iterdir()
+    assert size == sum(file.stat().st_size for file in kept.glob("*.safetensors"))
+    assert list(table) == ["alone", "at once", "behind"]
+    assert table["alone"]["stall_s"] == 0.0 < min(table[mode]["stall_s"] for mode in ("at once", "behind"))
+    assert table["behind"]["stall_s"] < table["behind"]["on_disk_s"]
+    assert all(values["step_s"] > 0 for values in table.values())
+
+
+def test_the_table_shows_every_row_of_the_csv():
+    bench = load()
+    values = {"stall_s": 1.5, "on_disk_s": 2.0, "step_s": 0.25, "first_stall_s": 3.0}
+    rows = bench.rows_of("m", 3 << 30, {"at once": values, "behind": values | {"stall_s": 0.125}}, "a machine")
+    assert set(rows[0]) == set(bench.COLUMNS)
+    text = bench.table_of(rows)
+    assert "| m | 3.00 | at once | 1.5 | 2 | 0.25 | 3 |" in text
+    assert "| m | 3.00 | behind | 0.125 | 2 | 0.25 | 3 |" in text
