@@ -39,9 +39,15 @@ class Message:
         return self.tensor
 
 
+def _words(error: RuntimeError) -> str:
+    """What gloo says, without the place in its source before it and its guess after it."""
+    first = str(error).partition("\n")[0].partition(" This is typically")[0]
+    return first.partition("] ")[2] if first.startswith("[") else first
+
+
 def _lost(peer: int, error: RuntimeError) -> PeerLost:
     return PeerLost(
-        f"rank {peer} has ended or does not answer: {str(error).splitlines()[0][:200]}\n"
+        f"rank {peer} has ended or does not answer: {_words(error)}\n"
         f"  why: students and teachers of a run end together\n  fix: look at what rank {peer} said last"
     )
 
@@ -116,6 +122,6 @@ class Wire:
             self._group.barrier().wait()
         except RuntimeError as error:
             raise PeerLost(
-                f"another rank has ended before rank {self.rank}: {str(error).splitlines()[0][:200]}\n"
+                f"another rank has ended before rank {self.rank}: {_words(error)}\n"
                 "  why: students and teachers of a run end together\n  fix: look at what the other ranks said last"
             ) from error
