@@ -1,5 +1,6 @@
 """What passes between the student's ranks and dedicated teachers: who answers what, and how each side learns of an end."""
 
+import time
 from datetime import timedelta
 
 import pytest
@@ -229,18 +230,27 @@ def test_what_was_loaded_is_compared_and_a_teacher_that_cannot_load_is_not_waite
     assert rank_pool(2).run(facts_that_differ, folder=tmp_path)[0]
 
 
-def silent_teacher(rank, world_size, folder):
+def silent_teacher(rank, world_size, folder, stays):
     wire = wire_of(folder, rank, world_size)
-    if rank == 0:
-        teacher = client(wire, rank, [1])
-        teacher._timeout = timedelta(seconds=1)
-        with pytest.raises(PeerLost, match=r"rank 1 has ended or does not answer: Timed out .*\n  why: .*\n  fix: look"):
-            teacher.signal(micro_batch(0))
-    return True
+    if rank == 1:
+        if stays:
+            wire.board.read("over", TIMEOUT)
+        return None  # its end of the wire goes with it
+    teacher = client(wire, rank, [1])
+    teacher._timeout = timedelta(seconds=1) if stays else TIMEOUT
+    started = time.monotonic()
+    with pytest.raises(PeerLost) as caught:
+        teacher.signal(micro_batch(0))
+    wire.board.write("over", {})
+    return str(caught.value), time.monotonic() - started
 
 
-def test_a_teacher_that_says_nothing_is_not_waited_for_forever(fresh_pool, tmp_path):
-    assert all(fresh_pool(2).run(silent_teacher, folder=tmp_path))
+@pytest.mark.parametrize(("stays", "why"), [(True, "Timed out waiting 1000ms"), (False, "")])
+def test_a_teacher_that_is_gone_or_says_nothing_is_not_waited_for(stays, why, fresh_pool, tmp_path):
+    words, seconds = fresh_pool(2).run(silent_teacher, folder=tmp_path, stays=stays)[0]
+    assert words.startswith(f"rank 1 has ended or does not answer: {why}")
+    assert words.endswith("\n  why: students and teachers of a run end together\n  fix: look at what rank 1 said last")
+    assert seconds < 0.5 * TIMEOUT.total_seconds()
 
 
 def test_the_last_ranks_are_the_teachers():
