@@ -10,9 +10,11 @@ from transformers.core_model_loading import MergeModulelist, Transpose, WeightCo
 
 from kdtrain.data.batch import Batch
 from kdtrain.dist.mesh import Mesh
+from kdtrain.dist.vocab import VocabShard
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.experts import TEACHERS, PerExpert, group_experts, num_experts_of
 from kdtrain.models.flops import forward_flops_per_token
+from kdtrain.models.head import load_head
 from kdtrain.models.load import ModelSpec, build_config, load_backbone, model_size, parameters_on_meta
 from kdtrain.models.probe import measure
 from kdtrain.models.safetensors_reader import SafetensorsFolder
@@ -149,6 +151,15 @@ def test_only_active_experts_cost_flops_and_all_cost_memory(tmp_path):
         for number in (backbone.num_parameters(), backbone.facts().num_active_parameters)
     )
     assert full - active == 2 * experts * 9 // 12
+
+
+def test_the_head_alone_is_read_beside_experts_and_knows_their_sizes(tmp_path):
+    write_mixture(tmp_path, "qwen3_moe", packed=False)
+    whole = load(tmp_path)
+    head = load_head(ModelSpec(weights=str(tmp_path), dtype="float32"), VocabShard.of(99, 0, 2, total_rows=101))
+    assert head.elements_read == 101 * 32
+    found, want = head.facts, whole.facts()
+    assert (found.num_parameters, found.num_active_parameters) == (want.num_parameters, want.num_active_parameters)
 
 
 @pytest.mark.parametrize("kind", TEACHERS[:7])
