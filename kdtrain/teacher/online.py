@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import Group, gather_ranks
+from kdtrain.dist.collectives import Group, gather_ranks, group_size
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.models.backbone import Backbone
@@ -147,6 +147,11 @@ class OnlineTeacher:
 def _check_frozen(backbone: Backbone, mesh: Mesh, shard: VocabShard, teacher_mesh: Mesh) -> None:
     if any(param.requires_grad for _, param in backbone.hf_parameters()):
         raise ValueError("the teacher has parameters that require a gradient; load it with trainable=False")
+    if group_size(backbone.cp_group) != mesh.cp_size:
+        raise ValueError(
+            f"the teacher takes sequences for shared by {group_size(backbone.cp_group)} ranks, the student by "
+            f"{mesh.cp_size}; load it with a mesh of the same cp"
+        )
     rows, teachers = shard.rows * mesh.tp_size, backbone.shard
     if (teachers.rows * teacher_mesh.tp_size, teachers.vocab_size) != (rows, shard.vocab_size):
         raise ValueError(

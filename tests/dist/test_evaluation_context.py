@@ -109,3 +109,16 @@ def test_every_metric_is_that_of_whole_sequences(rank_pool, models, world_size, 
     for answer in answers:
         assert answer == pytest.approx(want, rel=3e-5)
     assert answers[0] == answers[-1]
+
+
+def whole_teacher(rank, world_size, root):
+    mesh = Mesh.build(1, world_size)
+    spec = ModelSpec(weights=f"{root}/teacher", dtype="float32")
+    teacher = load_backbone(spec, Mesh(), vocab_size=VOCAB, trainable=False)
+    with pytest.raises(ValueError, match="shared by 1 ranks, the student by 2") as refused:
+        OnlineTeacher(teacher, mesh, teacher.shard, Mesh())
+    return str(refused.value)
+
+
+def test_a_teacher_that_would_take_parts_for_whole_sequences_is_refused(rank_pool, models):
+    assert len(set(rank_pool(2).run(whole_teacher, root=str(models[0])))) == 1
