@@ -15,7 +15,6 @@ def problems(cfg: RunConfig) -> Iterator[Problem]:
     if cfg.teacher.weights is not None:
         yield from _tokens_per_forward(cfg)
         yield from _overlap(cfg)
-        yield from _dedicated(cfg)
 
 
 def _offload_optimizer(cfg: RunConfig) -> Iterator[Problem]:
@@ -48,18 +47,6 @@ def _overlap(cfg: RunConfig) -> Iterator[Problem]:
             "teacher.overlap", True, "would be ignored: with teacher.zero_stage = 3 a whole step runs ahead",
             "set teacher.overlap=false, or teacher.zero_stage=0 if the teacher fits",
         )  # fmt: skip
-
-
-def _dedicated(cfg: RunConfig) -> Iterator[Problem]:
-    t = cfg.teacher
-    if t.layout != "dedicated":
-        return
-    for name, value in (("overlap", t.overlap), ("max_tokens_per_forward", t.max_tokens_per_forward)):
-        if value:
-            yield Problem(
-                f"teacher.{name}", value, "would be ignored: ranks of teacher.layout = dedicated run whole requests, "
-                "always beside the student's", "remove it, or use another teacher.layout",
-            )  # fmt: skip
 
 
 def _quantize(cfg: RunConfig) -> Iterator[Problem]:

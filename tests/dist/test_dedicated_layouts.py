@@ -82,7 +82,7 @@ def train(folder, case, cfg, spec, runtime, mesh):
     teacher, head = dedicated.remote_teacher(
         cfg, spec, backbone.shard, mesh, runtime.device, runtime.wire, on_stop=lambda: pytest.fail("nobody stops")
     )
-    width = head.config.hidden_size
+    width = head.facts.config.hidden_size
     rows = min(backbone.shard.stop, laws().VOCAB) - backbone.shard.start
     assert head.elements_read == rows * width, "more was read than this rank's rows of the head"
     engine = StudentEngine(backbone, mesh, cfg, device=runtime.device)

@@ -112,10 +112,6 @@ CASES = {
     "overlap without a teacher's step": (
         {"objective__name": "pretrain", "teacher__overlap": True}, "teacher.overlap", "objective.name = pretrain",
     ),
-    "overlap on ranks of its own": (
-        {"teacher__layout": "dedicated", "teacher__ranks": 2, "teacher__overlap": True, "data__tokens_per_step": 24},
-        "teacher.overlap", "always beside the student's",
-    ),
     "nothing to quantise": (
         {"objective__name": "pretrain", "teacher__weights": None, "teacher__quantize": "int8"}, "teacher.quantize",
         "would be ignored: teacher.weights = null",
@@ -282,7 +278,8 @@ def test_each_mistake_is_one_problem_that_says_why_and_how_to_mend_it(case):
         {"student__weights": "w", "student__architecture": None},
         {"zero__stage": 0, "student__dtype": "float32"},
         {"teacher__layout": "tp", "teacher__tp": 4, "teacher__zero_stage": 3, "teacher__offload": True},
-        {"teacher__layout": "dedicated", "teacher__ranks": 2, "teacher__tp": 2, "teacher__in_flight": 1},
+        {"teacher__layout": "dedicated", "teacher__ranks": 2, "teacher__tp": 2, "teacher__in_flight": 1,
+         "teacher__max_tokens_per_forward": 8},
         {"teacher__layout": "dedicated", "teacher__ranks": 3, "parallel__tp": 1},
         {"teacher__overlap": True, "teacher__max_tokens_per_forward": 8, "zero__offload_optimizer": True},
         {"run__seed": 2**64 - 1},
