@@ -28,7 +28,7 @@ from kdtrain.dist.collectives import Group, gather_ranks, group_size
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import IMPLEMENTATIONS
-from kdtrain.parallel.cut import even_cut
+from kdtrain.parallel.heads import HeadCut, largest_tp
 from kdtrain.parallel.ulysses import check_heads, gather_sequence, scatter_sequence
 
 PREFIX = "ulysses_"
@@ -96,8 +96,9 @@ def use_context(model: Any, mesh: Mesh, source: str) -> None:
     heads = settings.get(names.get("num_attention_heads", "num_attention_heads"))
     kv_heads = settings.get(names.get("num_key_value_heads", "num_key_value_heads")) or heads
     if isinstance(heads, int) and isinstance(kv_heads, int):  # else each attention call checks its own
-        for start, stop in even_cut(0, kv_heads, mesh.tp_size).pieces:
-            check_heads((stop - start) * heads // kv_heads, mesh.cp_size, source)
+        if mesh.tp_size <= largest_tp(heads, kv_heads):  # else the cut itself says so
+            for start, stop in HeadCut.of(heads, kv_heads, mesh.tp_size).query:
+                check_heads(stop - start, mesh.cp_size, source)
     model.config._attn_implementation = PREFIX + str(model.config._attn_implementation)
 
 

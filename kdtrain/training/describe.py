@@ -100,9 +100,8 @@ def log_memory(cfg: RunConfig, inputs: Inputs, dp_size: int) -> None:
     LOGGER.info("memory   %s", estimate(cfg, inputs, dp_size).line())
     teacher = build.teacher_spec(cfg)
     if teacher is not None and teacher_ranks(cfg):
-        LOGGER.info(
-            "memory   teacher's ranks: %s", estimate_teacher_rank(cfg, _size(teacher, inputs, trainable=False)).line()
-        )
+        size = _size(teacher, inputs, trainable=False)
+        LOGGER.info("memory   teacher's ranks: %s", estimate_teacher_rank(cfg, size).line())
 
 
 def _size(spec: ModelSpec, inputs: Inputs, *, trainable: bool = True) -> ModelSize:
