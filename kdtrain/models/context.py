@@ -95,10 +95,10 @@ def use_context(model: Any, mesh: Mesh, source: str) -> None:
     names = getattr(model.config, "attribute_map", None) or {}
     heads = settings.get(names.get("num_attention_heads", "num_attention_heads"))
     kv_heads = settings.get(names.get("num_key_value_heads", "num_key_value_heads")) or heads
-    if isinstance(heads, int) and isinstance(kv_heads, int):  # else each attention call checks its own
-        if mesh.tp_size <= largest_tp(heads, kv_heads):  # else the cut itself says so
-            for start, stop in HeadCut.of(heads, kv_heads, mesh.tp_size).query:
-                check_heads(stop - start, mesh.cp_size, source)
+    known = isinstance(heads, int) and isinstance(kv_heads, int)  # else each attention call checks its own
+    if known and mesh.tp_size <= largest_tp(heads, kv_heads):  # else the cut itself says so
+        for start, stop in HeadCut.of(heads, kv_heads, mesh.tp_size).query:
+            check_heads(stop - start, mesh.cp_size, source)
     model.config._attn_implementation = PREFIX + str(model.config._attn_implementation)
 
 
