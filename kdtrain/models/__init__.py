@@ -1,6 +1,12 @@
 """Networks: stock Hugging Face models behind `Backbone`. The only package that imports transformers."""
 
+import logging
 from typing import Any
+
+# transformers imports torchao where it is installed. On every rank it then names each GPU library that it could not
+# load, and torch warns of how torchao 0.18 registers two of its classes.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 __all__ = ["Backbone", "ModelSpec", "load_backbone", "model_rows"]
 
