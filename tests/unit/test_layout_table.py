@@ -30,6 +30,8 @@ def test_every_stage_meets_every_place_a_teacher_may_have(layouts):
         assert {case.stage for case in here if case.teacher is None} == {0, 1, 2, 3}
         assert {case.teacher for case in here} == {None, *layouts.teachers(world, tp)}
         assert {case.family for case in here} == set(layouts.laws().FAMILIES)
+        divided = {case.family for case in here if case.sequence}
+        assert divided == (set(layouts.laws().FAMILIES) if tp > 1 else set())
         assert {case.dtype for case in here} == {"float32", "bfloat16"}
     shared = {(world, case.tp, case.cp) for world, some in cases.items() for case in some if case.cp > 1}
     assert shared == {(2, 1, 2), (4, 1, 2), (4, 2, 2), (4, 1, 4)}
@@ -43,10 +45,11 @@ def test_the_published_table_has_a_line_per_layout_and_every_one_is_right(layout
 
 def test_a_layout_that_is_wrong_or_fails_is_shown_as_such(layouts):
     case = layouts.laws().Case("llama", 2, 1, (8, 8, 8))
-    errors = dict.fromkeys(layouts.ERRORS, 1e-6)
-    assert layouts.Row(2, case, 1.0, 1.0, errors).verdict == "right"
-    for name in layouts.ERRORS:
-        assert layouts.Row(2, case, 1.0, 1.0, {**errors, name: 2e-5}).verdict == f"WRONG: {name}"
-        assert layouts.Row(2, case, 1.0, 1.0, {**errors, name: float("nan")}).verdict == f"WRONG: {name}"
+    names = layouts.laws().ERRORS
+    errors, limits = dict.fromkeys(names, 1e-6), case.limits(None)
+    assert layouts.Row(2, case, 1.0, 1.0, errors, limits).verdict == "right"
+    for name in names:
+        assert layouts.Row(2, case, 1.0, 1.0, {**errors, name: 2e-5}, limits).verdict == f"WRONG: {name}"
+        assert layouts.Row(2, case, 1.0, 1.0, {**errors, name: float("nan")}, limits).verdict == f"WRONG: {name}"
     failed = layouts.row_of(2, case, None, "FAILED: rank 1", None, Path())
     assert layouts.line_of(failed).endswith("| nan | nan |  |  |  |  |  | FAILED: rank 1 |")
