@@ -1,5 +1,5 @@
 # Shortcuts; every line can also be typed by hand. `make demo` and `make test` need nothing installed before.
-.PHONY: demo test install lint types layouts bench soak ci
+.PHONY: demo test install lint types layouts architectures bench soak ci
 BIN := .venv/bin
 
 demo:            ## the quick start: distil a real teacher on two CPU ranks
@@ -22,6 +22,9 @@ types: install
 
 layouts: install ## every layout against plain torch -> docs/results/layouts.md, about 10 minutes
 	$(BIN)/python benchmarks/layouts.py $(ARGS)
+
+architectures: install ## every causal LM of transformers over two ranks -> docs/results/architectures.md, 5 minutes
+	$(BIN)/python benchmarks/architectures.py $(ARGS)
 
 bench: install   ## every CPU benchmark; results go to benchmarks/results
 	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done

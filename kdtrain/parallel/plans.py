@@ -86,6 +86,16 @@ OWN_PLANS: Mapping[str, OwnPlan] = {
     ),
     "opt": _decoder("model.decoder.layers.*", {"num_heads": HEADS}),
     "biogpt": _decoder("biogpt.layers.*", {}),
+    "hunyuan_v1_dense": OwnPlan(
+        {
+            **_separate(
+                "model.layers.*.self_attn", "o_proj", "model.layers.*.mlp.up_proj", "model.layers.*.mlp.down_proj"
+            ),
+            "model.layers.*.mlp.gate_proj": COLWISE,
+            "model.layers.*.self_attn.query_layernorm": PARTIAL_GRAD,
+            "model.layers.*.self_attn.key_layernorm": PARTIAL_GRAD,
+        }
+    ),
     "gptj": OwnPlan(
         _separate("transformer.h.*.attn", "out_proj", "transformer.h.*.mlp.fc_in", "transformer.h.*.mlp.fc_out"),
         {"num_attention_heads": HEADS},

@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
 def load_laws():
     """test_engine_layouts.py, by path: its steps, its oracle and its comparison."""
-    name = "layout_laws"
+    name = "architecture_laws"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("test_engine_layouts.py"))
         module = importlib.util.module_from_spec(spec)

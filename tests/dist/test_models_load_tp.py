@@ -73,3 +73,43 @@ def test_a_random_model_is_the_same_in_every_layout(rank_pool):
     )
     for key, value in merged.items():
         assert torch.equal(value, torch.from_numpy(one[key])[: value.shape[0]]), key
+
+
+FUSED = {"gpt2": {}, "phi3": {}, "llama": {"num_attention_heads": 4, "num_key_value_heads": 2}}
+
+
+def local_states(rank, world_size, specs):
+    """For each spec: this rank's parameters, elements read, cuts, and whether k_proj sums its gradient."""
+    mesh = Mesh.build(world_size)
+    answers = []
+    for spec in specs:
+        backbone = load_backbone(spec, mesh, vocab_size=299, trainable=True)
+        params = dict(backbone.hf_parameters())
+        hooked = [name for name, param in params.items() if "k_proj" in name and param._backward_hooks]
+        state = {name: param.detach().numpy().copy() for name, param in params.items()}
+        answers.append((state, backbone.elements_read, backbone.cuts, hooked))
+    return answers
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_fused_and_shared_pieces_are_read_slice_by_slice(rank_pool, tmp_path, tp):
+    models = {}
+    for name, changes in FUSED.items():
+        settings = tiny_config(name, vocab_size=301, **changes)
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        models[name] = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        models[name].save_pretrained(tmp_path / name)
+    specs = [ModelSpec(weights=str(tmp_path / name), dtype="float32") for name in models]
+    answers = rank_pool(tp).run(local_states, specs=specs)
+    for index, (name, model) in enumerate(models.items()):
+        cuts = answers[0][index][2]
+        states = [{key: torch.from_numpy(value) for key, value in a[index][0].items()} for a in answers]
+        want = dict(model.named_parameters())
+        merged = merge_state_dict(states, cuts)
+        assert set(merged) == set(want)
+        assert all(torch.equal(merged[key], want[key]) for key in want), name
+        shared = any(cut.shared for cut in cuts.values())
+        assert shared == (name == "llama" and tp == 4)
+        assert len(answers[0][index][3]) == 2 * shared
+        for answer in answers:
+            assert answer[index][1] < sum(param.numel() for param in want.values()), "a rank read everything"
