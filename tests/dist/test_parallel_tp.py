@@ -189,6 +189,23 @@ def test_relatives_with_scaled_embeddings_and_logits_agree_too(rank_pool):
         compare(case, [answer[index] for answer in answers], 2)
 
 
+SHARED = (
+    ("qwen3", {"num_key_value_heads": 2}, False),  # k_norm's gradient is a share on every rank, heads shared or not
+    ("qwen2", {"num_key_value_heads": 1}, True),  # biases
+    ("gemma3", {"num_key_value_heads": 2}, False),
+    ("llama", {"num_attention_heads": 4, "num_key_value_heads": 2}, False),
+)
+
+
+def test_ranks_share_key_and_value_heads(rank_pool):
+    cases = [(family, changes, "ce", checkpointing) for family, changes, checkpointing in SHARED]
+    answers = rank_pool(4).run(run_cases, cases=cases)
+    for index, case in enumerate(cases):
+        compare(case, [answer[index] for answer in answers], 4)
+        keys = [answer[index][2]["model.layers.1.self_attn.k_proj.weight"] for answer in answers]
+        assert (keys[0] == keys[1]).all(), "ranks with the same head have the same gradient, bit for bit"
+
+
 def test_activation_checkpointing_changes_no_gradient(rank_pool):
     cases = [(family, {"tie_word_embeddings": True}, "ce", True) for family in ("qwen3", "gpt_neox", "smollm")]
     answers = rank_pool(2).run(run_cases, cases=cases)
