@@ -55,6 +55,9 @@ HINTS: dict[str, dict[str, Any]] = {
 }
 """Settings without which no tiny copy of a default config can be built."""
 
+PRETRAINED_ONLY = ("cwm", "modernbert-decoder")
+"""Configs that refuse to be without ids of special tokens, which a random architecture has none of."""
+
 EQUAL, REFUSED, FAILED = "equal", "refused", "FAILED"
 EXPERTS, ALONE, UNBUILT = "mixture of experts", "refused at tp 1 too", "no tiny copy"
 
@@ -123,6 +126,7 @@ def write_copy(folder: Path, model_type: str) -> tuple[Path | None, str]:
         path = folder / f"{model_type}_{number}.json"
         path.write_text(json.dumps(settings))
         try:
+            path = with_weights(path, settings) if model_type in PRETRAINED_ONLY else path
             load(path, Mesh())
         except KdtrainError as error:
             text = first_line(error).replace(str(path), model_type)
@@ -132,6 +136,24 @@ def write_copy(folder: Path, model_type: str) -> tuple[Path | None, str]:
         else:
             return path, ""
     return None, reasons[-1] if reasons else f"{UNBUILT}: its config has no width"
+
+
+def with_weights(path: Path, settings: dict[str, Any]) -> Path:
+    """A folder with a pretrained model of these settings, of random weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**settings)
+    torch.manual_seed(SEED)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(path.with_suffix(""))
+    return path.with_suffix("")
+
+
+def spec_of(path: Path) -> Any:
+    """The ModelSpec of a config.json, or of a folder with weights."""
+    from kdtrain.models.load import ModelSpec
+
+    return ModelSpec(**{"weights" if path.is_dir() else "architecture": str(path)}, dtype="float32")
 
 
 def build_errors() -> tuple[type[Exception], ...]:
@@ -144,11 +166,10 @@ def load(path: Path, mesh: Any) -> Any:
     """The Backbone of a copy, the same numbers in every layout, its vectors moved away from ones and zeros."""
     import torch
 
-    from kdtrain.models.load import ModelSpec, load_backbone
+    from kdtrain.models.load import load_backbone
     from kdtrain.parallel.pieces import split_tensor
 
-    spec = ModelSpec(architecture=str(path), dtype="float32")
-    backbone = load_backbone(spec, mesh, vocab_size=VOCAB, trainable=True, seed=SEED, packed=False)
+    backbone = load_backbone(spec_of(path), mesh, vocab_size=VOCAB, trainable=True, seed=SEED, packed=False)
     shapes = backbone.full_shapes()
     with torch.no_grad():
         for number, (name, param) in enumerate(backbone.hf_parameters()):
@@ -162,10 +183,10 @@ def has_plan(path: Path) -> bool:
     """Whether transformers plans the cut of this model, more of it than embedding and head."""
     from transformers import AutoModelForCausalLM
 
-    from kdtrain.models.load import ModelSpec, build_config, parameters_on_meta
+    from kdtrain.models.load import build_config, parameters_on_meta
 
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(build_config(ModelSpec(architecture=str(path)), VOCAB))
+        model = AutoModelForCausalLM.from_config(build_config(spec_of(path), VOCAB))
     outside = {"lm_head", "embed_tokens", "embed_in", "embed_out"}
     return bool({key.rpartition(".")[2] for key in model.tp_plan} - outside)
 
