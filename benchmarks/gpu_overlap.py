@@ -35,7 +35,7 @@ class Stack(nn.Module):
     def __init__(self, setting: Setting, vocab: int, width: int, layers: int, *, trainable: bool) -> None:
         super().__init__()
         torch.manual_seed(width)
-        self.shard = whole_shard(vocab)
+        self.shard, self.cp_group = whole_shard(vocab), None
         self.embedding = nn.Embedding(vocab, width)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(width, max(1, width // 64), 4 * width, 0.0, batch_first=True, norm_first=True)
