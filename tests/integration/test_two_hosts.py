@@ -1,4 +1,4 @@
-"""Two machines, made of namespaces: one loses power in the middle of a run, which then goes on as if nothing had been.
+"""Two machines, made of namespaces, lose power in the middle of a run, one after the other; it goes on as it was.
 
 Each host has its own network, process ids, mounts, host name and sshd; they share the file system, as a cluster's nodes
 share theirs. Needs root, and iproute2, openssh-server, openssh-client, pdsh, util-linux (see docs/clusters.md).
@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("ip", "unshare", "nsenter", "mount", "ssh", "ssh-keygen", "pdsh", "deepspeed")
-STEPS, TOKENS_PER_STEP = 24, 256
+STEPS, TOKENS_PER_STEP = 32, 256
 WIRE = "eth0"
 LOST_S = 15
 """A rank that waits this long for the others ends itself; ssh connections to a host that is gone, a little before."""
@@ -174,10 +174,10 @@ def driven(block, **names):
     return command.split()
 
 
-def start(hosts, folder, name, *, node=None):
-    """One of the page's commands on a host: for all with ssh from the first, or for number `node` without.
+def start(hosts, folder, name, *, node=None, alone=False):
+    """One of the page's commands on a host: for all with ssh from the first, or for number `node` without; its process.
 
-    Its process; output goes to NAME.log.
+    alone: both ranks on that node. Output goes to NAME.log.
     """
     (folder / ".deepspeed_env").write_text(
         f"OMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\nDS_ACCELERATOR=cpu\nPATH={path_with_sbin()}\nGLOO_SOCKET_IFNAME={WIRE}\n"
@@ -190,7 +190,9 @@ def start(hosts, folder, name, *, node=None):
         " hostfile": f" {folder}/hostfile", "node-a": hosts[0].address, "=NAME": f"={name}",
         "launch/train.py": ROOT / "launch/train.py", "CONFIG.yaml": folder / "config.yaml",
     }  # fmt: skip
-    if node is None:
+    if alone:
+        command, host = ["deepspeed", "--num_accelerators=2", *driven("hostfile", **names)[-3:]], hosts[node]
+    elif node is None:
         command, host = [*driven("hostfile", **names), "checkpoint.async_write=true"], hosts[0]
         command.insert(1, "--no_ssh_check")  # it would look for the key in the home directory
     else:
@@ -216,7 +218,7 @@ def write_world(folder):
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(teacher)
     (folder / "student.json").write_text(json.dumps(tiny_config("smollm")))
     (folder / "config.yaml").write_text(f"""
-run: {{output_dir: {folder}/runs}}
+run: {{output_dir: {folder}/runs, lock_lease_s: 4}}
 student: {{architecture: {folder}/student.json, dtype: float32}}
 teacher: {{weights: {folder}/teacher, dtype: float32}}
 data: {{train: [{folder}/store], seq_len: 16, tokens_per_step: {TOKENS_PER_STEP}, sequences_per_micro_batch: 4}}
@@ -243,6 +245,13 @@ def outcome(run_folder):
     return step_of(latest), digest.hexdigest(), records
 
 
+def wait_for_step(step, folder, name, process):
+    """Until a checkpoint of that step, or a later one, is complete."""
+    while max((int(path.name[5:]) for path in (folder / f"runs/{name}/checkpoints").glob("step_*")), default=0) < step:
+        assert process.poll() is None, (folder / f"{name}.log").read_text()[-3000:]
+        time.sleep(0.01)
+
+
 def end_of(process, folder, name, timeout_s):
     try:
         return process.wait(timeout_s)
@@ -253,7 +262,8 @@ def end_of(process, folder, name, timeout_s):
 
 @pytest.mark.dist
 @pytest.mark.deepspeed
-def test_a_host_that_loses_power_ends_the_run_and_the_same_command_goes_on_bitwise(tmp_path):
+@pytest.mark.timeout(600)
+def test_hosts_that_lose_power_end_the_run_and_the_same_command_goes_on_bitwise(tmp_path):
     if reason := what_is_missing():
         pytest.skip(reason)
     write_world(tmp_path)
@@ -267,9 +277,7 @@ def test_a_host_that_loses_power_ends_the_run_and_the_same_command_goes_on_bitwi
         assert hosts_seen == {"alpha", "beta"}
 
         lost = start(hosts, tmp_path, "lost")
-        while not (tmp_path / "runs/lost/checkpoints/step_000005").exists():
-            assert lost.poll() is None, (tmp_path / "lost.log").read_text()[-3000:]
-            time.sleep(0.01)
+        wait_for_step(5, tmp_path, "lost", lost)
         hosts[1].lose_power()
         began = time.monotonic()
         assert end_of(lost, tmp_path, "lost", 4 * LOST_S) not in (0, None)
@@ -279,7 +287,14 @@ def test_a_host_that_loses_power_ends_the_run_and_the_same_command_goes_on_bitwi
         wait_for_ssh(hosts, tmp_path)
         again = [start(hosts, tmp_path, "lost", node=number) for number in (0, 1)]
         log = tmp_path / "lost.log"
-        assert [end_of(node, tmp_path, "lost", 120) for node in again] == [0, 0], log.read_text()[-3000:]
+        wait_for_step(14, tmp_path, "lost", again[1])
+        hosts[0].lose_power()  # that of rank 0: its LOCK stays, and no process of the other host can tell
+        assert end_of(again[1], tmp_path, "lost", 4 * LOST_S) not in (0, None)
+        assert json.loads((tmp_path / "runs/lost/LOCK").read_text())["host"] == "alpha"
+
+        last = start(hosts, tmp_path, "lost", node=1, alone=True)
+        assert end_of(last, tmp_path, "lost", 120) == 0, log.read_text()[-3000:]
+    assert "LOCK was left by a process that is gone; taking over" in log.read_text()
     assert "resumed " in log.read_text()
     assert outcome(tmp_path / "runs/lost") == outcome(tmp_path / "runs/whole")
     assert outcome(tmp_path / "runs/whole")[0] == STEPS

@@ -56,11 +56,17 @@ def test_the_bytes_are_those_of_the_plain_write_whatever_happens_after_the_copy(
     assert writer.host_bytes == sum(4 * f.tensor.numel() for f in fragments)
 
 
-def test_memory_is_kept_and_grows_only_when_it_must():
-    held = Snapshot(CPU)
+ON_CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+def test_memory_is_kept_and_grows_only_when_it_must(device):
+    held = Snapshot(torch.device(device))
     assert list(held.data()) == []
     for size in (5, 3, 0, 6):
-        held.take([Fragment("a", "master", 0, 0, torch.arange(float(size)))])
+        held.take([Fragment("a", "master", 0, 0, torch.arange(float(size), device=device))])
         assert b"".join(held.data()) == torch.arange(float(size)).numpy().tobytes()
         assert held.num_bytes == 4 * max(5, size)
 
