@@ -17,10 +17,24 @@ pytestmark = pytest.mark.dist
 
 KINDS = {
     4: ("mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v3"),
-    2: ("qwen2_moe", "cohere2_moe", "dots1", "exaone_moe", "granitemoe", "granitemoeshared", "hy_v3", "phimoe",
-        "solar_open"),
+    2: (
+        "qwen2_moe",
+        "cohere2_moe",
+        "dots1",
+        "exaone_moe",
+        "granitemoe",
+        "granitemoeshared",
+        "hy_v3",
+        "phimoe",
+        "solar_open",
+        "olmoe",
+        "flex_olmo",
+        "deepseek_v2",
+        "glm4_moe_lite",
+        "mimo_v2_flash",
+    ),
 }
-"""Whose plans kdtrain can follow, by tp; packed on disk every second one."""
+"""By tp; all that may teach, but gpt-oss. Packed on disk every second one."""
 
 
 def batch_of():
@@ -67,7 +81,9 @@ def folder(tmp_path_factory):
 def test_cut_experts_are_those_of_one_process(rank_pool, folder, tp):
     answers = rank_pool(tp).run(load_cases, folder=folder, kinds=KINDS[tp])
     for index, kind in enumerate(KINDS[tp]):
-        one = load_backbone(ModelSpec(weights=str(folder / kind), dtype="float32"), Mesh(), vocab_size=99, trainable=False)
+        one = load_backbone(
+            ModelSpec(weights=str(folder / kind), dtype="float32"), Mesh(), vocab_size=99, trainable=False
+        )
         want, chosen = routes_of(one, batch_of())
         assert len(chosen.unique()) > 3, "too few experts are used to see a mistake"
         for answer in answers:
