@@ -200,12 +200,13 @@ class Bench:
 
     def estimate(self, job: dict) -> dict[str, int]:
         """Bytes per rank by part, from shapes alone."""
-        from kdtrain.models.load import ModelSpec, model_size
+        from kdtrain.models.load import ModelSpec, model_facts
         from kdtrain.training.estimate import ModelSize, estimate_memory
 
         def size(name: str) -> ModelSize:
-            config, number = model_size(ModelSpec(architecture=name, dtype=job["dtype"]), job["vocab"])
-            return ModelSize(number, config.hidden_size, config.num_hidden_layers, job["vocab"])
+            facts = model_facts(ModelSpec(architecture=name, dtype=job["dtype"]), job["vocab"])
+            config = facts.config
+            return ModelSize(facts.num_parameters, config.hidden_size, config.num_hidden_layers, job["vocab"])
 
         sizes = size(job["student"]), size(job["teacher"])
         return estimate_memory(self.cfg, *sizes, dp_size=self.mesh.dp_size).parts

@@ -18,26 +18,13 @@ from kdtrain.dist.collectives import Group
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.context import ARGUMENT, PREFIX, Context, whole_sequences
-from kdtrain.models.experts import idle_parameters
+from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.layers import LmHead
 from kdtrain.parallel.plan import vocabulary_modules
 
 R = TypeVar("R")
 HeadFn = Callable[[Tensor, HeadShard], R]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """Of a whole model, on however many ranks it is: its Hugging Face config and its size.
-
-    num_parameters: tied ones once, padding not counted. num_active_parameters: those that a token passes, without the
-    experts it is not sent to; as many in a dense model.
-    """
-
-    config: Any
-    num_parameters: int
-    num_active_parameters: int
 
 
 class Backbone(nn.Module):
@@ -64,6 +51,7 @@ class Backbone(nn.Module):
             name: cuts[name].full_shape(tuple(param.shape)) if name in cuts else tuple(param.shape)
             for name, param in self.hf_parameters()
         }
+        self._facts = facts_of(model, self._full_shapes)
 
     @property
     def lm_head_module(self) -> LmHead:
@@ -133,8 +121,7 @@ class Backbone(nn.Module):
 
     def facts(self) -> ModelFacts:
         """Config and size of the full model."""
-        count = self.num_parameters()
-        return ModelFacts(self.config, count, count - idle_parameters(self.model, self._full_shapes))
+        return self._facts
 
     def _attention_arguments(self, batch: Batch) -> dict[str, Any]:
         """What attention must know of whole sequences when ranks hold parts, and explicit document boundaries for

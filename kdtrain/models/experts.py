@@ -8,7 +8,7 @@ of tensors per parameter, so that any slice of a packed parameter is read from s
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +148,7 @@ def choose_products(model: Any, dtype: torch.dtype) -> None:
         model.set_experts_implementation("eager")
 
 
-def idle_parameters(model: Any, shapes: dict[str, tuple[int, ...]]) -> int:
+def idle_parameters(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Parameters of experts that a token does not pass, of a model whose full parameters have `shapes`; 0 if dense."""
     idle = 0.0
     for name, module in expert_modules(model):

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
-from kdtrain.models.backbone import ModelFacts
-from kdtrain.models.experts import idle_parameters
+from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.load import DTYPES, ModelSpec, build_config, parameters_on_meta
 from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.parallel.plan import vocabulary_modules
@@ -52,10 +51,8 @@ def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str 
 
         bias = None if getattr(module, "bias", None) is None else rows(f"{name}.bias")
         head = HeadShard(rows(f"{name}.weight"), bias, scale, softcap)
-        count = sum(param.numel() for param in model.parameters())
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-        facts = ModelFacts(model.config, count, count - idle_parameters(model, shapes))
-        return LoadedHead(head, facts, files.elements_read)
+        return LoadedHead(head, facts_of(model, shapes), files.elements_read)
 
 
 def _kept(model: Any, name: str) -> str:

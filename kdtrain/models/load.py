@@ -26,6 +26,7 @@ from kdtrain.models.backbone import Backbone
 from kdtrain.models.context import use_context
 from kdtrain.models.context_probe import check_context
 from kdtrain.models.experts import choose_products, refuse_mixture
+from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.probe import check_model
 from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.parallel.pieces import read_piece
@@ -197,12 +198,12 @@ def build_config(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) ->
     return config
 
 
-def model_size(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> tuple[Any, int]:
-    """(Hugging Face config, parameters with tied ones counted once) of `spec`, without reading or making a weight."""
+def model_facts(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> ModelFacts:
+    """Config and size of `spec`, without reading or making a weight. Raises ConfigError as `build_config`."""
     config = build_config(spec, vocab_size, trainable=trainable)
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    return config, sum(param.numel() for param in model.parameters())
+    return facts_of(model, {name: tuple(param.shape) for name, param in model.named_parameters()})
 
 
 def check_architecture(

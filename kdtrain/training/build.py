@@ -17,7 +17,8 @@ from kdtrain.dist.wire import Wire
 from kdtrain.engine.frozen import FrozenEngine
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.errors import ConfigError
-from kdtrain.models.backbone import Backbone, ModelFacts
+from kdtrain.models.backbone import Backbone
+from kdtrain.models.facts import ModelFacts
 from kdtrain.models.flops import forward_flops_per_token, peak_flops, training_flops_per_token
 from kdtrain.models.head import LoadedHead
 from kdtrain.models.load import ModelSpec, load_backbone

@@ -8,8 +8,8 @@ from kdtrain.config.checks_dedicated import num_teachers, student_ranks, teacher
 from kdtrain.config.schema import RunConfig
 from kdtrain.dist.mesh import Mesh
 from kdtrain.log import LOGGER
-from kdtrain.models.backbone import ModelFacts
-from kdtrain.models.load import ModelSpec, check_architecture, model_size
+from kdtrain.models.facts import ModelFacts
+from kdtrain.models.load import ModelSpec, check_architecture, model_facts
 from kdtrain.models.quantize import require_torchao
 from kdtrain.training import build
 from kdtrain.training.estimate import MemoryEstimate, ModelSize, estimate_memory, estimate_teacher_rank
@@ -105,8 +105,11 @@ def log_memory(cfg: RunConfig, inputs: Inputs, dp_size: int) -> None:
 
 
 def _size(spec: ModelSpec, inputs: Inputs, *, trainable: bool = True) -> ModelSize:
-    config, num_parameters = model_size(spec, inputs.vocab_size, trainable=trainable)
-    return ModelSize(num_parameters, _int(config, "hidden_size"), _int(config, "num_hidden_layers"), inputs.total_rows)
+    facts = model_facts(spec, inputs.vocab_size, trainable=trainable)
+    return ModelSize(
+        facts.num_parameters, _int(facts.config, "hidden_size"), _int(facts.config, "num_hidden_layers"),
+        inputs.total_rows, facts.num_expert_parameters,
+    )  # fmt: skip
 
 
 def _int(config: Any, name: str) -> int:

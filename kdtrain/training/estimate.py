@@ -14,12 +14,16 @@ HOST_BYTES_PER_ELEMENT = 20
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """What the estimate needs of a model: parameters of the full model, width, layers, rows of its head."""
+    """What the estimate needs of a model: parameters of the full model, width, layers, rows of its head.
+
+    num_expert_parameters: those of num_parameters that are packed into tensors of experts.
+    """
 
     num_parameters: int
     width: int
     num_layers: int
     vocab_rows: int
+    num_expert_parameters: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +116,15 @@ def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, zero_size: i
 
 
 def _teacher_bytes(cfg: RunConfig, teacher: ModelSize) -> float:
-    """Of all weights. Quantised, an element of the decoder takes one byte; embedding and head are counted apart.
+    """Of all weights. Quantised, an element of the decoder takes one byte; embedding, head and experts stay whole.
 
     A run holds the teacher as it was read for a moment, before the student's optimizer exists.
     """
     item = BYTES[cfg.teacher.dtype]
     if cfg.teacher.quantize is None:
         return float(teacher.num_parameters * item)
-    decoder = max(0, teacher.num_parameters - 2 * teacher.vocab_rows * teacher.width)
+    kept = 2 * teacher.vocab_rows * teacher.width + teacher.num_expert_parameters
+    decoder = max(0, teacher.num_parameters - kept)
     return float(decoder + (teacher.num_parameters - decoder) * item)
 
 

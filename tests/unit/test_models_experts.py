@@ -15,7 +15,7 @@ from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.experts import TEACHERS, PerExpert, group_experts, num_experts_of
 from kdtrain.models.flops import forward_flops_per_token
 from kdtrain.models.head import load_head
-from kdtrain.models.load import ModelSpec, build_config, load_backbone, model_size, parameters_on_meta
+from kdtrain.models.load import ModelSpec, build_config, load_backbone, model_facts, parameters_on_meta
 from kdtrain.models.probe import measure
 from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.models.shrink import COUNTS, tiny_settings
@@ -145,7 +145,8 @@ def test_only_active_experts_cost_flops_and_all_cost_memory(tmp_path):
     assert backbone.num_parameters() == sum(p.numel() for p in model.parameters())
     assert backbone.num_parameters() - backbone.facts().num_active_parameters == experts * 9 // 12  # 3 of 12 are taken
     spec = ModelSpec(weights=str(tmp_path), dtype="float32")
-    assert model_size(spec, 99, trainable=False)[1] == backbone.num_parameters()
+    facts = model_facts(spec, 99, trainable=False)
+    assert (facts.num_parameters, facts.num_expert_parameters) == (backbone.num_parameters(), experts)
     full, active = (
         forward_flops_per_token(model.config, number, 16)
         for number in (backbone.num_parameters(), backbone.facts().num_active_parameters)

@@ -1,5 +1,7 @@
 """What the memory estimate says of weights and states that are not on the device."""
 
+from dataclasses import replace
+
 import pytest
 
 from kdtrain.config.schema import RunConfig
@@ -42,6 +44,16 @@ def test_a_quantised_decoder_takes_a_byte_per_element_and_its_vocabulary_two():
     cfg.teacher.quantize = "int8"
     vocabulary = 2 * 1024 * 512
     assert estimate_memory(cfg, STUDENT, TEACHER, dp_size=1).parts["teacher"] == 32_000_000 + vocabulary
+
+
+def test_experts_are_not_quantised():
+    cfg = RunConfig()
+    mixture = replace(TEACHER, num_expert_parameters=20_000_000)
+    full = estimate_memory(cfg, STUDENT, mixture, dp_size=1).parts["teacher"]
+    assert full == 2 * 32_000_000
+    cfg.teacher.quantize = "int8"
+    quantised = 32_000_000 - 20_000_000 - 2 * 1024 * 512
+    assert estimate_memory(cfg, STUDENT, mixture, dp_size=1).parts["teacher"] == full - quantised
 
 
 def test_a_teacher_on_the_host_is_counted_there():
