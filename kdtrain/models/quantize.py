@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from kdtrain.dist.collectives import gather_ranks
 from kdtrain.errors import ConfigError
 from kdtrain.models.backbone import Backbone
+from kdtrain.parallel.blocks import is_conv1d
 from kdtrain.parallel.experts import expert_modules
 from kdtrain.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from kdtrain.parallel.variants import ColumnParallelConv1D, LatentLinear, RowParallelConv1D
+
+CONV1D = (ColumnParallelConv1D, RowParallelConv1D)
 
 
 def require_torchao(kind: str) -> None:
@@ -52,14 +56,19 @@ def quantize_decoder_(backbone: Backbone, kind: str) -> tuple[int, int]:
 
 
 def _linear_layers(backbone: Backbone, kind: str) -> list[Any]:
-    decoder, classes = backbone.model.base_model, (nn.Linear, ColumnParallelLinear, RowParallelLinear)
+    decoder, classes = backbone.model.base_model, (nn.Linear, ColumnParallelLinear, RowParallelLinear, LatentLinear)
     found = [module for module in decoder.modules() if isinstance(module, classes)]
-    mixture = next(expert_modules(backbone.model), None) is not None
-    if mixture or not found:
-        why = "is a mixture of experts" if mixture else "has no linear layer"
+    why = None
+    if next(expert_modules(backbone.model), None) is not None:
+        why = "is a mixture of experts, whose packed weights are no matrices"
+    elif any(is_conv1d(module) or isinstance(module, CONV1D) for module in decoder.modules()):
+        why = "keeps its matrices as [in, out] (Conv1D)"
+    elif not found:
+        why = "has no linear layer"
+    if why is not None:
         raise ConfigError(
             f"teacher.quantize = {kind}: {type(backbone.model).__name__} {why}\n"
-            "  why: torchao's tensors are matrices; packed experts, nearly all of a mixture's weights, are not\n"
+            "  why: torchao's tensors are matrices [out, in] of linear layers\n"
             "  fix: set teacher.quantize=null; teacher.layout=tp or teacher.zero_stage=3 divide the weights"
         )
     return found

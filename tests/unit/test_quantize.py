@@ -141,3 +141,9 @@ def test_what_has_no_matrices_to_quantise_is_refused(build, tmp_path):
     mixture = load_backbone(spec, Mesh(), vocab_size=VOCAB, trainable=False)
     with pytest.raises(ConfigError, match="MixtralForCausalLM is a mixture of experts"):
         quantize_decoder_(mixture, "fp8")
+    for mesh in (Mesh(), Mesh(world_size=2, tp_size=2)):  # cut or not, its matrices are the other way round
+        spec = ModelSpec(architecture=str(tmp_path / "gpt2.json"), dtype="float32")
+        (tmp_path / "gpt2.json").write_text(json.dumps(tiny_config("gpt2")))
+        backbone = load_backbone(spec, mesh, vocab_size=VOCAB, trainable=False)
+        with pytest.raises(ConfigError, match=r"GPT2LMHeadModel keeps its matrices as \[in, out\]"):
+            quantize_decoder_(backbone, "int8")
