@@ -50,6 +50,8 @@ HINTS: dict[str, dict[str, Any]] = {
         "vision_config": {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2},
         "audio_config": {"num_blocks": 1, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2},
     },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_text": {"per_layer_config": None},
     "gemma4_unified_text": {"per_layer_config": None},
 }
@@ -226,12 +228,13 @@ def run_stock(path: Path, *, jitter: bool = False) -> dict[str, Any]:
                 param *= 1 + torch.randn_like(param).sign() * 2.0**-23
     model.train()
     batch = batch_of()
-    out = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, output_hidden_states=True)
-    losses = F.cross_entropy(out.logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    with torch.no_grad():
+        hidden = model.base_model(**inputs).last_hidden_state.flatten(0, 1).numpy()
+    losses = F.cross_entropy(model(**inputs).logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
     loss = (losses * batch.loss_mask.flatten()).sum()
     loss.backward()
     grads = {name: param.grad.numpy() for name, param in model.named_parameters() if param.grad is not None}
-    hidden = out.hidden_states[-1].detach().flatten(0, 1).numpy()
     return {"hidden": hidden, "loss": float(loss.detach()), "grads": grads}
 
 

@@ -64,7 +64,7 @@ TINY: dict[str, dict[str, Any]] = {
         "resid_pdrop": 0.0,
         "bos_token_id": None,
         "eos_token_id": None,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": False,
     },
     # Query, key and value in one, gate and up in one.
     "phi3": {**_COMMON, "model_type": "phi3"},

@@ -76,6 +76,27 @@ OWN_PLANS: Mapping[str, OwnPlan] = {
     "glm4": OwnPlan(_GATE_UP),
     # xIELU has two learned scalars, which see only this rank's features.
     "apertus": OwnPlan({"model.layers.*.mlp.act_fn": PARTIAL_GRAD}),
+    "lfm2": OwnPlan(
+        {
+            **_separate(
+                "model.layers.*.self_attn",
+                "out_proj",
+                "model.layers.*.feed_forward.w1",
+                "model.layers.*.feed_forward.w2",
+            ),
+            "model.layers.*.feed_forward.w3": COLWISE,
+            "model.layers.*.self_attn.q_layernorm": PARTIAL_GRAD,
+            "model.layers.*.self_attn.k_layernorm": PARTIAL_GRAD,
+        }
+    ),
+    # Which of its features are active depends on the mean and spread of all of them: transformers' plan is wrong.
+    "gemma3n_text": OwnPlan(
+        {
+            "model.layers.*.mlp.gate_proj": GATHERED,
+            "model.layers.*.mlp.up_proj": GATHERED,
+            "model.layers.*.mlp.down_proj": SPLIT_INPUT,
+        }
+    ),
     # Its dynamic mask needs the values of all heads.
     "doge": OwnPlan(
         {

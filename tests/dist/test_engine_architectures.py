@@ -33,7 +33,7 @@ def load_laws():
 
 laws = load_laws()
 laws.FAMILIES.update(
-    gpt2=tiny_config("gpt2"),
+    gpt2=tiny_config("gpt2", tie_word_embeddings=True),
     phi3=tiny_config("phi3"),
     olmo2=tiny_config("olmo2"),
     few_groups=tiny_config("llama", num_attention_heads=4, num_key_value_heads=2),

@@ -156,3 +156,48 @@ def test_sharding_marks_cut_parameters_and_keeps_tied_weights_one():
     }
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert getattr(model.model.layers[0].self_attn.q_norm.weight, "partial_gradient", False)
+
+
+def test_an_attribute_that_the_model_no_longer_has_is_refused():
+    model = meta_model("phi3")
+    for layer in model.model.layers:
+        del layer.self_attn.num_key_value_heads
+    with pytest.raises(ParallelError, match="Phi3Attention has no num_key_value_heads"):
+        shard_model(model, Mesh(world_size=2, rank=0, tp_size=2))
+
+
+def test_attention_that_counts_heads_in_its_config_gets_a_config_of_its_own():
+    model = meta_model("phi3")
+    shard_model(model, Mesh(world_size=2, rank=0, tp_size=2))
+    assert model.model.layers[0].self_attn.config.num_attention_heads == 4
+    assert model.config.num_attention_heads == model.model.layers[0].mlp.config.num_attention_heads == 8
+
+
+def test_more_ranks_than_intermediate_features_are_refused():
+    with pytest.raises(ParallelError, match=r"parallel\.tp = 3 is more than the 2 intermediate features of .*mlp"):
+        plan_cuts(meta_model(intermediate_size=2), 3, 128)
+
+
+def test_an_mlp_whose_sizes_contradict_each_other_is_refused():
+    model = meta_model()
+    model.model.layers[1].mlp.up_proj = torch.nn.Linear(32, 43, device="meta")
+    with pytest.raises(ParallelError, match=r"layers\.1\.mlp' cannot be cut: .*up_proj' has 43 output features"):
+        plan_cuts(model, 2, 128)
+
+
+def test_attention_whose_groups_do_not_divide_its_heads_is_refused():
+    model = meta_model()
+    model.model.layers[0].self_attn.q_proj = torch.nn.Linear(32, 30, device="meta")
+    with pytest.raises(ParallelError, match="8 query heads do not divide"):
+        plan_cuts(model, 2, 128)
+    model = meta_model()
+    model.model.layers[0].self_attn.o_proj = torch.nn.Linear(36, 32, device="meta")
+    with pytest.raises(ParallelError, match="4 key/value groups do not divide"):
+        plan_cuts(model, 2, 128)
+
+
+def test_a_layer_of_another_class_is_refused():
+    model = meta_model()
+    model.model.layers[0].mlp.up_proj = torch.nn.Bilinear(32, 32, 44, device="meta")
+    with pytest.raises(ParallelError, match=r"up_proj' is a Bilinear; only torch\.nn\.Linear and Conv1D"):
+        plan_cuts(model, 2, 128)
