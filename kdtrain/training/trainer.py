@@ -46,7 +46,7 @@ def step_seed(seed: int, step: int, zero_rank: int) -> int:
 class Trainer:
     """A run's moving parts. Built by `kdtrain.training.build`; everything here is live on every rank.
 
-    looks_ahead: whether the objective is told of the next step before the optimizer runs: a teacher elsewhere begins.
+    looks_ahead: whether the objective is told of each step one step ahead: a teacher elsewhere need never be idle.
     """
 
     cfg: RunConfig
@@ -137,6 +137,9 @@ class Trainer:
         lr = learning_rate(self.progress.tokens_seen + self.cfg.data.tokens_per_step, self.cfg)
         torch.manual_seed(step_seed(self.cfg.run.seed, self.progress.step, self.mesh.zero_rank))
         self.objective.begin_step(micro_batches)
+        if self.looks_ahead and more:  # the place in the data that a checkpoint keeps is counted by steps done
+            self._drawn = self._next_micro_batches()
+            self.objective.begin_step(self._drawn)
         sums: list[tuple[str, Tensor, Tensor]] = []
         losses: list[tuple[Tensor, Tensor]] = []
         for batch in micro_batches:
@@ -146,9 +149,6 @@ class Trainer:
                 self.engine.backward(poisoned(out.loss_sum), num_valid_tokens)
             sums += [(name, *pair) for name, pair in out.metrics.items()]
             losses.append((out.loss_sum.detach(), batch.num_valid_tokens()))
-        if self.looks_ahead and more:  # its place in the data is not moved: that is counted by steps done
-            self._drawn = self._next_micro_batches()
-            self.objective.begin_step(self._drawn)
         with self.timer.phase("optimizer"):
             result = self.engine.step(lr)
         self.progress.step += 1

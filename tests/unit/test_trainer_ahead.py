@@ -1,4 +1,4 @@
-"""A trainer that looks ahead tells the objective of a step before the former one's optimizer, and learns the same."""
+"""A trainer that looks ahead tells the objective of a step when the one before it begins, and learns the same."""
 
 import importlib.util
 from pathlib import Path
@@ -45,12 +45,12 @@ def finished(folder, *, looks_ahead, steps=3):
     return run
 
 
-def test_the_objective_is_told_of_the_next_step_before_the_optimizer_runs_and_of_none_after_the_last(tmp_path):
+def test_the_objective_is_told_of_each_step_one_step_ahead_and_of_none_after_the_last(tmp_path):
     events = finished(tmp_path / "a", looks_ahead=True).objective.events
     first, second, third = [0, 2], [4, 6], [8, 10]
-    step = [("told", first), ("learns", 0), ("learns", 2), ("told", second), ("optimizer", None)]
-    step += [("told", second), ("learns", 4), ("learns", 6), ("told", third), ("optimizer", None)]
-    assert events == [*step, ("told", third), ("learns", 8), ("learns", 10), ("optimizer", None)]
+    steps = [("told", first), ("told", second), ("learns", 0), ("learns", 2), ("optimizer", None)]
+    steps += [("told", second), ("told", third), ("learns", 4), ("learns", 6), ("optimizer", None)]
+    assert events == [*steps, ("told", third), ("learns", 8), ("learns", 10), ("optimizer", None)]
     events = finished(tmp_path / "b", looks_ahead=False).objective.events
     assert [what for what, _ in events] == ["told", "learns", "learns", "optimizer"] * 3
 
