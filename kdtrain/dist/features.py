@@ -1,4 +1,4 @@
-"""Put together, or take apart, the last dim of activations over the tensor-parallel axis; see `collectives` for the rules.
+"""Put together or take apart the last dim of activations over the tensor-parallel axis; `collectives` has the rules.
 
 Both sides of each function keep its convention: a replicated activation has a replicated, whole gradient.
 """

@@ -1,4 +1,4 @@
-"""The sweep over transformers' causal language models: a few of them measured here, all of them in the committed table."""
+"""The sweep over transformers' causal language models: a few measured here, all of them in the committed table."""
 
 import importlib
 import math

@@ -92,7 +92,7 @@ def on_cpu(check):
 
     @functools.wraps(check)
     def wrapped(*arguments, **options):
-        with mock.patch.object(torch.cuda, "current_device", lambda: "cpu"):
+        with mock.patch.object(torch.cuda, "current_device", return_value="cpu"):
             return check(*arguments, **options)
 
     return wrapped

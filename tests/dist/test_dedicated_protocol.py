@@ -1,4 +1,4 @@
-"""What passes between the student's ranks and dedicated teachers: who answers what, and how each side learns of an end."""
+"""What passes between the student's ranks and dedicated teachers: who answers what, how each side learns of an end."""
 
 import time
 from datetime import timedelta

@@ -14,7 +14,6 @@ import torch
 
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import checkpoint
-from kdtrain.engine.slices import CheckpointReader
 from kdtrain.models.tiny import tiny_config
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
@@ -120,7 +119,9 @@ def oracles(folder):
 
 @pytest.mark.parametrize("world_size", CASES)
 def test_every_architecture_makes_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
-    answers = fresh_pool(world_size).run(run_cases, folder=folder, settings=[asdict(case) for case in CASES[world_size]])
+    answers = fresh_pool(world_size).run(
+        run_cases, folder=folder, settings=[asdict(case) for case in CASES[world_size]]
+    )
     for rank in range(world_size):
         assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
     for case, answer in zip(CASES[world_size], answers[0], strict=True):

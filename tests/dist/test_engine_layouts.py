@@ -35,7 +35,7 @@ LIMITS = {
     "float32": dict.fromkeys(ERRORS, 1e-5),
     "bfloat16": {"loss": 1e-3, "norm": 1e-2, "gradient": 1.5, "weight": 3e-2, "evaluation": 2e-3},
 }
-"""Largest error by dtype; a gradient's in bfloat16 is a multiple of what rounding does to plain torch in one process."""
+"""Largest error by dtype; a gradient's in bfloat16 is a multiple of what rounding does to plain torch, one process."""
 
 FAMILIES = {
     "llama": tiny_config("smollm", tie_word_embeddings=True),  # 3 key/value groups: tp 2 is uneven

@@ -115,7 +115,7 @@ def test_under_bfloat16_gradients_accumulate_in_float32_on_the_host_too(fresh_po
 
 
 def checkpoints(rank, world_size, folder):
-    """Two steps, a save, a load into the other kind of engine, one more step in both; then a resume of the same kind."""
+    """Two steps, a save, a load into the other kind of engine, one more step in both; a resume of the same kind."""
     from kdtrain.engine import checkpoint
 
     test = load_helpers()
@@ -145,7 +145,10 @@ def checkpoints(rank, world_size, folder):
                     assert again[0] == last[0]
                     assert all(torch.equal(again[1][key], last[1][key]) for key in saved), (case, offload)
                 else:
-                    found[case.name, offload] = error(again[1], last[1]), again[0][1].grad_norm / last[0][1].grad_norm - 1
+                    found[case.name, offload] = (
+                        error(again[1], last[1]),
+                        again[0][1].grad_norm / last[0][1].grad_norm - 1,
+                    )
                 other.close()
     return found
 

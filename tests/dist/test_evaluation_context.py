@@ -92,7 +92,9 @@ def models(tmp_path_factory):
     root, found = tmp_path_factory.mktemp("models"), {}
     for seed, (name, settings) in enumerate(MODELS.items()):
         torch.manual_seed(seed)
-        config = AutoConfig.for_model(settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"})
+        config = AutoConfig.for_model(
+            settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"}
+        )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         favour_tokens(model, (3, 7, 290))
         model.save_pretrained(root / name)

@@ -55,7 +55,9 @@ def models(tmp_path_factory):
     found = {}
     for seed, (name, settings) in enumerate({"student": STUDENT, **TEACHERS}.items()):
         torch.manual_seed(seed)
-        config = AutoConfig.for_model(settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"})
+        config = AutoConfig.for_model(
+            settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"}
+        )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for param in model.parameters():  # a bias begins at zero, where losing it would not show

@@ -1,4 +1,4 @@
-"""What one rank alone meets, all ranks of a run learn: a step that is not finite, a full disk, a rank that stands still."""
+"""What one rank alone meets, all ranks of a run learn: a step that is not finite, a full disk, a rank that hangs."""
 
 import importlib.util
 import math

@@ -116,9 +116,7 @@ def _check_limits(rank: int, world_size: int) -> None:
     logits = reference.head_logits(base.hidden_t, base.head_t, 101)
     record = record_of(logits, "top_k_tail", 101, temperature=2.0)
     p = (logits / 2.0).softmax(-1)
-    whole = replace(
-        record, ids=torch.arange(101).expand(37, -1), weights=p, log_tail=torch.full((37,), float("-inf"))
-    )
+    whole = replace(record, ids=torch.arange(101).expand(37, -1), weights=p, log_tail=torch.full((37,), float("-inf")))
     got, _ = streamed_sparse_answer(SparseCase(base, whole), group=group, multiple=128)
     dense, _ = streamed_answer(base, group=group, multiple=128)
     torch.testing.assert_close(got.loss, dense.loss, rtol=1e-12, atol=0)

@@ -62,9 +62,7 @@ def whole_weights(backbone, kind):
 
 
 def cases(test, world_size, kind):
-    return [
-        test.Case("llama", tp, stage, (4, 1, 3), teacher=words) for tp, stage, words in CASES[world_size, kind]
-    ]
+    return [test.Case("llama", tp, stage, (4, 1, 3), teacher=words) for tp, stage, words in CASES[world_size, kind]]
 
 
 def run(rank, world_size, folder, kind):

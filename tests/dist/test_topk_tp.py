@@ -60,9 +60,7 @@ def _own_tokens(rank: int, world_size: int, num_tokens: int, chunk: int) -> tupl
     shard = shard_of(101, group, 1)
     hidden, head = random_teacher(num_tokens, 101, integers=True)
     slab_bytes = slab_bytes_for(chunk, shard, torch.float32)
-    share = linear_topk(
-        hidden, cut(head, shard), 5, shard=shard, group=group, slab_bytes=slab_bytes, gather=False
-    )
+    share = linear_topk(hidden, cut(head, shard), 5, shard=shard, group=group, slab_bytes=slab_bytes, gather=False)
     assert isinstance(share, TopKShare)
     assert len(share.tokens) == len(share.ids) == len(share.lse)
     assert_same_topk(share, whole_logits(hidden, head)[share.tokens], 5, (1.0,), 3e-6)

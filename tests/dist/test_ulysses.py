@@ -42,7 +42,10 @@ def compare(rank, world_size, heads, strided):
         grad = grad.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
         assert not grad.is_contiguous()
     output.backward(grad)
-    pairs = [(output, expected[:, mine]), *((part.grad, x.grad[:, :, mine]) for part, x in zip(parts, whole, strict=True))]
+    pairs = [
+        (output, expected[:, mine]),
+        *((part.grad, x.grad[:, :, mine]) for part, x in zip(parts, whole, strict=True)),
+    ]
     return [float((found - right).detach().abs().max() / right.abs().max()) for found, right in pairs]
 
 
