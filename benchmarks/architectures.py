@@ -336,8 +336,8 @@ NOTES = (
     "Result: `equal`, all errors within the tolerance; `refused`, kdtrain says at start-up why it cannot cut it;",
     "`FAILED`, neither. `mixture of experts` (as students; mixtures may be teachers), `refused at tp 1 too` (it looks",
     "ahead, or changes its logits in an unknown way) and `no tiny copy` (most often a model of several modalities with",
-    "its text part listed on its own) say nothing about tensor parallelism. Error: the worst of hidden states, loss and",
-    "every parameter's gradient, relative, in the 2-norm.",
+    "its text part listed on its own) say nothing about tensor parallelism. Error: the worst of hidden states, loss",
+    "and every parameter's gradient, relative, in the 2-norm.",
 )
 SECTIONS = {
     "Dense, with a tensor-parallel plan in transformers": True,
