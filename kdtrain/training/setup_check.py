@@ -38,7 +38,7 @@ def run_checks(cfg: RunConfig) -> int:
     _find_others(os.environ.get("MASTER_ADDR"))
     os.environ.setdefault("DEEPSPEED_TIMEOUT", TIMEOUT_MIN)
     with bootstrap.runtime() as rank:
-        mesh = Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
+        mesh = Mesh.build(*axes(cfg, rank.world_size))
         # every rank makes the same rows in the same order, so that they can be laid side by side
         mine = [
             *versions(), device_row(rank.device), *kernel_rows(mesh, rank.device, cfg.train.kernels),
@@ -51,6 +51,12 @@ def run_checks(cfg: RunConfig) -> int:
             failed = sum(row.result == "FAIL" for row in rows)
             print(f"{failed} of {len(rows)} checks failed" if failed else "setup    every check passed", flush=True)
     return EXIT_OTHER if any(row.result == "FAIL" for row in rows) else EXIT_DONE
+
+
+def axes(cfg: RunConfig, world_size: int) -> tuple[int, int]:
+    """(tp, cp) of the collectives to try: the run's; (1, 1) if dedicated teachers leave a job they do not divide."""
+    tp, cp = cfg.parallel.tp, cfg.parallel.cp
+    return (1, 1) if cfg.teacher.layout == "dedicated" and world_size % (tp * cp) else (tp, cp)
 
 
 def _find_others(address: str | None) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kdtrain.config.schema import RunConfig
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import KdtrainError
 from kdtrain.training import setup_check, setup_probes
@@ -171,3 +172,12 @@ def test_a_collective_with_wrong_numbers_is_a_failed_row(monkeypatch, name, oper
     rows = {row.check: row for row in setup_probes.collective_rows(mesh, CPU)}
     assert rows.pop(f"{name} tp") == Row(f"{name} tp", "FAIL", "2 ranks: wrong numbers")
     assert {row.result for row in rows.values()} == {"ok", "-"}
+
+
+def test_collectives_are_tried_along_the_runs_axes_where_the_job_has_them():
+    cfg = RunConfig()
+    cfg.parallel.tp, cfg.parallel.cp = 2, 2
+    assert setup_check.axes(cfg, 8) == setup_check.axes(cfg, 6) == (2, 2), "Mesh.build refuses what does not divide"
+    cfg.teacher.layout = "dedicated"
+    assert setup_check.axes(cfg, 8) == (2, 2)
+    assert setup_check.axes(cfg, 6) == (1, 1)
