@@ -8,6 +8,7 @@ second, and only when something has changed, so what a rank said last may be LON
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -29,6 +30,8 @@ from kdtrain.telemetry.console import format_table
 FOLDER = "heartbeat"
 SHORTEST_S, LONGEST_S = 1.0, 5.0
 """Seconds between two looks of a watchdog: a quarter of the warning's limit, within these."""
+GRACE_S = 30.0
+"""Seconds that a watchdog takes at most to say why it ends the process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +123,8 @@ class Watchdog:
 
     folder: of the run. teachers: ranks beyond world_size that hold nothing but the teacher; they go through phases of
     their own, and what they did last is told besides. warn_s, exit_s: guard.stall_warn_s and guard.stall_exit_s.
-    give_up: called with one line before the process is ended by `end`. As a context manager it watches inside the
-    block. Never communicates.
+    give_up: called with one line before the process is ended by `end`; its OSError is passed over, and if it hangs the
+    process ends GRACE_S later. As a context manager it watches inside the block. Never communicates.
     """
 
     def __init__(
@@ -140,10 +143,13 @@ class Watchdog:
         self._can_write = True
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="kdtrain-watchdog", daemon=True)
+        self._last_resort = threading.Thread(target=self._end_anyway, name="kdtrain-watchdog-end", daemon=True)
 
     def __enter__(self) -> Watchdog:
         self.look()
         self._thread.start()
+        if self._exit_s is not None:
+            self._last_resort.start()
         return self
 
     def __exit__(
@@ -156,6 +162,13 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stop.wait(self._every):
             self.look()
+
+    def _end_anyway(self) -> None:
+        """In a thread that touches no file and says nothing: either may be what hangs, and `look` with it."""
+        assert self._exit_s is not None
+        while not self._stop.wait(self._every):
+            if self._clock() - self._pulse.since >= self._exit_s + GRACE_S:
+                self._end(EXIT_OTHER)
 
     def look(self) -> None:
         """Write the beat if it is new; warn if the present work has taken too long, end the process if far too long."""
@@ -203,9 +216,11 @@ class Watchdog:
             {"rank": b.rank, "host": b.host, "step": b.step, "phases": b.count, "completed": f"{b.done}/{b.done_step}",
              "in": b.now or "-", "seconds ago": round(now - b.time)} for b in beats.values()
         ]  # fmt: skip
-        print(f"kdtrain: {late}", format_table(rows) if rows else "", sep="\n", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
-        self._give_up(late.partition("\n")[0])
+        with contextlib.suppress(OSError):  # whoever read what this process says may be gone
+            print(f"kdtrain: {late}", format_table(rows) if rows else "", sep="\n", file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
+        with contextlib.suppress(OSError):  # a full disk, or one that is gone
+            self._give_up(late.partition("\n")[0])
         self._end(EXIT_OTHER)
 
 

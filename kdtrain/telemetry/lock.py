@@ -113,6 +113,7 @@ class LockKeeper:
 
     def look(self) -> None:
         """Touch the lock if it is still this process's; end the process if it is another's."""
+        held = None
         try:
             if not self._path.exists():
                 with contextlib.suppress(ConfigError):  # somebody else's is there by now: that is seen below
@@ -120,8 +121,6 @@ class LockKeeper:
             held = read_lock(self._path)
             if held == self._mine:
                 os.utime(self._path)
-            elif held is not None:
-                self._give_up(held)
             self._can_touch = True
         except OSError as error:
             if self._can_touch:
@@ -130,16 +129,19 @@ class LockKeeper:
                     *(self._path, error.strerror, self._mine["lease_s"]),
                 )
             self._can_touch = False
+        if held is not None and held != self._mine:
+            self._give_up(held)
 
     def _give_up(self, held: dict[str, Any]) -> None:
         why = f"{self._path} was taken over by process {held['pid']} on {held['host']} since {held['since']}"
-        print(
-            f"kdtrain: {why}\n  why: it was not touched for run.lock_lease_s = {self._mine['lease_s']:g} s, "
-            "and two runs in one folder would overwrite each other's checkpoints\n"
-            "  fix: let the other run go on; set run.lock_lease_s higher if this host stood still for long",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
-        self._lost(why)
+        with contextlib.suppress(OSError):  # whoever read what this process says may be gone; it must end all the same
+            print(
+                f"kdtrain: {why}\n  why: it was not touched for run.lock_lease_s = {self._mine['lease_s']:g} s, "
+                "and two runs in one folder would overwrite each other's checkpoints\n"
+                "  fix: let the other run go on; set run.lock_lease_s higher if this host stood still for long",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+            self._lost(why)
         self._end(EXIT_OTHER)
 
 

@@ -220,3 +220,39 @@ def test_a_rank_that_hangs_too_long_shows_the_table_and_its_stack_and_exits_with
     assert theirs.split()[:6] == ["1", "elsewhere", "3", "0", "optimizer/2", "data_wait"]
     assert "line 9 in <module>" in "\n".join(trace)
     assert (tmp_path / "STATUS").read_text() == first.removeprefix("kdtrain: ")
+
+
+MUTE = """
+import os, sys, time
+from pathlib import Path
+from kdtrain.telemetry import heartbeat
+from kdtrain.telemetry.heartbeat import Pulse, Watchdog
+folder, what, pulse = Path(sys.argv[1]), sys.argv[2], Pulse()
+heartbeat.GRACE_S = 1.0
+
+def give_up(why):
+    if what == "disk":
+        raise OSError(28, "No space left on device")
+    if what == "file system":
+        time.sleep(60)
+
+if what == "reader":
+    read, write = os.pipe()
+    os.dup2(write, 2)
+    os.close(read)
+    os.close(write)
+if what == "heartbeat":
+    (folder / "heartbeat").mkdir()
+    os.mkfifo(folder / "heartbeat/rank_00001")  # opening it never returns
+with Watchdog(pulse, folder, 2, warn_s=0.5, exit_s=1.0, give_up=give_up):
+    pulse.begin(3)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("what", ["disk", "file system", "reader", "heartbeat"])
+def test_a_rank_that_cannot_say_why_it_ends_ends_all_the_same(tmp_path, what):
+    command = [sys.executable, "-c", MUTE, str(tmp_path), what]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, timeout=50, check=False)
+    assert done.returncode == 1

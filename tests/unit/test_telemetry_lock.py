@@ -99,6 +99,18 @@ def test_a_keeper_touches_its_lock_puts_it_back_and_gives_up_only_to_another(tmp
     assert "was taken over by process 7 on elsewhere since yesterday" in told[0]
 
 
+def test_a_keeper_whose_words_nobody_reads_gives_up_as_well(tmp_path, monkeypatch):
+    class Broken:
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    keeper = LockKeeper(tmp_path, take_lock(tmp_path, LEASE_S), end=(ended := []).append)
+    left_behind(tmp_path)
+    monkeypatch.setattr(sys, "stderr", Broken())
+    keeper.look()
+    assert ended == [1]
+
+
 def test_a_lock_that_cannot_be_touched_is_told_once(tmp_path, monkeypatch, caplog):
     keeper = LockKeeper(tmp_path, take_lock(tmp_path, LEASE_S))
 
