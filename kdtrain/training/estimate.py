@@ -53,9 +53,9 @@ def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | Non
 
     Student: weights; an fp32 gradient; fp32 master copy and two Adam moments; ZeRO divides the states (stage >= 1),
     the gradients (>= 2) and the weights (3) by dp x cp. With zero.offload_optimizer the states are on the host, and at
-    stage 3 the gradients too. Teacher: weights, whole or cut. Loss: two fp32 slabs within
-    train.slab_bytes plus the fp32 gradients it returns. Activations: per layer about 16 widths per token without
-    recomputation, 1 with it (and one layer's worth).
+    stage 3 the gradients too; with checkpoint.async_write a copy of the states is. Teacher: weights, whole or cut.
+    Loss: two fp32 slabs within train.slab_bytes plus the fp32 gradients it returns. Activations: per layer about
+    16 widths per token without recomputation, 1 with it (and one layer's worth).
     """
     tp, stage, offload = cfg.parallel.tp, cfg.zero.stage, cfg.zero.offload_optimizer
     local = student.num_parameters / tp
@@ -79,6 +79,8 @@ def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | Non
     }
     # master weights, two moments, the gradient that AdamW reads, and DeepSpeed's buffer beside it
     host = local * HOST_BYTES_PER_ELEMENT / zero_size if offload else 0.0
+    if cfg.checkpoint.async_write:  # a copy of what this rank writes; at stage 0 the first data rank writes everything
+        host += local * 12 / (zero_size if stage >= 1 else 1)
     if teacher is not None:
         parts |= _teacher_parts(cfg, teacher, tokens, zero_size)
         host += _teacher_on_host(cfg, teacher, zero_size)

@@ -31,6 +31,15 @@ def test_an_optimizer_on_the_host_leaves_the_device(stage):
     assert "host" not in off.line()
 
 
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (3, 2)])
+def test_what_is_written_behind_training_is_copied_to_the_host(stage, ranks):
+    cfg = RunConfig()
+    cfg.zero.stage = stage
+    assert estimate_memory(cfg, STUDENT, None, dp_size=2).host == 0
+    cfg.checkpoint.async_write = True
+    assert estimate_memory(cfg, STUDENT, None, dp_size=2).host == 8_000_000 * 12 // ranks
+
+
 def test_a_teacher_that_runs_ahead_keeps_the_hidden_states_of_two_micro_batches():
     cfg = RunConfig()
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch = 16, 3
