@@ -29,6 +29,7 @@ from kdtrain.models.experts import choose_products, refuse_mixture
 from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.probe import check_model
 from kdtrain.models.safetensors_reader import SafetensorsFolder
+from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.pieces import read_piece
 from kdtrain.parallel.plan import plan_cuts
 from kdtrain.parallel.shard import materialize_parameter, shard_model
@@ -98,11 +99,7 @@ def load_backbone(
     model = _build(spec, vocab_size, device, seed, trainable=trainable)
     check_model(model, _source(spec), packed=packed)
     _prepare_context(model, mesh, _source(spec), packed)
-    if trainable and mesh.tp_size > 1:
-        _refuse_dropout(model)
-    model.requires_grad_(trainable)
-    cuts = plan_cuts(model, mesh.tp_size, shard.rows)
-    shard_model(model, mesh, shard, sequence=sequence)
+    cuts = _cut(model, mesh, shard, trainable=trainable, sequence=sequence)
     choose_products(model, DTYPES[spec.dtype])
     kept = {name: cut for name, cut in cuts.items() if not _is_tied_away(model, name)}
     backbone = Backbone(model, shard, kept, mesh.cp_group)
@@ -207,17 +204,31 @@ def model_facts(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> 
 
 
 def check_architecture(
-    spec: ModelSpec, vocab_size: int, mesh: Mesh, *, packed: bool = True, trainable: bool = True
+    spec: ModelSpec, vocab_size: int, mesh: Mesh, *, packed: bool = True, trainable: bool = True, sequence: bool = False
 ) -> None:
-    """What `load_backbone` asks of an architecture before it reads or makes a weight, cutting apart. Raises as it does.
+    """What `load_backbone` asks of an architecture before it reads or makes a weight. Raises as it does.
 
     mesh: its sizes alone are used, so it may be of a world that does not run yet.
     """
+    shard = VocabShard.of(vocab_size, mesh.tp_rank, mesh.tp_size, total_rows=model_rows(spec, vocab_size))
     with parameters_on_meta():
         config = build_config(spec, vocab_size, trainable=trainable)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     check_model(model, _source(spec), packed=packed)
     _prepare_context(model, mesh, _source(spec), packed)
+    _cut(model, mesh, shard, trainable=trainable, sequence=sequence)
+    if trainable and spec.activation_checkpointing:
+        enable_activation_checkpointing(model)
+
+
+def _cut(model: Any, mesh: Mesh, shard: VocabShard, *, trainable: bool, sequence: bool) -> dict[str, Cut]:
+    """Cut `model`, whole until now, for this rank of `mesh`, in place; every cut by parameter name."""
+    if trainable and mesh.tp_size > 1:
+        _refuse_dropout(model)
+    model.requires_grad_(trainable)
+    cuts = plan_cuts(model, mesh.tp_size, shard.rows)
+    shard_model(model, mesh, shard, sequence=sequence)
+    return cuts
 
 
 def _prepare_context(model: Any, mesh: Mesh, source: str, packed: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from kdtrain.config.checks_dedicated import num_teachers, student_ranks, teacher_ranks
@@ -118,11 +119,12 @@ def _int(config: Any, name: str) -> int:
 
 def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int) -> None:
     """`--check`: everything that can be known before a device is touched."""
-    models = ((build.student_spec(cfg), cfg.parallel.tp, True), (build.teacher_spec(cfg), build.teacher_tp(cfg), False))
-    for spec, tp, trainable in models:
-        if spec is not None:
-            mesh = Mesh(world_size=world_size, tp_size=tp, cp_size=cfg.parallel.cp)
-            check_architecture(spec, inputs.vocab_size, mesh, packed=cfg.data.reset_positions, trainable=trainable)
+    packed, p, t = cfg.data.reset_positions, cfg.parallel, cfg.teacher
+    mesh = Mesh(world_size=world_size, tp_size=p.tp, cp_size=p.cp)
+    check_architecture(build.student_spec(cfg), inputs.vocab_size, mesh, packed=packed, sequence=p.sequence)
+    if (spec := build.teacher_spec(cfg)) is not None:
+        mesh = replace(mesh, tp_size=t.tp or 1 if t.layout == "dedicated" else build.teacher_tp(cfg))
+        check_architecture(spec, inputs.vocab_size, mesh, packed=packed, trainable=False)
     if cfg.teacher.quantize is not None:
         require_torchao(cfg.teacher.quantize)
     students = student_ranks(cfg, world_size)

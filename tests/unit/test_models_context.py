@@ -112,7 +112,7 @@ def test_loading_asks_all_of_it(tmp_path):
         load_backbone(spec, Mesh(world_size=2, cp_size=2), vocab_size=101, trainable=False, packed=False)
     with pytest.raises(ConfigError, match=r"parallel\.cp > 1, but tokens see others"):
         check_architecture(spec, 101, Mesh(world_size=2, cp_size=2), packed=False)
-    check_architecture(spec, 101, Mesh(world_size=2, tp_size=2), packed=False)
+    check_architecture(spec, 101, Mesh(world_size=2), packed=False)
     named = ModelSpec(architecture="smollm2-135m", dtype="float32")
     with pytest.raises(ParallelError, match="the 9 query heads on a rank of architecture 'smollm2-135m'"):
         check_architecture(named, 101, Mesh(world_size=2, cp_size=2))

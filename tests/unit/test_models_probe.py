@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
 from kdtrain.dist.mesh import Mesh
-from kdtrain.errors import ConfigError
+from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.architectures import ARCHITECTURES
-from kdtrain.models.load import ModelSpec, build_config, load_backbone, parameters_on_meta
+from kdtrain.models.load import ModelSpec, build_config, check_architecture, load_backbone, parameters_on_meta
 from kdtrain.models.probe import check_model, measure
 from kdtrain.models.shrink import tiny_settings
 from kdtrain.models.tiny import TINY, tiny_config
@@ -105,6 +105,49 @@ def test_a_check_before_the_run_finds_it_too(tmp_path):
         print_check(cfg, inputs, world_size=1)
     cfg.data.reset_positions = False
     print_check(cfg, inputs, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "settings", "message"),
+    [
+        ("llama", {}, {"tp": 16}, "parallel.tp = 16 is more than the 8 query heads"),
+        ("llama", {"attention_dropout": 0.1}, {"tp": 2}, "ranks would draw different masks"),
+        ("olmo2", {}, {"tp": 2, "sequence": True}, "every cut layer must be in a block that gathers the tokens"),
+        ("gpt2", {}, {"tp": 8}, "parallel.tp = 8 is more than the 4 key/value groups"),
+    ],
+)
+def test_what_cannot_be_cut_is_found_by_the_check(tmp_path, kind, changes, settings, message):
+    path = tmp_path / "student.json"
+    path.write_text(json.dumps(tiny_config(kind, **changes)))
+    spec, tp = ModelSpec(architecture=str(path), dtype="float32"), settings["tp"]
+    sequence = settings.get("sequence", False)
+    check_architecture(spec, 101, Mesh())
+    if sequence:
+        check_architecture(spec, 101, Mesh(world_size=tp, tp_size=tp))
+    with pytest.raises(ParallelError, match=message):
+        check_architecture(spec, 101, Mesh(world_size=tp, tp_size=tp), sequence=sequence)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [({"tp": 2}, {}), ({}, {"layout": "tp", "tp": 2}), ({}, {"layout": "dedicated", "tp": 2})]
+)
+def test_the_check_cuts_both_models_as_the_run_would(tmp_path, student, teacher):
+    folders = {}
+    for name in ("student", "teacher"):
+        folders[name] = write_tokenizer(tmp_path / name, eos="<|endoftext|>")
+        bloom = {**COMMON, "model_type": "bloom", "n_head": 4, "n_layer": 2, "vocab_size": 257}
+        (folders[name] / "config.json").write_text(json.dumps(bloom))
+    write_store(tmp_path / "store", random_documents(40, seed=0), folders["teacher"])
+    cfg = RunConfig()
+    cfg.student.architecture, cfg.teacher.weights = str(folders["student"]), str(folders["teacher"])
+    cfg.data.train, cfg.train.total_tokens, cfg.data.reset_positions = [str(tmp_path / "store")], 2048, False
+    inputs = open_inputs(cfg, build.specs(cfg))
+    print_check(cfg, inputs, world_size=2)
+    for section, values in ((cfg.parallel, student), (cfg.teacher, teacher)):
+        for key, value in values.items():
+            setattr(section, key, value)
+    with pytest.raises(ParallelError, match="declares no tensor-parallel plan"):
+        print_check(cfg, inputs, world_size=2)
 
 
 def test_a_model_that_sees_the_future_is_refused_however_documents_are_packed(tmp_path):
