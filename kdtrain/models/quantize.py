@@ -21,8 +21,6 @@ from kdtrain.parallel.experts import expert_modules
 from kdtrain.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from kdtrain.parallel.variants import ColumnParallelConv1D, LatentLinear, RowParallelConv1D
 
-CONV1D = (ColumnParallelConv1D, RowParallelConv1D)
-
 
 def require_torchao(kind: str) -> None:
     """Raises ConfigError, with the line that installs it, if torchao is missing. kind: as teacher.quantize."""
@@ -40,7 +38,8 @@ def quantize_decoder_(backbone: Backbone, kind: str) -> tuple[int, int]:
 
     kind: int8, or fp8 (float8_e4m3). Embedding, head, norms and biases stay as they are. Bytes: all parameters of this
     rank, scales included. Every rank must call it. Communicates over tp: one small all-gather per layer whose inputs
-    are shared out. Raises ConfigError without torchao, without such a layer, or for a mixture of experts.
+    are shared out. Raises ConfigError, alike in every layout, without torchao or such a layer, for a mixture of experts
+    and for Conv1D layers.
     """
     require_torchao(kind)
     before, layers = _parameter_bytes(backbone), _linear_layers(backbone, kind)
@@ -56,22 +55,26 @@ def quantize_decoder_(backbone: Backbone, kind: str) -> tuple[int, int]:
 
 
 def _linear_layers(backbone: Backbone, kind: str) -> list[Any]:
+    """The same layers in every layout: what is nn.Linear in the whole model has one of these classes in a cut one."""
     decoder, classes = backbone.model.base_model, (nn.Linear, ColumnParallelLinear, RowParallelLinear, LatentLinear)
     found = [module for module in decoder.modules() if isinstance(module, classes)]
-    why = None
     if next(expert_modules(backbone.model), None) is not None:
-        why = "is a mixture of experts, whose packed weights are no matrices"
-    elif any(is_conv1d(module) or isinstance(module, CONV1D) for module in decoder.modules()):
-        why = "keeps its matrices as [in, out] (Conv1D)"
+        what, why = "is a mixture of experts", "packed experts, nearly all of a mixture's weights, are not"
+    elif any(_is_transposed(module) for module in decoder.modules()):
+        what, why = "has Conv1D layers", "these layers keep inputs x outputs"
     elif not found:
-        why = "has no linear layer"
-    if why is not None:
-        raise ConfigError(
-            f"teacher.quantize = {kind}: {type(backbone.model).__name__} {why}\n"
-            "  why: torchao's tensors are matrices [out, in] of linear layers\n"
-            "  fix: set teacher.quantize=null; teacher.layout=tp or teacher.zero_stage=3 divide the weights"
-        )
-    return found
+        what, why = "has no linear layer", "there is none here"
+    else:
+        return found
+    raise ConfigError(
+        f"teacher.quantize = {kind}: {type(backbone.model).__name__} {what}\n"
+        f"  why: torchao's tensors are matrices, outputs x inputs; {why}\n"
+        "  fix: set teacher.quantize=null; teacher.layout=tp or teacher.zero_stage=3 divide the weights"
+    )
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return is_conv1d(module) or isinstance(module, (ColumnParallelConv1D, RowParallelConv1D))
 
 
 def _quantized(weight: Tensor, kind: str, largest: Tensor | None) -> Any:

@@ -1,13 +1,16 @@
 """A quantised teacher in every layout: the steps of plain torch with the same weights put back into whole matrices."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from kdtrain.dist.mesh import Mesh
+from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.quantize import quantize_decoder_
+from kdtrain.models.tiny import tiny_config
 from kdtrain.objectives.base import HeadLayout
 from kdtrain.parallel.shard import split_tensor
 from kdtrain.teacher.online import OnlineTeacher
@@ -120,3 +123,30 @@ def test_its_cost_is_the_same_in_every_layout_and_on_all_ranks(kind, fresh_pool,
         assert cost.kl == pytest.approx(want.kl, rel=1e-3)
         assert cost.num_tokens == want.num_tokens == 39
         assert cost.bytes_share == pytest.approx(want.bytes_share, abs=0.15), "padding of a vocabulary differs"
+
+
+LATENT = {
+    "model_type": "minicpm3", "num_key_value_heads": 8, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4, "v_head_dim": 4,
+}  # fmt: skip
+
+
+def latent_weights(rank, world_size, folder, kind):
+    """Of latent attention over tp: the names that are quantised, and whether each piece is that of the whole."""
+    spec = ModelSpec(architecture=str(folder / "latent.json"), dtype="float32", attention="sdpa")
+    whole, cut = (load_backbone(spec, mesh, vocab_size=101, trainable=False) for mesh in (Mesh(), Mesh.build(2)))
+    want = whole_weights(whole, kind)
+    quantize_decoder_(cut, kind)
+    found = {name: param for name, param in cut.hf_parameters() if hasattr(param, "qdata")}
+    for name, param in found.items():
+        piece = cut.cuts.get(name)
+        right = want[name] if piece is None else split_tensor(want[name], piece, rank)
+        assert torch.equal(param.dequantize(), right), name
+    return sorted(want), sorted(found)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_latent_projections_are_quantised_when_cut_as_they_are_when_whole(kind, rank_pool, tmp_path):
+    (tmp_path / "latent.json").write_text(json.dumps({**tiny_config("llama"), **LATENT}))
+    for whole, cut in rank_pool(2).run(latent_weights, folder=tmp_path, kind=kind):
+        assert cut == whole

@@ -30,11 +30,11 @@ LARGEST_ERROR = {"int8": 1 / 250, "fp8": 1 / 15}
 
 @pytest.fixture
 def build(tmp_path):
-    def build(family, dtype="float32", **changes):
+    def build(family, dtype="float32", mesh=None, **changes):
         path = tmp_path / f"{family}.json"
         path.write_text(json.dumps(tiny_config(family, **changes)))
         spec = ModelSpec(architecture=str(path), dtype=dtype, attention="sdpa")
-        return load_backbone(spec, Mesh(), vocab_size=VOCAB, trainable=False)
+        return load_backbone(spec, mesh or Mesh(), vocab_size=VOCAB, trainable=False)
 
     return build
 
@@ -141,9 +141,10 @@ def test_what_has_no_matrices_to_quantise_is_refused(build, tmp_path):
     mixture = load_backbone(spec, Mesh(), vocab_size=VOCAB, trainable=False)
     with pytest.raises(ConfigError, match="MixtralForCausalLM is a mixture of experts"):
         quantize_decoder_(mixture, "fp8")
-    for mesh in (Mesh(), Mesh(world_size=2, tp_size=2)):  # cut or not, its matrices are the other way round
-        spec = ModelSpec(architecture=str(tmp_path / "gpt2.json"), dtype="float32")
-        (tmp_path / "gpt2.json").write_text(json.dumps(tiny_config("gpt2")))
-        backbone = load_backbone(spec, mesh, vocab_size=VOCAB, trainable=False)
-        with pytest.raises(ConfigError, match=r"GPT2LMHeadModel keeps its matrices as \[in, out\]"):
-            quantize_decoder_(backbone, "int8")
+
+
+@needs_torchao
+@pytest.mark.parametrize("tp", [1, 2])
+def test_layers_that_keep_inputs_times_outputs_are_refused_in_every_layout(build, tp):
+    with pytest.raises(ConfigError, match=r"GPT2LMHeadModel has Conv1D layers\n.*\n  fix: set teacher.quantize=null"):
+        quantize_decoder_(build("gpt2", mesh=Mesh(world_size=tp, tp_size=tp)), "fp8")
