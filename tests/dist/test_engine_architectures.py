@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.models.tiny import tiny_config
+from kdtrain.testing.tiny_data import write_tokenizer
+from kdtrain.training.export import export_checkpoint
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
@@ -144,3 +148,18 @@ def test_another_tp_continues_from_a_checkpoint(world_size, fresh_pool, folder, 
         for step, right in zip(steps, want.steps[1:], strict=True):
             assert step == pytest.approx(right, rel=1e-5), (case.name, tp)
         assert evaluation == pytest.approx(want.evaluation, rel=1e-5), (case.name, tp)
+
+
+def test_an_export_of_what_was_cut_in_pieces_is_the_stock_model(folder, oracles):
+    """Fused, transposed and shared pieces put together again, read by transformers alone."""
+    write_tokenizer(folder / "model")
+    for family in ("gpt2", "phi3", "few_groups", "olmo2"):
+        case = next(case for cases in CASES.values() for case in cases if case.family == family and case.tp > 1)
+        out = export_checkpoint(folder / case.name / "step_000003", folder / f"{family}_hf", dtype="float32")
+        model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="sdpa").eval()
+        batch = laws.step_batch(9)
+        with torch.no_grad():
+            logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        losses = F.cross_entropy(logits.flatten(0, 1)[:, : laws.VOCAB], batch.labels.flatten(), reduction="none")
+        loss = (losses * batch.loss_mask.flatten()).sum() / batch.loss_mask.sum()
+        assert float(loss) == pytest.approx(oracles[family].evaluation, rel=1e-5), case.name
