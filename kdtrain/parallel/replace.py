@@ -161,18 +161,21 @@ def mark_partial(param: Tensor, mesh: Mesh) -> None:
 
 
 def _mark_shared(param: Tensor, cut: Cut, mesh: Mesh) -> None:
-    """Sum the gradients of ranks that hold the same piece. Communicates in backward: one all-reduce of the full shape.
+    """Sum the gradients of ranks that hold the same piece, in float32.
 
-    One collective of all ranks rather than one per group of sharers: ranks whose groups differ cannot disagree about
-    their order, and the tensors (key and value projections with fewer heads than ranks) are small.
+    Communicates in backward: one all-reduce of the full shape. One collective of all ranks rather than one per group of
+    sharers: ranks whose groups differ cannot disagree about their order, and the tensors (key and value projections
+    with fewer heads than ranks) are small.
     """
     param.shared_cut = cut  # type: ignore[attr-defined]
     if param.is_meta or not param.requires_grad:
         return
 
     def whole(grad: Tensor) -> Tensor:
-        full = torch.zeros(cut.full_shape(tuple(grad.shape)), dtype=grad.dtype, device=grad.device)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        full = torch.zeros(cut.full_shape(tuple(grad.shape)), dtype=wide, device=grad.device)
         reduce_sum_(place_piece(full, grad, cut, mesh.tp_rank), mesh.tp_group)
-        return read_piece(lambda start, stop: full.narrow(cut.dim, start, stop - start), cut, mesh.tp_rank)
+        mine = read_piece(lambda start, stop: full.narrow(cut.dim, start, stop - start), cut, mesh.tp_rank)
+        return mine.to(grad.dtype)
 
     param.register_hook(whole)  # type: ignore[no-untyped-call]

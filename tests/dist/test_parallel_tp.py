@@ -17,7 +17,9 @@ from kdtrain.models.backbone import Backbone, call_with_head
 from kdtrain.models.load import enable_activation_checkpointing
 from kdtrain.models.tiny import tiny_config
 from kdtrain.parallel import merge_state_dict, plan_cuts, shard_model
+from kdtrain.parallel.heads import HeadCut
 from kdtrain.parallel.layers import VocabParallelEmbedding, sum_gradient_over_tp
+from kdtrain.parallel.replace import local_parameter
 from kdtrain.testing.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.dist
@@ -204,6 +206,23 @@ def test_ranks_share_key_and_value_heads(rank_pool):
         compare(case, [answer[index] for answer in answers], 4)
         keys = [answer[index][2]["model.layers.1.self_attn.k_proj.weight"] for answer in answers]
         assert (keys[0] == keys[1]).all(), "ranks with the same head have the same gradient, bit for bit"
+
+
+def shares_of_a_key_projection(rank, world_size):
+    """This rank's share of the gradient of a piece that all hold, in bfloat16, and what the piece gets."""
+    cut = HeadCut.of(4, 1, world_size).key_value_cut(0, 32)
+    full = torch.nn.Parameter(torch.ones(32, 16, dtype=torch.bfloat16))
+    mine = local_parameter(full, cut, Mesh.build(world_size))
+    share = torch.randn(32, 16, generator=torch.Generator().manual_seed(rank)).bfloat16()
+    (mine * share).sum().backward()
+    return share.double().numpy(), mine.grad.double().numpy()
+
+
+def test_shares_of_a_piece_that_ranks_hold_in_common_are_added_in_float32(rank_pool):
+    shares, found = zip(*rank_pool(4).run(shares_of_a_key_projection), strict=True)
+    want = torch.from_numpy(sum(shares)).bfloat16().double().numpy()
+    for grad in found:
+        assert (grad == want).all(), "rounded more than once"
 
 
 def test_activation_checkpointing_changes_no_gradient(rank_pool):
