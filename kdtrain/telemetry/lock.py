@@ -224,6 +224,7 @@ def _remove(path: Path, held: dict[str, Any] | None) -> None:
 
 
 def _create(path: Path, mine: dict[str, Any]) -> None:
+    """Make the lock, `mine`. If another host was faster, ConfigError, and its lock stays."""
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError as error:  # another host was faster
@@ -232,6 +233,8 @@ def _create(path: Path, mine: dict[str, Any]) -> None:
         file.write(json.dumps(mine) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    if read_lock(path) != mine:  # while it was empty it looked left behind, and another host took it over
+        raise _taken(path)
 
 
 @contextlib.contextmanager

@@ -138,6 +138,21 @@ def test_of_two_who_found_the_same_stale_lock_the_slower_leaves_the_fasters_alon
         lock._remove(tmp_path / "LOCK", stale)
 
 
+def test_who_is_robbed_while_his_lock_is_still_empty_notices(tmp_path, monkeypatch):
+    path, sync = tmp_path / "LOCK", os.fsync
+
+    def faster(descriptor):
+        monkeypatch.setattr(os, "fsync", sync)
+        path.unlink()
+        left_behind(tmp_path, host="faster", pid=8)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", faster)
+    with pytest.raises(ConfigError, match="was taken by another run just now"):
+        take_lock(tmp_path, LEASE_S)
+    assert read_lock(path)["host"] == "faster"
+
+
 def test_no_lease_needs_no_thread(tmp_path):
     with RunFolder.open(tmp_path, "a") as folder, folder.kept():
         assert not any(thread.name == "kdtrain-lock" for thread in threading.enumerate())
