@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import broadcast_first_
+from kdtrain.dist.collectives import broadcast_first_, reduce_sum_
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.wire import Message, Wire
 from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, PeerLost, RunStopped
@@ -101,7 +101,8 @@ class TeacherServer:
         self._begun, self._max_tokens = begun, max_tokens
         self._pulse = pulse or Pulse(wire.rank)
         # A client that asks again has received all but its last in_flight answers, and one that was out of turn.
-        self._sent: dict[int, deque[tuple[Message, Message]]] = {c: deque(maxlen=in_flight + 1) for c in clients}
+        self._most_open = in_flight + 1
+        self._sent: dict[int, deque[tuple[Message, Message]]] = {c: deque(maxlen=self._most_open) for c in clients}
         self._listening = set(clients)
         self.num_answers = 0
 
@@ -164,8 +165,9 @@ class TeacherServer:
         passes = [batch.rows(start, min(start + at_once, num_sequences)) for start in range(0, num_sequences, at_once)]
         hidden = torch.cat([self._forward(part).cpu() for part in passes])
         self.num_answers += 1
+        stop = self._asked_to_stop()
         if self._inbox is not None:
-            status = torch.tensor([EXIT_DONE, int(self._wants_stop())])
+            status = torch.tensor([EXIT_DONE, stop])
             self._sent[request.client].append(
                 (
                     self._wire.send(status, request.client, ANSWER),
@@ -173,14 +175,21 @@ class TeacherServer:
                 )
             )
 
+    def _asked_to_stop(self) -> int:
+        """Ranks of this teacher that have been asked to end: a signal may reach any one of them alone."""
+        mine = torch.tensor([int(self._wants_stop())], device=self._device)
+        return int(reduce_sum_(mine, self._mesh.tp_group))
+
     def _give_up(self, error: BaseException) -> None:
         write_failure(self._wire.board, self._wire.rank, error)
         if self._inbox is None:
             return  # its group's first rank, left alone in a collective, ends too
         last_words = []  # kept: they must live until they have arrived
         for client in self._listening:
-            with suppress(PeerLost):
-                last_words.append(self._wire.send(torch.tensor([exit_code_of(error), 0]), client, ANSWER))
+            # One for every answer that it may be waiting for: which of them it waits for first, it alone knows.
+            for _ in range(self._most_open):
+                with suppress(PeerLost):
+                    last_words.append(self._wire.send(torch.tensor([exit_code_of(error), 0]), client, ANSWER))
         deadline = time.monotonic() + GRACE.total_seconds()
         while self._listening and (seconds := deadline - time.monotonic()) > 0:
             request = self._inbox.take(seconds)

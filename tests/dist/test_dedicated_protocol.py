@@ -13,7 +13,7 @@ from kdtrain.dist.roles import Roles
 from kdtrain.dist.vocab import HeadShard
 from kdtrain.dist.wire import Wire
 from kdtrain.errors import EXIT_DATA, EXIT_NON_FINITE, ConfigError, DataError, NonFiniteLoss, PeerLost, RunStopped
-from kdtrain.teacher.protocol import compare_facts, farewell, write_facts, write_failure
+from kdtrain.teacher.protocol import GRACE, compare_facts, farewell, write_facts, write_failure
 from kdtrain.teacher.remote import RemoteTeacher
 from kdtrain.teacher.server import Inbox, TeacherServer
 
@@ -156,6 +156,36 @@ def test_a_teacher_that_fails_ends_every_student_with_its_words_and_exit_code(er
     assert first == second == (f"the teacher on rank 2 ended: {words}", code)
 
 
+def failing_before_a_late_batch(rank, world_size, folder):
+    """The teacher fails at what it was asked ahead, while the student waits for a batch asked for after that."""
+    wire = wire_of(folder, rank, world_size)
+    if rank == 1:
+
+        def forward(batch):
+            wire.board.read("waiting", TIMEOUT)
+            raise DataError("the first is bad")
+
+        with pytest.raises(DataError, match="the first is bad"):
+            serve(wire, [0], forward, in_flight=2)
+        wire.board.read("told", TIMEOUT)  # its end of the wire stays until then
+        return None
+    with pytest.raises(PeerLost) as caught, farewell(wire, [1]):
+        teacher = client(wire, rank, [1], in_flight=2)
+        teacher.begin_step([micro_batch(i) for i in range(3)])
+        wire.board.write("waiting", {})
+        started = time.monotonic()
+        teacher.signal(micro_batch(9))  # as an evaluation does between two steps
+    seconds = time.monotonic() - started
+    wire.board.write("told", {})
+    return str(caught.value), caught.value.exit_code, seconds
+
+
+def test_a_failing_teacher_is_heard_by_a_student_that_waits_for_a_later_answer(rank_pool, tmp_path):
+    words, code, seconds = rank_pool(2).run(failing_before_a_late_batch, folder=tmp_path)[0]
+    assert (words, code) == ("the teacher on rank 1 ended: the first is bad", EXIT_DATA)
+    assert seconds < 0.5 * GRACE.total_seconds()
+
+
 def failing_student(rank, world_size, folder):
     wire = wire_of(folder, rank, world_size)
     if rank == 2:
@@ -203,6 +233,33 @@ def stopping(rank, world_size, folder):
 
 def test_a_signal_at_the_teacher_stops_the_students_and_they_stop_the_teacher(rank_pool, tmp_path):
     assert rank_pool(2).run(stopping, folder=tmp_path)[0]
+
+
+def stopping_by_its_second_rank(rank, world_size, folder):
+    """Ranks 1 and 2 are one teacher; only the second is asked to end."""
+    wire = wire_of(folder, rank, world_size)
+    group = dist.new_group([1, 2])
+    if rank > 0:
+        mesh = Mesh(world_size=2, rank=rank - 1, tp_size=2, tp_group=group)
+        server = TeacherServer(
+            wire, mesh, Inbox(wire, [0]) if rank == 1 else None, [0], hidden_of, device=torch.device("cpu"),
+            in_flight=4, wants_stop=lambda: rank == 2 and server.num_answers > 1,
+        )  # fmt: skip
+        with pytest.raises(RunStopped):
+            server.run()
+        return None
+    asked = []
+    with pytest.raises(RunStopped), farewell(wire, [1]):
+        teacher = client(wire, rank, [1], on_stop=lambda: asked.append(1))
+        for i in range(2):
+            assert torch.equal(teacher.signal(micro_batch(i)).hidden_states, hidden_of(micro_batch(i)))
+            assert len(asked) == i
+        raise RunStopped("as asked")
+    return True
+
+
+def test_a_signal_at_any_rank_of_a_teacher_stops_the_students(rank_pool, tmp_path):
+    assert rank_pool(3).run(stopping_by_its_second_rank, folder=tmp_path)[0]
 
 
 def facts_that_differ(rank, world_size, folder):
