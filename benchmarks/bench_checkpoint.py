@@ -1,6 +1,6 @@
 """How long a save holds training up: written at once, and written while training goes on (checkpoint.async_write).
 
-    python benchmarks/bench_checkpoint.py            # measures -> benchmarks/results/checkpoint_cpu.csv (gpu_...)
+    python benchmarks/bench_checkpoint.py            # measures -> benchmarks/results/cpu_checkpoint.csv (gpu_...)
     python benchmarks/bench_checkpoint.py --table    # CSV -> docs/results/checkpoint_cpu.md, and prints it
     python benchmarks/bench_checkpoint.py --model llama-20m --folder /scratch    # another size, another disk
 
@@ -189,7 +189,7 @@ def main() -> int:
 
     on_gpu = torch.cuda.is_available()
     kind = "gpu" if on_gpu else "cpu"
-    csv = RESULTS / f"checkpoint_{kind}.csv"
+    csv = RESULTS / f"{kind}_checkpoint.csv"
     if not arguments.table:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             size, table = measure(arguments.model, Path(folder))

@@ -53,3 +53,9 @@ def test_the_table_shows_every_row_of_the_csv():
     text = bench.table_of(rows)
     assert "| m | 3.00 | at once | 1.5 | 2 | 0.25 | 3 |" in text
     assert "| m | 3.00 | behind | 0.125 | 2 | 0.25 | 3 |" in text
+
+
+def test_the_published_table_is_made_from_the_published_csv():
+    bench, common = load(), importlib.import_module("measuring")
+    rows = common.read_csv(bench.RESULTS / "cpu_checkpoint.csv", "")
+    assert (bench.TABLES / "checkpoint_cpu.md").read_text(encoding="utf-8") == bench.table_of(rows)
