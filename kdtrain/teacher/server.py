@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from queue import Empty, SimpleQueue
 
 import torch
@@ -53,6 +54,14 @@ class Inbox:
             return self._queue.get(timeout=timeout_s)
         except Empty:
             return None
+
+    def hear_goodbyes(self, clients: set[int], limit: timedelta = GRACE) -> None:
+        """Wait until each of `clients` has said goodbye or is lost, but not longer than `limit`."""
+        waiting, deadline = set(clients), time.monotonic() + limit.total_seconds()
+        while waiting and (seconds := deadline - time.monotonic()) > 0:
+            request = self.take(seconds)
+            if request is not None and request.kind == BYE:
+                waiting.discard(request.client)
 
     def _listen(self, client: int) -> None:
         """In a thread of its own: a receive from a named rank, unlike one from any, ends when that rank does."""
@@ -190,8 +199,4 @@ class TeacherServer:
             for _ in range(self._most_open):
                 with suppress(PeerLost):
                     last_words.append(self._wire.send(torch.tensor([exit_code_of(error), 0]), client, ANSWER))
-        deadline = time.monotonic() + GRACE.total_seconds()
-        while self._listening and (seconds := deadline - time.monotonic()) > 0:
-            request = self._inbox.take(seconds)
-            if request is not None and request.kind == BYE:
-                self._listening.discard(request.client)
+        self._inbox.hear_goodbyes(self._listening)

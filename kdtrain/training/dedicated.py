@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.dist.wire import Wire
 from kdtrain.engine.bootstrap import Runtime, collective_timeout
+from kdtrain.errors import KdtrainError
 from kdtrain.log import LOGGER, setup_logging
 from kdtrain.models.head import LoadedHead, load_head
 from kdtrain.models.load import ModelSpec, load_backbone
@@ -50,7 +52,7 @@ def serve(
         facts = expected_facts(cfg, spec, vocab_size, backbone.config)
         write_facts(wire.board, roles.rank, {**facts, FIRST_ROW: first})
     except BaseException as error:
-        write_failure(wire.board, roles.rank, error)
+        _cannot_load(error, runtime, inbox, clients)
         raise
     pulse, stack = Pulse(roles.rank), ExitStack()
 
@@ -65,6 +67,20 @@ def serve(
             wire, mesh, inbox, clients, backbone.hidden_states, device=runtime.device, in_flight=in_flight(cfg),
             max_tokens=cfg.teacher.max_tokens_per_forward, begun=begun, wants_stop=wants_stop, pulse=pulse,
         ).run()  # fmt: skip
+
+
+def _cannot_load(error: BaseException, runtime: Runtime, inbox: Inbox | None, clients: list[int]) -> None:
+    """Tell the student's ranks, and give them time to end by themselves.
+
+    Said here, too: the launcher ends ranks that are still busy loading before they can learn of it and say it.
+    """
+    assert runtime.wire is not None
+    rank = runtime.roles.rank
+    write_failure(runtime.wire.board, rank, error)
+    if isinstance(error, KdtrainError):
+        print(f"kdtrain: the teacher on rank {rank} cannot be loaded: {error}", file=sys.stderr, flush=True)
+    if inbox is not None:
+        inbox.hear_goodbyes(set(clients))
 
 
 @contextmanager
