@@ -16,7 +16,8 @@ FOLDER = "checkpoints"
 """Inside the run folder."""
 
 LAYOUT_ONLY = (
-    *("run", "parallel", "zero", "log", "eval", "checkpoint", "guard", "debug"),
+    *("run", "parallel", "zero", "log", "eval", "checkpoint", "debug"),
+    *("guard.spike_sigmas", "guard.stall_warn_s", "guard.stall_exit_s", "guard.data_wait_share"),
     *(
         "student.attention",
         "student.activation_checkpointing",

@@ -118,9 +118,11 @@ def test_only_settings_that_change_what_is_learned_are_told():
     assert config_changes(before, after) == []
     after["optim"]["lr"] = 0.5
     after["objective"]["distill"]["kd_weight"] = 1.0
+    after["guard"]["max_skipped_steps"] = 3
     assert config_changes(before, after) == [
         "objective.distill.kd_weight: 0.5 -> 1.0",
         f"optim.lr: {before['optim']['lr']} -> 0.5",
+        "guard.max_skipped_steps: 0 -> 3",
     ]
 
 
