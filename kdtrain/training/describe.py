@@ -117,14 +117,15 @@ def _int(config: Any, name: str) -> int:
     return int(getattr(config, name))
 
 
-def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int) -> None:
-    """`--check`: everything that can be known before a device is touched."""
+def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int, trains: bool = True) -> None:
+    """`--check`: everything that can be known before a device is touched. trains: or else only evaluates."""
     packed, p, t = cfg.data.reset_positions, cfg.parallel, cfg.teacher
     mesh = Mesh(world_size=world_size, tp_size=p.tp, cp_size=p.cp)
-    check_architecture(build.student_spec(cfg), inputs.vocab_size, mesh, packed=packed, sequence=p.sequence)
+    sequence, vocab_size = p.sequence and trains, inputs.vocab_size
+    check_architecture(build.student_spec(cfg), vocab_size, mesh, packed=packed, sequence=sequence, trainable=trains)
     if (spec := build.teacher_spec(cfg)) is not None:
         mesh = replace(mesh, tp_size=t.tp or 1 if t.layout == "dedicated" else build.teacher_tp(cfg))
-        check_architecture(spec, inputs.vocab_size, mesh, packed=packed, trainable=False)
+        check_architecture(spec, vocab_size, mesh, packed=packed, trainable=False)
     if cfg.teacher.quantize is not None:
         require_torchao(cfg.teacher.quantize)
     students = student_ranks(cfg, world_size)
@@ -132,9 +133,10 @@ def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int) -> None:
     LOGGER.info("mesh     %s", mesh_line(cfg, students))
     if students < world_size:
         LOGGER.info("teacher  %s: %s", dedicated_line(cfg), list(range(students, world_size)))
-    LOGGER.info("loss     %s", loss_line(cfg))
-    LOGGER.info("data     %s", data_line(cfg, inputs, dp_size))
-    log_memory(cfg, inputs, dp_size)
-    steps = -(-cfg.train.total_tokens // cfg.data.tokens_per_step)
-    LOGGER.info("length   %s steps, %s tokens", f"{steps:,}", f"{cfg.train.total_tokens:,}")
+    if trains:
+        LOGGER.info("loss     %s", loss_line(cfg))
+        LOGGER.info("data     %s", data_line(cfg, inputs, dp_size))
+        log_memory(cfg, inputs, dp_size)
+        steps = -(-cfg.train.total_tokens // cfg.data.tokens_per_step)
+        LOGGER.info("length   %s steps, %s tokens", f"{steps:,}", f"{cfg.train.total_tokens:,}")
     LOGGER.info("check    passed")

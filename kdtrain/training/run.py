@@ -77,12 +77,19 @@ def _serve(cfg: RunConfig, inputs: Inputs, rank: bootstrap.Runtime, **settings: 
 
 
 def run_evaluation(request: Request) -> int:
-    """Evaluate student.weights on data.validation and print one line; 0. Every rank calls it."""
+    """Evaluate student.weights on data.validation and print one line; 0. Every rank calls it.
+
+    With --check: say what would run, and stop.
+    """
     cfg = request.config
     setup_logging()
     if cfg.student.weights is None:
         raise ConfigError("student.weights is not set\n  fix: name the Hugging Face folder to evaluate")
     inputs = open_inputs(cfg, build.specs(cfg))
+    if request.check_only:
+        build.evaluation_batches(cfg, inputs, Mesh())  # refuses what has nothing to evaluate on
+        describing.print_check(cfg, inputs, world_size=int(os.environ.get("WORLD_SIZE", "1")), trains=False)
+        return 0
     with bootstrap.runtime(teacher_ranks(cfg)) as rank:
         if rank.roles.is_teacher:
             _serve(cfg, inputs, rank)

@@ -252,13 +252,15 @@ def test_one_process_without_a_launcher_trains_the_same_student(world, finished)
 
 def test_an_export_can_be_evaluated_by_itself(world, finished):
     run, _ = finished
-    done = script(
-        "eval_model.py", world / "config.yaml", "parallel.tp=1", "student.architecture=null",
-        f"student.weights={run / 'export'}",
-    )  # fmt: skip
+    words = ("eval_model.py", world / "config.yaml", "student.architecture=null", f"student.weights={run / 'export'}")
+    done = script(*words, "parallel.tp=1")
     assert done.returncode == 0, done.stderr
     means = json.loads(done.stdout.splitlines()[-1])
     assert means["eval/val_nll"] == pytest.approx(records(run)[-1]["eval/val_nll"], rel=1e-4)
+    done = script(*words, "parallel.tp=1", "--check")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "check    passed"
+    assert "eval/" not in done.stdout
 
 
 def test_check_says_what_would_run_and_starts_nothing(world):
