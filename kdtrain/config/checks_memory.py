@@ -1,20 +1,38 @@
-"""Problems of the settings that trade time or precision for device memory."""
+"""Problems of the settings that trade time or precision for device memory, and of a teacher's without a teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 from kdtrain.config.problems import Problem
-from kdtrain.config.schema import RunConfig
+from kdtrain.config.schema import RunConfig, TeacherSection
 
 
 def problems(cfg: RunConfig) -> Iterator[Problem]:
     """Problems that need nothing but the values."""
     yield from _offload_optimizer(cfg)
+    if cfg.teacher.weights is None:
+        yield from _no_teacher(cfg)
+        return
     yield from _quantize(cfg)
-    if cfg.teacher.weights is not None:
-        yield from _tokens_per_forward(cfg)
-        yield from _overlap(cfg)
+    yield from _tokens_per_forward(cfg)
+    yield from _overlap(cfg)
+
+
+def _no_teacher(cfg: RunConfig) -> Iterator[Problem]:
+    """dtype and attention may stay: they say what a teacher would be, not what ranks do."""
+    for field in fields(TeacherSection):
+        value, default = getattr(cfg.teacher, field.name), getattr(TeacherSection(), field.name)
+        if value != default and field.name not in ("dtype", "attention"):
+            yield Problem(
+                f"teacher.{field.name}", value, "would be ignored: teacher.weights = null",
+                f"set teacher.weights, or teacher.{field.name}={_yaml(default)}",
+            )  # fmt: skip
+
+
+def _yaml(value: object) -> str:
+    return "null" if value is None else str(value).lower()
 
 
 def _offload_optimizer(cfg: RunConfig) -> Iterator[Problem]:
@@ -53,11 +71,7 @@ def _quantize(cfg: RunConfig) -> Iterator[Problem]:
     t = cfg.teacher
     if t.quantize is None:
         return
-    if t.weights is None:
-        yield Problem(
-            "teacher.quantize", t.quantize, "would be ignored: teacher.weights = null", "set teacher.quantize=null"
-        )
-    elif t.zero_stage == 3:
+    if t.zero_stage == 3:
         yield Problem(
             "teacher.quantize", t.quantize, "cannot be used with teacher.zero_stage = 3, which divides ordinary "
             "weights only, without their scales", "cut the teacher with teacher.layout=tp, or teacher.quantize=null",

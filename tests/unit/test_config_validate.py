@@ -116,6 +116,16 @@ CASES = {
         {"objective__name": "pretrain", "teacher__weights": None, "teacher__quantize": "int8"}, "teacher.quantize",
         "would be ignored: teacher.weights = null",
     ),
+    **{
+        f"{name} of no teacher": (
+            {"objective__name": "pretrain", "teacher__weights": None, f"teacher__{name}": value}, f"teacher.{name}",
+            f"would be ignored: teacher.weights = null\n      fix: set teacher.weights, or teacher.{name}={default}",
+        )
+        for name, value, default in (
+            ("layout", "dedicated", "plain"), ("tp", 2, "null"), ("ranks", 2, "null"), ("zero_stage", 3, "0"),
+            ("offload", True, "false"), ("overlap", True, "false"), ("max_tokens_per_forward", 64, "null"),
+        )
+    },
     "quantised in pieces": (
         {"teacher__quantize": "int8", "teacher__zero_stage": 3}, "teacher.quantize", "divides ordinary weights only",
     ),
