@@ -121,8 +121,8 @@ def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int, trains: bool
     """`--check`: everything that can be known before a device is touched. trains: or else only evaluates."""
     packed, p, t = cfg.data.reset_positions, cfg.parallel, cfg.teacher
     mesh = Mesh(world_size=world_size, tp_size=p.tp, cp_size=p.cp)
-    sequence, vocab_size = p.sequence and trains, inputs.vocab_size
-    check_architecture(build.student_spec(cfg), vocab_size, mesh, packed=packed, sequence=sequence, trainable=trains)
+    vocab_size = inputs.vocab_size
+    check_architecture(build.student_spec(cfg), vocab_size, mesh, packed=packed, sequence=p.sequence, trainable=trains)
     if (spec := build.teacher_spec(cfg)) is not None:
         mesh = replace(mesh, tp_size=t.tp or 1 if t.layout == "dedicated" else build.teacher_tp(cfg))
         check_architecture(spec, vocab_size, mesh, packed=packed, trainable=False)
