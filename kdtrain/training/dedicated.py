@@ -16,12 +16,14 @@ from torch import Tensor
 from kdtrain.config.checks_dedicated import num_teachers, student_ranks
 from kdtrain.config.load import config_hash
 from kdtrain.config.schema import RunConfig
+from kdtrain.data.batch import Batch
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.dist.wire import Wire
 from kdtrain.engine.bootstrap import Runtime, collective_timeout
-from kdtrain.errors import KdtrainError
+from kdtrain.errors import ConfigError, KdtrainError
 from kdtrain.log import LOGGER, setup_logging
+from kdtrain.models.backbone import Backbone
 from kdtrain.models.head import LoadedHead, load_head
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.teacher.protocol import compare_facts, farewell, write_facts, write_failure
@@ -64,9 +66,29 @@ def serve(
 
     with stack:
         TeacherServer(
-            wire, mesh, inbox, clients, backbone.hidden_states, device=runtime.device, in_flight=in_flight(cfg),
+            wire, mesh, inbox, clients, answer_of(backbone), device=runtime.device, in_flight=in_flight(cfg),
             max_tokens=cfg.teacher.max_tokens_per_forward, begun=begun, wants_stop=wants_stop, pulse=pulse,
         ).run()  # fmt: skip
+
+
+def answer_of(backbone: Backbone) -> Callable[[Batch], Tensor]:
+    """Its hidden states, in the dtype and width of its head's rows: for these the student's ranks make room.
+
+    The answer raises ConfigError for a model whose hidden states are otherwise.
+    """
+    weight = backbone.lm_head_shard.weight
+
+    def hidden_states(batch: Batch) -> Tensor:
+        hidden = backbone.hidden_states(batch)
+        if (hidden.dtype, hidden.shape[-1]) != (weight.dtype, weight.shape[-1]):
+            raise ConfigError(
+                f"the teacher's hidden states are {hidden.dtype}, {hidden.shape[-1]} wide; its head is {weight.dtype}, "
+                f"{weight.shape[-1]} wide\n  why: the student's ranks make room for what the head multiplies with\n"
+                "  fix: set teacher.layout=plain or tp, where hidden states need no room made in advance"
+            )
+        return hidden
+
+    return hidden_states
 
 
 def _cannot_load(error: BaseException, runtime: Runtime, inbox: Inbox | None, clients: list[int]) -> None:

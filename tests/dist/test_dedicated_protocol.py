@@ -2,6 +2,7 @@
 
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from kdtrain.errors import EXIT_DATA, EXIT_NON_FINITE, ConfigError, DataError, N
 from kdtrain.teacher.protocol import GRACE, compare_facts, farewell, write_facts, write_failure
 from kdtrain.teacher.remote import RemoteTeacher
 from kdtrain.teacher.server import Inbox, TeacherServer
+from kdtrain.training.dedicated import answer_of
 
 pytestmark = pytest.mark.dist
 
@@ -317,3 +319,12 @@ def test_the_last_ranks_are_the_teachers():
     assert [r.role_size for r in roles] == [3, 3, 3, 2, 2]
     with pytest.raises(ConfigError, match=r"teacher.ranks = 5, but the job has 5 ranks\n"):
         Roles.of(0, 5, 5)
+
+
+@pytest.mark.parametrize("odd", [{"dtype": torch.bfloat16}, {"size": (8, WIDTH + 1)}])
+def test_hidden_states_that_do_not_fit_the_room_made_for_them_are_refused(odd):
+    backbone = SimpleNamespace(lm_head_shard=HeadShard(torch.zeros(5, WIDTH)), hidden_states=hidden_of)
+    assert torch.equal(answer_of(backbone)(micro_batch(1)), hidden_of(micro_batch(1)))
+    backbone.hidden_states = lambda batch: torch.zeros(**{"size": (8, WIDTH), **odd})
+    with pytest.raises(ConfigError, match=r"its head is torch.float32, 3 wide(.|\n)*fix: set teacher.layout=plain"):
+        answer_of(backbone)(micro_batch(1))
