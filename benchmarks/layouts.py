@@ -73,7 +73,7 @@ def laws() -> ModuleType:
 def cases() -> dict[int, list[Any]]:
     """World size -> layouts. Without a teacher: families x tp x stages; with one: its layouts x tp x stages."""
     found: dict[int, list[Any]] = {1: [], 2: [], 4: []}
-    for world, tp in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 1)):
+    for world, tp in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 1), (4, 4)):
         found[world] += [*plain_cases(world, tp), *distilled_cases(world, tp)]
     for world, tp, cp in ((2, 1, 2), (4, 1, 2), (4, 2, 2), (4, 1, 4)):
         found[world] += context_cases(world, tp, cp)

@@ -32,10 +32,11 @@ Z_LOSS = 1e-3
 RATES = (1e-2, 3e-3, 2e-3)  # of the three steps
 ERRORS = ("loss", "norm", "gradient", "weight", "evaluation")
 LIMITS = {
-    "float32": dict.fromkeys(ERRORS, 1e-5),
-    "bfloat16": {"loss": 1e-3, "norm": 1e-2, "gradient": 1.5, "weight": 3e-2, "evaluation": 2e-3},
+    "float32": dict.fromkeys((*ERRORS, "later"), 1e-5),
+    "bfloat16": {"loss": 1e-3, "norm": 3e-3, "later": 1e-2, "gradient": 1.5, "weight": 3e-2, "evaluation": 5e-3},
 }
-"""Largest error by dtype; a gradient's in bfloat16 is a multiple of what rounding does to plain torch, one process."""
+"""Largest error by dtype. later: of losses and norms after step 1, whose weights are rounded already. A gradient's in
+bfloat16 is a multiple of what rounding does to plain torch in one process."""
 
 FAMILIES = {
     "llama": tiny_config("smollm", tie_word_embeddings=True),  # 3 key/value groups: tp 2 is uneven
@@ -117,6 +118,7 @@ CASES = {
         Case("llama", 2, 1, (4, 1, 3), teacher="tp zero3"),
         Case("llama", 2, 3, (4, 2, 1), teacher="tp4"),
         Case("llama", 2, 1, (1, 2, 4), teacher="tp4", sequence=True),
+        Case("llama", 4, 1, (3, 1, 8), teacher="tp"),  # nine query heads, two ranks share a key/value head
         Case("llama", 1, 2, (1, 2, 2), teacher="tp4"),
         Case("llama", 1, 1, (2, 1, 2), teacher="tp2 zero3"),
     ],
@@ -237,7 +239,7 @@ def join(world_size):
     from kdtrain.engine import bootstrap
 
     assert bootstrap.start().world_size == world_size
-    return {tp: Mesh.build(tp) for tp in (1, 2) if world_size % tp == 0}
+    return {tp: Mesh.build(tp) for tp in (1, 2, 4) if world_size % tp == 0}
 
 
 def start_engine(folder, mesh, case, **settings):
@@ -354,8 +356,9 @@ def check_case(case, answer, want: Oracle, root: Path):
     steps, evaluation = answer
     limits = case.limits(want)
     for number, ((loss, norm), (right_loss, right_norm)) in enumerate(zip(steps, want.steps, strict=True), 1):
-        assert loss == pytest.approx(right_loss, rel=limits["loss"]), f"{case.name}: loss of step {number}"
-        assert norm == pytest.approx(right_norm, rel=limits["norm"]), f"{case.name}: gradient norm of step {number}"
+        names = ("loss", "norm") if number == 1 else ("later", "later")
+        assert loss == pytest.approx(right_loss, rel=limits[names[0]]), f"{case.name}: loss of step {number}"
+        assert norm == pytest.approx(right_norm, rel=limits[names[1]]), f"{case.name}: gradient norm of step {number}"
     assert evaluation == pytest.approx(want.evaluation, rel=limits["evaluation"]), case.name
     with CheckpointReader(root / "step_000001") as first, CheckpointReader(root / "step_000003") as last:
         assert sorted(first.names()) == sorted(want.weights)

@@ -25,7 +25,7 @@ def test_every_stage_meets_every_place_a_teacher_may_have(layouts):
     cases = layouts.cases()
     names = [(world, case.name) for world, some in cases.items() for case in some]
     assert len(set(names)) == len(names) >= 80
-    for world, tp in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2)):
+    for world, tp in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4)):
         here = [case for case in cases[world] if case.tp == tp]
         assert {case.stage for case in here if case.teacher is None} == {0, 1, 2, 3}
         assert {case.teacher for case in here} == {None, *layouts.teachers(world, tp)}
