@@ -29,6 +29,9 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
+Move = Callable[[Tensor, Group], Tensor]
+"""A tensor on this rank -> what the ranks of a group make of it."""
+
 
 def group_size(group: Group) -> int:
     """Ranks in `group`; 1 for None. Does not communicate."""
@@ -108,90 +111,40 @@ def exchange_ranks(tensor: Tensor, group: Group) -> Tensor:
     return out
 
 
-class _CopyToTp(torch.autograd.Function):
+class _Transfer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+    def forward(ctx: Any, x: Tensor, group: Group, there: Move, back: Move) -> Tensor:
+        ctx.group, ctx.back = group, back
+        return there(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        # A fresh contiguous buffer: autograd may still hold the incoming one elsewhere.
-        return reduce_sum_(grad.clone(memory_format=torch.contiguous_format), ctx.group), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.back(grad, ctx.group), None, None, None
 
 
-class _ReduceFromTp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        return reduce_sum_(x.clone(memory_format=torch.contiguous_format), group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad, None
+def transfer(x: Tensor, group: Group, there: Move, back: Move) -> Tensor:
+    """there(x, group), whose gradient is back(gradient, group); x itself in a group of one. Neither may change x."""
+    return x if group_size(group) == 1 else _Transfer.apply(x, group, there, back)
 
 
 def copy_to_tp(x: Tensor, group: Group) -> Tensor:
     """Replicated activation -> input of sharded weights. Forward: nothing. Backward: one all-reduce (sum)."""
-    return x if group_size(group) == 1 else _CopyToTp.apply(x, group)
+    return transfer(x, group, _unchanged, _sum)
 
 
 def reduce_from_tp(x: Tensor, group: Group) -> Tensor:
     """Partial activation -> replicated. Forward: one all-reduce (sum). Backward: nothing."""
-    return x if group_size(group) == 1 else _ReduceFromTp.apply(x, group)
-
-
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _all_tokens(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _summed_share(grad, ctx.group), None
-
-
-class _ScatterTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _summed_share(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _all_tokens(grad, ctx.group), None
-
-
-class _DivideTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _shares(x, group)[group_rank(group)].clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _all_tokens(grad, ctx.group), None
-
-
-class _JoinTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _all_tokens(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _shares(grad, ctx.group)[group_rank(ctx.group)].clone(), None
+    return transfer(x, group, _sum, _unchanged)
 
 
 def gather_tokens(x: Tensor, group: Group) -> Tensor:
     """Own tokens [B, S/tp, D] -> input of sharded weights [B, S, D]. All-gather forward, reduce-scatter backward."""
-    return x if group_size(group) == 1 else _GatherTokens.apply(x, group)
+    return transfer(x, group, _all_tokens, _summed_share)
 
 
 def scatter_tokens(x: Tensor, group: Group) -> Tensor:
     """Partial [B, S, D] -> own tokens [B, S/tp, D] of the sum. Reduce-scatter forward, all-gather backward."""
-    return x if group_size(group) == 1 else _ScatterTokens.apply(x, group)
+    return transfer(x, group, _summed_share, _all_tokens)
 
 
 def divide_tokens(x: Tensor, group: Group) -> Tensor:
@@ -199,12 +152,25 @@ def divide_tokens(x: Tensor, group: Group) -> Tensor:
 
     Raises ValueError when the ranks do not divide S.
     """
-    return x if group_size(group) == 1 else _DivideTokens.apply(x, group)
+    return transfer(x, group, _own_tokens, _all_tokens)
 
 
 def join_tokens(x: Tensor, group: Group) -> Tensor:
     """Own tokens [B, S/tp, D] -> replicated [B, S, D]. Forward: one all-gather. Backward: nothing."""
-    return x if group_size(group) == 1 else _JoinTokens.apply(x, group)
+    return transfer(x, group, _all_tokens, _own_tokens)
+
+
+def _unchanged(x: Tensor, group: Group) -> Tensor:
+    return x.view_as(x)
+
+
+def _sum(x: Tensor, group: Group) -> Tensor:
+    # A fresh contiguous buffer: autograd may still hold the incoming one elsewhere.
+    return reduce_sum_(x.clone(memory_format=torch.contiguous_format), group)
+
+
+def _own_tokens(x: Tensor, group: Group) -> Tensor:
+    return _shares(x, group)[group_rank(group)].clone()
 
 
 def _shares(x: Tensor, group: Group) -> Tensor:

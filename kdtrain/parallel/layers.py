@@ -15,12 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtrain.dist.collectives import Group, copy_to_tp, group_size, reduce_from_tp, reduce_sum_
+from kdtrain.dist.collectives import Group, Move, copy_to_tp, group_size, reduce_from_tp, reduce_sum_
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ParallelError
-
-Transfer = Callable[[Tensor, Group], Tensor]
-"""Moves an activation across the border of a block; differentiable (`kdtrain.dist.collectives`)."""
 
 
 class ColumnParallelLinear(nn.Module):
@@ -57,7 +54,7 @@ class RowParallelLinear(nn.Module):
     """
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group, leave: Transfer = reduce_from_tp
+        self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group, leave: Move = reduce_from_tp
     ) -> None:
         super().__init__()
         self.weight = weight
@@ -170,7 +167,7 @@ class LmHead(nn.Module):
         return head_fn(hidden, self.head_shard())
 
 
-def enter_block(block: nn.Module, group: Group, enter: Transfer = copy_to_tp) -> torch.utils.hooks.RemovableHandle:
+def enter_block(block: nn.Module, group: Group, enter: Move = copy_to_tp) -> torch.utils.hooks.RemovableHandle:
     """Make `block` (an attention or MLP module) sum the gradient of its input over the group, once.
 
     The input is `hidden_states`, as keyword or as the first positional argument. enter: what it passes through; by

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdtrain.dist.collectives import reduce_sum_
+from kdtrain.dist.collectives import Move, reduce_sum_
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ParallelError
 from kdtrain.parallel.blocks import Block, Heads, block_heads, features, is_conv1d
@@ -20,7 +20,6 @@ from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
-    Transfer,
     enter_block,
     sum_gradient_over_tp,
 )
@@ -37,9 +36,7 @@ from kdtrain.parallel.variants import (
 )
 
 
-def replace_layers(
-    model: Any, plan: TpPlan, cuts: Mapping[str, Cut], mesh: Mesh, enter: Transfer, leave: Transfer
-) -> None:
+def replace_layers(model: Any, plan: TpPlan, cuts: Mapping[str, Cut], mesh: Mesh, enter: Move, leave: Move) -> None:
     """Put this rank's layers in place of all that `plan` names, in place. Raises ParallelError.
 
     enter, leave: how activations pass into a block and out of it.
@@ -78,9 +75,7 @@ def copy_marks(old: Tensor, new: Tensor, mesh: Mesh) -> None:
         _mark_shared(new, cut, mesh)
 
 
-def _replace_block(
-    model: Any, block: Block, cuts: Mapping[str, Cut], mesh: Mesh, enter: Transfer, leave: Transfer
-) -> None:
+def _replace_block(model: Any, block: Block, cuts: Mapping[str, Cut], mesh: Mesh, enter: Move, leave: Move) -> None:
     for name in block.columns:
         pieces = _local_linear(model, name, cuts, mesh)
         if block.copies_inputs:

@@ -11,27 +11,12 @@ B sequences, s = S / cp tokens on this rank, H heads on this rank before the exc
 from __future__ import annotations
 
 import math
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, exchange_ranks, group_size
+from kdtrain.dist.collectives import Group, exchange_ranks, group_size, transfer
 from kdtrain.errors import ParallelError
-
-
-class _Exchange(torch.autograd.Function):
-    """[cp, n] -> [cp, n], row j to rank j. An all-to-all is a permutation of values: its backward is itself."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return exchange_ranks(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        # exchange_ranks copies a gradient with strides of its own: a buffer made like it would be filled out of order
-        return exchange_ranks(grad, ctx.group), None
 
 
 def check_heads(query_heads: int, cp_size: int, what: str) -> None:
@@ -79,7 +64,11 @@ def scatter_sequence(output: Tensor, group: Group) -> Tensor:
 
 
 def _exchange(x: Tensor, group: Group) -> Tensor:
-    return cast(Tensor, _Exchange.apply(x, group))  # type: ignore[no-untyped-call]
+    """[cp, n] -> [cp, n], row j to rank j. An all-to-all is a permutation of values: its backward is itself.
+
+    exchange_ranks copies a gradient with strides of its own: a buffer made like it would be filled out of order.
+    """
+    return transfer(x, group, exchange_ranks, exchange_ranks)
 
 
 def _by_rank(x: Tensor, cp_size: int) -> Tensor:

@@ -11,26 +11,10 @@ from kdtrain.dist.features import Sizes, gather_features, split_features
 from kdtrain.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 
-class ColumnParallelConv1D(ColumnParallelLinear):
-    """As ColumnParallelLinear for transformers' Conv1D, whose weight is [in, out_local]."""
+class _InputsFirst:
+    """The sizes of a layer whose weight is [in, out]."""
 
-    @property
-    def in_features(self) -> int:
-        """Width of the input."""
-        return self.weight.shape[0]
-
-    @property
-    def out_features(self) -> int:
-        """Width of this rank's output."""
-        return self.weight.shape[1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out_local]. Does not communicate."""
-        return F.linear(x, self.weight.t(), self.bias)
-
-
-class RowParallelConv1D(RowParallelLinear):
-    """As RowParallelLinear for transformers' Conv1D, whose weight is [in_local, out]."""
+    weight: nn.Parameter
 
     @property
     def in_features(self) -> int:
@@ -39,8 +23,20 @@ class RowParallelConv1D(RowParallelLinear):
 
     @property
     def out_features(self) -> int:
-        """Width of the output."""
+        """Width of this rank's output."""
         return self.weight.shape[1]
+
+
+class ColumnParallelConv1D(_InputsFirst, ColumnParallelLinear):
+    """As ColumnParallelLinear for transformers' Conv1D, whose weight is [in, out_local]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out_local]. Does not communicate."""
+        return F.linear(x, self.weight.t(), self.bias)
+
+
+class RowParallelConv1D(_InputsFirst, RowParallelLinear):
+    """As RowParallelLinear for transformers' Conv1D, whose weight is [in_local, out]."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_local] -> [..., out]."""

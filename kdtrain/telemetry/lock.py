@@ -261,11 +261,10 @@ def _process_space() -> str:
 def _start_time(pid: int) -> str | None:
     """When process `pid` started, as the kernel counts it; "?" where that is unknown, None if there is none."""
     try:
-        os.kill(pid, 0)
+        with contextlib.suppress(PermissionError):  # it lives, and is somebody else's
+            os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except PermissionError:
-        pass  # it lives, and is somebody else's
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
