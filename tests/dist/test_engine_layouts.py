@@ -1,6 +1,7 @@
 """Three optimizer steps under DeepSpeed in many layouts, against plain torch: whole logits, autograd, AdamW."""
 
 import json
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -134,8 +135,10 @@ def configuration(stage, *, dtype="float32", clip=0.5):
 
 def model_spec(folder, family, **settings):
     path = folder / f"{family}.json"
-    if not path.exists():
-        path.write_text(json.dumps(FAMILIES[family]))
+    if not path.exists():  # whole at once: another rank may be reading it
+        own = path.with_name(f".{path.name}.{os.getpid()}")
+        own.write_text(json.dumps(FAMILIES[family]))
+        os.replace(own, path)
     return ModelSpec(architecture=str(path), attention="sdpa", **settings)
 
 
