@@ -3,14 +3,14 @@
     python benchmarks/layouts.py            # a few minutes -> docs/results/layouts.md, and prints it
     python benchmarks/layouts.py --match tp4     # only the layouts whose name contains it; writes nothing
 
-The steps are those of tests/dist/test_engine_layouts.py: whole logits, autograd and torch's AdamW on one side, kdtrain
+The steps are those of kdtrain/testing/layout_steps.py: whole logits, autograd and torch's AdamW on one side, kdtrain
 under DeepSpeed on the other; eight sequences with 11, 0, 1, ... valid tokens, rates that change, clipping that bites,
-weight decay. That file tests a few layouts at every submission; here are all that make sense.
+weight decay. tests/dist/test_engine_layouts.py has a few layouts for every submission; here are all that make sense.
 Columns, all against plain torch in float32: relative error of step 1's loss and of its gradient norm (before clipping);
 the worst parameter's |gradient - right| / |right| in the 2-norm, each gradient gathered from all ranks out of AdamW's
 first moment after step 1; the worst absolute error of any weight after three steps; the relative error of the loss on
-other data then. A layout is right if all five are within the limits of its dtype: 1e-5 in float32; in bfloat16 what the
-test file says, for gradients 1.5 times the error that plain torch in one process makes in bfloat16 with that student.
+other data then. A layout is right if all five are within the limits of its dtype: 1e-5 in float32; in bfloat16 those of
+kdtrain/testing/layout_oracle.py, for gradients 1.5 times the error of plain torch in one process in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import argparse
-import importlib.util
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -36,17 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import autotp_oracle
 import measuring as common
 
+from kdtrain.testing.layout_oracle import ERRORS, LIMITS, Oracle, errors_of, oracle
+from kdtrain.testing.layout_steps import SEQUENCES, Case, run_cases
+from kdtrain.testing.ranks import ENGINE_MODULES, RankPool
+
 TABLE = common.ROOT / "docs/results/layouts.md"
-LAWS = common.ROOT / "tests/dist/test_engine_layouts.py"
 GROUP, TIMEOUT_S = 16, 300
-MORE_FAMILIES = {
-    "qwen2": {},
-    "gemma3": {
-        "final_logit_softcapping": None, "tie_word_embeddings": True, "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-}  # fmt: skip
-"""Besides those of the test. The plain formula has no soft cap; the test of the losses has."""
+FAMILIES = ("llama", "llama_untied", "qwen3", "qwen3_tied", "gpt_neox", "gpt_neox_tied", "qwen2", "gemma3")
 
 SECOND_OPINION = (
     "The same step under AutoTP, in ranks of its own (`benchmarks/autotp_oracle.py`); errors are the worst",
@@ -54,25 +48,9 @@ SECOND_OPINION = (
 )
 
 
-def laws() -> ModuleType:
-    """The test file, loaded by path once per process; its families and ours."""
-    name = "layout_laws"
-    if name not in sys.modules:
-        from kdtrain.models.tiny import tiny_config
-
-        spec = importlib.util.spec_from_file_location(name, LAWS)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        module.FAMILIES.update({family: tiny_config(family, **changes) for family, changes in MORE_FAMILIES.items()})
-    return sys.modules[name]
-
-
-def cases() -> dict[int, list[Any]]:
+def cases() -> dict[int, list[Case]]:
     """World size -> layouts. Without a teacher: families x tp x stages; with one: its layouts x tp x stages."""
-    found: dict[int, list[Any]] = {1: [], 2: [], 4: []}
+    found: dict[int, list[Case]] = {1: [], 2: [], 4: []}
     for world, tp in ((1, 1), (2, 1), (2, 2), (4, 2), (4, 1), (4, 4)):
         found[world] += [*plain_cases(world, tp), *distilled_cases(world, tp)]
     for world, tp, cp in ((2, 1, 2), (4, 1, 2), (4, 2, 2), (4, 1, 4)):
@@ -82,56 +60,56 @@ def cases() -> dict[int, list[Any]]:
 
 def cut_of(world: int, tp: int, number: int) -> tuple[int, ...]:
     """Sequences per micro-batch in the three steps: all at once, one by one, uneven; in turn."""
-    whole = laws().SEQUENCES * tp // world
+    whole = SEQUENCES * tp // world
     some = min(3, whole)
     return ((whole, 1, some), (1, whole, 1), (some, 1, whole), (whole, whole, whole))[number % 4]
 
 
-def plain_cases(world: int, tp: int) -> list[Any]:
+def plain_cases(world: int, tp: int) -> list[Case]:
     """Cross-entropy: llama at every stage, the other families at one or two, each stage somewhere; bfloat16."""
-    case, found = laws().Case, []
-    for number, family in enumerate(laws().FAMILIES):
+    found: list[Case] = []
+    for number, family in enumerate(FAMILIES):
         stages = (number % 4, (number + 2) % 4)[: 2 if world < 4 else 1]
         for stage in (0, 1, 2, 3) if family == "llama" else stages:
             cut, recompute = cut_of(world, tp, number + stage), stage == number % 4
-            found.append(case(family, tp, stage, cut, recompute=recompute))
-    found += [case("llama", tp, stage, cut_of(world, tp, stage), dtype="bfloat16") for stage in (1, 3)]
+            found.append(Case(family, tp, stage, cut, recompute=recompute))
+    found += [Case("llama", tp, stage, cut_of(world, tp, stage), dtype="bfloat16") for stage in (1, 3)]
     return found if tp == 1 else [*found, *divided_cases(world, tp)]
 
 
-def divided_cases(world: int, tp: int) -> list[Any]:
+def divided_cases(world: int, tp: int) -> list[Case]:
     """Sequence parallelism: every family, each stage, with and without recomputation and teachers; bfloat16."""
-    case, found = laws().Case, []
-    for number, family in enumerate(laws().FAMILIES):
+    found: list[Case] = []
+    for number, family in enumerate(FAMILIES):
         cut, teacher = cut_of(world, tp, number), (None, "plain", "tp")[number % 3]
-        found.append(case(family, tp, number % 4, cut, recompute=number % 2 == 1, teacher=teacher, sequence=True))
-    return [*found, case("llama", tp, 2, cut_of(world, tp, 2), dtype="bfloat16", sequence=True)]
+        found.append(Case(family, tp, number % 4, cut, recompute=number % 2 == 1, teacher=teacher, sequence=True))
+    return [*found, Case("llama", tp, 2, cut_of(world, tp, 2), dtype="bfloat16", sequence=True)]
 
 
-def distilled_cases(world: int, tp: int) -> list[Any]:
+def distilled_cases(world: int, tp: int) -> list[Case]:
     """Each of the teacher's layouts beside students of two stages; one in bfloat16."""
-    case, found = laws().Case, []
+    found: list[Case] = []
     for number, teacher in enumerate(teachers(world, tp)):
         for stage in (number % 4, (number + (1 if world == 4 else 2)) % 4):
             family = "llama" if stage % 2 else "qwen3"
-            found.append(case(family, tp, stage, cut_of(world, tp, number + stage), teacher=teacher))
-    return [*found, case("llama", tp, 2, cut_of(world, tp, 2), dtype="bfloat16", teacher="plain")]
+            found.append(Case(family, tp, stage, cut_of(world, tp, number + stage), teacher=teacher))
+    return [*found, Case("llama", tp, 2, cut_of(world, tp, 2), dtype="bfloat16", teacher="plain")]
 
 
-def context_cases(world: int, tp: int, cp: int) -> list[Any]:
+def context_cases(world: int, tp: int, cp: int) -> list[Case]:
     """Ranks that share sequences: families at two stages each, the teacher's layouts of the same tp, bfloat16."""
-    case, found = laws().Case, []
+    found: list[Case] = []
     for number, family in enumerate(("qwen3", "gpt_neox", "gemma3")):
         for stage in (number, (number + 2) % 4):
             cut, recompute = cut_of(world, tp * cp, number + stage), stage == number
-            found.append(case(family, tp, stage, cut, recompute=recompute, cp=cp))
+            found.append(Case(family, tp, stage, cut, recompute=recompute, cp=cp))
     for number, teacher in enumerate(f"{cut}{more}" for cut in ("plain", "tp")[:tp] for more in ("", " zero3")):
         cut = cut_of(world, tp * cp, number)
-        found.append(case("qwen3", tp, (number + cp) % 4, cut, teacher=teacher, cp=cp))
+        found.append(Case("qwen3", tp, (number + cp) % 4, cut, teacher=teacher, cp=cp))
     if tp > 1:
-        found.append(case("qwen3", tp, 2, cut_of(world, tp * cp, 1), cp=cp, sequence=True))
+        found.append(Case("qwen3", tp, 2, cut_of(world, tp * cp, 1), cp=cp, sequence=True))
     cut = cut_of(world, tp * cp, 1)
-    return [*found, *(case(family, tp, 2, cut, dtype="bfloat16", cp=cp) for family in ("qwen3", "gpt_neox"))]
+    return [*found, *(Case(family, tp, 2, cut, dtype="bfloat16", cp=cp) for family in ("qwen3", "gpt_neox"))]
 
 
 def teachers(world: int, tp: int) -> list[str]:
@@ -143,17 +121,12 @@ def teachers(world: int, tp: int) -> list[str]:
     return [f"{cut}{more}" for cut in cuts for more in ("", " zero3", " zero3 offload") if world > 1 or not more]
 
 
-def run_cases(rank: int, world_size: int, folder: str, settings: list[dict]) -> list[Any]:
-    """On every rank: the test's own function, on layouts that came as dicts."""
-    return laws().run_cases(rank, world_size, Path(folder), [laws().Case(**one) for one in settings])
-
-
 @dataclass(slots=True)
 class Row:
     """One layout. errors, limits: by name, empty when it failed; problem: why, in a line."""
 
     world: int
-    case: Any
+    case: Case
     loss: float
     grad_norm: float
     errors: dict[str, float]
@@ -164,11 +137,11 @@ class Row:
     def verdict(self) -> str:
         if self.problem:
             return self.problem
-        wrong = [name for name in laws().ERRORS if not self.errors[name] <= self.limits[name]]
+        wrong = [name for name in ERRORS if not self.errors[name] <= self.limits[name]]
         return f"WRONG: {', '.join(wrong)}" if wrong else "right"
 
 
-def run_group(world: int, chosen: list[Any], folder: Path) -> list[tuple[list[Any] | None, str]]:
+def run_group(world: int, chosen: list[Case], folder: Path) -> list[tuple[list[Any] | None, str]]:
     """(each rank's answer, or None, and why) per layout. A layout that fails may not hide the others."""
     try:
         return [(answers, "") for answers in attempt(world, chosen, folder)]
@@ -179,14 +152,11 @@ def run_group(world: int, chosen: list[Any], folder: Path) -> list[tuple[list[An
     return [answer for case in chosen for answer in run_group(world, [case], folder)]
 
 
-def attempt(world: int, chosen: list[Any], folder: Path) -> list[list[Any]]:
+def attempt(world: int, chosen: list[Case], folder: Path) -> list[list[Any]]:
     """Per layout each rank's answer, from fresh ranks. Raises AssertionError and TimeoutError."""
-    from kdtrain.testing.ranks import ENGINE_MODULES, RankPool
-
     pool = RankPool(world, preload=ENGINE_MODULES)
     try:
-        settings = [asdict(case) for case in chosen]
-        answers = pool.run(run_cases, timeout_s=TIMEOUT_S, folder=str(folder), settings=settings)
+        answers = pool.run(run_cases, timeout_s=TIMEOUT_S, folder=folder, cases=chosen)
     finally:
         pool.close()
     return [list(of_ranks) for of_ranks in zip(*answers, strict=True)]
@@ -196,46 +166,21 @@ def first_line(error: BaseException) -> str:
     return str(error).splitlines()[0].replace("|", "/")[:160]
 
 
-def row_of(world: int, case: Any, answers: list[Any] | None, problem: str, want: Any, root: Path) -> Row:
+def row_of(world: int, case: Case, answers: list[Any] | None, problem: str, want: Oracle, root: Path) -> Row:
     if answers is None:
         return Row(world, case, float("nan"), float("nan"), {}, {}, problem)
     if any(answer != answers[0] for answer in answers):
         problem = "WRONG: ranks disagree"
-    steps, evaluation = answers[0]
-    (loss, norm), (right_loss, right_norm) = steps[0], want.steps[0]
-    gradient, weight = checkpoint_errors(want, root)
-    errors = {
-        "loss": abs(loss / right_loss - 1),
-        "norm": abs(norm / right_norm - 1),
-        "gradient": gradient,
-        "weight": weight,
-        "evaluation": abs(evaluation / want.evaluation - 1),
-    }
-    return Row(world, case, loss, norm, errors, case.limits(want), problem)
+    errors = {kind: error for kind, (error, _) in errors_of(answers[0], want, root).items() if kind in ERRORS}
+    loss, norm = answers[0][0][0]
+    return Row(world, case, loss, norm, errors, want.limits(case.dtype), problem)
 
 
-def checkpoint_errors(want: Any, root: Path) -> tuple[float, float]:
-    """(worst relative gradient error of step 1, worst absolute weight error after step 3) over all parameters."""
-    from kdtrain.engine.slices import CheckpointReader
-
-    gradients, weights = [], []
-    with CheckpointReader(root / "step_000001") as first, CheckpointReader(root / "step_000003") as last:
-        names = first.names()
-        if sorted(names) != sorted(want.weights):
-            raise SystemExit(f"{root} holds other parameters than the plain model: {sorted(names)}")
-        for name in names:
-            rows = first.manifest.parameters[name].shape[0]  # the rest is padding of a vocabulary
-            right = want.grads[name][:rows]
-            gradients.append(float((first.read_full(name, "exp_avg") / (1 - 0.9) - right).norm() / right.norm()))
-            weights.append(float((last.read_full(name, "master") - want.weights[name][:rows]).abs().max()))
-    return max(gradients), max(weights)
-
-
-def measure(folder: Path, chosen: dict[int, list[Any]]) -> list[Row]:
+def measure(folder: Path, chosen: dict[int, list[Case]]) -> list[Row]:
     """Every layout's row, in order."""
     rows: list[Row] = []
     everything = {case.what for some in chosen.values() for case in some}
-    oracles = {what: laws().oracle(folder, *what) for what in sorted(everything)}
+    oracles = {what: oracle(folder, *what) for what in sorted(everything)}
     for world, case_list in chosen.items():
         for start in range(0, len(case_list), GROUP):
             some, started = case_list[start : start + GROUP], time.monotonic()
@@ -247,7 +192,7 @@ def measure(folder: Path, chosen: dict[int, list[Any]]) -> list[Row]:
 
 def second_opinion(folder: Path) -> list[str]:
     """DeepSpeed's own tensor parallelism on the same step."""
-    want = laws().oracle(folder, autotp_oracle.FAMILY, False)
+    want = oracle(folder, autotp_oracle.FAMILY, False)
     try:
         lines = autotp_oracle.compare(folder, want)
     except (AssertionError, TimeoutError) as error:
@@ -258,7 +203,7 @@ def second_opinion(folder: Path) -> list[str]:
 def line_of(row: Row) -> str:
     case, dp = row.case, row.world // (row.case.tp * row.case.cp)
     micro = " ".join(str(count) for count in case.micro)
-    errors = " | ".join(f"{row.errors[name]:.1e}" if row.errors else "" for name in laws().ERRORS)
+    errors = " | ".join(f"{row.errors[name]:.1e}" if row.errors else "" for name in ERRORS)
     how = " recompute" * case.recompute + " sequence" * case.sequence
     return (
         f"| {case.family}{how} | {case.dtype} | {row.world} | {case.tp} | {case.cp} | {dp} "
@@ -273,9 +218,9 @@ def table_of(rows: list[Row], more: list[str]) -> str:
     import torch
 
     exact = [row for row in rows if row.case.dtype == "float32" and row.errors]
-    worst = {name: max((row.errors[name] for row in exact), default=float("nan")) for name in laws().ERRORS}
+    worst = {name: max((row.errors[name] for row in exact), default=float("nan")) for name in ERRORS}
     right = sum(row.verdict == "right" for row in rows)
-    half = laws().LIMITS["bfloat16"]
+    half = LIMITS["bfloat16"]
     return "\n".join(
         [
             "# Layouts against plain torch in one process",

@@ -8,15 +8,15 @@ streams a slab does not read it 16 bytes at a time; the numbers are those of `tr
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import triton
 from triton_sass import TARGETS, amd, nvidia
+
+from kdtrain.testing.ranks import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs/results/triton_sass_lists.md"
@@ -24,19 +24,9 @@ STREAMS = ("sparse_", "lane maxima", "tail sums", "lane sums")
 """Beginnings of the names of kernels that read whole slabs; the others read lists of a few numbers."""
 
 
-def load(name: str) -> ModuleType:
-    """A test file as a module: it knows the kernels' argument types."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tests/unit" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def compile_one(file: str, name: str, target: str) -> dict[str, Any]:
     """Registers, local memory, wide loads and stores, barriers of a variant."""
-    module = load(file)
+    module = load_file(ROOT / "tests/unit" / f"{file}.py")  # it knows the kernels' argument types
     variants = module.variants() if file == "test_triton_sparse" else module.VARIANTS
     built = module.compiled(*variants[name], target=TARGETS[target])
     numbers = nvidia(built.asm["cubin"]) if TARGETS[target].backend == "cuda" else amd(built.asm["amdgcn"])
@@ -76,7 +66,7 @@ def table(measured: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    files = {name: load(name) for name in ("test_triton_sparse", "test_triton_topk")}
+    files = {name: load_file(ROOT / "tests/unit" / f"{name}.py") for name in ("test_triton_sparse", "test_triton_topk")}
     names = [("test_triton_sparse", name) for name in files["test_triton_sparse"].variants()]
     names += [("test_triton_topk", name) for name in files["test_triton_topk"].VARIANTS]
     jobs = [(file, name, target) for file, name in names for target in TARGETS]

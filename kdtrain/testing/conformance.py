@@ -20,7 +20,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ from torch import Tensor
 from kdtrain.dist.collectives import gather_ranks
 from kdtrain.dist.vocab import VocabShard
 from kdtrain.losses import reference
-from kdtrain.testing.ranks import RankPool
+from kdtrain.testing.ranks import RankPool, load_file
 
 TOKENS, VOCAB, WIDTH_S, WIDTH_T = 24, 96, 16, 24
 TP_SIZES = (1, 2, 4)
@@ -189,20 +188,6 @@ def _portable(subject: Subject) -> dict[str, Any]:
         function = getattr(subject, name) or dense_loss
         plain[name] = (sys.modules[function.__module__].__file__, function.__name__)
     return {**plain, "modes": [asdict(mode) for mode in subject.modes]}
-
-
-def load_file(path: str | Path) -> ModuleType:
-    """A Python file as a module, once per process."""
-    name = "conformance_" + Path(path).stem
-    known = sys.modules.get(name)
-    if known is None or known.__file__ != str(path):
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise ValueError(f"{path} is not a Python file")
-        known = importlib.util.module_from_spec(spec)
-        sys.modules[name] = known
-        spec.loader.exec_module(known)
-    return known
 
 
 def _measure(rank: int, world_size: int, *, subject: dict[str, Any], dtype: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ Workers come from a forkserver that has torch (and, for engine tests, deepspeed)
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import multiprocessing as mp
 import os
@@ -37,12 +38,13 @@ ENGINE_MODULES = (
 """What ranks that build engines import, seconds in all. A fork server that has them shares them with every rank."""
 
 
-def _load(path: str) -> ModuleType:
-    name = "ranks_" + Path(path).stem
+def load_file(path: str | Path) -> ModuleType:
+    """The module of a file that no package holds (a test, a script), loaded once per process. Raises ValueError."""
+    name = "file_" + hashlib.sha256(str(path).encode()).hexdigest()[:16] + "_" + Path(path).stem
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
+        if spec is None or spec.loader is None:
+            raise ValueError(f"{path} is not a Python file")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
@@ -59,7 +61,8 @@ def _worker(rank: int, world_size: int, store: str, jobs: Any, results: Any, env
     while (job := jobs.get()) is not None:
         path, name, kwargs = job
         try:
-            answer: tuple[int, Any, str | None] = (rank, getattr(_load(path), name)(rank, world_size, **kwargs), None)
+            function = getattr(load_file(path), name)
+            answer: tuple[int, Any, str | None] = (rank, function(rank, world_size, **kwargs), None)
             pickle.dumps(answer)
         except BaseException as error:  # a worker reports whatever a test raised, assertion or exit
             answer = (rank, None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")

@@ -1,9 +1,7 @@
 """The sweep over transformers' causal language models: a few measured here, all of them in the committed table."""
 
-import importlib
 import math
-import sys
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from kdtrain.parallel.pieces import split_tensor
 
 pytestmark = pytest.mark.dist
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMED = (
     *("gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "granite_swa", "llama", "minicpm3", "mistral", "olmo2"),
     # Gemma 3n: with transformers' own plan its gradients are off by a quarter
@@ -23,9 +20,7 @@ NAMED = (
 
 @pytest.fixture(scope="module")
 def bench():
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.insert(0, str(BENCHMARKS))
-    return importlib.import_module("architectures")
+    return import_module("architectures")
 
 
 @pytest.fixture(scope="module")

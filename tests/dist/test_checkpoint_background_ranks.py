@@ -1,6 +1,5 @@
 """Checkpoints written behind running steps by several ranks: the plain write's bytes, and one rank's error on all."""
 
-import importlib.util
 import json
 import resource
 from pathlib import Path
@@ -14,18 +13,12 @@ from kdtrain.engine import checkpoint
 from kdtrain.engine.background import BackgroundWriter
 from kdtrain.errors import CheckpointError
 from kdtrain.models.tiny import tiny_config
+from kdtrain.testing.ranks import load_file
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
 HERE = Path(__file__).parent
 CASES = [(1, "float32", "smollm", 299), (3, "bfloat16", "smollm", 299)]
-
-
-def helpers(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def train_until_written(engine, writer, one_step, at):
@@ -43,7 +36,7 @@ def train_until_written(engine, writer, one_step, at):
 
 def write_both_ways(rank, world_size, folder, cases):
     """Every case: the same state by the plain write and behind the steps that change it; the bytes of both."""
-    test = helpers(HERE / "test_engine_checkpoint.py")
+    test = load_file(HERE / "test_engine_checkpoint.py")
     test.join()
     mesh, answers = Mesh.build(2), []
     for case in cases:
@@ -60,7 +53,7 @@ def write_both_ways(rank, world_size, folder, cases):
 
 
 def rank_1_has_no_room(rank, world_size, folder):
-    test = helpers(HERE / "test_engine_checkpoint.py")
+    test = load_file(HERE / "test_engine_checkpoint.py")
     test.join()
     mesh, root = Mesh.build(2), folder / "full"
     engine, writer = test.build(folder, mesh, *CASES[0]), BackgroundWriter(mesh, torch.device("cpu"))
@@ -115,7 +108,7 @@ class Slow:
 
 
 def train_with_slow_writers(rank, world_size, folder):
-    test = helpers(HERE.parent / "unit" / "test_trainer_guards.py")
+    test = load_file(HERE.parent / "unit" / "test_trainer_guards.py")
     run = test.trainer(folder, 6, mesh=Mesh.build(1), every=2)
     run.checkpoints = Slow(run.progress, ready=2 + 2 * rank)
     run.run()

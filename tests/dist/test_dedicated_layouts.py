@@ -1,11 +1,8 @@
 """A teacher on ranks of its own changes nothing: three optimizer steps under DeepSpeed against plain torch."""
 
-import importlib.util
 import os
 import socket
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,23 +11,12 @@ from safetensors.torch import save_file
 
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.wire import Wire
-from kdtrain.engine import checkpoint
 from kdtrain.models.load import ModelSpec, load_backbone
+from kdtrain.testing.layout_oracle import check_case, oracle
+from kdtrain.testing.layout_steps import VOCAB, build_backbone, configuration, step_batch, three_steps, whole_teacher
 from kdtrain.training import dedicated
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
-
-LAYOUTS = Path(__file__).with_name("test_engine_layouts.py")
-
-
-def laws():
-    """The steps and the oracle of the layouts with a co-hosted teacher."""
-    if "dedicated_laws" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("dedicated_laws", LAYOUTS)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["dedicated_laws"] = module
-        spec.loader.exec_module(module)
-    return sys.modules["dedicated_laws"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +28,7 @@ class Case:
     micro: tuple[int, int, int]
     teacher_tp: int | None = None
     in_flight: int | None = None
-
-    def limits(self, want):
-        """The largest error of each kind, whatever the Oracle `want`: everything is in float32."""
-        return laws().LIMITS["float32"]
+    dtype: str = "float32"
 
     @property
     def name(self):
@@ -61,7 +44,7 @@ CASES = {
 
 
 def settings(folder, case, num_teachers):
-    cfg = laws().configuration(case.stage)
+    cfg = configuration(case.stage)
     t = cfg.teacher
     t.weights, t.layout, t.ranks, t.dtype = str(folder / "teacher"), "dedicated", num_teachers, "float32"
     t.tp, t.in_flight, cfg.parallel.tp = case.teacher_tp, case.in_flight, case.tp
@@ -70,7 +53,7 @@ def settings(folder, case, num_teachers):
 
 def save_teacher(folder):
     """The teacher of the oracle as a Hugging Face folder."""
-    teacher = laws().build_teacher(folder)
+    teacher = whole_teacher(folder)
     teacher.config.save_pretrained(folder / "teacher")
     shapes = teacher.full_shapes()
     tensors = {n: p.detach()[: shapes[n][0]].clone() for n, p in teacher.hf_parameters()}
@@ -81,24 +64,15 @@ def train(folder, case, cfg, spec, runtime, mesh):
     """What a student's rank does; (losses and norms of the steps, evaluation after the last)."""
     from kdtrain.engine.zero import StudentEngine
 
-    backbone = laws().build_backbone(folder, "llama", mesh, teacher="plain")
+    backbone = build_backbone(folder, "llama", mesh, teacher="plain")
     teacher, head = dedicated.remote_teacher(
         cfg, spec, backbone.shard, mesh, runtime.device, runtime.wire, on_stop=lambda: pytest.fail("nobody stops")
     )
     width = head.facts.config.hidden_size
-    rows = min(backbone.shard.stop, laws().VOCAB) - backbone.shard.start
+    rows = min(backbone.shard.stop, VOCAB) - backbone.shard.start
     assert head.elements_read == rows * width, "more was read than this rank's rows of the head"
     engine = StudentEngine(backbone, mesh, cfg, device=runtime.device)
-    steps = []
-    for step in (1, 2, 3):
-        loss, result = laws().make_step(engine, step, case.micro[step - 1], teacher=teacher)
-        assert result.applied
-        steps.append((loss, result.grad_norm))
-        if step != 2:
-            checkpoint.save(folder / case.name, engine, step=step, state={})
-        else:
-            laws().evaluate(engine, teacher)
-    answer = steps, laws().evaluate(engine, teacher)
+    answer = three_steps(engine, teacher, case, folder / case.name)
     engine.close()
     return answer
 
@@ -120,7 +94,7 @@ def run_cases(rank, world_size, folder, num_teachers, cases, port):
         runtime, cfg = replace(started, wire=wire), settings(folder, case, num_teachers)
         spec = ModelSpec(weights=cfg.teacher.weights, dtype="float32", attention="sdpa")
         if started.roles.is_teacher:
-            answers.append(dedicated.serve(cfg, spec, laws().VOCAB, runtime))
+            answers.append(dedicated.serve(cfg, spec, VOCAB, runtime))
         else:
             with dedicated.student_side(cfg, runtime):
                 answers.append(train(folder, case, cfg, spec, runtime, meshes[case.tp]))
@@ -131,7 +105,7 @@ def run_cases(rank, world_size, folder, num_teachers, cases, port):
 @pytest.mark.parametrize(("students", "teachers"), CASES)
 def test_every_dedicated_layout_makes_the_steps_of_plain_torch(students, teachers, fresh_pool, tmp_path):
     save_teacher(tmp_path)
-    want = laws().oracle(tmp_path, "llama", True)
+    want = oracle(tmp_path, "llama", True)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -141,14 +115,14 @@ def test_every_dedicated_layout_makes_the_steps_of_plain_torch(students, teacher
     )
     assert answers[0] == answers[1], "ranks disagree about a loss or a norm"
     for case, answer in zip(cases, answers[0], strict=True):
-        laws().check_case(case, answer, want, tmp_path / case.name)
+        check_case(case, answer, want, tmp_path / case.name)
 
 
 def test_the_folder_holds_the_teacher_of_the_oracle(tmp_path):
     save_teacher(tmp_path)
     ours = load_backbone(
-        ModelSpec(weights=str(tmp_path / "teacher"), dtype="float32"), Mesh(), vocab_size=laws().VOCAB, trainable=False
+        ModelSpec(weights=str(tmp_path / "teacher"), dtype="float32"), Mesh(), vocab_size=VOCAB, trainable=False
     )
-    batch = laws().step_batch(1)
+    batch = step_batch(1)
     with torch.no_grad():
-        assert torch.equal(ours.hidden_states(batch), laws().build_teacher(tmp_path).hidden_states(batch))
+        assert torch.equal(ours.hidden_states(batch), whole_teacher(tmp_path).hidden_states(batch))

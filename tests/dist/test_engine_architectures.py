@@ -4,46 +4,31 @@ Fused projections, Conv1D, outputs gathered for a norm over the whole width, key
 gradient norm, every gathered gradient, three steps, and a checkpoint that another tp continues.
 """
 
-import importlib.util
-import sys
-from dataclasses import asdict
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import checkpoint
-from kdtrain.models.tiny import tiny_config
+from kdtrain.testing.layout_oracle import check_case, oracle
+from kdtrain.testing.layout_steps import (
+    SEQUENCES,
+    VOCAB,
+    Case,
+    build_backbone,
+    engine_of,
+    evaluate,
+    join,
+    make_step,
+    run_cases,
+    step_batch,
+)
 from kdtrain.testing.tiny_data import write_tokenizer
 from kdtrain.training.export import export_checkpoint
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
 
-def load_laws():
-    """test_engine_layouts.py, by path: its steps, its oracle and its comparison."""
-    name = "architecture_laws"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("test_engine_layouts.py"))
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-laws = load_laws()
-laws.FAMILIES.update(
-    gpt2=tiny_config("gpt2", tie_word_embeddings=True),
-    phi3=tiny_config("phi3"),
-    olmo2=tiny_config("olmo2"),
-    few_groups=tiny_config("llama", num_attention_heads=4, num_key_value_heads=2),
-    one_group=tiny_config("llama", num_key_value_heads=1, tie_word_embeddings=True),
-    uneven_groups=tiny_config("smollm", num_attention_heads=9, num_key_value_heads=3),
-)
-Case = laws.Case
 CASES = {
     2: [
         Case("gpt2", 2, 1, (8, 1, 4)),
@@ -65,47 +50,16 @@ CASES = {
 }
 
 
-def run_cases(rank, world_size, folder, settings):
-    """As in the layouts' test, on meshes of any tp. Cases come as dicts: ranks load that test under another name."""
-    from kdtrain.engine import bootstrap
-    from kdtrain.engine.zero import StudentEngine
-
-    assert bootstrap.start().world_size == world_size
-    cases = [Case(**one) for one in settings]
-    meshes = {tp: Mesh.build(tp) for tp in sorted({case.tp for case in cases})}
-    answers = []
-    for case in cases:
-        mesh = meshes[case.tp]
-        backbone = laws.build_backbone(folder, case.family, mesh, recompute=case.recompute)
-        engine = StudentEngine(backbone, mesh, laws.configuration(case.stage), device=torch.device("cpu"))
-        steps = []
-        for step in (1, 2, 3):
-            loss, result = laws.make_step(engine, step, case.micro[step - 1])
-            assert result.applied
-            steps.append((loss, result.grad_norm))
-            if step != 2:
-                checkpoint.save(folder / case.name, engine, step=step, state={})
-        answers.append((steps, laws.evaluate(engine)))
-        engine.close()
-    return answers
-
-
-def continue_cases(rank, world_size, folder, settings):
+def continue_cases(rank, world_size, folder, cases):
     """[losses and norms of steps 2 and 3], an evaluation, of each (case, tp) from the case's checkpoint of step 1."""
-    from kdtrain.engine import bootstrap
-    from kdtrain.engine.zero import StudentEngine
-
-    assert bootstrap.start().world_size == world_size
-    cases = [(Case(**one), tp) for one, tp in settings]
-    meshes = {tp: Mesh.build(tp) for tp in sorted({tp for _, tp in cases})}
+    meshes = join(world_size)
     answers = []
     for case, tp in cases:
-        backbone = laws.build_backbone(folder, case.family, meshes[tp])
-        engine = StudentEngine(backbone, meshes[tp], laws.configuration(case.stage), device=torch.device("cpu"))
+        engine = engine_of(build_backbone(folder, case.family, meshes[tp]), meshes[tp], case)
         checkpoint.load(folder / case.name / "step_000001", engine)
-        micro = laws.SEQUENCES * tp // world_size
-        steps = [laws.make_step(engine, step, micro) for step in (2, 3)]
-        answers.append(([(loss, result.grad_norm) for loss, result in steps], laws.evaluate(engine)))
+        micro = SEQUENCES * tp // world_size
+        steps = [make_step(engine, step, micro) for step in (2, 3)]
+        answers.append(([(loss, result.grad_norm) for loss, result in steps], evaluate(engine)))
         engine.close()
     return answers
 
@@ -118,18 +72,16 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def oracles(folder):
     families = {case.family for cases in CASES.values() for case in cases}
-    return {family: laws.oracle(folder, family, False) for family in families}
+    return {family: oracle(folder, family, False) for family in families}
 
 
 @pytest.mark.parametrize("world_size", CASES)
 def test_every_architecture_makes_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
-    answers = fresh_pool(world_size).run(
-        run_cases, folder=folder, settings=[asdict(case) for case in CASES[world_size]]
-    )
+    answers = fresh_pool(world_size).run(run_cases, folder=folder, cases=CASES[world_size])
     for rank in range(world_size):
         assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
     for case, answer in zip(CASES[world_size], answers[0], strict=True):
-        laws.check_case(case, answer, oracles[case.family], folder / case.name)
+        check_case(case, answer, oracles[case.family], folder / case.name)
 
 
 CONTINUED = {1: [("few_groups", 1), ("phi3", 1)], 2: [("few_groups", 2), ("gpt2", 1), ("olmo2", 1)]}
@@ -142,7 +94,7 @@ def test_another_tp_continues_from_a_checkpoint(world_size, fresh_pool, folder, 
     cases = [(next(c for c in every if c.family == family), tp) for family, tp in CONTINUED[world_size]]
     missing = [case for case, _ in cases if not (folder / case.name).exists()]
     assert not missing, "this test goes on where test_every_architecture_makes_the_steps_of_plain_torch was"
-    answers = fresh_pool(world_size).run(continue_cases, folder=folder, settings=[(asdict(c), tp) for c, tp in cases])
+    answers = fresh_pool(world_size).run(continue_cases, folder=folder, cases=cases)
     for (case, tp), (steps, evaluation) in zip(cases, answers[0], strict=True):
         want = oracles[case.family]
         for step, right in zip(steps, want.steps[1:], strict=True):
@@ -157,9 +109,9 @@ def test_an_export_of_what_was_cut_in_pieces_is_the_stock_model(folder, oracles)
         case = next(case for cases in CASES.values() for case in cases if case.family == family and case.tp > 1)
         out = export_checkpoint(folder / case.name / "step_000003", folder / f"{family}_hf", dtype="float32")
         model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, attn_implementation="sdpa").eval()
-        batch = laws.step_batch(9)
+        batch = step_batch(9)
         with torch.no_grad():
             logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-        losses = F.cross_entropy(logits.flatten(0, 1)[:, : laws.VOCAB], batch.labels.flatten(), reduction="none")
+        losses = F.cross_entropy(logits.flatten(0, 1)[:, :VOCAB], batch.labels.flatten(), reduction="none")
         loss = (losses * batch.loss_mask.flatten()).sum() / batch.loss_mask.sum()
         assert float(loss) == pytest.approx(oracles[family].evaluation, rel=1e-5), case.name

@@ -1,16 +1,23 @@
 """What must hold to the last bit or stop a run: float32 sums under bfloat16, non-finite steps, forgotten marks."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
 from kdtrain.errors import EXIT_DATA, DataError, ParallelError
+from kdtrain.testing.layout_steps import (
+    Case,
+    build_backbone,
+    configuration,
+    engine_of,
+    join,
+    micro_batches,
+    objective_of,
+    step_batch,
+    student_of,
+)
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
-LAYOUTS = str(Path(__file__).with_name("test_engine_layouts.py"))
 REPEATS = 16  # a power of two, and sums of up to 16 equal bfloat16 numbers are exact in float32, not in bfloat16
 
 # (tp, ZeRO stage, dtype)
@@ -19,13 +26,6 @@ POISONED = [
     (2, 0, "float32"),
     *((2, stage, "bfloat16") for stage in (1, 2, 3)),
 ]
-
-
-def load_helpers():
-    spec = importlib.util.spec_from_file_location("engine_layouts", LAYOUTS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def fragments(engine):
@@ -48,9 +48,8 @@ def moments(engine):
 
 def gradients_of_step(engine, parts, total):
     """exp_avg after one step of these micro-batches, and the norm that the engine reported."""
-    test = load_helpers()
     for part in parts:
-        engine.backward(test.objective_of(engine)(part).loss_sum, total)
+        engine.backward(objective_of(engine)(part).loss_sum, total)
     result = engine.step(1e-3)
     assert result.applied
     return moments(engine), result.grad_norm
@@ -58,15 +57,14 @@ def gradients_of_step(engine, parts, total):
 
 def repeated_micro_batches(rank, world_size, folder):
     """Per ZeRO stage under bfloat16: a batch once, and the same batch 16 times with 16 times the token count."""
-    test = load_helpers()
-    mesh = test.join(world_size)[2]
-    part = test.step_batch(1).rows(0, 2)
+    mesh = join(world_size)[2]
+    part = step_batch(1).rows(0, 2)
     found = {}
     for stage in (1, 2, 3):
         answers = []
         for repeats in (1, REPEATS):
-            case = test.Case("qwen3", 2, stage, (0, 0, 0), dtype="bfloat16")
-            engine = test.start_engine(folder, mesh, case, clip=None)
+            case = Case("qwen3", 2, stage, (0, 0, 0), dtype="bfloat16")
+            engine = engine_of(student_of(folder, mesh, case), mesh, case, clip=None)
             answers.append(gradients_of_step(engine, [part] * repeats, 18.0 * repeats))
             engine.close()
         (once, norm), (often, same_norm) = answers
@@ -85,14 +83,13 @@ def two_micro_batches(rank, world_size, folder, save_to):
     """Two micro-batches of unequal token counts: one on each of two data ranks, or both on one rank."""
     from kdtrain.engine import checkpoint
 
-    test = load_helpers()
-    mesh = test.join(world_size)[1]
-    batch = test.step_batch(1).rows(3, 5)  # 7 and 10 valid tokens
+    mesh = join(world_size)[1]
+    batch = step_batch(1).rows(3, 5)  # 7 and 10 valid tokens
     parts = [batch.rows(0, 1), batch.rows(1, 2)]
     norms = []
     for stage in (1, 2, 3):
-        case = test.Case("llama", 1, stage, (0, 0, 0), dtype="bfloat16")
-        engine = test.start_engine(folder, mesh, case, clip=None)
+        case = Case("llama", 1, stage, (0, 0, 0), dtype="bfloat16")
+        engine = engine_of(student_of(folder, mesh, case), mesh, case, clip=None)
         mine = parts if world_size == 1 else [parts[rank]]
         norms.append(gradients_of_step(engine, mine, 16.0)[1])  # a power of two: dividing by it is exact
         checkpoint.save(folder / f"{save_to}{stage}", engine, step=1, state={})
@@ -119,16 +116,15 @@ def test_gradients_under_bfloat16_are_reduced_over_data_ranks_in_float32(fresh_p
 
 def poisoned_steps(rank, world_size, folder):
     """A step that is non-finite on rank 0 alone changes nothing anywhere, and the next one is as if it never was."""
-    test = load_helpers()
-    meshes = test.join(world_size)
+    meshes = join(world_size)
     for tp, stage, dtype in POISONED:
         mesh = meshes[tp]
-        case = test.Case("llama_untied", tp, stage, (0, 0, 0), dtype=dtype)
-        engine = test.start_engine(folder, mesh, case)
+        case = Case("llama_untied", tp, stage, (0, 0, 0), dtype=dtype)
+        engine = engine_of(student_of(folder, mesh, case), mesh, case)
         for number, poison in enumerate((float("nan"), float("inf"), None)):
             before = fragments(engine)
-            for part in test.micro_batches(test.step_batch(1), mesh, 4):
-                loss = test.objective_of(engine)(part).loss_sum
+            for part in micro_batches(step_batch(1), mesh, 4):
+                loss = objective_of(engine)(part).loss_sum
                 engine.backward(loss * poison if rank == 0 and poison is not None else loss, 39.0)
             result = engine.step(1e-3)
             if poison is not None:
@@ -136,9 +132,9 @@ def poisoned_steps(rank, world_size, folder):
                 assert not result.grad_norm < float("inf"), (case.name, number)
                 assert differences(before, fragments(engine)) == [], (case.name, number)
         assert result.applied
-        twin = test.start_engine(folder, mesh, case)  # the same, without the poisoned steps
-        for part in test.micro_batches(test.step_batch(1), mesh, 4):
-            twin.backward(test.objective_of(twin)(part).loss_sum, 39.0)
+        twin = engine_of(student_of(folder, mesh, case), mesh, case)  # the same, without the poisoned steps
+        for part in micro_batches(step_batch(1), mesh, 4):
+            twin.backward(objective_of(twin)(part).loss_sum, 39.0)
         assert twin.step(1e-3) == result
         assert differences(fragments(twin), fragments(engine)) == [], case.name
         engine.close()
@@ -153,21 +149,21 @@ def refused_engines(rank, world_size, folder):
     """Forgotten and superfluous marks, a step without valid tokens, and a run without clipping."""
     from kdtrain.engine.zero import StudentEngine
 
-    test = load_helpers()
-    mesh = test.join(world_size)[2]
+    mesh = join(world_size)[2]
     messages = []
     for name, mark in (("model.layers.1.mlp.up_proj.weight", False), ("model.norm.weight", True)):
-        backbone = test.build_backbone(folder, "llama", mesh)
+        backbone = build_backbone(folder, "llama", mesh)
         dict(backbone.hf_parameters())[name].tensor_model_parallel = mark
         with pytest.raises(ParallelError) as refused:
-            StudentEngine(backbone, mesh, test.configuration(1), device=torch.device("cpu"))
+            StudentEngine(backbone, mesh, configuration(1), device=torch.device("cpu"))
         messages.append(str(refused.value))
     norms = []
     for stage in (0, 1, 2, 3):
-        engine = test.start_engine(folder, mesh, test.Case("llama", 2, stage, (0, 0, 0)), clip=None)
-        part = test.step_batch(1).rows(0, 4)
+        case = Case("llama", 2, stage, (0, 0, 0))
+        engine = engine_of(student_of(folder, mesh, case), mesh, case, clip=None)
+        part = step_batch(1).rows(0, 4)
         with pytest.raises(DataError) as refused:
-            engine.backward(test.objective_of(engine)(part).loss_sum, 0.0)
+            engine.backward(objective_of(engine)(part).loss_sum, 0.0)
         messages.append(str(refused.value))
         gradient, norm = gradients_of_step(engine, [part], 1.0)  # summed, not averaged: far above any default clip
         squares = sum(float((value.double() / 0.1).square().sum()) for value in gradient.values())

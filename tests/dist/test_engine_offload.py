@@ -1,68 +1,53 @@
 """AdamW in host memory (zero.offload_optimizer): the same run, to rounding, in every stage and through checkpoints."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
+from kdtrain.testing.layout_oracle import check_case, oracle
+from kdtrain.testing.layout_steps import (
+    MAX_NORM,
+    Case,
+    engine_of,
+    join,
+    make_step,
+    micro_batches,
+    objective_of,
+    step_batch,
+    student_of,
+    three_steps,
+)
+
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
-LAYOUTS = str(Path(__file__).with_name("test_engine_layouts.py"))
 
-
-def load_helpers():
-    spec = importlib.util.spec_from_file_location("engine_layouts", LAYOUTS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def cases(test):
+def cases():
     """Both layouts of two ranks at every stage, and two families whose embeddings are tied and not."""
-    found = [test.Case("llama", tp, stage, (4, 1, 3)) for tp in (1, 2) for stage in (1, 2, 3)]
-    return [*found, test.Case("llama_untied", 2, 2, (1, 8, 3), recompute=True)]
+    found = [Case("llama", tp, stage, (4, 1, 3)) for tp in (1, 2) for stage in (1, 2, 3)]
+    return [*found, Case("llama_untied", 2, 2, (1, 8, 3), recompute=True)]
 
 
-def start(folder, mesh, case, *, offload=True, clip=0.5):
-    from kdtrain.engine.zero import StudentEngine
-
-    test = load_helpers()
-    backbone = test.build_backbone(folder, case.family, mesh, dtype=case.dtype, recompute=case.recompute)
-    cfg = test.configuration(case.stage, dtype=case.dtype, clip=clip)
-    cfg.zero.offload_optimizer = offload
-    return StudentEngine(backbone, mesh, cfg, device=torch.device("cpu"))
+def start(folder, mesh, case, *, offload=True, clip=MAX_NORM):
+    return engine_of(student_of(folder, mesh, case), mesh, case, clip=clip, offload=offload)
 
 
-def three_steps(rank, world_size, folder):
-    """Per case what `test_engine_layouts.check_case` wants to see."""
-    from kdtrain.engine import checkpoint
-
-    test = load_helpers()
-    meshes = test.join(world_size)
+def run_cases(rank, world_size, folder):
+    """Per case what `layout_oracle.check_case` wants to see."""
+    meshes = join(world_size)
     answers = []
-    for case in cases(test):
+    for case in cases():
         engine = start(folder, meshes[case.tp], case)
         assert engine.optimizer.defaults["fused"]
-        steps = []
-        for step in (1, 2, 3):
-            loss, result = test.make_step(engine, step, case.micro[step - 1])
-            assert result.applied
-            steps.append((loss, result.grad_norm))
-            if step != 2:
-                checkpoint.save(folder / case.name, engine, step=step, state={})
-        answers.append((steps, test.evaluate(engine)))
+        answers.append(three_steps(engine, None, case, folder / case.name))
         engine.close()
     return answers
 
 
 def test_every_stage_makes_the_steps_of_plain_torch(fresh_pool, tmp_path):
-    test = load_helpers()
-    answers = fresh_pool(2).run(three_steps, folder=tmp_path)
-    oracles = {family: test.oracle(tmp_path, family, False) for family in ("llama", "llama_untied")}
+    answers = fresh_pool(2).run(run_cases, folder=tmp_path)
+    oracles = {family: oracle(tmp_path, family, False) for family in ("llama", "llama_untied")}
     assert answers[0] == answers[1], "ranks disagree about a loss or a norm"
-    for case, answer in zip(cases(test), answers[0], strict=True):
-        test.check_case(case, answer, oracles[case.family], tmp_path / case.name)
+    for case, answer in zip(cases(), answers[0], strict=True):
+        check_case(case, answer, oracles[case.family], tmp_path / case.name)
 
 
 def fragments(engine):
@@ -80,24 +65,23 @@ def error(one, other):
 
 def bfloat16_steps(rank, world_size, folder):
     """One step of four micro-batches with and without offload, and 16 equal micro-batches against one."""
-    test = load_helpers()
-    meshes = test.join(world_size)
+    meshes = join(world_size)
     found = {}
     for tp, stage in ((1, 1), (2, 2), (1, 3)):
-        case = test.Case("llama", tp, stage, (1, 1, 1), dtype="bfloat16")
+        case = Case("llama", tp, stage, (1, 1, 1), dtype="bfloat16")
         answers = []
         for offload in (True, False):
             engine = start(folder, meshes[tp], case, offload=offload)
-            loss, result = test.make_step(engine, 1, 1)
+            loss, result = make_step(engine, 1, 1)
             answers.append((loss, result.grad_norm, fragments(engine)))
             engine.close()
         (loss, norm, on), (same_loss, same_norm, off) = answers
         assert loss == same_loss
-        part, sums = test.step_batch(1).rows(0, 2), []
+        part, sums = step_batch(1).rows(0, 2), []
         for repeats in (1, 16):
             engine = start(folder, meshes[tp], case, clip=None)
             for _ in range(repeats):
-                engine.backward(test.objective_of(engine)(part).loss_sum, 18.0 * repeats)
+                engine.backward(objective_of(engine)(part).loss_sum, 18.0 * repeats)
             assert engine.step(1e-3).applied
             sums.append({key: value for key, value in fragments(engine).items() if "|exp_avg|" in key})
             engine.close()
@@ -118,28 +102,27 @@ def checkpoints(rank, world_size, folder):
     """Two steps, a save, a load into the other kind of engine, one more step in both; a resume of the same kind."""
     from kdtrain.engine import checkpoint
 
-    test = load_helpers()
-    meshes = test.join(world_size)
+    meshes = join(world_size)
     found = {}
     for tp, stage, dtype in ((1, 2, "bfloat16"), (2, 3, "float32")):
-        case = test.Case("llama", tp, stage, (1, 1, 1), dtype=dtype)
+        case = Case("llama", tp, stage, (1, 1, 1), dtype=dtype)
         for offload in (False, True):
             root = folder / f"{case.name}-{offload}"
             engine = start(folder, meshes[tp], case, offload=offload)
             for step in (1, 2):
-                test.make_step(engine, step, 1)
+                make_step(engine, step, 1)
             saved = fragments(engine)
             path = checkpoint.save(root, engine, step=2, state={})
-            last = test.make_step(engine, 3, 1), fragments(engine)
+            last = make_step(engine, 3, 1), fragments(engine)
             engine.close()
             for target in (False, True):
                 other = start(folder, meshes[tp], case, offload=target)
-                test.make_step(other, 1, 2)
+                make_step(other, 1, 2)
                 checkpoint.load(path, other)
                 loaded = fragments(other)
                 assert loaded.keys() == saved.keys()
                 assert all(torch.equal(loaded[key], saved[key]) for key in saved), (case, offload, target)
-                again = test.make_step(other, 3, 1), fragments(other)
+                again = make_step(other, 3, 1), fragments(other)
                 assert again[0][0] == last[0][0], "the working weights differ"
                 if target == offload:
                     assert again[0] == last[0]
@@ -163,23 +146,22 @@ def test_checkpoints_pass_between_runs_with_and_without_offload(fresh_pool, tmp_
 
 def poisoned_steps(rank, world_size, folder):
     """A step that is non-finite on rank 0 alone changes nothing, and the next is as if it never was."""
-    test = load_helpers()
-    meshes = test.join(world_size)
+    meshes = join(world_size)
     for tp, stage, dtype in ((1, 1, "float32"), (2, 2, "float32"), (1, 2, "bfloat16"), (2, 3, "bfloat16")):
-        mesh, case = meshes[tp], test.Case("llama_untied", tp, stage, (4, 4, 4), dtype=dtype)
+        mesh, case = meshes[tp], Case("llama_untied", tp, stage, (4, 4, 4), dtype=dtype)
         engine = start(folder, mesh, case)
         for poison in (float("nan"), float("inf"), 1.0):
             before = fragments(engine)
-            for part in test.micro_batches(test.step_batch(1), mesh, 2):
-                loss = test.objective_of(engine)(part).loss_sum
+            for part in micro_batches(step_batch(1), mesh, 2):
+                loss = objective_of(engine)(part).loss_sum
                 engine.backward(loss * poison if rank == 0 and poison != 1.0 else loss, 39.0)
             result = engine.step(1e-3)
             after = fragments(engine)
             changed = [key for key in before if not torch.equal(before[key], after[key])]
             assert result.applied == bool(changed) == (poison == 1.0), (case.name, poison, changed[:3])
         twin = start(folder, mesh, case)
-        for part in test.micro_batches(test.step_batch(1), mesh, 2):
-            twin.backward(test.objective_of(twin)(part).loss_sum, 39.0)
+        for part in micro_batches(step_batch(1), mesh, 2):
+            twin.backward(objective_of(twin)(part).loss_sum, 39.0)
         assert twin.step(1e-3) == result
         assert all(torch.equal(value, after[key]) for key, value in fragments(twin).items()), case.name
         engine.close()

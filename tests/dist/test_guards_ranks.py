@@ -1,6 +1,5 @@
 """What one rank alone meets, all ranks of a run learn: a step that is not finite, a full disk, a rank that hangs."""
 
-import importlib.util
 import math
 import time
 from pathlib import Path
@@ -9,22 +8,16 @@ import pytest
 
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import NonFiniteLoss, OutputError
+from kdtrain.testing.ranks import load_file
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
 HELPERS = Path(__file__).parents[1] / "unit" / "test_trainer_guards.py"
 
 
-def load_helpers():
-    spec = importlib.util.spec_from_file_location("trainer_guards", HELPERS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def one_rank_is_not_finite(rank, world_size, folder):
     """Sample 13 is of step 2 and of data rank 1 (ids 8 to 11 are rank 0's there)."""
-    test, mesh = load_helpers(), Mesh.build(1)
+    test, mesh = load_file(HELPERS), Mesh.build(1)
     run = test.trainer(folder, 6, {13: math.inf}, mesh=mesh, max_skipped_steps=1, every=None)
     run.run()
     assert (run.progress.skipped_steps, test.adam_steps(run)) == (1, 5)
@@ -36,7 +29,7 @@ def one_rank_is_not_finite(rank, world_size, folder):
 
 
 def the_disk_of_rank_0_is_full(rank, world_size, folder):
-    test = load_helpers()
+    test = load_file(HELPERS)
     run = test.trainer(folder, 50, mesh=Mesh.build(1), log=50, every=None)
     with test.full_disk(100 if rank == 0 else 1 << 30), pytest.raises(OutputError) as caught:
         run.run()  # it would end in a time-out if rank 0 left alone
@@ -47,7 +40,7 @@ def rank_1_sleeps(rank, world_size, folder):
     from kdtrain.log import LOGGER
     from kdtrain.telemetry.heartbeat import Watchdog
 
-    test = load_helpers()
+    test = load_file(HELPERS)
     run = test.trainer(folder, 3, mesh=Mesh.build(1))
     warned, draw = [], type(run.loader).__next__
 
@@ -65,7 +58,7 @@ def rank_1_sleeps(rank, world_size, folder):
 
 
 def test_what_one_rank_meets_all_ranks_learn(fresh_pool, tmp_path):
-    test, pool = load_helpers(), fresh_pool(2)
+    test, pool = load_file(HELPERS), fresh_pool(2)
     folders = [tmp_path / name for name in ("finite", "disk", "stall")]
     for folder in folders:
         folder.mkdir()

@@ -1,7 +1,6 @@
 """The tensor-parallel layers under DeepSpeed ZeRO: gradients of norms inside attention, and the head of ZeRO-3."""
 
 import copy
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from kdtrain.dist.vocab import VocabShard
 from kdtrain.models.backbone import Backbone, call_with_head
 from kdtrain.models.load import enable_activation_checkpointing
 from kdtrain.parallel import merge_state_dict, plan_cuts, shard_model
-from kdtrain.testing.ranks import RankPool
+from kdtrain.testing.ranks import RankPool, load_file
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
@@ -46,7 +45,7 @@ def gradients_under_zero(rank, world_size, helpers, stages):
     import deepspeed
     import deepspeed.ops
 
-    test = load_helpers(helpers)
+    test = load_file(helpers)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled
     deepspeed.init_distributed("gloo")
     mesh = Mesh.build(2)
@@ -54,13 +53,6 @@ def gradients_under_zero(rank, world_size, helpers, stages):
         *(one_stage(deepspeed, test, mesh, stage) for stage in stages),
         one_stage(deepspeed, test, mesh, stages[0], forget_marks=True),
     ]
-
-
-def load_helpers(path):
-    spec = importlib.util.spec_from_file_location("tp_helpers", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def one_stage(deepspeed, test, mesh, stage, forget_marks=False):
@@ -94,7 +86,7 @@ def test_every_zero_stage_sees_whole_gradients(zero_pool):
     helpers = str(Path(__file__).with_name("test_parallel_tp.py"))
     stages = (1, 2, 3)
     answers = zero_pool.run(gradients_under_zero, helpers=helpers, stages=stages)
-    test = load_helpers(helpers)
+    test = load_file(helpers)
     _, _, want = test.reference(FAMILY, CHANGES, "ce")
     norm = torch.stack([grad.norm() for grad in want.values()]).norm()
     shard = VocabShard.of(VOCAB, 0, 2, total_rows=ROWS)

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +14,18 @@ from kdtrain.models.tiny import tiny_config
 from kdtrain.objectives.base import HeadLayout
 from kdtrain.parallel.shard import split_tensor
 from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.testing.layout_oracle import check_case, oracle
+from kdtrain.testing.layout_steps import (
+    Case,
+    build_backbone,
+    build_teacher,
+    join,
+    micro_batches,
+    run_cases,
+    step_batch,
+    teacher_settings,
+    whole_teacher,
+)
 from kdtrain.training.build import Models
 from kdtrain.training.quantized import quantize_teacher
 
@@ -23,7 +35,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed"),
 ]
 
-LAYOUTS = str(Path(__file__).with_name("test_engine_layouts.py"))
 # (world size, format) -> (tp, ZeRO stage, teacher's layout)
 CASES = {
     (2, "int8"): [(2, 1, "plain"), (2, 2, "tp"), (1, 1, "tp2 overlap")],
@@ -32,24 +43,18 @@ CASES = {
 }
 
 
-def load_helpers(kind):
-    """The helpers of test_engine_layouts with teachers in 8 bits; for the oracle, back in the dtype that they had."""
-    spec = importlib.util.spec_from_file_location("engine_layouts", LAYOUTS)
-    test = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(test)
-    unquantised = test.build_teacher
+def quantized_teacher(folder, student, mesh, words, kind):
+    teacher = build_teacher(folder, student, mesh, words)
+    quantize_decoder_(teacher.backbone, kind)
+    return teacher
 
-    def build_teacher(folder, student=None, mesh=None, words=""):
-        teacher = unquantised(folder, student, mesh, words)
-        if student is not None:
-            quantize_decoder_(teacher.backbone, kind)
-            return teacher
-        for name, weight in whole_weights(teacher, kind).items():
-            dict(teacher.hf_parameters())[name].data = weight
-        return teacher
 
-    test.build_teacher, test.unquantised = build_teacher, unquantised
-    return test
+def rounded_teacher(folder, kind):
+    """For the oracle: the same weights back in the dtype that they had."""
+    teacher = whole_teacher(folder)
+    for name, weight in whole_weights(teacher, kind).items():
+        dict(teacher.hf_parameters())[name].data = weight
+    return teacher
 
 
 def whole_weights(backbone, kind):
@@ -64,40 +69,37 @@ def whole_weights(backbone, kind):
     }
 
 
-def cases(test, world_size, kind):
-    return [test.Case("llama", tp, stage, (4, 1, 3), teacher=words) for tp, stage, words in CASES[world_size, kind]]
+def cases(world_size, kind):
+    return [Case("llama", tp, stage, (4, 1, 3), teacher=words) for tp, stage, words in CASES[world_size, kind]]
 
 
 def run(rank, world_size, folder, kind):
-    test = load_helpers(kind)
-    return test.run_cases(rank, world_size, folder, cases(test, world_size, kind))
+    return run_cases(rank, world_size, folder, cases(world_size, kind), partial(quantized_teacher, kind=kind))
 
 
 @pytest.mark.parametrize(("world_size", "kind"), CASES)
 def test_a_quantised_teacher_makes_the_steps_of_plain_torch_with_its_weights(world_size, kind, fresh_pool, tmp_path):
-    test = load_helpers(kind)
     answers = fresh_pool(world_size).run(run, folder=tmp_path, kind=kind)
-    want = test.oracle(tmp_path, "llama", True)
+    want = oracle(tmp_path, "llama", True, partial(rounded_teacher, kind=kind))
     for rank in range(world_size):
         assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
-    for case, answer in zip(cases(test, world_size, kind), answers[0], strict=True):
-        test.check_case(case, answer, want, tmp_path / case.name)
+    for case, answer in zip(cases(world_size, kind), answers[0], strict=True):
+        check_case(case, answer, want, tmp_path / case.name)
 
 
 def measured(rank, world_size, folder, kind):
     """Per layout the cost as this rank sees it, after comparing its pieces with those of whole matrices."""
-    test = load_helpers(kind)
-    meshes = test.join(world_size)
-    whole = whole_weights(test.unquantised(folder), kind)
+    meshes = join(world_size)
+    whole = whole_weights(whole_teacher(folder), kind)
     found = []
     for tp, words in ((2, "plain"), (2, "tp"), (1, "tp2"), (1, "plain")):
         mesh = meshes[tp]
-        student = test.build_backbone(folder, "llama", mesh, teacher=words)
-        teacher = test.unquantised(folder, student, mesh, words)
-        cfg = test.teacher_settings(mesh, words)
+        student = build_backbone(folder, "llama", mesh, teacher=words)
+        teacher = build_teacher(folder, student, mesh, words)
+        cfg = teacher_settings(mesh, words)
         cfg.teacher.quantize = kind
         layout = HeadLayout(student.shard, mesh.tp_group, 16 * student.shard.rows * 3)
-        batch = test.micro_batches(test.step_batch(1), mesh, 8)[0]
+        batch = micro_batches(step_batch(1), mesh, 8)[0]
         found.append(quantize_teacher(cfg, Models(student, teacher, layout, teacher.backbone), batch, mesh))
         params, cuts = dict(teacher.backbone.hf_parameters()), teacher.backbone.cuts
         for name, weight in whole.items():
@@ -109,15 +111,14 @@ def measured(rank, world_size, folder, kind):
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_its_cost_is_the_same_in_every_layout_and_on_all_ranks(kind, fresh_pool, tmp_path):
-    test = load_helpers(kind)
     answers = fresh_pool(2).run(measured, folder=tmp_path, kind=kind)
     assert answers[0] == answers[1]
-    backbone = test.unquantised(tmp_path)
+    backbone = whole_teacher(tmp_path)
     teacher = OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh())
-    cfg = test.teacher_settings(Mesh(), "plain")
+    cfg = teacher_settings(Mesh(), "plain")
     cfg.teacher.quantize = kind
     models = Models(backbone, teacher, HeadLayout(backbone.shard, None, 1 << 20), backbone)
-    want = quantize_teacher(cfg, models, test.step_batch(1), Mesh())
+    want = quantize_teacher(cfg, models, step_batch(1), Mesh())
     assert want.kl > 1e-7
     for cost in answers[0]:
         assert cost.kl == pytest.approx(want.kl, rel=1e-3)

@@ -1,24 +1,15 @@
 """A teacher that runs ahead on groups of its own, or on few tokens at once: the steps of plain torch in all layouts."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 
+from kdtrain.testing.layout_oracle import check_case, oracle
+from kdtrain.testing.layout_steps import Case, build_backbone, build_teacher, join, run_cases, step_batch
+
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
-LAYOUTS = str(Path(__file__).with_name("test_engine_layouts.py"))
 
-
-def load_helpers():
-    spec = importlib.util.spec_from_file_location("engine_layouts", LAYOUTS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def cases(test, world_size):
+def cases(world_size):
     """A sequence has 11 tokens; micro-batches of step 2 are single sequences, so that there are several."""
     layouts = {
         2: [
@@ -32,15 +23,14 @@ def cases(test, world_size):
         4: [(2, 2, (4, 1, 3), "tp4 overlap"), (2, 1, (4, 1, 3), "tp zero3 limit11")],
     }[world_size]
     contexts = {
-        2: [test.Case("qwen3", 1, 1, (8, 1, 3), cp=2, teacher="plain overlap limit18")],
-        4: [test.Case("qwen3", 2, 2, (8, 1, 3), cp=2, teacher="tp overlap")],
+        2: [Case("qwen3", 1, 1, (8, 1, 3), cp=2, teacher="plain overlap limit18")],
+        4: [Case("qwen3", 2, 2, (8, 1, 3), cp=2, teacher="tp overlap")],
     }[world_size]
-    return [*(test.Case("llama", tp, stage, micro, teacher=words) for tp, stage, micro, words in layouts), *contexts]
+    return [*(Case("llama", tp, stage, micro, teacher=words) for tp, stage, micro, words in layouts), *contexts]
 
 
 def run(rank, world_size, folder):
-    test = load_helpers()
-    return test.run_cases(rank, world_size, folder, cases(test, world_size))
+    return run_cases(rank, world_size, folder, cases(world_size))
 
 
 @pytest.fixture(scope="module")
@@ -50,32 +40,30 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def oracles(folder):
-    return {family: load_helpers().oracle(folder, family, True) for family in ("llama", "qwen3")}
+    return {family: oracle(folder, family, True) for family in ("llama", "qwen3")}
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_teacher_ahead_or_in_pieces_makes_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
-    test = load_helpers()
     answers = fresh_pool(world_size).run(run, folder=folder)
     for rank in range(world_size):
         assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
-    for case, answer in zip(cases(test, world_size), answers[0], strict=True):
-        test.check_case(case, answer, oracles[case.family], folder / case.name)
+    for case, answer in zip(cases(world_size), answers[0], strict=True):
+        check_case(case, answer, oracles[case.family], folder / case.name)
 
 
 def groups_in_use(rank, world_size, folder):
     """Per layout of an overlapping teacher: the groups of its layers and gathers, and those of the student and loss."""
-    test = load_helpers()
-    meshes = test.join(world_size)
+    meshes = join(world_size)
     found = {}
     for tp, words in ((2, "plain overlap"), (2, "tp overlap"), (1, "tp2 overlap")):
         mesh = meshes[tp]
-        backbone = test.build_backbone(folder, "llama", mesh, teacher=words)
-        teacher = test.build_teacher(folder, backbone, mesh, words)
+        backbone = build_backbone(folder, "llama", mesh, teacher=words)
+        teacher = build_teacher(folder, backbone, mesh, words)
         theirs = {getattr(module, "group", None) for module in teacher.backbone.modules()} - {None}
         if teacher.gathers_over is not None:
             theirs.add(teacher.gathers_over)
-        signal = teacher.signal(test.step_batch(1).rows(0, 2))
+        signal = teacher.signal(step_batch(1).rows(0, 2))
         ours = {mesh.tp_group, mesh.dp_group, mesh.world_group}
         if signal.spread is not None:
             ours |= {signal.spread.group, signal.spread.replicas}

@@ -1,6 +1,5 @@
 """Checkpoints and processes: killed while saving, and reading where DeepSpeed does not exist."""
 
-import importlib.util
 import os
 import resource
 import signal
@@ -11,15 +10,9 @@ from pathlib import Path
 import pytest
 
 from kdtrain.engine.checkpoint import find_latest, read_state
+from kdtrain.testing.ranks import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(code, *args):
@@ -77,23 +70,20 @@ def kill_at_every_kind_of_byte(slices, root, behind=False):
 
 SLICES = ROOT / "tests" / "unit" / "test_checkpoint_slices.py"
 LOAD = """
-import importlib.util, pathlib, sys
-def load(path):
-    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+import pathlib, sys
+from kdtrain.testing.ranks import load_file
+test, slices = map(load_file, sys.argv[1:3])
 """
 
 
 @pytest.mark.parametrize("behind", [False, True])
 def test_a_kill_at_any_byte_leaves_the_last_good_checkpoint(tmp_path, behind):
-    code = f"load(sys.argv[1]).kill_at_every_kind_of_byte(load(sys.argv[2]), pathlib.Path(sys.argv[3]), {behind})"
+    code = f"test.kill_at_every_kind_of_byte(slices, pathlib.Path(sys.argv[3]), {behind})"
     run(LOAD + code, __file__, SLICES, tmp_path)
 
 
 def test_checkpoints_are_read_without_deepspeed(tmp_path):
-    slices = load(SLICES)
+    slices = load_file(SLICES)
     folder = slices.write(tmp_path, slices.LAYOUTS["three"])
     code = (
         "import sys, pathlib; sys.modules['deepspeed'] = None\n"

@@ -1,26 +1,20 @@
 """Kills at random moments of a run, in saves and between them: what was complete is readable, a resume is exact."""
 
-import importlib
 import json
 import signal
-import sys
-from pathlib import Path
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 
 from kdtrain.errors import CheckpointError
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 KILLS, KILLS_BEHIND = 10, 4
 
 
 @pytest.fixture(scope="module")
 def soak():
-    """benchmarks/ is no package: its scripts find each other beside themselves."""
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.insert(0, str(BENCHMARKS))
-    return importlib.import_module("soak")
+    return import_module("soak")
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 """The checkpoint benchmark: a measurement measures, and its table is what its CSV says."""
 
-import importlib
 import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,13 +16,6 @@ from pathlib import Path
 import bench_checkpoint
 print(json.dumps(bench_checkpoint.measure(sys.argv[1], Path(sys.argv[2]), rounds=1)))
 """
-
-
-def load():
-    """benchmarks/ is no package: its scripts find each other beside themselves."""
-    if str(ROOT / "benchmarks") not in sys.path:
-        sys.path.insert(0, str(ROOT / "benchmarks"))
-    return importlib.import_module("bench_checkpoint")
 
 
 @pytest.mark.deepspeed
@@ -46,7 +39,7 @@ def test_one_round_of_a_tiny_model_saves_both_ways_and_keeps_one_checkpoint(tmp_
 
 
 def test_the_table_shows_every_row_of_the_csv():
-    bench = load()
+    bench = import_module("bench_checkpoint")
     values = {"stall_s": 1.5, "on_disk_s": 2.0, "step_s": 0.25, "first_stall_s": 3.0}
     rows = bench.rows_of("m", 3 << 30, {"at once": values, "behind": values | {"stall_s": 0.125}}, "a machine")
     assert set(rows[0]) == set(bench.COLUMNS)
@@ -56,6 +49,6 @@ def test_the_table_shows_every_row_of_the_csv():
 
 
 def test_the_published_table_is_made_from_the_published_csv():
-    bench, common = load(), importlib.import_module("measuring")
+    bench, common = import_module("bench_checkpoint"), import_module("measuring")
     rows = common.read_csv(bench.RESULTS / "cpu_checkpoint.csv", "")
     assert (bench.TABLES / "checkpoint_cpu.md").read_text(encoding="utf-8") == bench.table_of(rows)

@@ -1,10 +1,10 @@
 """The GPU suite's whole control flow at tiny shapes on the CPU; only its figures need the device."""
 
 import csv
-import importlib
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,13 +16,6 @@ ROW_KERNELS = (
     *("pair_value", "pair_round2", "pair_grad_value", "pair_grad"),
 )
 FOREIGN = ("deepspeed", "omegaconf", "transformers", "wandb")
-
-
-def load(name):
-    """benchmarks/ is no package: its scripts find each other beside themselves."""
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.insert(0, str(BENCHMARKS))
-    return importlib.import_module(name)
 
 
 def rows_of(path):
@@ -51,7 +44,7 @@ def test_correctness_covers_every_kernel_and_operation_without_the_training_stac
 
 
 def test_a_wrong_kernel_fails_the_correctness_stage(tmp_path, monkeypatch, capsys):
-    correct = load("gpu_correct")
+    correct = import_module("gpu_correct")
     right = correct.row_answers
 
     def wrong(setting, backend, size, name, temperature, dtype):
@@ -71,7 +64,7 @@ def test_a_wrong_kernel_fails_the_correctness_stage(tmp_path, monkeypatch, capsy
 
 def test_ceilings_time_products_the_copy_and_every_row_kernel(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_ceilings.py", "--cpu", "--out", str(tmp_path)])
-    load("gpu_ceilings").main()
+    import_module("gpu_ceilings").main()
     rows = rows_of(tmp_path / "dry_ceilings.csv")
     assert {row["what"] for row in rows} == {"matmul", "logits", "copy", "rows"}
     kernels = {row["case"].split()[0] for row in rows if row["what"] == "rows"}
@@ -81,7 +74,7 @@ def test_ceilings_time_products_the_copy_and_every_row_kernel(tmp_path, monkeypa
 
 def test_whole_operations_are_timed_with_every_slab(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_ops.py", "--cpu", "--out", str(tmp_path)])
-    load("gpu_ops").main()
+    import_module("gpu_ops").main()
     rows = rows_of(tmp_path / "dry_ops.csv")
     assert {(row["task"], row["provider"]) for row in rows} == {
         *((task, f"streamed-{slab}-torch") for task in ("kl", "jsd", "ce") for slab in ("5GiB", "1GiB")),
@@ -93,9 +86,9 @@ def test_whole_operations_are_timed_with_every_slab(tmp_path, monkeypatch):
 
 def test_peers_are_compared_or_absent_with_a_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_ops.py", "--cpu", "--peers", "--out", str(tmp_path)])
-    load("gpu_ops").main()
+    import_module("gpu_ops").main()
     rows = rows_of(tmp_path / "dry_peers.csv")
-    providers = load("loss_providers")
+    providers = import_module("loss_providers")
     assert len(rows) == sum(len(providers.providers(task)) for task in ("kl", "jsd", "ce"))
     for row in rows:
         assert row["absent"] or float(row["gradient_error"]) <= 1e-5, row
@@ -114,7 +107,7 @@ def test_a_teacher_on_a_second_stream_is_compared_with_one_that_waits(tmp_path):
 
 
 def test_an_overlapping_teacher_with_other_answers_fails_its_stage(tmp_path, monkeypatch):
-    overlap = load("gpu_overlap")
+    overlap = import_module("gpu_overlap")
     right, number = overlap.answers, iter(range(9))
     monkeypatch.setattr(overlap, "answers", lambda *case: [right(*case)[-1] + (next(number) == 2)])
     monkeypatch.setattr(sys, "argv", ["gpu_overlap.py", "--cpu", "--out", str(tmp_path)])
@@ -123,8 +116,8 @@ def test_an_overlapping_teacher_with_other_answers_fails_its_stage(tmp_path, mon
 
 
 def test_running_out_of_memory_is_a_result():
-    ops = load("gpu_ops")
-    setting = load("gpu_common").Setting(ops.torch.device("cpu"), Path(), True, True)
+    ops = import_module("gpu_ops")
+    setting = import_module("gpu_common").Setting(ops.torch.device("cpu"), Path(), True, True)
 
     def run():
         raise ops.torch.OutOfMemoryError("too large")
@@ -134,7 +127,7 @@ def test_running_out_of_memory_is_a_result():
 
 
 def test_useful_work_counts_the_teachers_product_and_the_students_three():
-    ops = load("gpu_ops")
+    ops = import_module("gpu_ops")
     shape = ops.Shape(10, 100, 3, 5)
     assert [ops.work_of(task, shape) for task in ("kl", "ce", "topk")] == [28_000, 18_000, 10_000]
 

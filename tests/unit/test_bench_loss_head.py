@@ -1,9 +1,9 @@
 """The loss-head benchmark: its table is what its CSV says, its providers agree with float64, a measurement measures."""
 
-import importlib
 import json
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,13 +11,6 @@ import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SCRIPT = BENCHMARKS / "bench_loss_head.py"
-
-
-def load(name):
-    """benchmarks/ is no package: its scripts find each other beside themselves."""
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.insert(0, str(BENCHMARKS))
-    return importlib.import_module(name)
 
 
 def one(job):
@@ -28,7 +21,7 @@ def one(job):
 
 
 def test_the_published_streamed_loss_takes_a_tenth_of_the_naive_memory_and_no_more_time():
-    bench, common = load("bench_loss_head"), load("measuring")
+    bench, common = import_module("bench_loss_head"), import_module("measuring")
     [row] = [
         row
         for row in common.read_csv(bench.RESULTS, "")
@@ -40,7 +33,7 @@ def test_the_published_streamed_loss_takes_a_tenth_of_the_naive_memory_and_no_mo
 
 @pytest.mark.parametrize("task", ["kl_ce", "kl", "jsd", "ce"])
 def test_every_provider_that_runs_here_has_float64s_value_and_gradients(task):
-    bench, providers = load("bench_loss_head"), load("loss_providers")
+    bench, providers = import_module("bench_loss_head"), import_module("loss_providers")
     arguments = bench.inputs(40, 300, True)
     expected = providers.float64_answer(task, arguments, chunk=16)
     compared = []
@@ -55,7 +48,7 @@ def test_every_provider_that_runs_here_has_float64s_value_and_gradients(task):
 
 
 def test_float64s_answer_does_not_depend_on_its_chunks():
-    bench, providers = load("bench_loss_head"), load("loss_providers")
+    bench, providers = import_module("bench_loss_head"), import_module("loss_providers")
     arguments = bench.inputs(10, 50, True)
     for a, b in zip(
         providers.float64_answer("kl_ce", arguments, 3), providers.float64_answer("kl_ce", arguments), strict=True
@@ -64,7 +57,7 @@ def test_float64s_answer_does_not_depend_on_its_chunks():
 
 
 def test_a_package_that_is_not_there_and_a_missing_device_are_named():
-    providers = load("loss_providers")
+    providers = import_module("loss_providers")
     missing = providers.Provider("a", "kl", None, needs=("no_such_package_of_mine",))
     assert missing.absent("cpu") == "ModuleNotFoundError: No module named 'no_such_package_of_mine'"
     assert providers.find("ce", "cut-ce").absent("cpu") == "needs cuda"
@@ -74,7 +67,7 @@ def test_a_package_that_is_not_there_and_a_missing_device_are_named():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_one_measurement_checks_times_the_loss_and_sees_its_memory(tmp_path):
-    bench = load("bench_loss_head")
+    bench = import_module("bench_loss_head")
     job = {"tokens": 64, "vocab": 4096, "provider": bench.MAIN, "mode": "train", "task": "kl_ce"}
     assert bench.measure({**job, "save": str(tmp_path / "expected.pt")}) == {}
     answer = one({**job, "expected": str(tmp_path / "expected.pt")})
@@ -86,7 +79,7 @@ def test_one_measurement_checks_times_the_loss_and_sees_its_memory(tmp_path):
 
 
 def test_a_wrong_answer_is_not_timed(tmp_path):
-    bench = load("bench_loss_head")
+    bench = import_module("bench_loss_head")
     job = {"tokens": 8, "vocab": 64, "provider": "naive", "mode": "train", "task": "kl"}
     bench.measure({**job, "task": "ce", "save": str(tmp_path / "expected.pt")})
     answer = bench.measure({**job, "expected": str(tmp_path / "expected.pt")})
@@ -95,7 +88,7 @@ def test_a_wrong_answer_is_not_timed(tmp_path):
 
 
 def test_ratios_are_to_the_naive_row_of_the_same_task_shape_and_mode():
-    common = load("measuring")
+    common = import_module("measuring")
     row = {"task": "kl", "shape": "s", "mode": "train", "absent": ""}
     rows = [
         {**row, "provider": "naive", "median_ms": "10", "peak_bytes": 200},

@@ -1,7 +1,6 @@
 """Every published CPU table is what its CSV says, and no row of it is of a wrong answer."""
 
-import importlib
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,6 @@ SCRIPTS = {"loss_head": "bench_loss_head", "topk": "bench_topk"}
 PUBLISHED = sorted(path.name.removesuffix("_cpu.csv") for path in (ROOT / "benchmarks/results").glob("*_cpu.csv"))
 
 
-def load(name):
-    """benchmarks/ is no package: its scripts find each other beside themselves."""
-    if str(ROOT / "benchmarks") not in sys.path:
-        sys.path.insert(0, str(ROOT / "benchmarks"))
-    return importlib.import_module(name)
-
-
 def test_the_loss_head_is_published_and_every_published_file_has_its_script():
     assert "loss_head" in PUBLISHED
     assert set(PUBLISHED) <= set(SCRIPTS)
@@ -25,7 +17,7 @@ def test_the_loss_head_is_published_and_every_published_file_has_its_script():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_table_is_made_from_the_published_measurements(name):
-    bench, common = load(SCRIPTS[name]), load("measuring")
+    bench, common = import_module(SCRIPTS[name]), import_module("measuring")
     assert ROOT / f"benchmarks/results/{name}_cpu.csv" == bench.RESULTS
     rows = common.read_csv(bench.RESULTS, "")
     assert bench.TABLE.read_text(encoding="utf-8") == bench.table_of(rows)
@@ -37,7 +29,7 @@ def test_the_published_table_is_made_from_the_published_measurements(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_ratios_are_to_the_naive_row(name):
-    bench, common = load(SCRIPTS[name]), load("measuring")
+    bench, common = import_module(SCRIPTS[name]), import_module("measuring")
     rows = common.read_csv(bench.RESULTS, "")
     stripped = [{**row, "time_ratio": "", "peak_ratio": ""} for row in rows]
     assert common.with_ratios(stripped) == rows

@@ -1,8 +1,8 @@
 """The whole-step benchmark: phases add up to steps, rows are what was measured, the table what the CSV says."""
 
-import importlib
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,16 +10,9 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def load(name):
-    """benchmarks/ is no package: its scripts find each other beside themselves."""
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.insert(0, str(BENCHMARKS))
-    return importlib.import_module(name)
-
-
 @pytest.fixture(scope="module")
 def bench():
-    return load("bench_step")
+    return import_module("bench_step")
 
 
 def toy(folder):
@@ -51,7 +44,7 @@ def test_a_toy_run_measures_three_modes_whose_phases_add_up(bench, tmp_path):
 
 
 def test_nested_phases_become_disjoint_ones():
-    found = load("step_rank").split(
+    found = import_module("step_rank").split(
         {"data_wait": 1.0, "forward": 10.0, "teacher": 4.0, "head": 3.0, "backward": 5.0, "optimizer": 2.0}, 20.0
     )
     assert found == {

@@ -1,7 +1,7 @@
 """The top-k benchmark: its table is what its CSV says, its check sees wrong answers, a measurement measures."""
 
-import importlib
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,16 +10,9 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def load(name):
-    """benchmarks/ is no package: its scripts find each other beside themselves."""
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.insert(0, str(BENCHMARKS))
-    return importlib.import_module(name)
-
-
 @pytest.mark.parametrize("provider", ["streamed-128MiB", "naive", "chunked"])
 def test_every_provider_has_float64s_list_and_log_sum_exp(provider):
-    bench = load("bench_topk")
+    bench = import_module("bench_topk")
     hidden, head = bench.inputs({"tokens": 40, "vocab": 700})
     errors = bench.errors_of(hidden, head, 16, bench.answer_of(provider, hidden, head, 16), chunk=16)
     assert errors["error"] <= 1e-5
@@ -27,7 +20,7 @@ def test_every_provider_has_float64s_list_and_log_sum_exp(provider):
 
 
 def test_the_check_sees_a_wrong_id_a_wrong_order_and_a_wrong_tail():
-    bench = load("bench_topk")
+    bench = import_module("bench_topk")
     hidden, head = bench.inputs({"tokens": 40, "vocab": 700})
     ids, values, lse, tail = bench.naive(hidden, head, 16)
     other = ids.clone()
@@ -39,7 +32,7 @@ def test_the_check_sees_a_wrong_id_a_wrong_order_and_a_wrong_tail():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_one_measurement_times_the_list_and_sees_its_memory(monkeypatch):
-    bench = load("bench_topk")
+    bench = import_module("bench_topk")
     monkeypatch.setattr(bench, "RUN_SECONDS", 0.0)
     job = {"tokens": 512, "vocab": 16384, "k": 8, "provider": "naive"}
     answer = bench.measure(job)

@@ -1,6 +1,5 @@
 """Checkpoints written while the caller goes on: the bytes of the plain write, and its errors. One process."""
 
-import importlib.util
 import resource
 import threading
 from dataclasses import replace
@@ -16,6 +15,7 @@ from kdtrain.engine.checkpoint import find_latest, read_state
 from kdtrain.engine.commit import remove_older
 from kdtrain.engine.slices import Fragment
 from kdtrain.errors import CheckpointError
+from kdtrain.testing.ranks import load_file
 
 CPU = torch.device("cpu")
 HELPERS = Path(__file__).with_name("test_checkpoint_slices.py")
@@ -23,10 +23,7 @@ HELPERS = Path(__file__).with_name("test_checkpoint_slices.py")
 
 @pytest.fixture(scope="module")
 def slices():
-    spec = importlib.util.spec_from_file_location("checkpoint_slices", HELPERS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(HELPERS)
 
 
 def begin(writer, slices, root, *, step=7, state=None, fragments=None, **settings):

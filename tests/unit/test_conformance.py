@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kdtrain.testing.conformance import Finding, Mode, Subject, check, load_file, table
+from kdtrain.testing.conformance import Finding, Mode, Subject, check, table
+from kdtrain.testing.ranks import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,6 +1,5 @@
 """What a tokenizer puts before a text, most often <bos>, stands before every document: once and recorded, or never."""
 
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -19,6 +18,7 @@ from kdtrain.data.tokenizer import document_prefix, load_tokenizer
 from kdtrain.errors import EXIT_DONE, ConfigError, DataError
 from kdtrain.models.load import ModelSpec
 from kdtrain.models.tiny import tiny_config
+from kdtrain.testing.ranks import load_file
 from kdtrain.testing.tiny_data import SEPARATOR_ID, write_tokenizer
 from kdtrain.training.inputs import open_inputs
 
@@ -103,9 +103,7 @@ def test_never_leaves_it_out_and_the_text_has_the_same_size(tmp_path):
 
 
 def test_the_script_says_what_it_puts_before_documents(tmp_path, caplog, monkeypatch):
-    spec = importlib.util.spec_from_file_location("bos_prepare_corpus", ROOT / "launch/prepare_corpus.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_file(ROOT / "launch/prepare_corpus.py")
     monkeypatch.setattr("kdtrain.log.setup_logging", lambda: None)
     monkeypatch.setattr(prepare.LOGGER, "propagate", True)
     caplog.set_level(logging.INFO, logger="kdtrain")

@@ -1,7 +1,6 @@
 """From text files to stores: what is read, what is refused where, and that workers change nothing."""
 
 import gzip
-import importlib.util
 import json
 import lzma
 from pathlib import Path
@@ -17,6 +16,7 @@ from kdtrain.data.text import find_files, read_documents
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, ConfigError, DataError
+from kdtrain.testing.ranks import load_file
 from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,10 +30,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("prepare_corpus_script", ROOT / "launch/prepare_corpus.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(ROOT / "launch/prepare_corpus.py")
 
 
 def json_lines(*texts, key="text"):

@@ -1,6 +1,5 @@
 """Several documents in one text file, the separator in the text, tokens that no vocabulary has."""
 
-import importlib.util
 import logging
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from kdtrain.data.text import read_documents
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.errors import EXIT_DONE, DataError
+from kdtrain.testing.ranks import load_file
 from kdtrain.testing.tiny_data import SEPARATOR, SEPARATOR_ID, write_store, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,9 +64,7 @@ def test_invalid_utf8_in_a_later_line_is_placed_in_the_file(tmp_path):
 
 
 def test_the_script_splits_on_the_line_it_is_given(tmp_path, tokenizer, capsys):
-    spec = importlib.util.spec_from_file_location("script_prepare_corpus", ROOT / "launch/prepare_corpus.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_file(ROOT / "launch/prepare_corpus.py")
     (tmp_path / "a.txt").write_text(f"one\n{SEPARATOR}\ntwo\n")
     words = ["--tokenizer", str(tokenizer), "--output", str(tmp_path / "out"), "--workers", "1"]
     assert run_script(script.main, [*words, "--split-on", SEPARATOR, str(tmp_path / "a.txt")]) == EXIT_DONE

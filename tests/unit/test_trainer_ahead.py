@@ -1,20 +1,13 @@
 """A trainer that looks ahead tells the objective of a step when the one before it begins, and learns the same."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from kdtrain.errors import RunStopped
+from kdtrain.testing.ranks import load_file
 
 HELPERS = Path(__file__).with_name("test_trainer_guards.py")
-
-
-def helpers():
-    spec = importlib.util.spec_from_file_location("trainer_guards", HELPERS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Diary:
@@ -38,7 +31,7 @@ class Diary:
 
 def finished(folder, *, looks_ahead, steps=3):
     folder.mkdir()
-    run = helpers().trainer(folder, steps, every=1)
+    run = load_file(HELPERS).trainer(folder, steps, every=1)
     run.objective = Diary(run.objective, run.engine)
     run.looks_ahead = looks_ahead
     run.run()
@@ -62,12 +55,12 @@ def test_looking_ahead_changes_neither_what_is_learned_nor_where_a_checkpoint_re
         (_, _, sequences, weight, _), (_, _, right, right_weight, _) = (
             r.checkpoints.saved[step] for r in (ahead, plain)
         )
-        assert sequences == right == step * helpers().SEQUENCES
+        assert sequences == right == step * load_file(HELPERS).SEQUENCES
         assert weight.item() == right_weight.item()
 
 
 def test_a_request_to_stop_that_did_not_come_by_a_signal_is_obeyed_and_named(tmp_path):
-    run = helpers().trainer(tmp_path, 5)
+    run = load_file(HELPERS).trainer(tmp_path, 5)
     run.looks_ahead = True
     assert run.stop.reason == "another rank was asked to stop"
     run.stop.ask("a teacher wants to")
