@@ -1,9 +1,12 @@
 """The table of layouts: complete, all right as published, and made by a verdict that sees what is wrong."""
 
+import math
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from kdtrain.testing import layout_oracle
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -45,3 +48,10 @@ def test_a_layout_that_is_wrong_or_fails_is_shown_as_such(layouts):
         assert layouts.Row(2, case, 1.0, 1.0, {**errors, name: float("nan")}, limits).verdict == f"WRONG: {name}"
     failed = layouts.row_of(2, case, None, "FAILED: rank 1", None, Path())
     assert layouts.line_of(failed).endswith("| nan | nan |  |  |  |  |  | FAILED: rank 1 |")
+
+
+def test_the_worst_error_is_the_one_that_is_no_number():
+    for found in ([1.0, float("nan"), 2.0], [float("nan"), 1.0], [1.0, float("nan")]):
+        error, where = layout_oracle.worst([(f"number {value}", value) for value in found])
+        assert math.isnan(error)
+        assert where == "number nan"
