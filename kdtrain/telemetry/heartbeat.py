@@ -183,7 +183,7 @@ class Watchdog:
             LOGGER.warning("stall    %s", self._report(waited))
 
     def _write(self, beat: Beat) -> None:
-        if beat == self._written or not self._can_write:
+        if beat == self._written:
             return
         path = beat_path(self._folder, beat.rank)
         temporary = path.with_name(f".{path.name}.tmp")
@@ -191,10 +191,12 @@ class Watchdog:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.write_text(json.dumps(asdict(beat)) + "\n", encoding="utf-8")
             os.replace(temporary, path)  # not synced: it is for readers now, not after a power cut
+            self._written, self._can_write = beat, True
         except OSError as error:
+            if self._can_write:
+                text = "stall    cannot write %s: %s; others do not see where this rank is"
+                LOGGER.warning(text, path, error.strerror)
             self._can_write = False
-            LOGGER.warning("stall    cannot write %s: %s; others will not see where this rank is", path, error.strerror)
-        self._written = beat
 
     def _report(self, waited: float) -> str:
         beat, beats = self._pulse.beat, read_beats(self._folder, self._world_size)

@@ -168,14 +168,23 @@ def test_a_rank_without_a_word_is_behind_and_former_processes_say_nothing(tmp_pa
     clear_beats(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_is_said_once_and_stops_nobody(tmp_path, clock, warned):
-    (tmp_path / "heartbeat").write_text("a file where a folder should be")
+def test_a_folder_that_cannot_be_written_is_said_once_until_it_can_and_stops_nobody(tmp_path, clock, warned):
+    in_the_way = tmp_path / "heartbeat"
+    in_the_way.write_text("a file where a folder should be")
     (pulse, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
     for step in (1, 2):
         pulse.begin(step)
         dog.look()
     assert len(warned) == 1
-    assert "others will not see where this rank is" in warned[0]
+    assert "others do not see where this rank is" in warned[0]
+    in_the_way.unlink()
+    dog.look()
+    assert read_beats(tmp_path, 1)[0].step == 2
+    clear_beats(tmp_path)
+    in_the_way.write_text("again")
+    pulse.begin(3)
+    dog.look()
+    assert len(warned) == 2
 
 
 def test_the_thread_writes_while_the_work_goes_on_and_a_last_time_at_the_end(tmp_path, monkeypatch):
