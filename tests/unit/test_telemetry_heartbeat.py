@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -222,7 +223,8 @@ def test_a_rank_that_hangs_too_long_shows_the_table_and_its_stack_and_exits_with
     )
     assert done.returncode == 1, done.stderr
     first, why, header, _, mine, theirs, *trace = done.stderr.splitlines()
-    assert first.startswith("kdtrain: rank 0: step 3 has taken 1 s (forward); all ranks have completed the same")
+    said = r"kdtrain: rank 0: step 3 has taken \d+ s \(forward\); all ranks have completed the same"
+    assert re.match(said, first), first  # on a busy machine a little later than after 1 s
     assert why == "  why: guard.stall_exit_s = 1 s have passed"
     assert header.split() == ["rank", "host", "step", "phases", "completed", "in", "seconds", "ago"]
     assert mine.split()[2:6] == ["3", "0", "start/0", "forward"]
