@@ -222,7 +222,8 @@ def test_a_rank_that_hangs_too_long_shows_the_table_and_its_stack_and_exits_with
         [sys.executable, "-c", HANG, str(tmp_path)], env=env, capture_output=True, text=True, timeout=50, check=False
     )
     assert done.returncode == 1, done.stderr
-    first, why, header, _, mine, theirs, *trace = done.stderr.splitlines()
+    lines = done.stderr.splitlines()  # a look just before 1 s has passed only warns
+    first, why, header, _, mine, theirs, *trace = lines[lines[0].startswith("stall") :]
     said = r"kdtrain: rank 0: step 3 has taken \d+ s \(forward\); all ranks have completed the same"
     assert re.match(said, first), first  # on a busy machine a little later than after 1 s
     assert why == "  why: guard.stall_exit_s = 1 s have passed"
