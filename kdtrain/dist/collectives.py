@@ -32,6 +32,10 @@ Group = dist.ProcessGroup | None
 Move = Callable[[Tensor, Group], Tensor]
 """A tensor on this rank -> what the ranks of a group make of it."""
 
+# Of one buffer for all ranks: NCCL copies lists of tensors into such a buffer first. torch 2.13 gave them new names.
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def group_size(group: Group) -> int:
     """Ranks in `group`; 1 for None. Does not communicate."""
@@ -74,7 +78,7 @@ def start_gather(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
         return lambda: tensor.unsqueeze(0)
     mine = tensor.contiguous()
     out = torch.empty((size, *mine.shape), dtype=mine.dtype, device=mine.device)
-    work = dist.all_gather(list(out.unbind(0)), mine, group=group, async_op=True)
+    work = _all_gather(out.view(-1), mine.view(-1), group=group, async_op=True)
 
     def finish() -> Tensor:
         work.wait()
@@ -188,5 +192,5 @@ def _all_tokens(x: Tensor, group: Group) -> Tensor:
 def _summed_share(x: Tensor, group: Group) -> Tensor:
     shares = _shares(x, group).contiguous()
     mine = torch.empty_like(shares[0])
-    dist.reduce_scatter(mine, list(shares.unbind(0)), group=group)
+    _reduce_scatter(mine.view(-1), shares.view(-1), group=group)
     return mine

@@ -254,7 +254,7 @@ def count_collectives(rank, world_size, family, checkpointing, sequence=False):
     if checkpointing:
         enable_activation_checkpointing(backbone.model)
     counts = []
-    kinds = ("c10d::allgather_", "c10d::reduce_scatter_") if sequence else ("c10d::allreduce_",)
+    kinds = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_") if sequence else ("c10d::allreduce_",)
 
     def count(run):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
