@@ -15,6 +15,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from kdtrain.files import write_atomic
+
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = (
     *("commit", "date", "device", "versions", "task", "shape", "provider", "mode"),
@@ -120,12 +122,7 @@ def read_csv(path: Path, command: str) -> list[dict]:
 def write_whole(path: Path, text: str) -> None:
     """All of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomic(path, text)
 
 
 def markdown_rows(rows: Iterable[dict], errors: Sequence[str] = ("gradient_error",)) -> list[str]:

@@ -33,6 +33,7 @@ from kdtrain.data.megatron_index import MegatronIndex, index_bytes, read_index
 from kdtrain.data.tokenizer import fingerprint, vocab_size
 from kdtrain.data.unfinished import make_unfinished, remove_abandoned
 from kdtrain.errors import ConfigError, DataError
+from kdtrain.files import sync, write_synced
 
 TOKENIZER = "tokenizer"
 TOKENIZER_FILES = (
@@ -235,7 +236,7 @@ class TokenStoreWriter:
         self._file.close()
         self._file = None
         index = index_bytes(np.asarray(self._sizes), self._dtype)
-        _write(self._temporary / f"{name}.idx", index)
+        write_synced(self._temporary / f"{name}.idx", index)
         tokens = int(np.sum(self._sizes, dtype=np.int64))
         self._shards.append(
             Shard(
@@ -259,7 +260,7 @@ class TokenStoreWriter:
             (self._temporary / TOKENIZER).mkdir()
             for file in sorted(self._tokenizer_dir.iterdir()):
                 if file.name in TOKENIZER_FILES:
-                    _write(self._temporary / TOKENIZER / file.name, file.read_bytes())
+                    write_synced(self._temporary / TOKENIZER / file.name, file.read_bytes())
             manifest = Manifest(
                 dtype=str(self._dtype), num_documents=sum(s.num_documents for s in self._shards),
                 num_tokens=sum(s.num_tokens for s in self._shards), text_bytes=self._text_bytes,
@@ -268,9 +269,9 @@ class TokenStoreWriter:
                 fingerprint=shards_fingerprint(self._shards), shards=tuple(self._shards),
                 document_prefix=self._prefix,
             )  # fmt: skip
-            _write(self._temporary / "manifest.json", (json.dumps(asdict(manifest), indent=2) + "\n").encode())
-            _sync_folder(self._temporary / TOKENIZER)
-            _sync_folder(self._temporary)
+            write_synced(self._temporary / "manifest.json", (json.dumps(asdict(manifest), indent=2) + "\n").encode())
+            sync(self._temporary / TOKENIZER)
+            sync(self._temporary)
         self._manifest = manifest
         return manifest
 
@@ -279,7 +280,7 @@ class TokenStoreWriter:
         manifest = self.finish()
         with _disk_errors(self.folder):
             os.rename(self._temporary, self.folder)
-            _sync_folder(self.folder.parent)
+            sync(self.folder.parent)
         return manifest
 
     def __enter__(self) -> TokenStoreWriter:
@@ -359,18 +360,3 @@ def _check_size(path: Path, expected: int) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

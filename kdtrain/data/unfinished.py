@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+from kdtrain.files import is_running
 from kdtrain.log import LOGGER
 
 _NAME = re.compile(r"\..+\.writing\.(?P<host>.+)\.(?P<process>[1-9]\d*)\.[0-9a-f]{8}")
@@ -54,7 +55,7 @@ def remove_abandoned(parent: Path) -> None:
 
 def _is_abandoned(path: Path) -> bool:
     found = _NAME.fullmatch(path.name)
-    if found is None or found["host"] != socket.gethostname() or _runs(int(found["process"])):
+    if found is None or found["host"] != socket.gethostname() or is_running(int(found["process"])):
         return False
     with _descriptor(path) as descriptor:
         try:
@@ -73,13 +74,3 @@ def _descriptor(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):  # another user's; a number no process has is not ours to judge
-        return True
-    return True

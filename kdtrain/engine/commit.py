@@ -27,6 +27,7 @@ from kdtrain.engine.manifest import (
     model_fingerprint,
 )
 from kdtrain.errors import CheckpointError
+from kdtrain.files import sync, write_synced
 from kdtrain.parallel.cut import Cut
 
 _NAME = re.compile(r"step_(\d{6,})")
@@ -134,11 +135,8 @@ def complete(place: Place, about: Description, answers: list[tuple[FileEntry, di
             (temporary / entry.file).unlink(missing_ok=True)
     # Fails here when the ranks do not share the file system.
     manifest.check_files(temporary)
-    with open(temporary / MANIFEST, "w", encoding="utf-8") as file:
-        file.write(manifest.to_json())
-        file.flush()
-        os.fsync(file.fileno())
-    _fsync_folder(temporary)
+    write_synced(temporary / MANIFEST, manifest.to_json().encode())
+    sync(temporary)
     _put_in_place(temporary, place.final)
 
 
@@ -150,7 +148,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
             shutil.rmtree(aside)
         os.rename(final, aside)
     os.rename(temporary, final)
-    _fsync_folder(final.parent)
+    sync(final.parent)
     if aside.exists():
         shutil.rmtree(aside)
 
@@ -188,14 +186,6 @@ def remove_older(root: Path, keep_last: int, keep_every: int | None, just_saved:
                 "  why: checkpoint.keep_last limits how many checkpoints stay\n"
                 "  fix: remove it by hand, check permissions"
             ) from error
-
-
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.errors import ConfigError
+from kdtrain.files import is_running, sync
 from kdtrain.log import LOGGER
 from kdtrain.models.load import parameters_on_meta
 from kdtrain.models.special_tokens import special_token_ids
@@ -106,11 +107,11 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         for path in (*temporary.rglob("*"), temporary):
             if path.is_file():
                 path.chmod(0o644)  # safetensors writes files that only their owner can read
-            _flush(path)
+            sync(path)
         if folder.exists():
             os.rename(folder, retired)
         os.rename(temporary, folder)
-        _flush(folder.parent)
+        sync(folder.parent)
     finally:
         if retired.exists() and not folder.exists():
             os.rename(retired, folder)
@@ -142,23 +143,7 @@ def _leftovers(folder: Path, kind: str) -> list[Path]:
 def _is_alive(leftover: Path) -> bool:
     """Whether another process with the id at the end of the name runs here; this one is not replacing it yet."""
     pid = int(leftover.name.rpartition(".")[2])
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return pid != os.getpid() and is_running(pid)
 
 
 def _checked_state(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kdtrain.errors import ConfigError, DataError, OutputError
+from kdtrain.files import write_atomic
 from kdtrain.log import LOGGER
 
 STEP = "data/step"
@@ -60,7 +61,7 @@ class JsonlSink:
             if found and not resume_step:
                 os.replace(path, path.with_name(path.name + ".before"))
             if kept or path.exists() or not lazy:
-                _rewrite(path, kept)
+                write_atomic(path, "".join(map(_line, kept)))
             self._file: TextIO | None = None if lazy else path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
@@ -102,12 +103,3 @@ class JsonlSink:
 def _line(record: Mapping[str, Any]) -> str:
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(clean, allow_nan=False) + "\n"
-
-
-def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_line(record) for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -18,25 +17,11 @@ from types import TracebackType
 from typing import Any, Literal
 
 from kdtrain.errors import ConfigError, OutputError, RunStopped
+from kdtrain.files import write_atomic
 from kdtrain.log import LOGGER
 from kdtrain.telemetry.lock import LockKeeper, give_back, take_lock
 
 State = Literal["running", "done", "failed", "stopped"]
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that a reader, or a kill at any moment, finds the old content or the new, never a part."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def read_status(folder: Path) -> tuple[State, str] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from kdtrain.config.schema import WandbSection
 from kdtrain.errors import ConfigError
+from kdtrain.files import write_atomic
 from kdtrain.log import LOGGER
 
 ID_FILE = "wandb_run_id.txt"
@@ -120,7 +120,5 @@ def _run_id(folder: Path) -> str:
     if path.exists() and (found := path.read_text(encoding="ascii").strip()):
         return found
     made = secrets.token_hex(4)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(made + "\n", encoding="ascii")
-    os.replace(temporary, path)
+    write_atomic(path, made + "\n")
     return made

@@ -10,8 +10,9 @@ import pytest
 
 import kdtrain
 from kdtrain.errors import ConfigError, NonFiniteLoss, RunStopped
+from kdtrain.files import write_atomic
 from kdtrain.telemetry import environment
-from kdtrain.telemetry.run_folder import RunFolder, read_status, write_atomic
+from kdtrain.telemetry.run_folder import RunFolder, read_status
 
 
 def hold(path, **changes):
