@@ -8,12 +8,6 @@ from kdtrain.config.problems import Problem
 from kdtrain.config.schema import RunConfig
 
 
-def data_ranks(cfg: RunConfig, world_size: int) -> int | None:
-    """Ranks with different sequences, world / (tp cp); None when the ranks cannot be divided so."""
-    tp, cp = cfg.parallel.tp, cfg.parallel.cp
-    return None if tp < 1 or cp < 1 or world_size % (tp * cp) else world_size // (tp * cp)
-
-
 def context_problems(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
     """What can be wrong with parallel.cp before a model is known; its heads are looked at when it is built."""
     tp, cp, t = cfg.parallel.tp, cfg.parallel.cp, cfg.teacher

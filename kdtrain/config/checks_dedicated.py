@@ -1,4 +1,4 @@
-"""Teachers on ranks of their own: how many ranks are left to the student, and what does not go together."""
+"""Teachers on ranks of their own: whether a rank is left to the student, and what does not go together."""
 
 from __future__ import annotations
 
@@ -8,22 +8,6 @@ from kdtrain.config.problems import Problem
 from kdtrain.config.schema import RunConfig
 
 MAX_IN_FLIGHT = 1024
-
-
-def teacher_ranks(cfg: RunConfig) -> int:
-    """Ranks, the last ones of the job, that hold only the teacher; 0 in any other layout."""
-    dedicated = cfg.teacher.weights is not None and cfg.teacher.layout == "dedicated"
-    return (cfg.teacher.ranks or 0) if dedicated else 0
-
-
-def student_ranks(cfg: RunConfig, world_size: int) -> int:
-    """Ranks left to the student of world_size; at least 1, for checks that come after the one for that."""
-    return max(1, world_size - max(0, teacher_ranks(cfg)))
-
-
-def num_teachers(cfg: RunConfig) -> int:
-    """Teachers that the dedicated ranks make up, of teacher.tp ranks each."""
-    return teacher_ranks(cfg) // (cfg.teacher.tp or 1)
 
 
 def problems(cfg: RunConfig, world_size: int) -> Iterator[Problem]:

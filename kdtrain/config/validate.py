@@ -9,13 +9,13 @@ from typing import Any
 
 from kdtrain.config import checks_dedicated, checks_memory
 from kdtrain.config.checks_checkpoint import checkpoint_problems, lock_problems
-from kdtrain.config.checks_context import context_problems, data_ranks
-from kdtrain.config.checks_dedicated import student_ranks, teacher_ranks
+from kdtrain.config.checks_context import context_problems
 from kdtrain.config.deepspeed_config import EXTRA_ZERO_KEYS, OWNED_ZERO_KEYS
 from kdtrain.config.keys import suggestion_among
 from kdtrain.config.load import Loaded
 from kdtrain.config.paths import missing_paths
 from kdtrain.config.problems import Problem, format_problems
+from kdtrain.config.ranks import data_ranks, student_ranks, teacher_ranks
 from kdtrain.config.schema import DistillObjective, GuardSection, RunConfig, ScheduleSection
 from kdtrain.errors import ConfigError
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kdtrain.config.checks_dedicated import teacher_ranks
+from kdtrain.config.ranks import teacher_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
 from kdtrain.data.loader import StepLoader, validation_batches
@@ -132,13 +132,6 @@ def head_rows(cfg: RunConfig, total_rows: int) -> int:
     """total_rows rounded up, so that every rank of a student's and of a teacher's tp group holds whole multiples."""
     unit = ROW_MULTIPLE * max(cfg.parallel.tp, teacher_tp(cfg))
     return -(-total_rows // unit) * unit
-
-
-def teacher_tp(cfg: RunConfig) -> int:
-    """Ranks over which the teacher's matrices are cut."""
-    if cfg.teacher.layout == "plain":
-        return 1
-    return cfg.parallel.tp if cfg.teacher.tp is None else cfg.teacher.tp
 
 
 def build_loader(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, prefetch: int | None = None) -> StepLoader:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtrain.config.checks_dedicated import num_teachers, student_ranks
 from kdtrain.config.load import config_hash
+from kdtrain.config.ranks import num_teachers, student_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
 from kdtrain.dist.mesh import Mesh
@@ -44,7 +44,7 @@ def serve(
     wire, roles = runtime.wire, runtime.roles
     assert wire is not None
     clients = list(range(0, roles.num_students, cfg.parallel.tp))
-    mesh = Mesh.build(cfg.teacher.tp or 1)
+    mesh = Mesh.build(teacher_tp(cfg))
     inbox = Inbox(wire, clients) if mesh.tp_rank == 0 else None
     try:
         backbone = load_backbone(
@@ -112,7 +112,7 @@ def student_side(cfg: RunConfig, runtime: Runtime) -> Iterator[None]:
     if wire is None or roles.rank % cfg.parallel.tp:
         yield
         return
-    with farewell(wire, servers(cfg, roles.num_students, roles.num_teachers)):
+    with farewell(wire, servers(cfg, roles.teachers)):
         yield
 
 
@@ -121,9 +121,9 @@ def in_flight(cfg: RunConfig) -> int:
     return max(4, 2 * num_teachers(cfg)) if cfg.teacher.in_flight is None else cfg.teacher.in_flight
 
 
-def servers(cfg: RunConfig, num_students: int, num_teachers: int) -> list[int]:
-    """Global ranks to ask: the first of each teacher's tp group."""
-    return list(range(num_students, num_students + num_teachers, cfg.teacher.tp or 1))
+def servers(cfg: RunConfig, teachers: range) -> list[int]:
+    """Global ranks to ask, of the teachers' ranks: the first of each tp group."""
+    return list(teachers[:: teacher_tp(cfg)])
 
 
 def remote_teacher(
@@ -139,8 +139,7 @@ def remote_teacher(
     facts = expected_facts(cfg, spec, shard.vocab_size, loaded.facts.config)
     if mesh.tp_rank == 0:
         facts[FIRST_ROW] = _first_row(loaded.head)
-    num_students = student_ranks(cfg, wire.world_size)
-    asked = servers(cfg, num_students, wire.world_size - num_students)
+    asked = servers(cfg, range(student_ranks(cfg, wire.world_size), wire.world_size))
     compare_facts(wire.board, asked, facts, collective_timeout())
     LOGGER.info("teacher  %d on ranks %s, ready", len(asked), asked)
     remote = RemoteTeacher(

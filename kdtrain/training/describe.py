@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from kdtrain.config.checks_dedicated import num_teachers, student_ranks, teacher_ranks
+from kdtrain.config.ranks import num_teachers, student_ranks, teacher_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
 from kdtrain.dist.mesh import Mesh
 from kdtrain.log import LOGGER
@@ -46,7 +46,7 @@ def _parameters(facts: ModelFacts) -> str:
 def _teacher_layout(cfg: RunConfig) -> str:
     if cfg.teacher.layout == "dedicated":
         return dedicated_line(cfg)
-    tp = f"tp {build.teacher_tp(cfg)}" if cfg.teacher.layout == "tp" else "plain"
+    tp = f"tp {teacher_tp(cfg)}" if cfg.teacher.layout == "tp" else "plain"
     zero = " x zero 3" if cfg.teacher.zero_stage == 3 else ""
     bits = "" if cfg.teacher.quantize is None else f", {cfg.teacher.quantize} weights"
     return tp + zero + (" in host memory" if cfg.teacher.offload else "") + bits
@@ -62,7 +62,7 @@ def mesh_line(cfg: RunConfig, world_size: int) -> str:
 def dedicated_line(cfg: RunConfig) -> str:
     """How ranks of their own make up teachers: "2 x tp 2 on 4 ranks of its own"."""
     ranks = teacher_ranks(cfg)
-    return f"{num_teachers(cfg)} x tp {cfg.teacher.tp or 1} on {ranks} rank{'s' if ranks > 1 else ''} of its own"
+    return f"{num_teachers(cfg)} x tp {teacher_tp(cfg)} on {ranks} rank{'s' if ranks > 1 else ''} of its own"
 
 
 def loss_line(cfg: RunConfig) -> str:
@@ -119,12 +119,12 @@ def _int(config: Any, name: str) -> int:
 
 def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int, trains: bool = True) -> None:
     """`--check`: everything that can be known before a device is touched. trains: or else only evaluates."""
-    packed, p, t = cfg.data.reset_positions, cfg.parallel, cfg.teacher
+    packed, p = cfg.data.reset_positions, cfg.parallel
     mesh = Mesh(world_size=world_size, tp_size=p.tp, cp_size=p.cp)
     vocab_size = inputs.vocab_size
     check_architecture(build.student_spec(cfg), vocab_size, mesh, packed=packed, sequence=p.sequence, trainable=trains)
     if (spec := build.teacher_spec(cfg)) is not None:
-        mesh = replace(mesh, tp_size=t.tp or 1 if t.layout == "dedicated" else build.teacher_tp(cfg))
+        mesh = replace(mesh, tp_size=teacher_tp(cfg))
         check_architecture(spec, vocab_size, mesh, packed=packed, trainable=False)
     if cfg.teacher.quantize is not None:
         require_torchao(cfg.teacher.quantize)

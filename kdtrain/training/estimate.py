@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kdtrain.config.ranks import teacher_tp
 from kdtrain.config.schema import RunConfig
 
 GIB = 1 << 30
@@ -92,7 +93,7 @@ def estimate_teacher_rank(cfg: RunConfig, teacher: ModelSize) -> MemoryEstimate:
     item, tokens = BYTES[cfg.teacher.dtype], cfg.data.sequences_per_micro_batch * cfg.data.seq_len
     tokens = min(tokens, cfg.teacher.max_tokens_per_forward or tokens)
     parts = {
-        "weights": teacher.num_parameters * item // (cfg.teacher.tp or 1),
+        "weights": teacher.num_parameters * item // teacher_tp(cfg),
         "activations": 16 * tokens * teacher.width * item,
     }
     return MemoryEstimate(parts)
@@ -104,7 +105,7 @@ def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, zero_size: i
     if t.layout == "dedicated":
         head = teacher.vocab_rows * teacher.width * item / tp
         return {"teacher_head": head, "teacher_hidden": tokens * teacher.width * item}
-    cut = (t.tp or tp) if t.layout == "tp" else 1
+    cut = teacher_tp(cfg)
     weights = _teacher_bytes(cfg, teacher) / cut
     hidden = 2 * tokens * teacher.width * item * max(1, cut // tp) * (2 if t.overlap else 1)
     if t.zero_stage == 0:

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from kdtrain.config.checks_dedicated import teacher_ranks
 from kdtrain.config.cli import Request
+from kdtrain.config.launcher import world_size
 from kdtrain.config.load import as_dict, config_hash, to_yaml
+from kdtrain.config.ranks import teacher_ranks
 from kdtrain.config.schema import GuardSection, RunConfig
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import bootstrap
@@ -52,7 +53,7 @@ def run_training(request: Request) -> int:
     setup_logging()
     inputs = open_inputs(cfg, build.specs(cfg))
     if request.check_only:
-        describing.print_check(cfg, inputs, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+        describing.print_check(cfg, inputs, world_size=world_size(os.environ))
         return 0
     stop = StopRequest(cfg.run.time_limit_s)
     stop.install()  # until the process ends: a second signal while ranks leave must not kill one of them
@@ -88,7 +89,7 @@ def run_evaluation(request: Request) -> int:
     inputs = open_inputs(cfg, build.specs(cfg))
     if request.check_only:
         build.evaluation_batches(cfg, inputs, Mesh())  # refuses what has nothing to evaluate on
-        describing.print_check(cfg, inputs, world_size=int(os.environ.get("WORLD_SIZE", "1")), trains=False)
+        describing.print_check(cfg, inputs, world_size=world_size(os.environ), trains=False)
         return 0
     with bootstrap.runtime(teacher_ranks(cfg)) as rank:
         if rank.roles.is_teacher:
@@ -228,7 +229,7 @@ def _describe_run(request: Request, inputs: Inputs, opened: RunFolder | None, fo
     assert opened is not None
     origins = "".join(f"{key}  {where}\n" for key, where in sorted(request.loaded.origins.items()))
     opened.write_config(to_yaml(request.config), origins)
-    opened.write_environment(describe(world_size=int(os.environ.get("WORLD_SIZE", "1"))))
+    opened.write_environment(describe(world_size=world_size(os.environ)))
     write_model_files(folder, inputs.tokenizer_dir, request.config.student.weights)
 
 

@@ -13,7 +13,8 @@ ROOTS = ("cfg", "config")
 """Names and attributes that hold a whole RunConfig."""
 READ_ELSEWHERE = {
     "zero.extra": "kdtrain.config.deepspeed_config hands it to DeepSpeed",
-    "teacher.ranks": "kdtrain.config.checks_dedicated.teacher_ranks, which splits the job, reads it",
+    "teacher.ranks": "kdtrain.config.ranks.teacher_ranks, which splits the job, reads it",
+    "teacher.tp": "kdtrain.config.ranks.teacher_tp, which training asks, reads it",
 }
 """Settings that nobody outside kdtrain.config reads, and why that misleads no user."""
 
@@ -73,7 +74,7 @@ def test_every_setting_is_read_by_the_code_that_it_is_for():
 
 
 def test_settings_are_read_where_the_exceptions_say():
-    for key, module in (("zero.extra", "deepspeed_config"), ("teacher.ranks", "checks_dedicated")):
+    for key, module in (("zero.extra", "deepspeed_config"), ("teacher.ranks", "ranks"), ("teacher.tp", "ranks")):
         assert key in keys_read((PACKAGE / "config" / f"{module}.py").read_text(encoding="utf-8"))
 
 
