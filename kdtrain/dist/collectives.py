@@ -87,6 +87,15 @@ def start_gather(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
     return finish
 
 
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """Every rank's value, in rank order. Communicates: one all-gather of what pickles; not for anything large."""
+    if group_size(group) == 1:
+        return [value]
+    found: list[Any] = [None] * group_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
+
+
 def broadcast_first_(tensor: Tensor, group: Group) -> Tensor:
     """Fill `tensor` with that of the group's first rank, in place, and return it. One broadcast. Not differentiable.
 

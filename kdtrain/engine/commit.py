@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from kdtrain.dist.collectives import gather_objects
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine.manifest import (
     MANIFEST,
@@ -216,10 +217,8 @@ def together(mesh: Mesh, what: str, action: Callable[[], Any]) -> Any:
         problem, cause = f"{error.filename or what}: {_reason(error)}\n  fix: {fix}", error
     except CheckpointError as error:
         problem, cause = str(error), error
-    problems = [problem] * mesh.world_size
-    if mesh.world_size > 1:
-        dist.all_gather_object(problems, problem, group=mesh.world_group)
-    failed = [(rank, text) for rank, text in enumerate(problems) if text is not None]
+    told = gather_objects(problem, mesh.world_group)
+    failed = [(rank, text) for rank, text in enumerate(told) if text is not None]
     if failed:
         rank, text = failed[0]
         others = "" if len(failed) == 1 else f" (and {len(failed) - 1} more ranks)"

@@ -6,10 +6,9 @@ import hashlib
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, gather_ranks, group_rank, group_size, reduce_sum_
+from kdtrain.dist.collectives import Group, gather_objects, gather_ranks, group_rank, group_size, reduce_sum_
 
 UNITS: dict[str, str] = {
     "data/step": "optimizer steps from 1, skipped ones included; 0 is the untrained student",
@@ -128,8 +127,7 @@ class Metrics:
         digest = int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:7], "big")
         digests = gather_ranks(torch.tensor([digest], device=self._device), self._group).flatten().tolist()
         if any(other != digest for other in digests):
-            everyone: list[list[str]] = [[]] * len(digests)
-            dist.all_gather_object(everyone, names, group=self._group)
+            everyone: list[list[str]] = gather_objects(names, self._group)
             shared = set.intersection(*(set(other) for other in everyone))
             odd = sorted({name for other in everyone for name in other} - shared)
             raise ValueError(f"data ranks added different metrics; not on every rank: {', '.join(odd)}")

@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kdtrain.config.schema import GuardSection
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import gather_ranks
+from kdtrain.dist.collectives import gather_objects, gather_ranks
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import NonFiniteLoss, OutputError
 from kdtrain.log import LOGGER
@@ -163,7 +162,7 @@ class SlowRanks:
         self._step, self._seconds = progress.step, progress.train_seconds
         self._warm = False
         self._quiet_until = {"data": 0, "rank": 0}
-        self._hosts = _hosts(mesh)
+        self._hosts: list[str] = gather_objects(os.uname().nodename, mesh.world_group)
 
     def look(self, phases: Mapping[str, float]) -> dict[str, float]:
         """Compare the ranks over the steps since the last call; phases: this rank's seconds in them by name.
@@ -223,15 +222,6 @@ def _warn(mesh: Mesh, text: str, *values: object) -> None:
 
 def _ids(micro_batches: list[Batch]) -> Tensor:
     return torch.cat([batch.sample_ids for batch in micro_batches])
-
-
-def _hosts(mesh: Mesh) -> list[str]:
-    mine = os.uname().nodename
-    if mesh.world_size == 1:
-        return [mine]
-    found: list[str] = [""] * mesh.world_size
-    dist.all_gather_object(found, mine, group=mesh.world_group)
-    return found
 
 
 def poisoned(loss_sum: Tensor) -> Tensor:

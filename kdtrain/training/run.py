@@ -16,6 +16,7 @@ from kdtrain.config.launcher import world_size
 from kdtrain.config.load import as_dict, config_hash, to_yaml
 from kdtrain.config.ranks import teacher_ranks
 from kdtrain.config.schema import GuardSection, RunConfig
+from kdtrain.dist.collectives import gather_objects
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import bootstrap
 from kdtrain.engine.zero import StudentEngine
@@ -263,10 +264,7 @@ def on_main(mesh: Mesh, work: Callable[[], T], *, share: bool = True) -> T | Non
 
 def _same_everywhere(mesh: Mesh, what: str, digest: str) -> None:
     """ConfigError on every rank unless all have the same `digest`. One gather over the world."""
-    if mesh.world_size == 1:
-        return
-    found: list[str] = [""] * mesh.world_size
-    dist.all_gather_object(found, digest, group=mesh.world_group)
+    found = gather_objects(digest, mesh.world_group)
     odd = [rank for rank, other in enumerate(found) if other != found[0]]
     if odd:
         raise ConfigError(

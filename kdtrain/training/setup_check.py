@@ -17,12 +17,13 @@ import torch
 import torch.distributed as dist
 
 from kdtrain.config.schema import RunConfig
+from kdtrain.dist.collectives import gather_objects
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import bootstrap
 from kdtrain.errors import EXIT_DONE, EXIT_OTHER, KdtrainError
 from kdtrain.telemetry.console import format_table
 from kdtrain.telemetry.environment import describe, headline
-from kdtrain.training.setup_probes import Row, collective_rows, gather_objects, kernel_rows
+from kdtrain.training.setup_probes import Row, collective_rows, kernel_rows
 
 TIMEOUT_MIN = "2"
 """Minutes for a collective of a check, unless DEEPSPEED_TIMEOUT says otherwise: a run's hour is long to wait."""
@@ -44,7 +45,8 @@ def run_checks(cfg: RunConfig) -> int:
             *versions(), device_row(rank.device), *kernel_rows(mesh, rank.device, cfg.train.kernels),
             *collective_rows(mesh, rank.device), *disk_rows(Path(cfg.run.output_dir), mesh),
         ]  # fmt: skip
-        rows = merge(gather_objects(mine, mesh), gather_objects(socket.gethostname(), mesh))
+        world = mesh.world_group
+        rows = merge(gather_objects(mine, world), gather_objects(socket.gethostname(), world))
         if mesh.is_main:
             print(headline(describe(world_size=mesh.world_size)))
             print(format_table([{"check": r.check, "result": r.result, "found": r.found} for r in rows]))
@@ -143,9 +145,9 @@ def disk_rows(output_dir: Path, mesh: Mesh) -> list[Row]:
         row = Row("disk", "ok", f"{folder}: writable, {free:.0f} GiB free")
     except OSError as error:
         row = Row("disk", "FAIL", f"{folder}: {error.strerror}; set run.output_dir to a folder you may write")
-    first = gather_objects(made, mesh)[0]
+    first = gather_objects(made, mesh.world_group)[0]
     seen = first is not None and Path(first).is_dir()
-    gather_objects(None, mesh)  # nobody removes its folder while others look
+    gather_objects(None, mesh.world_group)  # nobody removes its folder while others look
     if made is not None:
         os.rmdir(made)
     if mesh.world_size == 1:

@@ -7,14 +7,21 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from kdtrain_kernels.dispatch import BACKENDS, row_kernels
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, exchange_ranks, gather_ranks, group_rank, group_size, reduce_sum_
+from kdtrain.dist.collectives import (
+    Group,
+    exchange_ranks,
+    gather_objects,
+    gather_ranks,
+    group_rank,
+    group_size,
+    reduce_sum_,
+)
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import VocabShard
 from kdtrain.losses import linear_kd_loss, reference
@@ -44,15 +51,6 @@ class Row:
         return cls(check, "ok" if good else "FAIL", found)
 
 
-def gather_objects(value: Any, mesh: Mesh) -> list[Any]:
-    """Every rank's value, in rank order. Communicates: one gather over the world."""
-    if mesh.world_size == 1:
-        return [value]
-    found: list[Any] = [None] * mesh.world_size
-    dist.all_gather_object(found, value, group=mesh.world_group)
-    return found
-
-
 def kernel_rows(mesh: Mesh, device: torch.device, wanted: str) -> list[Row]:
     """Every divergence's loss and gradients against float64, by each backend that all ranks have.
 
@@ -69,7 +67,7 @@ def kernel_rows(mesh: Mesh, device: torch.device, wanted: str) -> list[Row]:
                 loss_error("forward_kl", Mesh(), device, dtype, backend)
         except BROKEN as error:
             refused = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").partition("\n")[0]
-        if trouble := [(why, bad) for why, bad in gather_objects((refused, kind), mesh) if why]:
+        if trouble := [(why, bad) for why, bad in gather_objects((refused, kind), mesh.world_group) if why]:
             why, bad = trouble[0]
             rows.append(Row(f"kernels {backend}", "FAIL" if bad or backend == wanted else "-", why))
             continue
@@ -142,7 +140,7 @@ def collective_rows(mesh: Mesh, device: torch.device) -> list[Row]:
             continue
         for name, check in (("all-reduce", _all_reduce), ("all-gather", _all_gather), ("all-to-all", _all_to_all)):
             right, seconds, moved = check(group, device)
-            slowest = max(gather_objects(seconds, mesh))
+            slowest = max(gather_objects(seconds, mesh.world_group))
             what = f"{size} ranks, {moved / 2**20:.0f} MiB in {1e3 * slowest:.1f} ms: {moved / slowest / 1e9:.2f} GB/s"
             rows.append(Row.judged(f"{name} {axis}", right, what if right else f"{size} ranks: wrong numbers"))
     return rows
