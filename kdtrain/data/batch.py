@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -37,8 +38,18 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device (asynchronous from pinned memory)."""
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return self.map(lambda values: values.to(device, non_blocking=True))
 
     def rows(self, start: int, stop: int) -> Batch:
         """Sequences [start, stop) of this batch."""
-        return Batch(*(getattr(self, f.name)[start:stop] for f in fields(self)))
+        return self.map(lambda values: values[start:stop])
+
+    def portions(self, max_tokens: int | None) -> list[Batch]:
+        """Consecutive sequences, at most max_tokens tokens at a time but never less than one; None: all at once."""
+        num_sequences, seq_len = self.input_ids.shape
+        at_once = num_sequences if max_tokens is None else max(1, max_tokens // seq_len)
+        return [self.rows(start, min(start + at_once, num_sequences)) for start in range(0, num_sequences, at_once)]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """change(field) of every field."""
+        return Batch(*(change(getattr(self, f.name)) for f in fields(self)))

@@ -56,13 +56,13 @@ class Mesh:
             return cls()
         replica = tp_size * cp_size
         starts = range(0, world_size, replica)
-        tp_group = _mine(range(first, first + tp_size) for first in range(0, world_size, tp_size))
-        dp_group = _mine(range(place, world_size, replica) for place in range(replica))
+        tp_group = own_group(range(first, first + tp_size) for first in range(0, world_size, tp_size))
+        dp_group = own_group(range(place, world_size, replica) for place in range(replica))
         world = dist.group.WORLD
         if cp_size == 1:
             return cls(world_size, rank, tp_size, tp_group, dp_group, world, zero_group=dp_group)
-        cp_group = _mine(range(i + place, i + replica, tp_size) for i in starts for place in range(tp_size))
-        zero_group = _mine(range(place, world_size, tp_size) for place in range(tp_size))
+        cp_group = own_group(range(i + place, i + replica, tp_size) for i in starts for place in range(tp_size))
+        zero_group = own_group(range(place, world_size, tp_size) for place in range(tp_size))
         return cls(world_size, rank, tp_size, tp_group, dp_group, world, cp_size, cp_group, zero_group)
 
     def without_tp(self) -> Mesh:
@@ -137,8 +137,8 @@ class Mesh:
     get_tensor_model_parallel_group = get_model_parallel_group
 
 
-def _mine(everyone: Iterable[range]) -> Group:
-    """One group for each range of ranks; the one that holds this rank. All ranks create all of them, in order."""
+def own_group(everyone: Iterable[range]) -> Group:
+    """Make a process group of each range of ranks; the one that holds this rank. Every rank must call it alike."""
     mine: Group = None
     for ranks in everyone:
         group = dist.new_group(list(ranks))

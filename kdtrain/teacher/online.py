@@ -126,10 +126,7 @@ class OnlineTeacher:
 
     def _limited_forward(self, batch: Batch) -> Tensor:
         """[T, E] in as few passes as the limit allows; as many on all ranks, whose batches have one shape."""
-        num_sequences, seq_len = batch.input_ids.shape
-        at_once = num_sequences if self._max_tokens is None else max(1, self._max_tokens // seq_len)
-        starts = range(0, num_sequences, at_once)
-        parts = [self._forward(batch.rows(start, min(start + at_once, num_sequences))) for start in starts]
+        parts = [self._forward(part) for part in batch.portions(self._max_tokens)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _shared_forward(self, batch: Batch) -> Tensor:
@@ -138,8 +135,7 @@ class OnlineTeacher:
         # The last ranks repeat the final sequence when the shares do not come out even: equal shapes for the gather.
         first = self._mesh.tp_rank * share
         rows = torch.arange(first, first + share, device=batch.input_ids.device).clamp_(max=num_sequences - 1)
-        mine = Batch(*(getattr(batch, name)[rows] for name in Batch.__slots__))
-        hidden = self._limited_forward(mine)
+        hidden = self._limited_forward(batch.map(lambda values: values[rows]))
         gathered = gather_ranks(hidden, self._mesh.tp_group)
         return gathered.reshape(-1, hidden.shape[-1])[: num_sequences * seq_len]
 

@@ -169,10 +169,7 @@ class TeacherServer:
         input_ids, position_ids = request.ids.to(self._device).unbind(0)
         nothing = torch.zeros(input_ids.shape, device=self._device)
         batch = Batch(input_ids, input_ids, nothing, position_ids, torch.zeros_like(input_ids[:, 0]))
-        num_sequences, seq_len = input_ids.shape
-        at_once = num_sequences if self._max_tokens is None else max(1, self._max_tokens // seq_len)
-        passes = [batch.rows(start, min(start + at_once, num_sequences)) for start in range(0, num_sequences, at_once)]
-        hidden = torch.cat([self._forward(part).cpu() for part in passes])
+        hidden = torch.cat([self._forward(part).cpu() for part in batch.portions(self._max_tokens)])
         self.num_answers += 1
         stop = self._asked_to_stop()
         if self._inbox is not None:

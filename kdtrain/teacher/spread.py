@@ -13,12 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import Group, gather_ranks
-from kdtrain.dist.mesh import Mesh
+from kdtrain.dist.collectives import Group, gather_ranks, group_rank, group_size, transfer
+from kdtrain.dist.mesh import Mesh, own_group
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.losses.types import LossParts
 
@@ -56,7 +55,7 @@ class Spread:
         return cls(
             num_replicas,
             place,
-            _replica_groups(student, teacher),
+            _replicas(student, teacher),
             VocabShard(begin, begin + count, shard.vocab_size, teacher.tp_rank, teacher.tp_size),
             teacher.tp_group,
             slice(place * count, (place + 1) * count),
@@ -67,11 +66,11 @@ class Spread:
 
         The gradient that comes back must be complete on every rank; each keeps that of its own tokens.
         """
-        return _GatherTokens.apply(values, self)
+        return transfer(values, self.replicas, _all_replicas, _own_replica)
 
     def gather_batch(self, batch: Batch) -> Batch:
         """The sequences of all replicas, [R B, S]. One all-gather per field."""
-        return Batch(*(gather_ranks(getattr(batch, f.name), self.replicas).flatten(0, 1) for f in fields(batch)))
+        return batch.map(lambda values: _all_replicas(values, self.replicas))
 
     def head(self, head: HeadShard) -> HeadShard:
         """This rank's rows of the student's local head; differentiable, without communication."""
@@ -92,24 +91,20 @@ class Spread:
         return LossParts(loss=parts.loss - others, **found)
 
 
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, spread: Spread) -> Tensor:
-        ctx.spread = spread
-        return gather_ranks(values, spread.replicas).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        spread: Spread = ctx.spread
-        return grad.unflatten(0, (spread.num_replicas, -1))[spread.place], None
+def _all_replicas(values: Tensor, replicas: Group) -> Tensor:
+    """[T, ...] -> [R T, ...]"""
+    return gather_ranks(values, replicas).flatten(0, 1)
 
 
-def _replica_groups(student: Mesh, teacher: Mesh) -> Group:
-    """The group of this rank; all ranks create all groups, in the same order."""
-    mine: Group = None
-    for first in range(0, student.world_size, teacher.tp_size):
-        for tp_rank in range(student.tp_size):
-            ranks = list(range(first + tp_rank, first + teacher.tp_size, student.tp_size))
-            group = torch.distributed.new_group(ranks)
-            mine = group if student.rank in ranks else mine
-    return mine
+def _own_replica(values: Tensor, replicas: Group) -> Tensor:
+    """[R T, ...] -> [T, ...]"""
+    return values.unflatten(0, (group_size(replicas), -1))[group_rank(replicas)]
+
+
+def _replicas(student: Mesh, teacher: Mesh) -> Group:
+    """The group of this rank: with its place in the student's tp, in every replica of the teacher's group."""
+    return own_group(
+        range(first + tp_rank, first + teacher.tp_size, student.tp_size)
+        for first in range(0, student.world_size, teacher.tp_size)
+        for tp_rank in range(student.tp_size)
+    )
