@@ -2,11 +2,8 @@
 
 import sys
 
-from kdtrain.config.cli import (
-    Request,
-    parse,
-    run_script,
-)  # no torch yet: mistakes are reported in a fraction of a second
+# no torch yet: mistakes are reported in a fraction of a second
+from kdtrain.config.cli import Request, parse, run_script
 
 
 def main(request: Request) -> int:

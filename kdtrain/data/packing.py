@@ -35,9 +35,8 @@ def pack(store: TokenStore, sequence: int, seq_len: int, *, reset_positions: boo
     stop = min(start + seq_len + 1, store.num_tokens)
     tokens = np.zeros(seq_len + 1, dtype=np.int64)
     tokens[: stop - start] = store.tokens(start, stop)
-    if (
-        tokens.min() < 0 or tokens.max() >= store.manifest.vocab_size
-    ):  # on a device it would be an assert without a name
+    if tokens.min() < 0 or tokens.max() >= store.manifest.vocab_size:
+        # said here: on a device it would be an assert without a name
         bad = int(np.argmax((tokens < 0) | (tokens >= store.manifest.vocab_size)))
         raise DataError(
             f"{store.path} is damaged: token {start + bad} is {int(tokens[bad])}, not in "
