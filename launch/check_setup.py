@@ -1,7 +1,7 @@
 """Check versions, devices, kernels, collectives and disk.   [deepspeed] launch/check_setup.py [CONFIG.yaml] [key=value]
 
 Prints one table, the first thing to put in a bug report. Exit code 0 if every check passed, else 1. Only parallel.tp,
-parallel.cp, run.output_dir and train.kernels are read; without a CONFIG.yaml they have their defaults.
+parallel.cp, teacher.layout, run.output_dir and train.kernels are read; without a CONFIG.yaml they have their defaults.
 """
 
 import os

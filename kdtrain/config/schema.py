@@ -143,7 +143,7 @@ class ObjectiveSection:
     """What the student learns. Only the section named by `name` may be set."""
 
     name: Literal["pretrain", "distill"] = "distill"
-    """pretrain: cross-entropy alone. distill: divergence from a co-hosted teacher plus cross-entropy."""
+    """pretrain: cross-entropy alone. distill: divergence from a teacher that runs along, plus cross-entropy."""
     z_loss: float = 0.0
     """Weight of the squared log-sum-exp of the student's logits, per valid token; 1e-4 is usual, 0: none."""
     pretrain: PretrainObjective = field(default_factory=PretrainObjective)

@@ -47,7 +47,7 @@ def dense_loss(
     z_weight: Tensor | None = None,
     **settings: Any,
 ) -> LossParts:
-    """`linear_kd_loss` against a co-hosted teacher, whether or not replicas of the student share it.
+    """`linear_kd_loss` against a teacher that runs along, whether or not replicas of the student share it.
 
     Everything [T, ...] is this replica's. settings: divergence, temperature and so on. Communicates as the loss does
     and, with a spread, one all-gather over the replicas for each of hidden, labels and weights.

@@ -1,4 +1,4 @@
-"""Distillation from a co-hosted teacher's full distribution, mixed with cross-entropy on the data."""
+"""Distillation from a running teacher's full distribution, mixed with cross-entropy on the data."""
 
 from __future__ import annotations
 

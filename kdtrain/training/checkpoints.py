@@ -24,7 +24,7 @@ from kdtrain.training.resume import FOLDER, config_changes, saved_config
 class Checkpoints:
     """Writes and reads a run's checkpoints: model, optimizer, data position, progress, configuration, origin.
 
-    No random state is kept: what is random in a step is seeded from (run.seed, step, data rank) when it begins.
+    No random state is kept: what is random in a step is seeded from (run.seed, step, the rank's tokens) when it begins.
     """
 
     def __init__(

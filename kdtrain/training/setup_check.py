@@ -30,8 +30,8 @@ TIMEOUT_MIN = "2"
 
 
 def run_checks(cfg: RunConfig) -> int:
-    """Print the table on rank 0; 0 if nothing failed, else 1, on every rank. Reads run.output_dir, parallel and
-    train.kernels.
+    """Print the table on rank 0; 0 if nothing failed, else 1, on every rank. Reads run.output_dir, parallel,
+    teacher.layout and train.kernels.
 
     Communicates: process groups, collectives along all axes, one gather of all findings. Raises KdtrainError on a
     rank that cannot find the others.
