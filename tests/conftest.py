@@ -8,12 +8,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import logging
 import multiprocessing
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 
 import pytest
 
+from kdtrain.log import LOGGER
 from kdtrain.testing.ranks import ENGINE_MODULES, RankPool
 
 
@@ -22,6 +24,24 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if any(item.get_closest_marker("deepspeed") for item in session.items) and not session.config.option.collectonly:
         multiprocessing.set_forkserver_preload(list(ENGINE_MODULES))
         forkserver.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def logger_as_it_was() -> Iterator[None]:
+    """What a test does to the project's logger (`setup_logging` hides it from caplog) ends with the test."""
+    before, level, propagates = list(LOGGER.handlers), LOGGER.level, LOGGER.propagate
+    yield
+    for handler in set(LOGGER.handlers) - set(before):
+        handler.close()
+    LOGGER.handlers, LOGGER.propagate = before, propagates
+    LOGGER.setLevel(level)
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """caplog with everything that kdtrain says from INFO on."""
+    caplog.set_level(logging.INFO, logger="kdtrain")
+    return caplog
 
 
 @pytest.fixture(scope="session")

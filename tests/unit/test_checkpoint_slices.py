@@ -336,10 +336,7 @@ def test_saving_the_same_step_again_replaces_it_and_never_leaves_none(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000007", "step_000008"]
 
 
-def test_the_newest_complete_checkpoint_is_found_and_damaged_ones_are_reported(tmp_path, caplog, monkeypatch):
-    from kdtrain.log import LOGGER
-
-    monkeypatch.setattr(LOGGER, "propagate", True)
+def test_the_newest_complete_checkpoint_is_found_and_damaged_ones_are_reported(tmp_path, caplog):
     assert find_latest(tmp_path / "nowhere") is None
     assert find_latest(tmp_path) is None
     for step in (999_999, 1_000_000, 5, 12):

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kdtrain.config.cli import run_script
 from kdtrain.config.load import load_run
-from kdtrain.data import prepare
 from kdtrain.data.megatron_index import index_bytes
 from kdtrain.data.prepare import PrepareSettings, import_megatron, prepare_corpus
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
@@ -102,20 +101,18 @@ def test_never_leaves_it_out_and_the_text_has_the_same_size(tmp_path):
         prepare_corpus([tmp_path / "a.txt"], tokenizer, tmp_path / "x", PrepareSettings(bos="always"))
 
 
-def test_the_script_says_what_it_puts_before_documents(tmp_path, caplog, monkeypatch):
+def test_the_script_says_what_it_puts_before_documents(tmp_path, logged, monkeypatch):
     script = load_file(ROOT / "launch/prepare_corpus.py")
     monkeypatch.setattr("kdtrain.log.setup_logging", lambda: None)
-    monkeypatch.setattr(prepare.LOGGER, "propagate", True)
-    caplog.set_level(logging.INFO, logger="kdtrain")
     tokenizer = with_template(tmp_path / "tokenizer", "<bos> $A")
     (tmp_path / "a.txt").write_text("text")
     for words, prefix in (([], (BOS,)), (["--bos", "auto"], (BOS,)), (["--bos", "never"], ())):
-        caplog.clear()
+        logged.clear()
         out = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
         base = ["--tokenizer", str(tokenizer), "--output", str(out), "--workers", "1", *words, str(tmp_path / "a.txt")]
         assert run_script(script.main, base) == EXIT_DONE
         assert TokenStore.open(out / "train").manifest.document_prefix == prefix
-        assert ("each document begins with <bos> (tokens [257])" in caplog.text) == bool(prefix)
+        assert ("each document begins with <bos> (tokens [257])" in logged.text) == bool(prefix)
 
 
 @pytest.mark.parametrize("bos", ["auto", "never"])
@@ -185,10 +182,7 @@ def test_verify_looks_at_the_beginning_of_every_document(tmp_path):
 
 
 @pytest.mark.parametrize(("single", "bos", "warns"), [("<bos> $A", "never", True), ("<bos> $A", "auto", False)])
-def test_a_run_says_when_text_begins_otherwise_than_its_model_is_used_to(
-    tmp_path, caplog, monkeypatch, single, bos, warns
-):
-    monkeypatch.setattr(prepare.LOGGER, "propagate", True)
+def test_a_run_says_when_text_begins_otherwise_than_its_model_is_used_to(tmp_path, caplog, single, bos, warns):
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": "the teacher reads this"}) + "\n")
     model = with_template(tmp_path / "model", single)

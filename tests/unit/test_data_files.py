@@ -3,24 +3,15 @@
 import bz2
 import gzip
 import json
-import logging
 import lzma
 import os
 
 import pytest
 
-from kdtrain.data import text
 from kdtrain.data.text import find_files, read_documents
 from kdtrain.errors import ConfigError
 
 LINE = b'{"text": "one"}\n{"text": "two"}\n'
-
-
-@pytest.fixture
-def logged(caplog, monkeypatch):
-    monkeypatch.setattr(text.LOGGER, "propagate", True)
-    caplog.set_level(logging.INFO, logger="kdtrain")
-    return caplog
 
 
 def fill(folder, **files):

@@ -1,13 +1,12 @@
 """Several documents in one text file, the separator in the text, tokens that no vocabulary has."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kdtrain.config.cli import run_script
-from kdtrain.data import prepare, token_store
+from kdtrain.data import token_store
 from kdtrain.data.packing import pack
 from kdtrain.data.prepare import PrepareSettings, prepare_corpus
 from kdtrain.data.text import read_documents
@@ -23,13 +22,6 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture
-def logged(caplog, monkeypatch):
-    monkeypatch.setattr(prepare.LOGGER, "propagate", True)
-    caplog.set_level(logging.INFO, logger="kdtrain")
-    return caplog
 
 
 @pytest.mark.parametrize(

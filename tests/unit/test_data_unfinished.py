@@ -1,7 +1,6 @@
 """What a killed preparation leaves behind is removed by the next one; what somebody still writes to is not."""
 
 import fcntl
-import logging
 import os
 import socket
 import subprocess
@@ -28,13 +27,6 @@ with TokenStoreWriter(sys.argv[1], sys.argv[2], 0, source="x") as writer:
 @pytest.fixture
 def tokenizer(tmp_path):
     return write_tokenizer(tmp_path / "tokenizer")
-
-
-@pytest.fixture
-def logged(caplog, monkeypatch):
-    monkeypatch.setattr(unfinished.LOGGER, "propagate", True)
-    caplog.set_level(logging.INFO, logger="kdtrain")
-    return caplog
 
 
 def writer_in_a_process(folder, tokenizer, how):
