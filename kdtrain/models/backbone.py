@@ -19,6 +19,7 @@ from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.context import ARGUMENT, PREFIX, Context, whole_sequences
 from kdtrain.models.facts import ModelFacts, facts_of
+from kdtrain.models.ties import kept_name
 from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.layers import LmHead
 from kdtrain.parallel.plan import vocabulary_modules
@@ -100,16 +101,8 @@ class Backbone(nn.Module):
 
     def hf_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(Hugging Face name, this rank's parameter), tied ones once, under the name that `save_pretrained` keeps."""
-        seen: dict[int, str] = {}
-        tied = getattr(self.model, "all_tied_weights_keys", None) or {}
-        for name, param in self.model.named_parameters(remove_duplicate=False):
-            if id(param) in seen:
-                continue
-            kept = tied.get(name, name)
-            if kept != name and self.model.get_parameter(kept) is not param:
-                kept = name
-            seen[id(param)] = kept
-            yield kept, param
+        for name, param in self.model.named_parameters():
+            yield kept_name(self.model, name), param
 
     def full_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every full, unpadded parameter, by the names of `hf_parameters`; also under ZeRO-3."""

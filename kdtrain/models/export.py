@@ -18,6 +18,7 @@ from kdtrain.files import is_running, sync
 from kdtrain.log import LOGGER
 from kdtrain.models.load import parameters_on_meta
 from kdtrain.models.special_tokens import special_token_ids
+from kdtrain.models.ties import tied_names
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -152,7 +153,7 @@ def _checked_state(
     """The state as `save_pretrained` wants it: dtype, contiguous, every parameter once; ConfigError otherwise."""
     pairs = full_state.items() if isinstance(full_state, Mapping) else full_state
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_names(model)
     state: dict[str, Tensor] = {}
     for name, tensor in pairs:
         if shapes.get(name) != tuple(tensor.shape):

@@ -14,6 +14,7 @@ from kdtrain.errors import ConfigError
 from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.load import DTYPES, ModelSpec, build_config, parameters_on_meta
 from kdtrain.models.safetensors_reader import SafetensorsFolder
+from kdtrain.models.ties import kept_name
 from kdtrain.parallel.plan import vocabulary_modules
 from kdtrain.parallel.shard import head_scaling
 
@@ -46,17 +47,10 @@ def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str 
             shape = tuple(model.get_parameter(parameter).shape)
             start, stop = min(shard.start, shape[0]), min(shard.stop, shape[0])
             value = torch.zeros((shard.rows, *shape[1:]), dtype=DTYPES[spec.dtype], device=device)
-            value[: stop - start] = files.read(_kept(model, parameter), shape, 0, start, stop)
+            value[: stop - start] = files.read(kept_name(model, parameter), shape, 0, start, stop)
             return value
 
         bias = None if getattr(module, "bias", None) is None else rows(f"{name}.bias")
         head = HeadShard(rows(f"{name}.weight"), bias, scale, softcap)
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
         return LoadedHead(head, facts_of(model, shapes), files.elements_read)
-
-
-def _kept(model: Any, name: str) -> str:
-    """The name under which files carry the parameter `name`, which may be tied to another."""
-    kept = (getattr(model, "all_tied_weights_keys", None) or {}).get(name, name)
-    tied = kept != name and model.get_parameter(kept) is model.get_parameter(name)
-    return str(kept) if tied else name

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.models.export import export_hf, replacing_folder
 from kdtrain.models.special_tokens import END_OF_TEXT
+from kdtrain.models.ties import tied_names
 
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -173,7 +174,7 @@ def _dequantise(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     # Any trace of quantisation would make transformers and DeepSpeed treat plain weights as quantised.
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version"):
         settings.pop(key, None)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_names(model)
     return settings, {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 

@@ -29,6 +29,7 @@ from kdtrain.models.experts import choose_products, refuse_mixture
 from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.probe import check_model
 from kdtrain.models.safetensors_reader import SafetensorsFolder
+from kdtrain.models.ties import kept_name, tied_names
 from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.pieces import read_piece
 from kdtrain.parallel.plan import plan_cuts
@@ -101,7 +102,7 @@ def load_backbone(
     _prepare_context(model, mesh, _source(spec), packed)
     cuts = _cut(model, mesh, shard, trainable=trainable, sequence=sequence)
     choose_products(model, DTYPES[spec.dtype])
-    kept = {name: cut for name, cut in cuts.items() if not _is_tied_away(model, name)}
+    kept = {name: cut for name, cut in cuts.items() if kept_name(model, name) == name}
     backbone = Backbone(model, shard, kept, mesh.cp_group)
     if spec.weights is not None:
         _read_weights(backbone, Path(spec.weights), mesh, device, DTYPES[spec.dtype])
@@ -283,12 +284,6 @@ def _refuse_dropout(model: Any) -> None:
         )
 
 
-def _is_tied_away(model: Any, name: str) -> bool:
-    """Whether `name` is a second name of a tied parameter, the one that files do not carry."""
-    kept = (getattr(model, "all_tied_weights_keys", None) or {}).get(name, name)
-    return kept != name and model.get_parameter(kept) is model.get_parameter(name)
-
-
 def _read_weights(backbone: Backbone, folder: Path, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> None:
     """Fill every parameter from this rank's slice of the files."""
     model = backbone.model
@@ -312,7 +307,7 @@ def _read_weights(backbone: Backbone, folder: Path, mesh: Mesh, device: torch.de
 
 def _check_tied(model: Any, files: SafetensorsFolder) -> None:
     """Refuse a folder that ties two weights and holds different ones; every rank compares all of them, to agree."""
-    for name, kept in sorted((getattr(model, "all_tied_weights_keys", None) or {}).items()):
+    for name, kept in sorted(tied_names(model).items()):
         if name in files and kept in files and not files.equal(name, kept):
             raise ConfigError(
                 f"{files.folder}: config.json ties {name!r} to {kept!r}, but the files hold two different tensors\n"

@@ -18,6 +18,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
 from kdtrain.models.experts import PerExpert, group_experts
+from kdtrain.models.ties import tied_names
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -92,7 +93,7 @@ class SafetensorsFolder:
     def report_unused(self) -> None:
         """Warn about tensors the model has no place for, except those its class says are harmless."""
         harmless = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or []
-        tied = getattr(self._model, "all_tied_weights_keys", None) or {}
+        tied = tied_names(self._model)
         extra = [
             name
             for name in self._place
