@@ -86,12 +86,8 @@ def random_case(
 
 def naive_answer(case: LossCase, dtype: torch.dtype = torch.float64) -> Answer:
     """The case by materialised logits and autograd in `dtype`, from the same inputs."""
-    hidden = case.hidden_s.clone().to(dtype).requires_grad_()
-    weight = case.head_s.weight.clone().to(dtype).requires_grad_()
-    bias = None if case.head_s.bias is None else case.head_s.bias.clone().to(dtype).requires_grad_()
-    student = reference.head_logits(
-        hidden, replace(case.head_s, weight=weight, bias=bias), case.vocab_size, dtype=dtype
-    )
+    hidden, head = student_leaves(case, dtype)
+    student = reference.head_logits(hidden, head, case.vocab_size, dtype=dtype)
     teacher = reference.head_logits(case.hidden_t, case.head_t, case.vocab_size, dtype=dtype)
     loss = reference.total_loss(
         student,
@@ -103,10 +99,29 @@ def naive_answer(case: LossCase, dtype: torch.dtype = torch.float64) -> Answer:
         dtype=dtype,
         **{"temperature": 1.0, **case.parameters},
     )
+    return answer_of(loss, hidden, head)
+
+
+def student_leaves(case: LossCase, dtype: torch.dtype) -> tuple[Tensor, HeadShard]:
+    """Copies in `dtype` of the student's hidden states and whole head, as leaves that require gradients."""
+    hidden, head = case.hidden_s.clone().to(dtype).requires_grad_(), case.head_s
+    bias = None if head.bias is None else head.bias.clone().to(dtype).requires_grad_()
+    return hidden, replace(head, weight=head.weight.clone().to(dtype).requires_grad_(), bias=bias)
+
+
+def answer_of(
+    loss: Tensor, hidden: Tensor, head: HeadShard, shard: VocabShard | None = None, parts: LossParts | None = None
+) -> Answer:
+    """`loss` and its gradients, in the head those of `shard`'s real tokens. Checks that padding rows received 0."""
     torch.autograd.backward(loss)
+    rows = head.weight.shape[0] if shard is None else shard.valid_rows
+    grads = [None if x is None else x.grad for x in (head.weight, head.bias)]
+    for grad in grads:
+        assert grad is None or not grad[rows:].any(), "a padding row received a gradient"
+    weight, bias = (None if grad is None else grad[:rows] for grad in grads)
     assert hidden.grad is not None
-    assert weight.grad is not None
-    return Answer(loss.detach(), hidden.grad, weight.grad, None if bias is None else bias.grad)
+    assert weight is not None
+    return Answer(loss.detach(), hidden.grad, weight, bias, parts)
 
 
 def cut_head(head: HeadShard, shard: VocabShard) -> HeadShard:
@@ -149,16 +164,7 @@ def streamed_answer(
         measure=measure,
         **case.parameters,
     )
-    torch.autograd.backward(parts.loss)
-    assert hidden.grad is not None
-    assert head.weight.grad is not None
-    grads = head.weight.grad, None if head.bias is None else head.bias.grad
-    for grad in grads:
-        assert grad is None or not grad[shard.valid_rows :].any(), "a padding row received a gradient"
-    n = shard.valid_rows
-    weight, bias = (None if g is None else g[:n] for g in grads)
-    assert weight is not None
-    return Answer(parts.loss.detach(), hidden.grad, weight, bias, parts), shard
+    return answer_of(parts.loss, hidden, head, shard, parts), shard
 
 
 def identity_case(student: Tensor, teacher: Tensor, case: LossCase) -> LossCase:

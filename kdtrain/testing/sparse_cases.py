@@ -11,7 +11,7 @@ from torch import Tensor
 from kdtrain.dist.collectives import Group, group_rank, group_size
 from kdtrain.dist.vocab import VocabShard
 from kdtrain.losses import SparseTarget, linear_sparse_kd_loss, merge_duplicates, reference, sparse_reference, stream
-from kdtrain.testing.loss_cases import Answer, LossCase, cut_head, random_case
+from kdtrain.testing.loss_cases import Answer, LossCase, answer_of, cut_head, random_case, student_leaves
 
 SCHEMES = ("top_k_tail", "top_k", "truncated", "sampled", "conditional")
 """How a record is made: exact probabilities and the tail; renormalised without it; as they are without it; multinomial
@@ -68,10 +68,7 @@ def sparse_case(
 def naive_sparse_answer(case: SparseCase, dtype: torch.dtype = torch.float64) -> Answer:
     """The case by materialised logits and autograd in `dtype`, from the same inputs."""
     base = case.base
-    hidden = base.hidden_s.clone().to(dtype).requires_grad_()
-    weight = base.head_s.weight.clone().to(dtype).requires_grad_()
-    bias = None if base.head_s.bias is None else base.head_s.bias.clone().to(dtype).requires_grad_()
-    head = replace(base.head_s, weight=weight, bias=bias)
+    hidden, head = student_leaves(base, dtype)
     loss = sparse_reference.sparse_total_loss(
         reference.head_logits(hidden, head, base.vocab_size, dtype=dtype),
         case.target,
@@ -83,10 +80,7 @@ def naive_sparse_answer(case: SparseCase, dtype: torch.dtype = torch.float64) ->
         dtype=dtype,
         **{"temperature": 1.0, **base.parameters},
     )
-    torch.autograd.backward(loss)
-    assert hidden.grad is not None
-    assert weight.grad is not None
-    return Answer(loss.detach(), hidden.grad, weight.grad, None if bias is None else bias.grad)
+    return answer_of(loss, hidden, head)
 
 
 def streamed_sparse_answer(
@@ -115,12 +109,4 @@ def streamed_sparse_answer(
         **case.settings,
         **extra,
     )
-    torch.autograd.backward(parts.loss)
-    assert hidden.grad is not None
-    assert head.weight.grad is not None
-    grads = head.weight.grad, None if head.bias is None else head.bias.grad
-    for grad in grads:
-        assert grad is None or not grad[shard.valid_rows :].any(), "a padding row received a gradient"
-    weight, bias = (None if g is None else g[: shard.valid_rows] for g in grads)
-    assert weight is not None
-    return Answer(parts.loss.detach(), hidden.grad, weight, bias, parts), shard
+    return answer_of(parts.loss, hidden, head, shard, parts), shard

@@ -11,9 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from kdtrain.dist.collectives import Group, group_rank, group_size
 from kdtrain.dist.vocab import HeadShard, VocabShard
-from kdtrain.losses import reference
+from kdtrain.losses import reference, stream
 from kdtrain.losses.types import SparseTarget, TopK
-from kdtrain.testing.loss_cases import cut_head
 
 
 def random_teacher(
@@ -45,17 +44,12 @@ def shard_of(vocab_size: int, group: Group, multiple: int) -> VocabShard:
 
 def slab_bytes_for(tokens: int, shard: VocabShard, dtype: torch.dtype) -> int:
     """slab_bytes that give chunks of `tokens` tokens (rounded down to a multiple of 8 from 8 on)."""
-    return tokens * (-(-shard.rows // 128) * 128) * (8 if dtype == torch.float64 else 4)
+    return tokens * stream.row_stride(shard) * (8 if dtype == torch.float64 else 4)
 
 
 def whole_logits(hidden: Tensor, head: HeadShard) -> Tensor:
     """[T, V] float64."""
     return reference.head_logits(hidden, head, head.weight.shape[0])
-
-
-def cut(head: HeadShard, shard: VocabShard) -> HeadShard:
-    """`shard`'s rows of the head, padded with garbage."""
-    return cut_head(head, shard)
 
 
 def assert_same_topk(got: TopK, logits: Tensor, k: int, temperatures: tuple[float, ...], tolerance: float) -> None:

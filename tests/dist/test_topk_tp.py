@@ -8,7 +8,8 @@ from kdtrain.dist.collectives import exchange_ranks
 from kdtrain.teacher.estimators import ESTIMATORS
 from kdtrain.teacher.sampling import sample_targets
 from kdtrain.teacher.topk import TopKShare, linear_topk
-from kdtrain.testing.topk_cases import assert_same_topk, cut, random_teacher, shard_of, slab_bytes_for, whole_logits
+from kdtrain.testing.loss_cases import cut_head
+from kdtrain.testing.topk_cases import assert_same_topk, random_teacher, shard_of, slab_bytes_for, whole_logits
 
 pytestmark = pytest.mark.dist
 
@@ -35,7 +36,7 @@ def _check_exact(rank: int, world_size: int) -> list[torch.Tensor]:
             temperatures = (2.0, 1.0)
             got = linear_topk(
                 hidden,
-                cut(head, shard),
+                cut_head(head, shard),
                 k,
                 shard=shard,
                 group=group,
@@ -60,7 +61,7 @@ def _own_tokens(rank: int, world_size: int, num_tokens: int, chunk: int) -> tupl
     shard = shard_of(101, group, 1)
     hidden, head = random_teacher(num_tokens, 101, integers=True)
     slab_bytes = slab_bytes_for(chunk, shard, torch.float32)
-    share = linear_topk(hidden, cut(head, shard), 5, shard=shard, group=group, slab_bytes=slab_bytes, gather=False)
+    share = linear_topk(hidden, cut_head(head, shard), 5, shard=shard, group=group, slab_bytes=slab_bytes, gather=False)
     assert isinstance(share, TopKShare)
     assert len(share.tokens) == len(share.ids) == len(share.lse)
     assert_same_topk(share, whole_logits(hidden, head)[share.tokens], 5, (1.0,), 3e-6)
@@ -79,7 +80,7 @@ def _bad_logit_on_one_rank(rank: int, world_size: int, gather: bool) -> str:
     group = dist.group.WORLD
     shard = shard_of(101, group, 1)
     hidden, head = random_teacher(37, 101)
-    mine = cut(head, shard)
+    mine = cut_head(head, shard)
     hidden[29:] *= -1e30
     hidden[29:].abs_()
     if rank == world_size - 1:
@@ -132,7 +133,7 @@ def _sample(rank: int, world_size: int, chunk: int, dtype: torch.dtype) -> list[
         for estimator in ESTIMATORS:
             got = sample_targets(
                 hidden,
-                cut(head, shard),
+                cut_head(head, shard),
                 estimator=estimator,
                 k=k,
                 seed=11,
