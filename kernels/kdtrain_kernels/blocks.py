@@ -105,11 +105,18 @@ class PairBlock:
         return self.scratch.take(6 + index, len(self.x))
 
 
-def front_of_rows(slab: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C, n] of a narrower dtype over the front of each row's memory of a [C, n] slab.
+def finite(peak: Tensor) -> Tensor:
+    """-inf maxima (nothing but masked columns) as 0, so that differences stay defined."""
+    return peak.masked_fill(torch.isneginf(peak), 0.0)
 
-    The row stride in bytes stays. Row i of the answer may be written once row i of the slab has been read.
+
+def front_of_rows(slab: Tensor, dtype: torch.dtype) -> Tensor:
+    """[C, n] of `dtype` over the front of each row's memory of a [C, n] slab; the slab itself if that is its own.
+
+    A narrower dtype keeps the row stride in bytes; row i may be written once row i of the slab has been read.
     """
+    if dtype == slab.dtype:
+        return slab
     num_rows, columns = slab.shape
     whole = slab.as_strided((num_rows, slab.stride(0)), (slab.stride(0), 1))
     return whole.view(dtype)[:, :columns]

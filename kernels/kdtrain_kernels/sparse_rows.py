@@ -49,7 +49,7 @@ def sparse_grad(
 
     In the slab's own dtype it is the slab; rounded to a narrower one, a view of the front of each of its rows.
     """
-    operand = slab if operand_dtype == slab.dtype else front_of_rows(slab, operand_dtype)
+    operand = front_of_rows(slab, operand_dtype)
     if slab.shape[1] == 0:
         return operand
     for rows in row_blocks(slab, scratch):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdtrain_kernels.blocks import FLOOR, Scratch, row_blocks
+from kdtrain_kernels.blocks import FLOOR, Scratch, finite, row_blocks
 
 NO_ID = (1 << 31) - 1
 """Id of an entry that stands for nothing; with the value -inf it comes after every real one."""
@@ -294,8 +294,3 @@ def _reaching(running: Tensor, targets: Tensor) -> Tensor:
     """
     reached = torch.searchsorted(running, targets.contiguous(), right=True)
     return torch.minimum(reached, torch.searchsorted(running, running[:, -1:].contiguous()))
-
-
-def finite(peak: Tensor) -> Tensor:
-    """-inf maxima as 0, so that differences stay defined."""
-    return peak.masked_fill(torch.isneginf(peak), 0.0)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdtrain_kernels.blocks import FLOOR, PairBlock, Scratch, front_of_rows, row_blocks, shifted
+from kdtrain_kernels.blocks import FLOOR, PairBlock, Scratch, finite, front_of_rows, row_blocks, shifted
 from kdtrain_kernels.divergences import PLUG_INS, DivergenceSpec
 
 ROW_STATS = 4
@@ -61,7 +61,7 @@ def row_stats(slab: Tensor, labels: Tensor, temperature: float, scratch: Scratch
     for rows in row_blocks(slab, scratch):
         block = slab[rows]
         peak = block.amax(1)
-        x = torch.sub(block, _finite(peak)[:, None], out=scratch.take(0, len(block)))
+        x = torch.sub(block, finite(peak)[:, None], out=scratch.take(0, len(block)))
         stats[rows, 0] = peak.double()
         if temperature != 1.0:
             stats[rows, 1] = torch.div(x, temperature, out=scratch.take(1, len(block))).exp_().sum(1).double()
@@ -85,7 +85,7 @@ def pair_stats(
     of_t = row_stats(teacher, labels, temperature, scratch)
     coupling = of_s.new_zeros(len(student), 2)
     if spec.kernel == "reverse_kl":
-        peak_s, peak_t = _finite(of_s[:, 0]), _finite(of_t[:, 0])
+        peak_s, peak_t = finite(of_s[:, 0]), finite(of_t[:, 0])
         for rows in row_blocks(student, scratch):
             x = shifted(student[rows], peak_s[rows], temperature, scratch.take(0, len(student[rows])))
             y = shifted(teacher[rows], peak_t[rows], temperature, scratch.take(1, len(x)))
@@ -146,8 +146,8 @@ def merge_pair_stats(gathered: Tensor, temperature: float, spec: DivergenceSpec)
         return PairTotals(student, teacher, torch.zeros_like(student.peak))
     # Each rank measured x - y from its own maxima; bring its sum to the common ones.
     _, behind = _behind(gathered)
-    offset_s = _finite(gathered[:, :, 0]) - student.peak
-    offset_t = _finite(gathered[:, :, ROW_STATS]) - teacher.peak
+    offset_s = finite(gathered[:, :, 0]) - student.peak
+    offset_t = finite(gathered[:, :, ROW_STATS]) - teacher.peak
     mass, floored = gathered[:, :, 1], gathered[:, :, -1]
     part = gathered[:, :, -2] + (mass * (offset_s - offset_t) + floored * offset_t) / temperature
     mean_gap = (part * (behind / temperature).exp()).sum(0) / student.log_sum.exp()
@@ -181,7 +181,7 @@ def row_grad(
 
     In the slab's own dtype it is the slab; rounded to a narrower one, a view of the front of each of its rows.
     """
-    operand = _operand(slab, operand_dtype)
+    operand = front_of_rows(slab, operand_dtype)
     for rows in row_blocks(slab, scratch):
         block = slab[rows]
         slope = logit_map.slope(block, scratch.take(0, len(block)))
@@ -238,7 +238,7 @@ def pair_grad(
     the student's slab as `row_grad`'s does; the terms without kd are computed as there and the divergence is added, so
     that kd weight 0 gives the same bits, even where the divergence is not finite.
     """
-    operand = _operand(student, operand_dtype)
+    operand = front_of_rows(student, operand_dtype)
     value = torch.zeros(len(student), dtype=torch.float64, device=student.device)
     # dx/ds = 1 / temperature and the loss carries temperature^2: one temperature remains
     kd = (weights.kd * temperature).to(student.dtype)
@@ -344,10 +344,6 @@ def _weigh_ce(softmax: Tensor, rows: slice, weights: RowWeights, out: Tensor) ->
         out.scatter_add_(1, column.clamp(min=0)[:, None], -ce.where(column >= 0, 0.0)[:, None])
 
 
-def _operand(slab: Tensor, dtype: torch.dtype) -> Tensor:
-    return slab if dtype == slab.dtype else front_of_rows(slab, dtype)
-
-
 def _store(block: Tensor, operand: Tensor) -> None:
     """Round a finished block into its operand, which may share its memory: through a copy."""
     if operand.dtype != block.dtype:
@@ -356,10 +352,5 @@ def _store(block: Tensor, operand: Tensor) -> None:
 
 def _behind(gathered: Tensor) -> tuple[Tensor, Tensor]:
     """(max over ranks [C], every rank's maximum minus it [ranks, C]: 0 or negative, -inf for an empty rank)."""
-    peak = _finite(gathered[:, :, 0].amax(0))
+    peak = finite(gathered[:, :, 0].amax(0))
     return peak, gathered[:, :, 0] - peak
-
-
-def _finite(peak: Tensor) -> Tensor:
-    """-inf maxima (nothing but masked columns) as 0, so that differences stay defined."""
-    return peak.masked_fill(torch.isneginf(peak), 0.0)

@@ -226,7 +226,7 @@ def _chain_flags(logit_map: LogitMap) -> dict[str, bool]:
 
 def _operand(slab: Tensor, dtype: torch.dtype) -> Tensor:
     _check(slab)
-    return slab if dtype == slab.dtype else front_of_rows(slab, dtype)
+    return front_of_rows(slab, dtype)
 
 
 def _launch(kernel: Any, name: str, slab: Tensor, *arguments: Any, **constants: Any) -> None:

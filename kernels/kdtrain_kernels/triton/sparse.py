@@ -164,7 +164,7 @@ def sparse_grad(
 ) -> Tensor:
     """As `sparse_rows.sparse_grad`. Does not read `scratch`. Raises ValueError for slabs it is not made for."""
     _check(slab)
-    operand = slab if operand_dtype == slab.dtype else front_of_rows(slab, operand_dtype)
+    operand = front_of_rows(slab, operand_dtype)
     num_rows, num_ids = columns.shape
     if num_rows == 0 or slab.shape[1] == 0:
         return operand

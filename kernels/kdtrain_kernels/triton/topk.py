@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdtrain_kernels.blocks import FLOOR, Scratch
+from kdtrain_kernels.blocks import FLOOR, Scratch, finite
 from kdtrain_kernels.topk_rows import (
     SAMPLE_LANE,
     STATS,
@@ -402,8 +402,7 @@ def _power(count: int) -> int:
 
 
 def _finite32(peak: Tensor) -> Tensor:
-    """[C] float32; -inf as 0, so that differences stay defined."""
-    return peak.masked_fill(torch.isneginf(peak), 0.0).float().contiguous()
+    return finite(peak).float().contiguous()
 
 
 def _require_float32(tensor: Tensor) -> None:
