@@ -11,10 +11,6 @@ from typing import TextIO
 LOGGER = logging.getLogger("kdtrain")
 
 
-class KdtrainWarning(UserWarning):
-    """Category of warnings raised by kdtrain itself."""
-
-
 class _Colours(logging.Formatter):
     """Plain text for files and pipes; on a terminal the first word stands out, warnings are yellow, errors red."""
 

@@ -8,8 +8,8 @@ import os
 import sys
 from pathlib import Path
 
-from kdtrain.config.cli import fill_launcher_environment, run_script
-from kdtrain.config.launcher import require_meeting_point
+from kdtrain.config.cli import run_script
+from kdtrain.config.launcher import fill_launcher_environment, require_meeting_point
 from kdtrain.config.load import drop_launcher_arguments, load_run
 
 BASE = Path(__file__).resolve().parents[1] / "configs/base/pretrain.yaml"

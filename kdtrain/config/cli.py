@@ -120,6 +120,3 @@ def _print_once(text: str) -> None:
     except BrokenPipeError:
         # Python flushes stdout once more at exit; give it somewhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-__all__ = ["Request", "fill_launcher_environment", "parse", "print_config", "run_script"]

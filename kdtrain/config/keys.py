@@ -24,11 +24,6 @@ class Key:
     default: Any
 
     @property
-    def is_optional(self) -> bool:
-        """Whether null is a value."""
-        return type(None) in get_args(self.hint)
-
-    @property
     def is_free_form(self) -> bool:
         """A mapping whose keys are not kdtrain's: anything below it is accepted here."""
         return get_origin(self.hint) is dict

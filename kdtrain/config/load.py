@@ -213,9 +213,3 @@ def _escaped(value: Any) -> Any:
 def config_hash(cfg: RunConfig) -> str:
     """sha256 of the resolved configuration, hexadecimal; equal for equal configurations, in any process."""
     return hashlib.sha256(json.dumps(asdict(cfg), sort_keys=True).encode()).hexdigest()
-
-
-__all__ = [
-    "COMMAND_LINE", "LAUNCHER_ARGUMENTS", "Loaded", "as_dict", "config_hash", "drop_launcher_arguments", "load_run",
-    "to_yaml", "yaml_lines",
-]  # fmt: skip

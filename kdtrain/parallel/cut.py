@@ -65,10 +65,6 @@ class Cut:
         """Size along `dim` of what this rank holds, padding left out."""
         return sum(stop - start for start, stop in self.ranges(tp_rank))
 
-    def local_size(self, tp_rank: int) -> int:
-        """Size along `dim` of this rank's tensor, padding included."""
-        return self.held_size(tp_rank) if self.padded is None else self.padded
-
     def full_shape(self, local_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the full, unpadded parameter, from a rank's local shape."""
         return (*local_shape[: self.dim], self.full_size, *local_shape[self.dim + 1 :])

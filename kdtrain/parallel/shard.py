@@ -18,21 +18,9 @@ from kdtrain.errors import ParallelError
 from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.experts import expert_modules, sum_experts
 from kdtrain.parallel.layers import LmHead, VocabParallelEmbedding
-from kdtrain.parallel.pieces import merge_state_dict, merge_tensors, pad_piece, split_state_dict, split_tensor
 from kdtrain.parallel.plan import plan_cuts, read_plan, vocabulary_modules
 from kdtrain.parallel.replace import copy_marks, local_parameter, mark_partial, replace_layers
 from kdtrain.parallel.sequence import divide_layers, token_wise_parameters
-
-__all__ = [
-    "head_scaling",
-    "materialize_parameter",
-    "merge_state_dict",
-    "merge_tensors",
-    "pad_piece",
-    "shard_model",
-    "split_state_dict",
-    "split_tensor",
-]
 
 
 def shard_model(model: Any, mesh: Mesh, shard: VocabShard | None = None, *, sequence: bool = False) -> Any:

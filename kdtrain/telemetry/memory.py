@@ -22,11 +22,6 @@ def memory_record(device: torch.device | None = None) -> dict[str, float]:
     return found
 
 
-def peak_memory_bytes(device: torch.device | None = None) -> int:
-    """Peak bytes so far where the model lives: allocated on CUDA, resident set of the process on the CPU."""
-    return torch.cuda.max_memory_allocated(device) if _is_cuda(device) else peak_host_bytes()
-
-
 def peak_host_bytes() -> int:
     """Peak resident set of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -16,30 +16,23 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopRequest:
     """Whether this rank has been asked to stop: by a signal, or by the time limit.
 
-    Installing handlers is explicit (`install`), undone by `restore`. Ranks learn of it at different moments, so the
-    trainer reduces `wanted` over all ranks once per step.
+    Installing handlers is explicit (`install`). Ranks learn of it at different moments, so the trainer reduces `wanted`
+    over all ranks once per step.
     """
 
     def __init__(self, time_limit_s: float | None = None) -> None:
         self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self._signal: int | None = None
         self._asked: str | None = None
-        self._previous: dict[int, object] = {}
 
     def install(self) -> None:
         """Catch STOP_SIGNALS from now on (main thread only)."""
         for number in STOP_SIGNALS:
-            self._previous[number] = signal.signal(number, self._on_signal)
+            signal.signal(number, self._on_signal)
 
     def ask(self, reason: str) -> None:
         """Want to stop, because of something that this process learned otherwise than by a signal."""
         self._asked = self._asked or reason
-
-    def restore(self) -> None:
-        """Give the signals back to whoever had them."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._previous.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = number

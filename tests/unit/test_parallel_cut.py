@@ -11,7 +11,7 @@ from kdtrain.parallel.pieces import merge_tensors, split_tensor
 def test_a_fused_cut_holds_the_ranges_of_its_parts_one_behind_the_other():
     cut = fused_cut([even_cut(0, 8, 2), even_cut(0, 4, 2), even_cut(0, 4, 2)])
     assert cut.segments == (((0, 4), (8, 10), (12, 14)), ((4, 8), (10, 12), (14, 16)))
-    assert (cut.tp_size, cut.full_size, cut.local_size(1), cut.shared, cut.in_order) == (2, 16, 8, False, False)
+    assert (cut.tp_size, cut.full_size, cut.held_size(1), cut.shared, cut.in_order) == (2, 16, 8, False, False)
     assert split_tensor(torch.arange(16), cut, 1).tolist() == [4, 5, 6, 7, 10, 11, 14, 15]
 
 
