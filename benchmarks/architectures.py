@@ -159,9 +159,9 @@ def spec_of(path: Path) -> Any:
 
 
 def build_errors() -> tuple[type[Exception], ...]:
-    from kdtrain.models.probe import _BUILD_ERRORS
+    from kdtrain.models.probe import BUILD_ERRORS
 
-    return (*_BUILD_ERRORS, OSError)
+    return (*BUILD_ERRORS, OSError)
 
 
 def load(path: Path, mesh: Any) -> Any:

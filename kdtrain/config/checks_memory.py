@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from kdtrain.config.problems import Problem
+from kdtrain.config.problems import Problem, show
 from kdtrain.config.schema import RunConfig, TeacherSection
 
 
@@ -27,12 +27,8 @@ def _no_teacher(cfg: RunConfig) -> Iterator[Problem]:
         if value != default and field.name not in ("dtype", "attention"):
             yield Problem(
                 f"teacher.{field.name}", value, "would be ignored: teacher.weights = null",
-                f"set teacher.weights, or teacher.{field.name}={_yaml(default)}",
+                f"set teacher.weights, or teacher.{field.name}={show(default)}",
             )  # fmt: skip
-
-
-def _yaml(value: object) -> str:
-    return "null" if value is None else str(value).lower()
 
 
 def _offload_optimizer(cfg: RunConfig) -> Iterator[Problem]:

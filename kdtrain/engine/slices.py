@@ -26,8 +26,6 @@ from kdtrain.engine.manifest import FileEntry, Manifest, ParameterEntry, Slice, 
 from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.pieces import read_piece
 
-_READ_BYTES = 1 << 24
-
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
@@ -136,16 +134,14 @@ class CheckpointReader:
         for entry in self.manifest.files:
             if wanted is not None and entry.file not in wanted:
                 continue
-            digest = hashlib.sha256()
             path = self.folder / entry.file
             try:
                 with open(path, "rb") as file:
-                    while block := file.read(_READ_BYTES):
-                        digest.update(block)
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
             except OSError as error:
                 raise damaged(path, f"cannot be read: [Errno {error.errno}] {error.strerror}") from error
-            if digest.hexdigest() != entry.sha256:
-                raise damaged(path, f"has sha256 {digest.hexdigest()}, {entry.sha256} was written")
+            if digest != entry.sha256:
+                raise damaged(path, f"has sha256 {digest}, {entry.sha256} was written")
 
     def read_full(self, name: str, kind: str) -> Tensor:
         """The full, unpadded parameter (or moment), float32 on the CPU."""

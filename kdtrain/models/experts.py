@@ -19,7 +19,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
 from kdtrain.models.shrink import COUNTS
-from kdtrain.parallel.experts import expert_modules, idle_share
+from kdtrain.parallel.experts import expert_modules
 
 TEACHERS = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss", "cohere2_moe", "deepseek_v2",
@@ -154,7 +154,8 @@ def idle_parameters(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
     for name, module in expert_modules(model):
         for key, _ in module.named_parameters(recurse=False):
             shape = shapes[f"{name}.{key}"]
-            idle += idle_share(shape[0], model.config.num_experts_per_tok) * torch.Size(shape).numel()
+            used = min(model.config.num_experts_per_tok, shape[0]) / shape[0]
+            idle += (1.0 - used) * torch.Size(shape).numel()
     return int(idle)
 
 

@@ -34,7 +34,7 @@ LARGEST_COPY = 30_000_000
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest value, that is still rounding in float32."""
 
-_BUILD_ERRORS = (
+BUILD_ERRORS = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, ArithmeticError,
     ImportError, StrictDataclassError,
 )  # fmt: skip
@@ -140,7 +140,7 @@ def _measure_copy(model: Any, attention: str, source: str, work: Callable[[Any],
                 missing = kinds - {type(module).__name__ for module in copy.modules()}
                 if not missing:
                     return work(copy)
-            except _BUILD_ERRORS as error:
+            except BUILD_ERRORS as error:
                 changed = ", ".join(f"{k}={v}" for k, v in settings.items() if before.get(k, v) != v)
                 reason = f"{type(error).__name__}: {error}".partition("\n")[0]
                 obstacles.append(f"with {what} ({changed[:300]}): {reason[:200]}")

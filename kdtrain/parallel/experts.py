@@ -103,11 +103,6 @@ def sum_experts(module: nn.Module, group: Group) -> None:
     module.register_forward_hook(sum_out)
 
 
-def idle_share(num_experts: int, experts_per_token: int) -> float:
-    """Share of the experts' parameters that a token does not touch."""
-    return 1.0 - min(experts_per_token, num_experts) / num_experts
-
-
 def _check_kind(name: str, module: Any) -> None:
     known = {"down_proj", "gate_up_proj" if module.has_gate else "up_proj"}
     found = {key for key, _ in module.named_parameters()}

@@ -20,11 +20,8 @@ from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ParallelError
 
 
-class ColumnParallelLinear(nn.Module):
-    """y_local = x W_local^T + b_local: replicated [..., in] -> sharded [..., out_local].
-
-    Does not communicate: the enclosing block's `enter_block` hook sums the gradient of x.
-    """
+class _Linear(nn.Module):
+    """This rank's weight [out, in] and bias."""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
         super().__init__()
@@ -33,7 +30,7 @@ class ColumnParallelLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        """Width of the input."""
+        """Width of this rank's input."""
         return self.weight.shape[1]
 
     @property
@@ -41,12 +38,19 @@ class ColumnParallelLinear(nn.Module):
         """Width of this rank's output."""
         return self.weight.shape[0]
 
+
+class ColumnParallelLinear(_Linear):
+    """y_local = x W_local^T + b_local: replicated [..., in] -> sharded [..., out_local].
+
+    Does not communicate: the enclosing block's `enter_block` hook sums the gradient of x.
+    """
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out_local]."""
         return F.linear(x, self.weight, self.bias)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(_Linear):
     """y = sum over ranks of x_local W_local^T, plus b once: sharded [..., in_local] -> replicated [..., out].
 
     leave: how the sum is taken. By default one all-reduce forward and nothing backward; the bias is replicated and so
@@ -56,21 +60,9 @@ class RowParallelLinear(nn.Module):
     def __init__(
         self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group, leave: Move = reduce_from_tp
     ) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
+        super().__init__(weight, bias)
         self.group = group
         self.leave = leave
-
-    @property
-    def in_features(self) -> int:
-        """Width of this rank's input."""
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Width of the output."""
-        return self.weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_local] -> [..., out]."""

@@ -23,7 +23,7 @@ from kdtrain.parallel.layers import (
     enter_block,
     sum_gradient_over_tp,
 )
-from kdtrain.parallel.pieces import place_piece, read_piece, split_tensor
+from kdtrain.parallel.pieces import place_piece, split_tensor
 from kdtrain.parallel.plan import TpPlan, own_plan
 from kdtrain.parallel.plans import HEADS, KV_HEADS
 from kdtrain.parallel.variants import (
@@ -47,12 +47,10 @@ def replace_layers(model: Any, plan: TpPlan, cuts: Mapping[str, Cut], mesh: Mesh
         _replace_block(model, block, cuts, mesh, enter, leave)
         if heads is not None:
             _localize(model.get_submodule(block.name), local, heads, mesh.tp_rank)
-    for name in plan.gathered:
-        sizes = _sizes(cuts[f"{name}.weight"])
-        _swap(model, name, GatheredColumnLinear(*_local_linear(model, name, cuts, mesh), mesh.tp_group, sizes))
-    for name in plan.split:
-        sizes = _sizes(cuts[f"{name}.weight"])
-        _swap(model, name, SplitInputRowLinear(*_local_linear(model, name, cuts, mesh), mesh.tp_group, sizes))
+    for kind, names in ((GatheredColumnLinear, plan.gathered), (SplitInputRowLinear, plan.split)):
+        for name in names:
+            sizes = _sizes(cuts[f"{name}.weight"])
+            _swap(model, name, kind(*_local_linear(model, name, cuts, mesh), mesh.tp_group, sizes))
 
 
 def local_parameter(full: nn.Parameter, cut: Cut | None, mesh: Mesh) -> nn.Parameter:
@@ -170,7 +168,6 @@ def _mark_shared(param: Tensor, cut: Cut, mesh: Mesh) -> None:
         wide = torch.promote_types(grad.dtype, torch.float32)
         full = torch.zeros(cut.full_shape(tuple(grad.shape)), dtype=wide, device=grad.device)
         reduce_sum_(place_piece(full, grad, cut, mesh.tp_rank), mesh.tp_group)
-        mine = read_piece(lambda start, stop: full.narrow(cut.dim, start, stop - start), cut, mesh.tp_rank)
-        return mine.to(grad.dtype)
+        return split_tensor(full, cut, mesh.tp_rank).to(grad.dtype)
 
     param.register_hook(whole)  # type: ignore[no-untyped-call]
