@@ -18,11 +18,8 @@ allocate. Times: median, 20th and 80th percentile of the runs after that one.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +37,6 @@ OURS_AND_FORMS = (MAIN, "naive", "chunked")
 TOKENS = (1024, 4096)
 VOCABS, TOKENS_OF_VOCABS = (8192, 32768), 512
 PEER_TOKENS = 512
-MIN_RUNS, MAX_RUNS, RUN_SECONDS = 3, 15, 2.0
 AGREEMENT = 1e-4
 
 
@@ -115,15 +111,8 @@ def measure(job: dict) -> dict:
     del gradients, expected
     if not max(errors.values()) <= AGREEMENT:
         return {**answer, "absent": f"wrong: value error {errors['value_error']:.1e}"}
-    before = common.reset_peak()
-    run(provider.loss, arguments, train)
-    peak = common.memory("VmHWM") - before
-    times: list[float] = []
-    while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and sum(times) < RUN_SECONDS):
-        start = time.perf_counter()
-        run(provider.loss, arguments, train)
-        times.append(time.perf_counter() - start)
-    return {**answer, "times": times, "peak_bytes": peak}
+    measured = common.peak_and_times(lambda: run(provider.loss, arguments, train))
+    return {**answer, **measured}
 
 
 def row_of(job: dict, answer: dict, commit: str) -> dict:
@@ -184,20 +173,5 @@ def table_of(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="write the table from the CSV instead of measuring")
-    parser.add_argument("--one", metavar="JSON", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(measure(json.loads(arguments.one))))
-    elif arguments.table:
-        text = table_of(common.read_csv(RESULTS, "python benchmarks/bench_loss_head.py"))
-        common.write_whole(TABLE, text)
-        print(text, end="")
-    else:
-        run_all()
-
-
 if __name__ == "__main__":
-    main()
+    common.measure_or_tabulate(__doc__, RESULTS, TABLE, one=measure, run_all=run_all, table_of=table_of)

@@ -20,10 +20,7 @@ benchmarks/bench_loss_head.py.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -38,7 +35,6 @@ COLUMNS = (*COLUMNS[:-1], "tail_error", COLUMNS[-1])
 WIDTH, VOCAB, CHUNKS = 576, 50257, 8
 SLABS = {"streamed-128MiB": 1 << 27, "streamed-1GiB": 1 << 30}
 PROVIDERS = ("streamed-128MiB", "naive", "chunked")
-MIN_RUNS, MAX_RUNS, RUN_SECONDS = 3, 15, 2.0
 AGREEMENT = 1e-4
 
 
@@ -126,15 +122,8 @@ def measure(job: dict) -> dict:
         answer = {"versions": versions, "threads": torch.get_num_threads(), **errors}
         if not errors["error"] <= AGREEMENT:
             return {**answer, "absent": f"wrong: error {errors['error']:.1e}"}
-        before = common.reset_peak()
-        answer_of(job["provider"], hidden, head, job["k"])
-        peak = common.memory("VmHWM") - before
-        times: list[float] = []
-        while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and sum(times) < RUN_SECONDS):
-            start = time.perf_counter()
-            answer_of(job["provider"], hidden, head, job["k"])
-            times.append(time.perf_counter() - start)
-    return {**answer, "times": times, "peak_bytes": peak}
+        measured = common.peak_and_times(lambda: answer_of(job["provider"], hidden, head, job["k"]))
+    return {**answer, **measured}
 
 
 def row_of(job: dict, answer: dict, commit: str) -> dict:
@@ -180,20 +169,5 @@ def table_of(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="write the table from the CSV instead of measuring")
-    parser.add_argument("--one", metavar="JSON", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(measure(json.loads(arguments.one))))
-    elif arguments.table:
-        text = table_of(common.read_csv(RESULTS, "python benchmarks/bench_topk.py"))
-        common.write_whole(TABLE, text)
-        print(text, end="")
-    else:
-        run_all()
-
-
 if __name__ == "__main__":
-    main()
+    common.measure_or_tabulate(__doc__, RESULTS, TABLE, one=measure, run_all=run_all, table_of=table_of)

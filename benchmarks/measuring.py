@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import ctypes
 import datetime
@@ -12,8 +13,10 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from kdtrain.files import write_atomic
 
@@ -24,6 +27,7 @@ COLUMNS = (
 )
 """time_ratio, peak_ratio: to `naive` of the same task, shape and mode. absent: why there are no numbers."""
 
+MIN_RUNS, MAX_RUNS, RUN_SECONDS = 3, 15, 2.0
 MEASURED = ("kdtrain/losses", "kdtrain/teacher", "kdtrain/dist", "kernels", "benchmarks")
 
 
@@ -68,6 +72,19 @@ def reset_peak() -> int:
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return memory("VmRSS")
+
+
+def peak_and_times(run: Callable[[], object]) -> dict[str, Any]:
+    """peak_bytes: growth of resident memory during one call. times: seconds of the MIN_RUNS to MAX_RUNS after it."""
+    before = reset_peak()
+    run()
+    peak = memory("VmHWM") - before
+    times: list[float] = []
+    while len(times) < MIN_RUNS or (len(times) < MAX_RUNS and sum(times) < RUN_SECONDS):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return {"times": times, "peak_bytes": peak}
 
 
 def cpu_name() -> str:
@@ -143,3 +160,27 @@ def markdown_rows(rows: Iterable[dict], errors: Sequence[str] = ("gradient_error
             f"|{''.join(f' {row[name]} |' for name in errors)}"
         )
     return lines
+
+
+def measure_or_tabulate(
+    description: str | None,
+    results: Path,
+    table: Path,
+    *,
+    one: Callable[[dict], dict],
+    run_all: Callable[[], None],
+    table_of: Callable[[list[dict]], str],
+) -> None:
+    """The command line of a script whose jobs each get a process: `run_all`, `one` job, or `results` as `table`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="write the table from the CSV instead of measuring")
+    parser.add_argument("--one", metavar="JSON", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(one(json.loads(arguments.one))))
+    elif arguments.table:
+        text = table_of(read_csv(results, f"python benchmarks/{Path(sys.argv[0]).name}"))
+        write_whole(table, text)
+        print(text, end="")
+    else:
+        run_all()

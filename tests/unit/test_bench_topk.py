@@ -32,11 +32,11 @@ def test_the_check_sees_a_wrong_id_a_wrong_order_and_a_wrong_tail():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_one_measurement_times_the_list_and_sees_its_memory(monkeypatch):
-    bench = import_module("bench_topk")
-    monkeypatch.setattr(bench, "RUN_SECONDS", 0.0)
+    bench, common = import_module("bench_topk"), import_module("measuring")
+    monkeypatch.setattr(common, "RUN_SECONDS", 0.0)
     job = {"tokens": 512, "vocab": 16384, "k": 8, "provider": "naive"}
     answer = bench.measure(job)
-    assert len(answer["times"]) == bench.MIN_RUNS
+    assert len(answer["times"]) == common.MIN_RUNS
     logits = 4 * 512 * 16384
     assert logits / 2 <= answer["peak_bytes"] <= 8 * logits
     row = bench.row_of(job, answer, "c")
