@@ -139,6 +139,24 @@ def cut_head(head: HeadShard, shard: VocabShard) -> HeadShard:
     return replace(head, weight=weight, bias=cut(head.bias))
 
 
+def loss_of(case: LossCase, **changes: Any) -> LossParts:
+    """`linear_kd_loss` on a whole case, with some arguments replaced or added. Communicates what the loss does."""
+    arguments: dict[str, Any] = {
+        "hidden_s": case.hidden_s,
+        "head_s": case.head_s,
+        "hidden_t": case.hidden_t,
+        "head_t": case.head_t,
+        "labels": case.labels,
+        "divergence": case.divergence,
+        "kd_weight": case.kd_weight,
+        "ce_weight": case.ce_weight,
+        "shard": VocabShard.of(case.vocab_size, multiple=1),
+        **case.parameters,
+        **changes,
+    }
+    return linear_kd_loss(**arguments)
+
+
 def streamed_answer(
     case: LossCase, *, group: Group = None, multiple: int = 1, chunk: int = 8, measure: bool = False
 ) -> tuple[Answer, VocabShard]:
@@ -149,20 +167,15 @@ def streamed_answer(
     shard = VocabShard.of(case.vocab_size, group_rank(group), group_size(group), multiple=multiple)
     head = cut_head(case.head_s, shard)
     hidden = case.hidden_s.clone().requires_grad_()
-    parts = linear_kd_loss(
-        hidden,
-        head,
-        case.hidden_t,
-        cut_head(case.head_t, shard),
-        case.labels,
-        divergence=case.divergence,
-        kd_weight=case.kd_weight,
-        ce_weight=case.ce_weight,
+    parts = loss_of(
+        case,
+        hidden_s=hidden,
+        head_s=head,
+        head_t=cut_head(case.head_t, shard),
         shard=shard,
         group=group,
         slab_bytes=stream.bytes_per_token(shard, group, case.hidden_s.dtype) * chunk,
         measure=measure,
-        **case.parameters,
     )
     return answer_of(parts.loss, hidden, head, shard, parts), shard
 

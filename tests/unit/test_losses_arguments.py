@@ -6,27 +6,8 @@ import pytest
 import torch
 
 from kdtrain.dist.vocab import HeadShard, VocabShard
-from kdtrain.losses import linear_cross_entropy, linear_kd_loss
-from kdtrain.testing.loss_cases import LossCase, random_case
-
-
-def _call(case: LossCase, **changes):
-    """linear_kd_loss on an uncut case, with some arguments replaced."""
-    arguments = {
-        "hidden_s": case.hidden_s,
-        "head_s": case.head_s,
-        "hidden_t": case.hidden_t,
-        "head_t": case.head_t,
-        "labels": case.labels,
-        "divergence": case.divergence,
-        "kd_weight": case.kd_weight,
-        "ce_weight": case.ce_weight,
-        "shard": VocabShard.of(case.vocab_size, multiple=1),
-        **case.parameters,
-        **changes,
-    }
-    return linear_kd_loss(**arguments)
-
+from kdtrain.losses import linear_cross_entropy
+from kdtrain.testing.loss_cases import loss_of, random_case
 
 BAD = {
     "unknown divergence": ({"divergence": "kl"}, r"divergence = 'kl' is unknown; choose one of forward_kl"),
@@ -98,9 +79,9 @@ BAD = {
 def test_bad_input_is_refused_by_name_value_and_rule(what):
     changes, message = BAD[what]
     case = replace(random_case(9, 101), ce_weight=torch.ones(9), labels=torch.arange(9))
-    assert _call(case).loss.isfinite()
+    assert loss_of(case).loss.isfinite()
     with pytest.raises(ValueError, match=message):
-        _call(case, **changes)
+        loss_of(case, **changes)
 
 
 def test_cross_entropy_refuses_in_its_own_arguments_names():

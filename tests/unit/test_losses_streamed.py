@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
 from kdtrain.testing.loss_cases import (
-    LossCase,
     cut_head,
     identity_case,
+    loss_of,
     naive_answer,
     random_case,
     reference_fields,
@@ -224,7 +224,7 @@ def test_upstream_scalar_scales_the_gradient_and_an_empty_batch_is_fine():
     case = random_case(7, 101, dtype=torch.float64)
     plain, _ = streamed_answer(case)
     hidden = case.hidden_s.clone().requires_grad_()
-    parts = _call(case, hidden_s=hidden)
+    parts = loss_of(case, hidden_s=hidden)
     (parts.loss / 8).backward()
     torch.testing.assert_close(hidden.grad, plain.grad_hidden / 8)
 
@@ -285,7 +285,7 @@ def test_a_bfloat16_gradient_is_rounded_once_whatever_factor_comes_from_upstream
     case = random_case(37, 1000, dtype=torch.bfloat16, widths=(64, 64))
     expected = naive_answer(case)
     hidden, weight = case.hidden_s.clone().requires_grad_(), case.head_s.weight.clone().requires_grad_()
-    (_call(case, hidden_s=hidden, head_s=weight).loss * factor).backward()
+    (loss_of(case, hidden_s=hidden, head_s=weight).loss * factor).backward()
     for got, right in ((hidden.grad, expected.grad_hidden), (weight.grad, expected.grad_weight)):
         right = right * factor
         assert relative_error(got, right) < 2**-9
@@ -316,7 +316,7 @@ def test_a_token_of_weight_zero_may_hold_anything(op):
             ).loss
         else:
             head_t = HeadShard(case.head_t.weight, bias)
-            loss = _call(case, hidden_s=hidden, head_s=HeadShard(head, bias), head_t=head_t, **settings).loss
+            loss = loss_of(case, hidden_s=hidden, head_s=HeadShard(head, bias), head_t=head_t, **settings).loss
         loss.backward()
         assert loss.isfinite()
         assert hidden.grad.isfinite().all()
@@ -357,7 +357,7 @@ def test_float32_keeps_its_digits_near_the_ends_of_a_parameters_range(name, para
 def test_second_derivatives_are_refused_and_not_silently_wrong():
     case = random_case(9, 101)
     hidden = case.hidden_s.clone().requires_grad_()
-    loss = _call(case, hidden_s=hidden).loss
+    loss = loss_of(case, hidden_s=hidden).loss
     (gradient,) = torch.autograd.grad(loss * loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
@@ -415,28 +415,10 @@ def test_no_tensor_larger_than_the_slab_budget_is_made_however_many_tokens_there
     case = random_case(tokens, vocab, divergence=name, properties=True, temperature=2.0, dtype=dtype, widths=(8, 12))
     hidden = case.hidden_s.clone().requires_grad_()
     with _Recorder() as seen:
-        _call(case, hidden_s=hidden, slab_bytes=budget, measure=True).loss.backward()
+        loss_of(case, hidden_s=hidden, slab_bytes=budget, measure=True).loss.backward()
     assert seen.largest_bytes <= budget
     assert all(tokens not in shape or vocab not in shape for shape in seen.shapes)
     assert hidden.grad is not None
-
-
-def _call(case: LossCase, **changes):
-    """linear_kd_loss on an uncut case, with some arguments replaced."""
-    arguments = {
-        "hidden_s": case.hidden_s,
-        "head_s": case.head_s,
-        "hidden_t": case.hidden_t,
-        "head_t": case.head_t,
-        "labels": case.labels,
-        "divergence": case.divergence,
-        "kd_weight": case.kd_weight,
-        "ce_weight": case.ce_weight,
-        "shard": VocabShard.of(case.vocab_size, multiple=1),
-        **case.parameters,
-        **changes,
-    }
-    return linear_kd_loss(**arguments)
 
 
 def test_losses_import_and_work_where_deepspeed_and_transformers_do_not_exist():
