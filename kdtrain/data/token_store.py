@@ -30,16 +30,12 @@ from kdtrain.data.manifest import (
     token_dtype,
 )
 from kdtrain.data.megatron_index import MegatronIndex, index_bytes, read_index
-from kdtrain.data.tokenizer import fingerprint, vocab_size
+from kdtrain.data.tokenizer import TOKENIZER_FILES, fingerprint, vocab_size
 from kdtrain.data.unfinished import make_unfinished, remove_abandoned
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.files import sync, write_synced
 
 TOKENIZER = "tokenizer"
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-)  # fmt: skip
-"""What is copied of a tokenizer's folder, which may hold a model's gigabytes too."""
 SHARD_TOKENS = 1 << 30
 """Tokens after which a new shard begins."""
 MAPPED_SHARDS = 128

@@ -23,39 +23,39 @@ class Roles:
     """Who does what. rank: this process's number in the job, the one that launchers and messages use."""
 
     rank: int
-    num_students: int
-    num_teachers: int
+    student_ranks: int
+    teacher_ranks: int
 
     @classmethod
-    def of(cls, rank: int, world_size: int, num_teachers: int) -> Roles:
-        """The last num_teachers of world_size ranks are teachers. ConfigError if no rank is left for the student."""
-        if not 0 <= num_teachers < world_size:
+    def of(cls, rank: int, world_size: int, teacher_ranks: int) -> Roles:
+        """The last teacher_ranks of world_size ranks are teachers. ConfigError if no rank is left for the student."""
+        if not 0 <= teacher_ranks < world_size:
             raise ConfigError(
-                f"teacher.ranks = {num_teachers}, but the job has {world_size} ranks\n"
+                f"teacher.ranks = {teacher_ranks}, but the job has {world_size} ranks\n"
                 "  why: the student needs at least one\n"
-                f"  fix: start more than {num_teachers} ranks, or set teacher.layout=plain"
+                f"  fix: start more than {teacher_ranks} ranks, or set teacher.layout=plain"
             )
-        return cls(rank, world_size - num_teachers, num_teachers)
+        return cls(rank, world_size - teacher_ranks, teacher_ranks)
 
     @property
     def is_teacher(self) -> bool:
         """Whether this rank holds the teacher and no student."""
-        return self.rank >= self.num_students
+        return self.rank >= self.student_ranks
 
     @property
     def rank_in_role(self) -> int:
         """Number among the ranks of this role."""
-        return self.rank - self.num_students if self.is_teacher else self.rank
+        return self.rank - self.student_ranks if self.is_teacher else self.rank
 
     @property
     def role_size(self) -> int:
         """Ranks of this role."""
-        return self.num_teachers if self.is_teacher else self.num_students
+        return self.teacher_ranks if self.is_teacher else self.student_ranks
 
     @property
     def teachers(self) -> range:
         """The teachers' ranks."""
-        return range(self.num_students, self.num_students + self.num_teachers)
+        return range(self.student_ranks, self.student_ranks + self.teacher_ranks)
 
     @property
     def name(self) -> str:
@@ -72,4 +72,4 @@ def split_world(store: Store, roles: Roles, backend: str, timeout: timedelta) ->
         backend, store=PrefixStore(f"kdtrain_{roles.name}", store), rank=roles.rank_in_role,
         world_size=roles.role_size, timeout=timeout,
     )  # fmt: skip
-    return Wire(store, roles.rank, roles.num_students + roles.num_teachers)
+    return Wire(store, roles.rank, roles.student_ranks + roles.teacher_ranks)

@@ -49,11 +49,11 @@ class Runtime:
             self.wire.barrier()
 
 
-def start(num_teachers: int = 0) -> Runtime:
+def start(teacher_ranks: int = 0) -> Runtime:
     """Join the process group and pick the device. Every rank must call it, once, before any engine is built.
 
     NCCL on CUDA, gloo on the CPU, where DeepSpeed's shared-memory operator is switched off: it would be compiled at
-    run time. num_teachers: of the job's last ranks hold only the teacher, and form a world of their own.
+    run time. teacher_ranks: of the job's last ranks hold only the teacher, and form a world of their own.
     Communicates: rendezvous of all ranks. Raises ConfigError when the environment cannot work.
     """
     use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
@@ -66,8 +66,8 @@ def start(num_teachers: int = 0) -> Runtime:
         os.environ["DS_ACCELERATOR"] = "cpu"
         device = torch.device("cpu")
     backend, wire = "nccl" if use_cuda else "gloo", None
-    if num_teachers:
-        roles, wire = _split_job(backend, num_teachers)
+    if teacher_ranks:
+        roles, wire = _split_job(backend, teacher_ranks)
     else:
         _start_process_group(backend)
         roles = Roles(dist.get_rank(), dist.get_world_size(), 0)
@@ -106,9 +106,9 @@ def collective_timeout() -> timedelta:
     return timedelta(minutes=int(text))
 
 
-def _split_job(backend: str, num_teachers: int) -> tuple[Roles, Wire]:
+def _split_job(backend: str, teacher_ranks: int) -> tuple[Roles, Wire]:
     """A default group per role, from the store at which all ranks of the job meet."""
-    roles = Roles.of(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), num_teachers)
+    roles = Roles.of(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), teacher_ranks)
     timeout = collective_timeout()
     store, _, _ = next(rendezvous("env://", timeout=timeout))
     return roles, split_world(store, roles, backend, timeout)
@@ -147,12 +147,12 @@ def _start_deepspeed(use_cuda: bool) -> None:
 
 
 @contextmanager
-def runtime(num_teachers: int = 0) -> Iterator[Runtime]:
+def runtime(teacher_ranks: int = 0) -> Iterator[Runtime]:
     """`start` on entry. Ranks that end well, or stop after saving, leave together: no launcher kills a slower one.
 
     Communicates: `start`'s rendezvous and, unless another exception passes, a barrier at the end.
     """
-    running = start(num_teachers)
+    running = start(teacher_ranks)
     try:
         yield running
     except RunStopped:

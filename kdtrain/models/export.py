@@ -13,28 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdtrain.data.tokenizer import TOKENIZER_FILES
 from kdtrain.errors import ConfigError
 from kdtrain.files import is_running, sync
 from kdtrain.log import LOGGER
 from kdtrain.models.load import parameters_on_meta
 from kdtrain.models.special_tokens import special_token_ids
 from kdtrain.models.ties import tied_names
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Every file name a Hugging Face tokenizer may consist of."""
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Settings of a config.json that belong to a tokenizer."""

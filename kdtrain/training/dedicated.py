@@ -43,7 +43,7 @@ def serve(
     """
     wire, roles = runtime.wire, runtime.roles
     assert wire is not None
-    clients = list(range(0, roles.num_students, cfg.parallel.tp))
+    clients = list(range(0, roles.student_ranks, cfg.parallel.tp))
     mesh = Mesh.build(teacher_tp(cfg))
     inbox = Inbox(wire, clients) if mesh.tp_rank == 0 else None
     try:

@@ -89,6 +89,17 @@ def test_two_stores_of_the_same_text_are_the_same_bytes(tmp_path, tokenizer, sto
     assert changed.manifest.fingerprint != store.manifest.fingerprint
 
 
+def test_a_store_keeps_every_file_of_its_tokenizer_and_none_of_a_model(tmp_path, tokenizer):
+    folder = tmp_path / "model"
+    shutil.copytree(tokenizer, folder)
+    for name in ("merges.txt", "vocab.json", "tokenizer.model", "model.safetensors", "config.json"):
+        (folder / name).write_text(name)
+    store = write_store(tmp_path / "store", DOCUMENTS, folder)
+    kept = {path.name for path in (store.path / "tokenizer").iterdir()}
+    assert kept == {path.name for path in folder.iterdir()} - {"model.safetensors", "config.json"}
+    assert (store.path / "tokenizer/tokenizer.model").read_text() == "tokenizer.model"
+
+
 @pytest.mark.parametrize("file", ["shard_00000.bin", "shard_00000.idx", "manifest.json"])
 def test_a_file_cut_anywhere_is_refused_at_opening_and_named(store, file):
     whole = (store.path / file).read_bytes()

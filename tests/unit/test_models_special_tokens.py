@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from kdtrain.data.tokenizer import TOKENIZER_FILES
 from kdtrain.errors import ConfigError
-from kdtrain.models.export import TOKENIZER_FILES, export_hf, tokenizer_files
+from kdtrain.models.export import export_hf, tokenizer_files
 from kdtrain.models.special_tokens import special_token_ids
 from kdtrain.models.tiny import tiny_config
 from kdtrain.testing.tiny_data import write_tokenizer
