@@ -6,9 +6,10 @@ A client is the first tp rank of a student's data rank, a server the first tp ra
     server -> client   ANSWER   int64 [2]: exit code, stop       HIDDEN  [B S, E] in the teacher's dtype
 
 A client has room for the answer before it asks, so that no server ever waits for a slow one. REQUEST [BYE, 0, 0, exit
-code] is a client's last word. An exit code other than 0 in ANSWER is a server's last word, said once for every answer
-that the client may be waiting for; the board says why. stop: a rank of the teacher has been asked (by a signal) to end;
-the students then stop as if they had been.
+code] is a client's last word. A server passes each request on to the other ranks of its teacher, over the wire as well,
+REQUEST then being int64 [5] with the client's rank in front: all wait as long as nobody asks. An exit code other
+than 0 in ANSWER is a server's last word, said once for every answer that the client may be waiting for; the board says
+why. stop: a rank of the teacher has been asked (by a signal) to end; the students then stop as if they had been.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import broadcast_first_, reduce_sum_
+from kdtrain.dist.collectives import reduce_sum_
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.wire import Message, Wire
 from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, PeerLost, RunStopped
@@ -149,20 +149,30 @@ class TeacherServer:
         return exit_codes
 
     def _next_request(self) -> Request:
-        """The same on every rank of a tp group."""
-        request = None if self._inbox is None else self._inbox.take()
-        if self._mesh.tp_size == 1:
-            assert request is not None
-            return request
-        head = torch.zeros(5, dtype=torch.int64, device=self._device)
-        if request is not None:
-            head = torch.tensor([request.client, request.kind, *request.ids.shape[1:], request.exit_code]).to(head)
-        client, kind, rows, columns, exit_code = broadcast_first_(head, self._mesh.tp_group).tolist()
-        ids = torch.empty((2, rows, columns), dtype=torch.int64, device=self._device)
-        if request is not None:
-            ids.copy_(request.ids)
-        ids = broadcast_first_(ids, self._mesh.tp_group) if rows else ids
-        return Request(client, kind, ids, exit_code, None if request is None else request.lost)
+        """The same on every rank of a tp group: its first one takes it and passes it on."""
+        if self._inbox is None:
+            return self._passed_on()
+        request = self._inbox.take()
+        assert request is not None
+        head = torch.tensor([request.client, request.kind, *request.ids.shape[1:], request.exit_code])
+        first, sent = self._wire.rank, []
+        for peer in range(first + 1, first + self._mesh.tp_size):
+            sent.append(self._wire.send(head, peer, REQUEST))
+            if request.ids.numel():
+                sent.append(self._wire.send(request.ids, peer, IDS))
+        for message in sent:
+            message.wait()
+        return request
+
+    def _passed_on(self) -> Request:
+        """What the group's first rank has taken. Over the wire: a collective's timeout would end a rank that idles."""
+        first = self._wire.rank - self._mesh.tp_rank
+        head = self._wire.receive(torch.empty(5, dtype=torch.int64), first, REQUEST).wait()
+        client, kind, rows, columns, exit_code = head.tolist()
+        ids = torch.empty((2, rows, columns), dtype=torch.int64)
+        if ids.numel():
+            self._wire.receive(ids, first, IDS).wait()
+        return Request(client, kind, ids, exit_code)
 
     @torch.no_grad()
     def _answer(self, request: Request) -> None:

@@ -264,6 +264,28 @@ def test_a_signal_at_any_rank_of_a_teacher_stops_the_students(rank_pool, tmp_pat
     assert rank_pool(3).run(stopping_by_its_second_rank, folder=tmp_path)[0]
 
 
+def idle_for_longer_than_a_collective_may_wait(rank, world_size, folder):
+    """Ranks 1 and 2 are one teacher; the student takes its time, as it does while it saves or exports."""
+    limit = timedelta(seconds=2)
+    wire = wire_of(folder, rank, world_size)
+    group = dist.new_group([1, 2], timeout=limit)
+    if rank > 0:
+        mesh = Mesh(world_size=2, rank=rank - 1, tp_size=2, tp_group=group)
+        inbox = Inbox(wire, [0]) if rank == 1 else None
+        TeacherServer(wire, mesh, inbox, [0], hidden_of, device=torch.device("cpu"), in_flight=4).run()
+        return None
+    with farewell(wire, [1]):
+        teacher = client(wire, rank, [1])
+        for i in range(2):
+            time.sleep(1.5 * i * limit.total_seconds())
+            assert torch.equal(teacher.signal(micro_batch(i)).hidden_states, hidden_of(micro_batch(i)))
+    return True
+
+
+def test_a_teacher_of_several_ranks_waits_as_long_as_nobody_asks(rank_pool, tmp_path):
+    assert rank_pool(3).run(idle_for_longer_than_a_collective_may_wait, folder=tmp_path)[0]
+
+
 def facts_that_differ(rank, world_size, folder):
     wire = wire_of(folder, rank, world_size)
     if rank == 1:
