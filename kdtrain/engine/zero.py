@@ -8,10 +8,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import deepspeed
 import torch
+import torch.nn.functional as F
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch import Tensor
 
 from kdtrain.config.deepspeed_config import deepspeed_config
@@ -62,6 +65,8 @@ class StudentEngine:
                 model=backbone, optimizer=self.optimizer, config=settings, mpu=mesh, dist_init_required=False
             )[0]
         LOGGER.debug("DeepSpeed said while starting: %s", said.getvalue())
+        if F.linear is zero3_linear_wrap:
+            F.linear = _linear  # type: ignore[assignment]
 
     def __call__(self, batch: Batch, head_fn: Callable[[Tensor, HeadShard], R]) -> R:
         """What head_fn(hidden_states [T, D], head rows) returns, through the engine (ZeRO-3 gathers weights)."""
@@ -128,6 +133,16 @@ class StudentEngine:
                 param.grad = None  # AdamW leaves parameters without a gradient alone: the step is skipped
             elif self._grad_clip is not None and self._norm > self._grad_clip:
                 param.grad.mul_(self._grad_clip / (self._norm + 1e-6))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """DeepSpeed's linear for weights that ZeRO-3 divides, torch's for all others.
+
+    At stage 3 DeepSpeed puts its own in place of torch's for the whole process. A teacher beside the student has no use
+    for it, and of 8 bits it cannot take it: torchao's int8 tensors have no t().
+    """
+    chosen = zero3_linear_wrap if hasattr(weight, "ds_id") else InsertPostInitMethodToModuleSubClasses.linear_bk
+    return cast(Tensor, chosen(x, weight, bias))
 
 
 def _check_marks(backbone: Backbone, mesh: Mesh) -> None:

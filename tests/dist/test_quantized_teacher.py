@@ -37,7 +37,7 @@ pytestmark = [
 
 # (world size, format) -> (tp, ZeRO stage, teacher's layout)
 CASES = {
-    (2, "int8"): [(2, 1, "plain"), (2, 2, "tp"), (1, 1, "tp2 overlap")],
+    (2, "int8"): [(2, 1, "plain"), (2, 2, "tp"), (1, 1, "tp2 overlap"), (1, 3, "plain")],
     (2, "fp8"): [(2, 3, "tp"), (1, 2, "plain")],
     (4, "int8"): [(2, 1, "tp4")],
 }
