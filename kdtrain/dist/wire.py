@@ -52,6 +52,13 @@ def _lost(peer: int, error: RuntimeError) -> PeerLost:
     )
 
 
+def _board_lost() -> PeerLost:
+    return PeerLost(
+        "rank 0, which keeps what ranks tell each other, has ended\n"
+        "  why: students and teachers of a run end together\n  fix: look at what rank 0 said last"
+    )
+
+
 class Board:
     """Short facts that a rank writes once and any other reads: a key-value store of plain values."""
 
@@ -63,15 +70,17 @@ class Board:
         try:
             self._store.set(key, json.dumps(facts))
         except RuntimeError as error:  # the store's
-            raise PeerLost(
-                "rank 0, which keeps what ranks tell each other, has ended\n"
-                "  why: students and teachers of a run end together\n  fix: look at what rank 0 said last"
-            ) from error
+            raise _board_lost() from error
 
     def read(self, key: str, timeout: timedelta) -> dict[str, Any]:
-        """What stands under `key`, as soon as somebody has written it. Raises PeerLost after `timeout`."""
+        """What stands under `key`, as soon as somebody has written it.
+
+        Raises PeerLost after `timeout`, and as soon as the store's host, rank 0, has ended.
+        """
         try:
             self._store.wait([key], timeout)
+        except dist.DistNetworkError as error:
+            raise _board_lost() from error
         except RuntimeError as error:  # the store's, of several classes
             raise PeerLost(
                 f"nobody has written {key!r} within {timeout.total_seconds():.0f} s\n"

@@ -1,6 +1,7 @@
 """What passes between the student's ranks and dedicated teachers: who answers what, how each side learns of an end."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from kdtrain.data.batch import Batch
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.roles import Roles
 from kdtrain.dist.vocab import HeadShard
-from kdtrain.dist.wire import Wire
+from kdtrain.dist.wire import Board, Wire
 from kdtrain.errors import EXIT_DATA, EXIT_NON_FINITE, ConfigError, DataError, NonFiniteLoss, PeerLost, RunStopped
 from kdtrain.teacher.protocol import GRACE, compare_facts, farewell, write_facts, write_failure
 from kdtrain.teacher.remote import RemoteTeacher
@@ -309,6 +310,19 @@ def facts_that_differ(rank, world_size, folder):
 
 def test_what_was_loaded_is_compared_and_a_teacher_that_cannot_load_is_not_waited_for(rank_pool, tmp_path):
     assert rank_pool(2).run(facts_that_differ, folder=tmp_path)[0]
+
+
+def test_a_board_whose_host_ends_is_not_said_to_have_been_waited_for_in_vain():
+    host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    board = Board(dist.TCPStore("127.0.0.1", host.port, None, False))
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(board.read, "facts/1", TIMEOUT)
+        time.sleep(0.5)
+        del host  # nobody else holds it: the server ends
+        with pytest.raises(PeerLost, match=r"rank 0, which keeps what ranks tell each other, has ended\n  why"):
+            answer.result()
+    assert time.monotonic() - started < 0.5 * TIMEOUT.total_seconds()
 
 
 def silent_teacher(rank, world_size, folder, stays):
