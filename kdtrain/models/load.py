@@ -28,6 +28,7 @@ from kdtrain.models.context_probe import check_context
 from kdtrain.models.experts import choose_products, refuse_mixture
 from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.probe import check_model
+from kdtrain.models.quantize import quantizable_layers
 from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.models.ties import kept_name, tied_names
 from kdtrain.parallel.cut import Cut
@@ -205,17 +206,21 @@ def model_facts(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> 
 
 
 def check_architecture(
-    spec: ModelSpec, vocab_size: int, mesh: Mesh, *, packed: bool = True, trainable: bool = True, sequence: bool = False
-) -> None:
+    spec: ModelSpec, vocab_size: int, mesh: Mesh, *, packed: bool = True, trainable: bool = True,
+    sequence: bool = False, quantize: str | None = None,
+) -> None:  # fmt: skip
     """What `load_backbone` asks of an architecture before it reads or makes a weight. Raises as it does.
 
-    mesh: its sizes alone are used, so it may be of a world that does not run yet.
+    mesh: its sizes alone are used, so it may be of a world that does not run yet. quantize: as teacher.quantize; raises
+    as `quantize_decoder_` will.
     """
     shard = VocabShard.of(vocab_size, mesh.tp_rank, mesh.tp_size, total_rows=model_rows(spec, vocab_size))
     with parameters_on_meta():
         config = build_config(spec, vocab_size, trainable=trainable)
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     check_model(model, _source(spec), packed=packed)
+    if quantize is not None:
+        quantizable_layers(model, quantize)
     _prepare_context(model, mesh, _source(spec), packed)
     _cut(model, mesh, shard, trainable=trainable, sequence=sequence)
     if trainable and spec.activation_checkpointing:

@@ -42,7 +42,7 @@ def quantize_decoder_(backbone: Backbone, kind: str) -> tuple[int, int]:
     and for Conv1D layers.
     """
     require_torchao(kind)
-    before, layers = _parameter_bytes(backbone), _linear_layers(backbone, kind)
+    before, layers = _parameter_bytes(backbone), quantizable_layers(backbone.model, kind)
     for layer in layers:
         weight = layer.weight
         largest = None
@@ -54,11 +54,14 @@ def quantize_decoder_(backbone: Backbone, kind: str) -> tuple[int, int]:
     return before, _parameter_bytes(backbone)
 
 
-def _linear_layers(backbone: Backbone, kind: str) -> list[Any]:
-    """The same layers in every layout: what is nn.Linear in the whole model has one of these classes in a cut one."""
-    decoder, classes = backbone.model.base_model, (nn.Linear, ColumnParallelLinear, RowParallelLinear, LatentLinear)
+def quantizable_layers(model: Any, kind: str) -> list[Any]:
+    """The decoder's linear layers, of a stock model, whole or cut, perhaps on meta. ConfigError as `quantize_decoder_`.
+
+    The same in every layout: what is nn.Linear in the whole model has one of these classes in a cut one.
+    """
+    decoder, classes = model.base_model, (nn.Linear, ColumnParallelLinear, RowParallelLinear, LatentLinear)
     found = [module for module in decoder.modules() if isinstance(module, classes)]
-    if next(expert_modules(backbone.model), None) is not None:
+    if next(expert_modules(model), None) is not None:
         what, why = "is a mixture of experts", "packed experts, nearly all of a mixture's weights, are not"
     elif any(_is_transposed(module) for module in decoder.modules()):
         what, why = "has Conv1D layers", "these layers keep inputs x outputs"
@@ -67,7 +70,7 @@ def _linear_layers(backbone: Backbone, kind: str) -> list[Any]:
     else:
         return found
     raise ConfigError(
-        f"teacher.quantize = {kind}: {type(backbone.model).__name__} {what}\n"
+        f"teacher.quantize = {kind}: {type(model).__name__} {what}\n"
         f"  why: torchao's tensors are matrices, outputs x inputs; {why}\n"
         "  fix: set teacher.quantize=null; teacher.layout=tp or teacher.zero_stage=3 divide the weights"
     )

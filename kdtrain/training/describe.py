@@ -125,7 +125,8 @@ def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int, trains: bool
     check_architecture(build.student_spec(cfg), vocab_size, mesh, packed=packed, sequence=p.sequence, trainable=trains)
     if (spec := build.teacher_spec(cfg)) is not None:
         mesh = replace(mesh, tp_size=teacher_tp(cfg))
-        check_architecture(spec, vocab_size, mesh, packed=packed, trainable=False)
+        quantize = cfg.teacher.quantize
+        check_architecture(spec, vocab_size, mesh, packed=packed, trainable=False, quantize=quantize)
     if cfg.teacher.quantize is not None:
         require_torchao(cfg.teacher.quantize)
     students = student_ranks(cfg, world_size)

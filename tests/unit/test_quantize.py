@@ -12,7 +12,7 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import EXIT_CONFIG, ConfigError
 from kdtrain.losses.reference import forward_kl
-from kdtrain.models.load import ModelSpec, load_backbone
+from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
 from kdtrain.models.quantize import quantize_decoder_, require_torchao
 from kdtrain.models.tiny import tiny_config
 from kdtrain.models.tiny_mixtures import mixture_config
@@ -141,6 +141,9 @@ def test_what_has_no_matrices_to_quantise_is_refused(build, tmp_path):
     mixture = load_backbone(spec, Mesh(), vocab_size=VOCAB, trainable=False)
     with pytest.raises(ConfigError, match="MixtralForCausalLM is a mixture of experts"):
         quantize_decoder_(mixture, "fp8")
+    check_architecture(spec, VOCAB, Mesh(), trainable=False)
+    with pytest.raises(ConfigError, match="MixtralForCausalLM is a mixture of experts"):
+        check_architecture(spec, VOCAB, Mesh(), trainable=False, quantize="fp8")
 
 
 @needs_torchao
