@@ -102,7 +102,7 @@ def log_memory(cfg: RunConfig, inputs: Inputs, dp_size: int) -> None:
     teacher = build.teacher_spec(cfg)
     if teacher is not None and teacher_ranks(cfg):
         size = _size(teacher, inputs, trainable=False)
-        LOGGER.info("memory   teacher's ranks: %s", estimate_teacher_rank(cfg, size).line())
+        LOGGER.info("memory   teacher's ranks: %s", estimate_teacher_rank(cfg, size, dp_size=dp_size).line())
 
 
 def _size(spec: ModelSpec, inputs: Inputs, *, trainable: bool = True) -> ModelSize:

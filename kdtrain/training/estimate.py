@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kdtrain.config.ranks import teacher_tp
 from kdtrain.config.schema import RunConfig
+from kdtrain.training.dedicated import in_flight
 
 GIB = 1 << 30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -54,7 +55,8 @@ def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | Non
 
     Student: weights; an fp32 gradient; fp32 master copy and two Adam moments; ZeRO divides the states (stage >= 1),
     the gradients (>= 2) and the weights (3) by dp x cp. With zero.offload_optimizer the states are on the host, and at
-    stage 3 the gradients too; with checkpoint.async_write a copy of the states is. Teacher: weights, whole or cut.
+    stage 3 the gradients too; with checkpoint.async_write a copy of the states is. Teacher: weights, whole or cut; of a
+    dedicated one the answers that are under way, on the host.
     Loss: two fp32 slabs within train.slab_bytes plus the fp32 gradients it returns. Activations: per layer about
     16 widths per token without recomputation, 1 with it (and one layer's worth).
     """
@@ -84,19 +86,31 @@ def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | Non
         host += local * 12 / (zero_size if stage >= 1 else 1)
     if teacher is not None:
         parts |= _teacher_parts(cfg, teacher, tokens, zero_size)
-        host += _teacher_on_host(cfg, teacher, zero_size)
+        host += _teacher_on_host(cfg, teacher, zero_size) + _answers(cfg, teacher)
     return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host))
 
 
-def estimate_teacher_rank(cfg: RunConfig, teacher: ModelSize) -> MemoryEstimate:
-    """Bytes on a rank that holds nothing but the teacher: its weights, and a layer's activations of a micro-batch."""
+def estimate_teacher_rank(cfg: RunConfig, teacher: ModelSize, *, dp_size: int) -> MemoryEstimate:
+    """Bytes on a rank that holds nothing but the teacher: its weights, and a layer's activations of a micro-batch.
+
+    On the host, of a teacher's first rank: the answers to each of the student's data ranks, kept until they are known
+    to have arrived.
+    """
     item, tokens = BYTES[cfg.teacher.dtype], cfg.data.sequences_per_micro_batch * cfg.data.seq_len
     tokens = min(tokens, cfg.teacher.max_tokens_per_forward or tokens)
     parts = {
         "weights": teacher.num_parameters * item // teacher_tp(cfg),
         "activations": 16 * tokens * teacher.width * item,
     }
-    return MemoryEstimate(parts)
+    return MemoryEstimate(parts, int(dp_size * _answers(cfg, teacher)))
+
+
+def _answers(cfg: RunConfig, teacher: ModelSize) -> float:
+    """Hidden states between a dedicated teacher and one data rank: all under way, and a validation's batch besides."""
+    if cfg.teacher.layout != "dedicated":
+        return 0.0
+    tokens = cfg.data.sequences_per_micro_batch * cfg.data.seq_len
+    return (in_flight(cfg) + 1) * tokens * teacher.width * BYTES[cfg.teacher.dtype]
 
 
 def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, zero_size: int) -> dict[str, float]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from kdtrain.config.schema import RunConfig
-from kdtrain.training.estimate import ModelSize, estimate_memory
+from kdtrain.training.estimate import ModelSize, estimate_memory, estimate_teacher_rank
 
 STUDENT, TEACHER = ModelSize(8_000_000, 256, 4, 1024), ModelSize(32_000_000, 512, 8, 1024)
 
@@ -69,6 +69,16 @@ def test_a_teacher_on_the_host_is_counted_there():
     on, off = (estimated(2, offload=offload, teacher=TEACHER) for offload in (True, False))
     assert on.host - estimated(2, offload=True).host == 32_000_000 * 2 // 4
     assert off.parts["teacher"] - on.parts["teacher"] == 32_000_000 * 2 // 4
+
+
+def test_answers_of_a_dedicated_teacher_are_counted_on_both_hosts():
+    cfg = RunConfig()
+    cfg.data.seq_len, cfg.data.sequences_per_micro_batch = 16, 3
+    here = estimate_memory(cfg, STUDENT, TEACHER, dp_size=2).host
+    cfg.teacher.weights, cfg.teacher.layout, cfg.teacher.ranks, cfg.teacher.in_flight = "folder", "dedicated", 1, 5
+    answers = 6 * 16 * 3 * TEACHER.width * 2
+    assert estimate_memory(cfg, STUDENT, TEACHER, dp_size=2).host - here == answers
+    assert estimate_teacher_rank(cfg, TEACHER, dp_size=2).host == 2 * answers
 
 
 def test_ranks_that_share_sequences_share_activations_and_states():
