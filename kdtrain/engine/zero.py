@@ -138,8 +138,9 @@ class StudentEngine:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """DeepSpeed's linear for weights that ZeRO-3 divides, torch's for all others.
 
-    At stage 3 DeepSpeed puts its own in place of torch's for the whole process. A teacher beside the student has no use
-    for it, and of 8 bits it cannot take it: torchao's int8 tensors have no t().
+    At stage 3 DeepSpeed puts its own in place of torch's for the whole process; this takes that back for whatever is
+    not its business. A teacher beside the student has no use for it, and of 8 bits it cannot take it: torchao's int8
+    tensors have no t().
     """
     chosen = zero3_linear_wrap if hasattr(weight, "ds_id") else InsertPostInitMethodToModuleSubClasses.linear_bk
     return cast(Tensor, chosen(x, weight, bias))

@@ -101,7 +101,7 @@ def load_backbone(
     model = _build(spec, vocab_size, device, seed, trainable=trainable)
     check_model(model, _source(spec), packed=packed)
     _prepare_context(model, mesh, _source(spec), packed)
-    cuts = _cut(model, mesh, shard, trainable=trainable, sequence=sequence)
+    cuts = _cut(model, _source(spec), mesh, shard, trainable=trainable, sequence=sequence)
     choose_products(model, DTYPES[spec.dtype])
     kept = {name: cut for name, cut in cuts.items() if kept_name(model, name) == name}
     backbone = Backbone(model, shard, kept, mesh.cp_group)
@@ -222,18 +222,24 @@ def check_architecture(
     if quantize is not None:
         quantizable_layers(model, quantize)
     _prepare_context(model, mesh, _source(spec), packed)
-    _cut(model, mesh, shard, trainable=trainable, sequence=sequence)
+    _cut(model, _source(spec), mesh, shard, trainable=trainable, sequence=sequence)
     if trainable and spec.activation_checkpointing:
         enable_activation_checkpointing(model)
 
 
-def _cut(model: Any, mesh: Mesh, shard: VocabShard, *, trainable: bool, sequence: bool) -> dict[str, Cut]:
+def _cut(
+    model: Any, source: str, mesh: Mesh, shard: VocabShard, *, trainable: bool, sequence: bool
+) -> dict[str, Cut]:  # fmt: skip
     """Cut `model`, whole until now, for this rank of `mesh`, in place; every cut by parameter name."""
     if trainable and mesh.tp_size > 1:
         _refuse_dropout(model)
     model.requires_grad_(trainable)
-    cuts = plan_cuts(model, mesh.tp_size, shard.rows)
-    shard_model(model, mesh, shard, sequence=sequence)
+    try:
+        cuts = plan_cuts(model, mesh.tp_size, shard.rows)
+        shard_model(model, mesh, shard, sequence=sequence)
+    except ParallelError as error:
+        note = "" if trainable else "\n  note: a teacher is cut over teacher.tp ranks, parallel.tp of them by default"
+        raise ParallelError(f"{source}: {error}{note}") from error
     return cuts
 
 

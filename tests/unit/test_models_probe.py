@@ -128,6 +128,17 @@ def test_what_cannot_be_cut_is_found_by_the_check(tmp_path, kind, changes, setti
         check_architecture(spec, 101, Mesh(world_size=tp, tp_size=tp), sequence=sequence)
 
 
+def test_a_model_that_cannot_be_cut_is_named_and_of_a_teacher_the_setting(tmp_path):
+    path = tmp_path / "model.json"
+    path.write_text(json.dumps(tiny_config("llama")))
+    spec, mesh = ModelSpec(architecture=str(path), dtype="float32"), Mesh(world_size=16, tp_size=16)
+    for trainable in (True, False):
+        with pytest.raises(ParallelError) as refused:
+            check_architecture(spec, 101, mesh, trainable=trainable)
+        assert str(refused.value).startswith(f"architecture {str(path)!r}: parallel.tp = 16 is more than the 8 query heads")
+        assert str(refused.value).endswith("teacher.tp ranks, parallel.tp of them by default") == (not trainable)
+
+
 @pytest.mark.parametrize(
     ("student", "teacher"), [({"tp": 2}, {}), ({}, {"layout": "tp", "tp": 2}), ({}, {"layout": "dedicated", "tp": 2})]
 )
