@@ -42,7 +42,7 @@ def run_checks(cfg: RunConfig) -> int:
         mesh = Mesh.build(*axes(cfg, rank.world_size))
         # every rank makes the same rows in the same order, so that they can be laid side by side
         mine = [
-            *versions(), device_row(rank.device), *kernel_rows(mesh, rank.device, cfg.train.kernels),
+            *versions(), device_row(rank.device), mesh_row(cfg, mesh), *kernel_rows(mesh, rank.device, cfg.train.kernels),
             *collective_rows(mesh, rank.device), *disk_rows(Path(cfg.run.output_dir), mesh),
         ]  # fmt: skip
         world = mesh.world_group
@@ -59,6 +59,16 @@ def axes(cfg: RunConfig, world_size: int) -> tuple[int, int]:
     """(tp, cp) of the collectives to try: the run's; (1, 1) if dedicated teachers leave a job they do not divide."""
     tp, cp = cfg.parallel.tp, cfg.parallel.cp
     return (1, 1) if cfg.teacher.layout == "dedicated" and world_size % (tp * cp) else (tp, cp)
+
+
+def mesh_row(cfg: RunConfig, mesh: Mesh) -> Row:
+    """The axes that are tried, and what a run has besides. Does not communicate."""
+    text = f"dp {mesh.dp_size} x cp {mesh.cp_size} x tp {mesh.tp_size}"
+    if cfg.teacher.layout != "dedicated":
+        return Row("mesh", "-", text)
+    if (mesh.tp_size, mesh.cp_size) != (cfg.parallel.tp, cfg.parallel.cp):
+        text += f"; parallel.tp = {cfg.parallel.tp} x parallel.cp = {cfg.parallel.cp} divide the student's ranks only"
+    return Row("mesh", "-", text + "; all ranks as one world, without the teacher's messages")
 
 
 def _find_others(address: str | None) -> None:

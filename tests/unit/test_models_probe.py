@@ -135,7 +135,8 @@ def test_a_model_that_cannot_be_cut_is_named_and_of_a_teacher_the_setting(tmp_pa
     for trainable in (True, False):
         with pytest.raises(ParallelError) as refused:
             check_architecture(spec, 101, mesh, trainable=trainable)
-        assert str(refused.value).startswith(f"architecture {str(path)!r}: parallel.tp = 16 is more than the 8 query heads")
+        said = f"architecture {str(path)!r}: parallel.tp = 16 is more than the 8 query heads"
+        assert str(refused.value).startswith(said)
         assert str(refused.value).endswith("teacher.tp ranks, parallel.tp of them by default") == (not trainable)
 
 

@@ -49,6 +49,7 @@ def test_two_ranks_under_the_launcher_try_every_axis_and_leave_nothing_behind(tm
     assert found["ranks"] == ("-", f"2 on 1 hosts: {socket.gethostname()}")
     assert found["version torch"] == ("ok", torch.__version__)
     assert found["kernels torch float32"] == ("ok", "8 divergences over tp 2: gradients within 0.0002 of float64")
+    assert found["mesh"] == ("-", "dp 1 x cp 1 x tp 2")
     assert found["collectives dp"] == ("-", "one rank")
     for name in ("all-reduce tp", "all-gather tp", "all-to-all tp", "all-reduce world", "all-to-all world"):
         assert re.fullmatch(r"2 ranks, 8 MiB in [\d.]+ ms: [\d.]+ GB/s", found[name][1])
@@ -181,3 +182,6 @@ def test_collectives_are_tried_along_the_runs_axes_where_the_job_has_them():
     cfg.teacher.layout = "dedicated"
     assert setup_check.axes(cfg, 8) == (2, 2)
     assert setup_check.axes(cfg, 6) == (1, 1)
+    told = [setup_check.mesh_row(cfg, Mesh(world_size=n, tp_size=tp, cp_size=tp)).found for n, tp in ((8, 2), (6, 1))]
+    assert told[0] == "dp 2 x cp 2 x tp 2; all ranks as one world, without the teacher's messages"
+    assert told[1].startswith("dp 6 x cp 1 x tp 1; parallel.tp = 2 x parallel.cp = 2 divide the student's ranks only; ")
