@@ -42,8 +42,9 @@ def run_checks(cfg: RunConfig) -> int:
         mesh = Mesh.build(*axes(cfg, rank.world_size))
         # every rank makes the same rows in the same order, so that they can be laid side by side
         mine = [
-            *versions(), device_row(rank.device), mesh_row(cfg, mesh), *kernel_rows(mesh, rank.device, cfg.train.kernels),
-            *collective_rows(mesh, rank.device), *disk_rows(Path(cfg.run.output_dir), mesh),
+            *versions(), device_row(rank.device), mesh_row(cfg, mesh),
+            *kernel_rows(mesh, rank.device, cfg.train.kernels), *collective_rows(mesh, rank.device),
+            *disk_rows(Path(cfg.run.output_dir), mesh),
         ]  # fmt: skip
         world = mesh.world_group
         rows = merge(gather_objects(mine, world), gather_objects(socket.gethostname(), world))

@@ -65,7 +65,7 @@ def test_a_backend_that_the_run_asks_for_and_is_not_there_fails_with_1(tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     result, why = table(done.stdout)["kernels triton"]
     assert (result, why.split(":")[0]) == ("FAIL", "backend = 'triton' is not available for cpu")
-    assert "1 of 20 checks failed" in done.stdout
+    assert "1 of 21 checks failed" in done.stdout
 
 
 def test_help_and_mistakes_need_no_torch():
