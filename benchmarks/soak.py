@@ -45,7 +45,7 @@ import measuring as common
 
 TABLES = common.ROOT / "docs/results"
 BEHIND = "checkpoint.async_write=true"
-STEPS, TOKENS_PER_STEP, KILLS_PER_RUN = 16, 128, 2
+STEPS, KILLS_PER_RUN = 16, 2
 DONE, STOPPED = 0, 75
 TIMEOUT_S = 120
 ATTEMPTS = 20
@@ -64,39 +64,18 @@ def make_world(folder: Path) -> Path:
 
 def write_world(name: str) -> None:
     """In a process of its own; the configuration last."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     from kdtrain.models.tiny import tiny_config
-    from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+    from kdtrain.testing.tiny_run import write_run
 
     logging.disable_progress_bar()
     folder = Path(name)
     shutil.rmtree(folder, ignore_errors=True)
-    teacher = write_tokenizer(folder / "teacher", eos="<|endoftext|>")
-    write_store(folder / "store", random_documents(400, seed=0), teacher)
-    settings = tiny_config("qwen3", vocab_size=257)
-    torch.manual_seed(3)
-    model = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    AutoModelForCausalLM.from_config(model, dtype=torch.float32).save_pretrained(teacher)
-    student = folder / "student.json"
-    student.write_text(json.dumps(tiny_config("gpt_neox", hidden_dropout=0.2)))
-    common.write_whole(
-        folder / "config.yaml",
-        f"""
-run: {{name: whole, output_dir: {folder}/runs}}
-student: {{architecture: {student}, dtype: float32}}
-teacher: {{weights: {teacher}, dtype: float32}}
-data: {{train: [{folder}/store], seq_len: 16, tokens_per_step: {TOKENS_PER_STEP}, sequences_per_micro_batch: 4}}
-objective: {{name: distill, distill: {{kd_weight: 0.7, temperature: 2.0}}}}
-train: {{total_tokens: {STEPS * TOKENS_PER_STEP}, slab_bytes: 1048576}}
-schedule: {{warmup_tokens: {2 * TOKENS_PER_STEP}}}
-checkpoint: {{every_steps: 1, keep_last: 2, export: false}}
-log: {{every_steps: 1}}
-debug: {{self_check: false}}
-""",
-    )
+    write_run(
+        folder, student=tiny_config("gpt_neox", hidden_dropout=0.2), teacher=tiny_config("qwen3"), steps=STEPS,
+        run={"name": "whole"}, checkpoint={"keep_last": 2},
+    )  # fmt: skip
 
 
 def train(config: str, name: str, log: str, *words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 _COMMON: dict[str, Any] = {
@@ -77,3 +78,17 @@ TINY: dict[str, dict[str, Any]] = {
 def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
     """A copy of a tiny config with some keys changed, e.g. tie_word_embeddings=True. KeyError for unknown names."""
     return {**TINY[name], **changes}
+
+
+def save_random(folder: Path, config: dict[str, Any], *, seed: int = 3) -> Path:
+    """A Hugging Face folder with a model of `config` initialised from `seed`, in float32; `folder`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    model.save_pretrained(folder)
+    return folder

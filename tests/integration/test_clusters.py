@@ -1,7 +1,6 @@
 """The batch script of docs/clusters.md, taken from there and run with programs that do what Slurm's would."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -14,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from kdtrain.config.launcher import FIRST_PORT, NUM_PORTS
+from kdtrain.models.tiny import tiny_config
+from kdtrain.testing.tiny_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
@@ -67,22 +68,9 @@ def replaced(text, **names):
 
 @pytest.fixture
 def config(tmp_path):
-    from kdtrain.models.tiny import tiny_config
-    from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
-
-    write_store(tmp_path / "store", random_documents(300, seed=0), write_tokenizer(tmp_path / "tokenizer"))
-    (tmp_path / "student.json").write_text(json.dumps(tiny_config("smollm")))
-    path = tmp_path / "config.yaml"
-    path.write_text(f"""
-run: {{output_dir: {tmp_path}/runs}}
-student: {{architecture: {tmp_path}/student.json, dtype: float32}}
-objective: {{name: pretrain}}
-data: {{train: [{tmp_path}/store], seq_len: 16, tokens_per_step: 128, sequences_per_micro_batch: 4}}
-train: {{total_tokens: 7680, slab_bytes: 1048576}}
-checkpoint: {{every_steps: 2, export: false}}
-log: {{every_steps: 1}}
-""")
-    return path
+    return write_run(
+        tmp_path, student=tiny_config("smollm"), num_documents=300, steps=60, checkpoint={"every_steps": 2}
+    )
 
 
 def test_a_job_that_is_warned_saves_is_requeued_and_goes_on(tmp_path, config):

@@ -398,15 +398,6 @@ def test_a_dedicated_teacher_that_fails_ends_all_ranks_with_its_message(world, t
     assert time.monotonic() - started < 100
 
 
-def test_more_tp_ranks_than_query_heads_is_one_clear_message(world):
-    config = json.loads((world / "student.json").read_text())
-    narrow = world / "narrow.json"
-    narrow.write_text(json.dumps({**config, "num_attention_heads": 1, "num_key_value_heads": 1}))
-    done = deepspeed(world / "config.yaml", "run.name=narrow", f"student.architecture={narrow}")
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "parallel.tp = 2 is more than the 1 query heads" in done.stderr
-
-
 def test_a_misspelt_key_ends_in_code_2_before_torch_is_imported(world):
     started = time.monotonic()
     done = script("train.py", world / "config.yaml", "objective.distil.kd_weight=1")

@@ -18,9 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from kdtrain.models.tiny import tiny_config
+from kdtrain.testing.tiny_run import write_run
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("ip", "unshare", "nsenter", "mount", "ssh", "ssh-keygen", "pdsh", "deepspeed")
-STEPS, TOKENS_PER_STEP = 32, 256
+STEPS = 32
 WIRE = "eth0"
 LOST_S = 15
 """A rank that waits this long for the others ends itself; ssh connections to a host that is gone, a little before."""
@@ -203,35 +206,6 @@ def start(hosts, folder, name, *, node=None, alone=False):
         )
 
 
-def write_world(folder):
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from kdtrain.models.tiny import tiny_config
-    from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
-
-    teacher = write_tokenizer(folder / "teacher", eos="<|endoftext|>")
-    write_store(folder / "store", random_documents(600, seed=0), teacher)
-    settings = tiny_config("qwen3", vocab_size=257)
-    torch.manual_seed(3)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(teacher)
-    (folder / "student.json").write_text(json.dumps(tiny_config("smollm")))
-    (folder / "config.yaml").write_text(f"""
-run: {{output_dir: {folder}/runs, lock_lease_s: 4}}
-student: {{architecture: {folder}/student.json, dtype: float32}}
-teacher: {{weights: {folder}/teacher, dtype: float32}}
-data: {{train: [{folder}/store], seq_len: 16, tokens_per_step: {TOKENS_PER_STEP}, sequences_per_micro_batch: 4}}
-objective: {{name: distill, distill: {{kd_weight: 0.7, temperature: 2.0}}}}
-train: {{total_tokens: {STEPS * TOKENS_PER_STEP}, slab_bytes: 1048576}}
-schedule: {{warmup_tokens: 512}}
-checkpoint: {{every_steps: 1, export: false}}
-log: {{every_steps: 1}}
-guard: {{stall_warn_s: 5, stall_exit_s: {LOST_S}}}
-debug: {{self_check: false}}
-""")
-
-
 def outcome(run_folder):
     """Every reported loss and norm, and a hash of all weights."""
     from kdtrain.engine.checkpoint import find_latest, read_full_parameters, step_of
@@ -266,7 +240,10 @@ def end_of(process, folder, name, timeout_s):
 def test_hosts_that_lose_power_end_the_run_and_the_same_command_goes_on_bitwise(tmp_path):
     if reason := what_is_missing():
         pytest.skip(reason)
-    write_world(tmp_path)
+    write_run(
+        tmp_path, student=tiny_config("smollm"), teacher=tiny_config("qwen3"), num_documents=600, steps=STEPS,
+        run={"lock_lease_s": 4}, guard={"stall_warn_s": 5, "stall_exit_s": LOST_S},
+    )  # fmt: skip
     with two_hosts(tmp_path) as hosts:
         wait_for_ssh(hosts, tmp_path)
         whole = start(hosts, tmp_path, "whole")
