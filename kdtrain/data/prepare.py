@@ -20,16 +20,16 @@ from tokenizers import Tokenizer
 
 from kdtrain.data.manifest import Manifest
 from kdtrain.data.megatron_index import DTYPES, read_index
+from kdtrain.data.separator import document_borders
 from kdtrain.data.text import find_files, read_documents
 from kdtrain.data.token_store import TokenStoreWriter
-from kdtrain.data.tokenizer import document_prefix, load_tokenizer, separator_id
+from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.log import LOGGER
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 1 << 20
 """A worker's portion ends at the first of these; it bounds memory and never changes the result."""
 REPORT_EVERY_S = 10.0
-BOS = ("auto", "never")
 Report = Callable[[int], None]
 
 
@@ -38,7 +38,7 @@ class PrepareSettings:
     """How to read and cut.
 
     field: of JSON lines. errors: "strict", or "replace" for invalid UTF-8. validation_share: of documents, chosen by a
-    hash of their text. separator: token after each document, None as `kdtrain.data.tokenizer.separator_id` chooses.
+    hash of their text. separator: token after each document, None as `kdtrain.data.separator.choose_separator` does.
     workers: processes; None: one per core this process may use. split_on: line between documents of a text file
     (`kdtrain.data.text.read_documents`), None: a text file is one document. bos: "auto" puts before each document what
     the tokenizer's post-processor puts there, "never" nothing.
@@ -71,7 +71,8 @@ def prepare_corpus(
     """
     if not 0 <= settings.validation_share < 1:
         raise ConfigError(f"validation_share = {settings.validation_share} is not in [0, 1)\n  fix: for example 0.01")
-    separator, prefix = separator_id(tokenizer_dir, settings.separator), _prefix(tokenizer_dir, settings.bos)
+    borders = document_borders(tokenizer_dir, load_tokenizer(tokenizer_dir), settings.separator, settings.bos)
+    separator, prefix = borders[0].id, borders[1]
     files = find_files(inputs)
     source = f"{len(files)} files: " + ", ".join(p.name for p in files[:8]) + (", ..." if len(files) > 8 else "")
     names = ["train", "validation"] if settings.validation_share > 0 else ["train"]
@@ -116,7 +117,8 @@ def import_megatron(
     DataError for damaged files or ids outside the vocabulary.
     """
     tokenizer = load_tokenizer(tokenizer_dir)
-    end, begin = separator_id(tokenizer_dir, separator), _prefix(tokenizer_dir, bos)
+    found, begin = document_borders(tokenizer_dir, tokenizer, separator, bos)
+    end = found.id
     source = "Megatron " + ", ".join(Path(prefix).name for prefix in prefixes)
     writing = TokenStoreWriter(Path(output) / "train", tokenizer_dir, end, source=source, document_prefix=begin)
     with writing as writer, progress() as report:
@@ -126,19 +128,6 @@ def import_megatron(
                 writer.add(ids, _decoded_bytes(tokenizer, ids))
                 report(len(ids) + 1)
         return {"train": writer.commit()}
-
-
-def _prefix(tokenizer_dir: str | Path, bos: str) -> list[int]:
-    if bos not in BOS:
-        raise ConfigError(f"bos = {bos!r} is not known\n  fix: use one of {', '.join(BOS)}")
-    found = document_prefix(tokenizer_dir) if bos == "auto" else []
-    if found:
-        names = [load_tokenizer(tokenizer_dir).id_to_token(token) for token in found]
-        LOGGER.info(
-            "prepare  each document begins with %s (tokens %s), as the tokenizer's post-processor has it; "
-            "--bos never leaves that out", " ".join(map(str, names)), found,
-        )  # fmt: skip
-    return found
 
 
 def _bare(ids: np.ndarray, prefix: list[int]) -> np.ndarray:
