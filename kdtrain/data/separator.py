@@ -49,7 +49,7 @@ def choose_separator(folder: str | Path, name: str | None = None, tokenizer: Tok
     ends a document, or the one that generation_config.json or config.json list beside the turn end.
     Raises ConfigError if there is none.
     """
-    path, tokenizer = Path(folder), tokenizer or load_tokenizer(folder)
+    path, tokenizer = Path(folder), load_tokenizer(folder) if tokenizer is None else tokenizer
     if name is not None:
         return _named(path, tokenizer, name)
     found = tokenizer.token_to_id(DEFAULT_SEPARATOR)

@@ -281,9 +281,10 @@ def _json_text(where: str, line: str, field: str, errors: str) -> str | InvalidD
         )
     value = record[field]
     if not isinstance(value, str):
-        shown = json.dumps(value)
+        kind = _json_type(value)
+        shown = kind if isinstance(value, list | dict) else json.dumps(value)
         return InvalidDocument(
-            f"lines whose {field!r} is {_json_type(value)}",
+            f"lines whose {field!r} is {kind}",
             f"{where}: no text under {field!r}: its value is {shown if len(shown) <= 60 else shown[:60] + '...'}\n"
             "  fix: name another field with --field, or leave such lines out with --skip-invalid",
         )

@@ -22,8 +22,8 @@ INVALID = [
     (b'{"text": null}', "lines whose 'text' is null", "no text under 'text': its value is null"),
     (b'{"text": 3}', "lines whose 'text' is a number", "no text under 'text': its value is 3"),
     (b'{"text": true}', "lines whose 'text' is true or false", "no text under 'text': its value is true"),
-    (b'{"text": ["a"]}', "lines whose 'text' is an array", "no text under 'text': its value is [\"a\"]"),
-    (b'{"text": {"a": 1}}', "lines whose 'text' is an object", "no text under 'text': its value is {\"a\": 1}"),
+    (b'{"text": ["a"]}', "lines whose 'text' is an array", "no text under 'text': its value is an array"),
+    (b'{"text": {"a": 1}}', "lines whose 'text' is an object", "no text under 'text': its value is an object"),
     (b'{"body": "x"}', "lines without 'text'", "no text under 'text' (found ['body'])"),
     (b'["x"]', "lines without 'text'", "no text under 'text' (found list)"),
     (b'{"text": "x"', "lines of invalid JSON", "not valid JSON"),
@@ -58,7 +58,7 @@ def test_a_line_that_cannot_be_read_names_its_value_and_is_skipped_on_request(tm
 
 
 def test_a_long_value_is_not_shown_whole(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": ["word"] * 99}))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": 10**99}))
     with pytest.raises(DataError, match=r"its value is .{60}\.\.\.\n"):
         list(read_documents([tmp_path / "a.jsonl"]))
 
