@@ -15,6 +15,8 @@ from kdtrain.errors import DataError
 
 INDEX_PROBES = 4096
 """Places of all indices together that `map_shard` looks at; `TokenStore.verify` looks at all."""
+TIME_UNITS_NS = (1, 100, 1000, 10**6, 10**9)
+"""File systems cut times off at one of these, some only once a file has left the memory of the host that wrote it."""
 LINKED_FIX = (
     "  fix: restore the pair, or make the store again (launch/prepare_corpus.py --from-megatron --in-place); the same "
     "tokens give a store with the same fingerprint"
@@ -74,7 +76,7 @@ def _check_size(path: Path, expected: int, manifest: Manifest) -> None:
 def _check_unchanged(path: Path, manifest: Manifest) -> None:
     """A file used in place belongs to others, who may write it anew with the same size."""
     linked = _linked(path, manifest)
-    if linked is None or path.stat().st_mtime_ns == linked.mtime_ns:
+    if linked is None or any(path.stat().st_mtime_ns == linked.mtime_ns // unit * unit for unit in TIME_UNITS_NS):
         return
     times = (path.stat().st_mtime_ns, linked.mtime_ns)
     now, then = (datetime.datetime.fromtimestamp(ns / 1e9, datetime.UTC).isoformat(" ") for ns in times)

@@ -180,6 +180,17 @@ def test_a_pair_that_is_gone_or_changed_is_refused_by_name(used, change, why):
     assert "fix: restore the pair, or make the store again" in str(caught.value)
 
 
+@pytest.mark.parametrize("unit", [100, 1000, 10**6, 10**9])
+def test_a_file_system_that_cuts_times_off_changes_no_pair(used, unit):
+    file, store = used
+    recorded = TokenStore.open(store).manifest.linked[0].mtime_ns
+    os.utime(file, ns=(recorded, recorded // unit * unit))
+    TokenStore.open(store)
+    os.utime(file, ns=(recorded, recorded // unit * unit - 1))
+    with pytest.raises(DataError, match="was changed after the store was made"):
+        TokenStore.open(store)
+
+
 def test_verify_finds_one_changed_bit_that_kept_the_date(used):
     file, store = used
     before = file.stat().st_mtime_ns
