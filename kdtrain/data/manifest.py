@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +35,20 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class Linked:
+    """A shard whose .bin is a link to `path`, a file that is used in place and was last changed at `mtime_ns`."""
+
+    shard: str
+    path: str
+    mtime_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What manifest.json says. text_bytes: UTF-8 bytes of the text, prefixes and separators not counted.
 
-    document_prefix: tokens every document begins with, () in manifests of before it was recorded.
+    document_prefix: tokens every document begins with, () in manifests of before it was recorded. linked: shards whose
+    tokens are used in place. left_out: what became no document, by reason. The last two are written if not empty.
     """
 
     dtype: str
@@ -54,6 +64,14 @@ class Manifest:
     format: str = FORMAT
     version: int = VERSION
     document_prefix: tuple[int, ...] = ()
+    linked: tuple[Linked, ...] = ()
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The file manifest.json."""
+    content = {name: value for name, value in asdict(manifest).items() if value or name not in ("linked", "left_out")}
+    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -100,7 +118,8 @@ def _parse(file: Path) -> Manifest:
             )
         shards = tuple(Shard(**shard) for shard in found.pop("shards"))
         prefix = tuple(found.pop("document_prefix", ()))
-        return Manifest(**found, shards=shards, document_prefix=prefix)
+        linked = tuple(Linked(**entry) for entry in found.pop("linked", ()))
+        return Manifest(**found, shards=shards, document_prefix=prefix, linked=linked)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} is damaged: {error}\n{DAMAGED_FIX}") from error
 
@@ -116,6 +135,15 @@ def _problems(m: Manifest) -> Iterator[str]:
     yield from _count("separator_id", m.separator_id, 0, m.vocab_size)
     for place, token in enumerate(m.document_prefix):
         yield from _count(f"document_prefix[{place}]", token, 0, m.vocab_size)
+    for entry in m.linked:
+        if not any(shard.name == entry.shard for shard in m.shards):
+            yield f"linked names the shard {entry.shard!r}, which is none of its shards"
+        yield from _count(f"mtime_ns of {entry.shard!r}", entry.mtime_ns, 0, None)
+    if not isinstance(m.left_out, dict):
+        yield f"left_out is {m.left_out!r}, must be counts by reason"
+    else:
+        for reason, count in m.left_out.items():
+            yield from _count(f"left_out[{reason!r}]", count, 0, None)
     if not isinstance(m.source, str):
         yield f"source is {m.source!r}, must be a text"
     yield from _checksum("tokenizer_fingerprint", m.tokenizer_fingerprint)

@@ -7,7 +7,7 @@ import hashlib
 import multiprocessing
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,18 +19,17 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kdtrain.data.manifest import Manifest
-from kdtrain.data.megatron_index import DTYPES, read_index
+from kdtrain.data.separator import document_borders
 from kdtrain.data.text import find_files, read_documents
 from kdtrain.data.token_store import TokenStoreWriter
-from kdtrain.data.tokenizer import document_prefix, load_tokenizer, separator_id
+from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.log import LOGGER
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 1 << 20
 """A worker's portion ends at the first of these; it bounds memory and never changes the result."""
 REPORT_EVERY_S = 10.0
-BOS = ("auto", "never")
-Report = Callable[[int], None]
+Report = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +37,11 @@ class PrepareSettings:
     """How to read and cut.
 
     field: of JSON lines. errors: "strict", or "replace" for invalid UTF-8. validation_share: of documents, chosen by a
-    hash of their text. separator: token after each document, None as `kdtrain.data.tokenizer.separator_id` chooses.
+    hash of their text. separator: token after each document, None as `kdtrain.data.separator.choose_separator` does.
     workers: processes; None: one per core this process may use. split_on: line between documents of a text file
     (`kdtrain.data.text.read_documents`), None: a text file is one document. bos: "auto" puts before each document what
-    the tokenizer's post-processor puts there, "never" nothing.
+    the tokenizer's post-processor puts there, "never" nothing. skip_invalid: leave out, and count by reason, documents
+    that cannot be read.
     """
 
     field: str = "text"
@@ -51,6 +51,7 @@ class PrepareSettings:
     workers: int | None = None
     split_on: str | None = None
     bos: str = "auto"
+    skip_invalid: bool = False
 
 
 def is_validation(text: str, share: float) -> bool:
@@ -71,111 +72,66 @@ def prepare_corpus(
     """
     if not 0 <= settings.validation_share < 1:
         raise ConfigError(f"validation_share = {settings.validation_share} is not in [0, 1)\n  fix: for example 0.01")
-    separator, prefix = separator_id(tokenizer_dir, settings.separator), _prefix(tokenizer_dir, settings.bos)
-    files = find_files(inputs)
+    separator, prefix = document_borders(tokenizer_dir, load_tokenizer(tokenizer_dir), settings.separator, settings.bos)
+    ignored: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    files = find_files(inputs, ignored)
     source = f"{len(files)} files: " + ", ".join(p.name for p in files[:8]) + (", ..." if len(files) > 8 else "")
     names = ["train", "validation"] if settings.validation_share > 0 else ["train"]
     with ExitStack() as stack:
-        writers = {
-            name: stack.enter_context(
-                TokenStoreWriter(Path(output) / name, tokenizer_dir, separator, source=source, document_prefix=prefix)
-            )
-            for name in names
-        }
+        writers = {}
+        for name in names:
+            folder = Path(output) / name
+            writer = TokenStoreWriter(folder, tokenizer_dir, separator.id, source=source, document_prefix=prefix)
+            writers[name] = stack.enter_context(writer)
         report = stack.enter_context(progress())
-        texts = read_documents(files, field=settings.field, errors=settings.errors, split_on=settings.split_on)
         with_separator = 0
-        for text, ids in tokenised(texts, Path(tokenizer_dir), settings.workers or len(os.sched_getaffinity(0))):
+        for text, ids in _documents(files, Path(tokenizer_dir), settings, left_out):
             held_out = len(names) > 1 and is_validation(text, settings.validation_share)
             writers["validation" if held_out else "train"].add(_bare(ids, prefix), len(text.encode()))
-            with_separator += bool((ids == separator).any())
-            report(len(ids) + 1)
+            with_separator += bool((ids == separator.id).any())
+            report(len(ids) + 1, 1)
+        report_left_out(left_out + Counter({f"files ({name})": count for name, count in ignored.items()}))
         for writer in writers.values():  # all of them can still fail here, so none appears yet
-            writer.finish()
+            writer.finish(left_out)
         # train last: whoever finds it finds the text held out from it too
         made = {name: writers[name].commit() for name in reversed(names)}
     if with_separator:
-        LOGGER.warning(
-            "prepare  %s documents hold the separator (token %d) inside their text, which keeps them one document; "
-            "if it marks borders in a text file, use --split-on", f"{with_separator:,}", separator
-        )  # fmt: skip
+        _warn_of_separators(with_separator, separator.id)
     return {name: made[name] for name in names}
 
 
-def import_megatron(
-    prefixes: Sequence[str | Path],
-    tokenizer_dir: str | Path,
-    output: str | Path,
-    separator: str | None = None,
-    bos: str = "auto",
-) -> dict[str, Manifest]:
-    """Write <output>/train from Megatron pairs PREFIX.bin and PREFIX.idx, which carry no word of their tokenizer.
-
-    Documents follow the pairs' document index; each begins with one prefix (bos: as in PrepareSettings) and ends with
-    one separator, whether or not it did before. The size of the text is measured on the decoded tokens. Raises
-    DataError for damaged files or ids outside the vocabulary.
-    """
-    tokenizer = load_tokenizer(tokenizer_dir)
-    end, begin = separator_id(tokenizer_dir, separator), _prefix(tokenizer_dir, bos)
-    source = "Megatron " + ", ".join(Path(prefix).name for prefix in prefixes)
-    writing = TokenStoreWriter(Path(output) / "train", tokenizer_dir, end, source=source, document_prefix=begin)
-    with writing as writer, progress() as report:
-        for prefix in prefixes:
-            for ids in megatron_documents(Path(prefix)):
-                ids = _bare(ids[:-1] if len(ids) and ids[-1] == end else ids, begin)
-                writer.add(ids, _decoded_bytes(tokenizer, ids))
-                report(len(ids) + 1)
-        return {"train": writer.commit()}
+def _warn_of_separators(documents: int, separator: int) -> None:
+    found = f"{documents:,} documents hold the separator (token {separator}) inside their text"
+    LOGGER.warning(
+        "prepare  %s, which keeps them one document; if it marks borders in a text file, use --split-on", found
+    )
 
 
-def _prefix(tokenizer_dir: str | Path, bos: str) -> list[int]:
-    if bos not in BOS:
-        raise ConfigError(f"bos = {bos!r} is not known\n  fix: use one of {', '.join(BOS)}")
-    found = document_prefix(tokenizer_dir) if bos == "auto" else []
+def _documents(
+    files: Sequence[Path], tokenizer_dir: Path, settings: PrepareSettings, left_out: Counter[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    texts = read_documents(
+        files,
+        field=settings.field,
+        errors=settings.errors,
+        split_on=settings.split_on,
+        skip_invalid=settings.skip_invalid,
+        left_out=left_out,
+    )
+    return tokenised(texts, tokenizer_dir, settings.workers or len(os.sched_getaffinity(0)))
+
+
+def report_left_out(counts: Counter[str]) -> None:
+    """One line with everything that became no document, by reason."""
+    found = [f"{count:,} {reason}" for reason, count in counts.most_common() if count]
     if found:
-        names = [load_tokenizer(tokenizer_dir).id_to_token(token) for token in found]
-        LOGGER.info(
-            "prepare  each document begins with %s (tokens %s), as the tokenizer's post-processor has it; "
-            "--bos never leaves that out", " ".join(map(str, names)), found,
-        )  # fmt: skip
-    return found
+        LOGGER.warning("prepare  left out: %s", ", ".join(found))
 
 
 def _bare(ids: np.ndarray, prefix: list[int]) -> np.ndarray:
-    """Without a prefix that the text or the pair brought along, so that no document begins with two."""
+    """Without a prefix that the text brought along, so that no document begins with two."""
     return ids[len(prefix) :] if prefix and ids[: len(prefix)].tolist() == prefix else ids
-
-
-def _decoded_bytes(tokenizer: Tokenizer, ids: np.ndarray) -> int:
-    """UTF-8 bytes of the text; ids that no tokenizer can have are left to the writer to refuse."""
-    if len(ids) and (ids.min() < 0 or ids.max() >= 1 << 31):
-        return 0
-    return len(tokenizer.decode(ids.tolist(), skip_special_tokens=False).encode())
-
-
-def megatron_documents(prefix: Path) -> Iterator[np.ndarray]:
-    """Ids of each document of a pair, in order; empty ones left out. Raises DataError for a damaged pair."""
-    path = prefix.with_name(prefix.name + ".idx")
-    index = read_index(path)
-    index.check(path)
-    documents, data = np.asarray(index.documents), prefix.with_name(prefix.name + ".bin")
-    ordered = len(documents) == 0 or (documents[0] == 0 and (np.diff(documents) >= 0).all())
-    if not ordered or (len(documents) and documents[-1] != len(index.sizes)) or index.dtype.kind not in "iu":
-        raise DataError(
-            f"{path}: its document index does not divide its {len(index.sizes)} sequences of {index.dtype}\n"
-            f"  fix: build the pair again (dtype one of {[d.__name__ for d in DTYPES.values()]} that are integers)"
-        )
-    expected, found = index.num_tokens * index.dtype.itemsize, data.stat().st_size if data.is_file() else -1
-    if found != expected:
-        what = "is missing" if found < 0 else f"has {found} bytes"
-        raise DataError(f"{data} {what}, {path.name} describes {expected}\n  fix: copy the pair again")
-    if expected == 0:
-        return
-    tokens = np.memmap(data, mode="r", dtype=index.dtype)
-    edges = np.append(np.asarray(index.pointers), expected) // index.dtype.itemsize
-    for first, last in zip(edges[documents[:-1]], edges[documents[1:]], strict=True):
-        if last > first:
-            yield np.asarray(tokens[first:last])
 
 
 @functools.lru_cache(maxsize=1)
@@ -242,7 +198,7 @@ def tokenised(texts: Iterable[str], folder: Path, workers: int) -> Iterator[tupl
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """A function to call with the tokens of each document; a bar on a terminal, else a line every ten seconds."""
+    """A function to call with numbers of tokens and documents; a bar on a terminal, else a line every ten seconds."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -250,14 +206,14 @@ def progress() -> Iterator[Report]:
     last = time.monotonic()
     console = Console()
 
-    def count(new: int) -> str:
+    def count(new: int, of: int) -> str:
         nonlocal documents, tokens
-        documents, tokens = documents + 1, tokens + new
+        documents, tokens = documents + of, tokens + new
         return f"{documents:,} documents, {tokens:,} tokens"
 
-    def line(new: int) -> None:
+    def line(new: int, of: int) -> None:
         nonlocal last
-        text = count(new)
+        text = count(new, of)
         if time.monotonic() - last > REPORT_EVERY_S:
             last = time.monotonic()
             LOGGER.info("prepare  %s", text)
@@ -268,4 +224,4 @@ def progress() -> Iterator[Report]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("reading")
-        yield lambda new: bar.update(task, description=count(new))
+        yield lambda new, of: bar.update(task, description=count(new, of))

@@ -1,4 +1,4 @@
-"""Documents out of files: plain text and JSON lines, compressed or not. Nothing is guessed, nothing is dropped."""
+"""Documents out of files: plain text and JSON lines, compressed or not. What is left out is counted by reason."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import lzma
 import os
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -34,21 +34,22 @@ def _inner_suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if _outer_suffix(path) in COMPRESSED else _outer_suffix(path)
 
 
-def find_files(inputs: Sequence[str | Path]) -> list[Path]:
+def find_files(inputs: Sequence[str | Path], ignored: Counter[str] | None = None) -> list[Path]:
     """Files named by paths, patterns (**, *, ?, []) and folders (searched recursively), in a fixed order, each once.
 
     A file named by itself or a pattern may have any suffix but those of FOREIGN formats; in a folder only those known
-    to hold text count, and what is left out is logged. Links to folders are followed. Raises ConfigError for what
-    does not exist, cannot be searched, holds no file or cannot be read as text.
+    to hold text count, and what is left out is logged and counted in `ignored` by suffix. Links to folders are
+    followed. Raises ConfigError for what does not exist, cannot be searched, holds no file or cannot be read as text.
     """
     found: dict[Path, Path] = {}
+    ignored = Counter() if ignored is None else ignored
     for entry in inputs:
         path, files = Path(entry), []
         names_all_below = not path.exists() and str(entry).endswith(("**", "**/*"))
         matches = [path] if path.exists() else [Path(p) for p in glob.glob(str(entry), recursive=True)]
         for match in matches:
             if match.is_dir():
-                files += [] if names_all_below else _in_folder(match)
+                files += [] if names_all_below else _in_folder(match, ignored)
             elif match.is_file():
                 _refuse_foreign(match)
                 files.append(match)
@@ -63,8 +64,8 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     return list(found.values())
 
 
-def _in_folder(folder: Path) -> list[Path]:
-    """Its files of text, and those of folders in it; says how many of which other suffixes there are."""
+def _in_folder(folder: Path, all_ignored: Counter[str]) -> list[Path]:
+    """Its files of text, and those of folders in it; logs and counts how many of which other suffixes there are."""
     kept: list[Path] = []
     ignored: Counter[str] = Counter()
     for file in _walk(folder):
@@ -74,6 +75,7 @@ def _in_folder(folder: Path) -> list[Path]:
             kept.append(file)
         else:
             ignored[_shown_suffix(file)] += 1
+    all_ignored += ignored
     if ignored:
         LOGGER.warning(
             "prepare  %s: %s files are ignored (%s); read are %s, also with %s", folder, f"{ignored.total():,}",
@@ -137,27 +139,66 @@ def _refuse_foreign(path: Path) -> None:
 
 
 def read_documents(
-    files: Iterable[Path], *, field: str = "text", errors: str = "strict", split_on: str | None = None
+    files: Iterable[Path],
+    *,
+    field: str = "text",
+    errors: str = "strict",
+    split_on: str | None = None,
+    skip_invalid: bool = False,
+    left_out: Counter[str] | None = None,
 ) -> Iterator[str]:
     """Texts in order: one per line of a JSON-lines file, one per other file. Blank texts are left out.
 
     errors: "strict", or "replace" to turn invalid UTF-8 into U+FFFD. A byte-order mark at the beginning is dropped.
     split_on: text files hold several documents, between lines that equal it, white space around it aside; "" is a
     blank line. Such files are read line by line.
+    skip_invalid: leave out documents that are invalid UTF-8, no JSON, without a text under `field`, or with half a
+    surrogate pair. left_out: counts by reason what is left out; blank lines of JSON lines, empty parts at the ends of
+    a file and between blank lines are no documents and do not count.
     Raises DataError naming file and place: invalid UTF-8, malformed JSON, a missing field, a damaged archive.
     """
+    counts: Counter[str] = Counter() if left_out is None else left_out
     for path in files:
+        is_json = _inner_suffix(path) in JSON_SUFFIXES
+        kind = "texts" if is_json else "parts" if split_on is not None else "files"
         try:
             with _open(path) as file:
-                if _inner_suffix(path) in JSON_SUFFIXES:
+                if is_json:
                     texts = _json_lines(path, file, field, errors)
                 elif split_on is not None:
                     texts = _parts(path, file, split_on.strip(), errors)
                 else:
-                    texts = iter([_decode(path, file.read(), 0, errors)])
-                yield from (text for text in texts if text.strip())
+                    texts = iter([_text_or_error(path, file.read(), 0, errors)])
+                if not (yield from _kept(texts, kind, skip_invalid, counts)):
+                    counts["files of only white space" if file.tell() else "empty files"] += 1
         except (OSError, lzma.LZMAError, zlib.error, EOFError) as error:
             raise DataError(f"{path}: cannot be read: {error}\n  fix: copy the file again") from error
+
+
+class InvalidDocument(DataError):
+    """A document that cannot be read. reason: what --skip-invalid counts it under, in the plural."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def _kept(
+    texts: Iterator[str | InvalidDocument], kind: str, skip_invalid: bool, counts: Counter[str]
+) -> Generator[str, None, bool]:
+    """Texts that hold more than white space; what else there is is counted, or raised. Returns if there was any."""
+    found = False
+    for text in texts:
+        found = True
+        if isinstance(text, InvalidDocument):
+            if not skip_invalid:
+                raise text
+            counts[text.reason] += 1
+        elif text.strip():
+            yield text
+        else:
+            counts[f"{kind} of only white space" if text else f"empty {kind}"] += 1
+    return found
 
 
 def _open(path: Path) -> IO[bytes]:
@@ -172,56 +213,103 @@ def _decode(path: Path, data: bytes, offset: int, errors: str) -> str:
     except UnicodeDecodeError as error:
         # error.object is what was left after a byte-order mark
         place = offset + len(data) - len(error.object) + error.start
-        raise DataError(
+        raise InvalidDocument(
+            "documents of invalid UTF-8",
             f"{path}: invalid UTF-8 at byte {place} ({error.object[error.start : error.start + 4].hex(' ')})\n"
             "  why: silently replaced characters would be learned\n"
-            "  fix: convert the file (iconv -t UTF-8), or accept replacement characters with --errors replace"
+            "  fix: convert the file (iconv -t UTF-8), accept replacement characters with --errors replace, or leave "
+            "such documents out with --skip-invalid",
         ) from error
 
 
-def _parts(path: Path, file: IO[bytes], marker: str, errors: str) -> Iterator[str]:
+def _text_or_error(path: Path, data: bytes, offset: int, errors: str) -> str | InvalidDocument:
+    try:
+        return _decode(path, data, offset, errors)
+    except InvalidDocument as error:
+        return error
+
+
+def _parts(path: Path, file: IO[bytes], marker: str, errors: str) -> Iterator[str | InvalidDocument]:
+    """Documents between marker lines; one with an invalid line is invalid as a whole. Yields no empty part that is
+    first or last, or between blank lines: those are no documents."""
     offset = 0
     part: list[str] = []
+    invalid: InvalidDocument | None = None
+    begun = False
     for line in file:
-        text = _decode(path, line, offset, errors)
+        text = _text_or_error(path, line, offset, errors)
         offset += len(line)
-        if text.strip() == marker:
-            yield "".join(part)
-            part = []
+        if isinstance(text, InvalidDocument):
+            invalid = invalid or text
+        elif text.strip() == marker:
+            if invalid or part or (begun and marker):
+                yield invalid or "".join(part)
+            part, invalid, begun = [], None, True
         else:
             part.append(text)
-    yield "".join(part)
+    if invalid or part:
+        yield invalid or "".join(part)
 
 
-def _json_lines(path: Path, file: IO[bytes], field: str, errors: str) -> Iterator[str]:
+def _json_lines(path: Path, file: IO[bytes], field: str, errors: str) -> Iterator[str | InvalidDocument]:
     offset = 0
     for number, line in enumerate(file, start=1):
-        text = _decode(path, line, offset, errors)
+        text = _text_or_error(path, line, offset, errors)
         offset += len(line)
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:  # numbers of over 4300 digits are a plain ValueError
-            raise DataError(
-                f"{path}:{number}: not valid JSON: {error}\n  fix: write one JSON object per line"
-            ) from error
-        value = record.get(field) if isinstance(record, dict) else None
-        if not isinstance(value, str):
-            keys = sorted(record) if isinstance(record, dict) else type(record).__name__
-            raise DataError(f"{path}:{number}: no text under {field!r} (found {keys})\n  fix: name it with --field")
-        yield _without_surrogates(f"{path}:{number}", value, errors)
+        if isinstance(text, InvalidDocument):
+            yield text
+        elif text.strip():
+            yield _json_text(f"{path}:{number}", text, field, errors)
 
 
-def _without_surrogates(where: str, text: str, errors: str) -> str:
+def _json_text(where: str, line: str, field: str, errors: str) -> str | InvalidDocument:
+    """The text of one line of JSON."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:  # numbers of over 4300 digits are a plain ValueError
+        return InvalidDocument(
+            "lines of invalid JSON",
+            f"{where}: not valid JSON: {error}\n"
+            "  fix: write one JSON object per line, or leave such lines out with --skip-invalid",
+        )
+    if not isinstance(record, dict) or field not in record:
+        keys = sorted(record) if isinstance(record, dict) else type(record).__name__
+        return InvalidDocument(
+            f"lines without {field!r}",
+            f"{where}: no text under {field!r} (found {keys})\n"
+            "  fix: name it with --field, or leave such lines out with --skip-invalid",
+        )
+    value = record[field]
+    if not isinstance(value, str):
+        kind = _json_type(value)
+        shown = kind if isinstance(value, list | dict) else json.dumps(value)
+        return InvalidDocument(
+            f"lines whose {field!r} is {kind}",
+            f"{where}: no text under {field!r}: its value is {shown if len(shown) <= 60 else shown[:60] + '...'}\n"
+            "  fix: name another field with --field, or leave such lines out with --skip-invalid",
+        )
+    return _without_surrogates(where, value, errors)
+
+
+def _json_type(value: object) -> str:
+    """As JSON calls it."""
+    if value is None:
+        return "null"
+    kinds = {bool: "true or false", int: "a number", float: "a number", list: "an array", dict: "an object"}
+    return kinds[type(value)]
+
+
+def _without_surrogates(where: str, text: str, errors: str) -> str | InvalidDocument:
     r"""JSON can spell half a character ("\ud83d"); no tokenizer takes it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         if errors == "replace":
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        raise DataError(
+        return InvalidDocument(
+            "texts with half a surrogate pair",
             f"{where}: character {error.start} is half a surrogate pair\n"
-            "  fix: repair the escape in the file, or accept replacement characters with --errors replace"
-        ) from error
+            "  fix: repair the escape in the file, accept replacement characters with --errors replace, or leave such "
+            "lines out with --skip-invalid",
+        )
     return text

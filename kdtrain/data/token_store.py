@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -22,14 +20,17 @@ import numpy as np
 
 from kdtrain.data.manifest import (
     DAMAGED_FIX,
+    Linked,
     Manifest,
     Shard,
+    manifest_bytes,
     read_manifest,
     shard_name,
     shards_fingerprint,
     token_dtype,
 )
-from kdtrain.data.megatron_index import MegatronIndex, index_bytes, read_index
+from kdtrain.data.megatron_index import index_bytes
+from kdtrain.data.shards import check_borders, map_shard, sha256_of, shown_and_fix
 from kdtrain.data.tokenizer import TOKENIZER_FILES, fingerprint, vocab_size
 from kdtrain.data.unfinished import make_unfinished, remove_abandoned
 from kdtrain.errors import ConfigError, DataError
@@ -40,8 +41,6 @@ SHARD_TOKENS = 1 << 30
 """Tokens after which a new shard begins."""
 MAPPED_SHARDS = 128
 """Shards mapped at a time, two files each."""
-INDEX_PROBES = 4096
-"""Places of all indices together that `open` looks at; `verify` looks at all."""
 
 
 class TokenStore:
@@ -54,7 +53,7 @@ class TokenStore:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
-        self._shard = lru_cache(maxsize=MAPPED_SHARDS)(partial(_map_shard, path, manifest))
+        self._shard = lru_cache(maxsize=MAPPED_SHARDS)(partial(map_shard, path, manifest))
         self._token_edges = np.cumsum([0, *(s.num_tokens for s in manifest.shards)])
         self._document_edges = np.cumsum([0, *(s.num_documents for s in manifest.shards)])
 
@@ -67,7 +66,7 @@ class TokenStore:
         path = Path(folder)
         manifest = read_manifest(path)
         for number in range(len(manifest.shards)):
-            _map_shard(path, manifest, number)
+            map_shard(path, manifest, number)
         return cls(path, manifest)
 
     @staticmethod
@@ -134,13 +133,14 @@ class TokenStore:
         for shard in self.manifest.shards:
             for suffix, expected in ((".bin", shard.bin_sha256), (".idx", shard.idx_sha256)):
                 path = self.path / (shard.name + suffix)
-                found = _sha256(path)
+                found = sha256_of(path)
                 if found != expected:
-                    raise DataError(f"{path} is damaged: sha256 {found}, the manifest says {expected}\n{DAMAGED_FIX}")
+                    shown, fix = shown_and_fix(path, self.manifest)
+                    raise DataError(f"{shown} is damaged: sha256 {found}, the manifest says {expected}\n{fix}")
         for number, shard in enumerate(self.manifest.shards):
             tokens, index = self._shard(number)
             index.check(self.path / f"{shard.name}.idx")
-            _check_borders(self.path, self.manifest, shard.name, tokens, index, np.arange(shard.num_documents))
+            check_borders(self.path, self.manifest, shard.name, tokens, index, np.arange(shard.num_documents))
         found = fingerprint(self.path / TOKENIZER)
         if found != self.manifest.tokenizer_fingerprint:
             raise DataError(
@@ -193,6 +193,7 @@ class TokenStoreWriter:
                 f"{self.folder}: cannot be written: {error.strerror}\n  fix: choose another folder"
             ) from error
         self._shards: list[Shard] = []
+        self._linked: list[Linked] = []
         self._sizes: list[int] = []
         self._file: BinaryIO | None = None
         self._digest = hashlib.sha256()
@@ -204,24 +205,57 @@ class TokenStoreWriter:
         tokens = np.concatenate(
             [np.asarray(part, dtype=np.int64) for part in (self._prefix, ids, [self._separator_id])]
         )
-        outside = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
-        if len(outside):
-            raise DataError(
-                f"document {sum(s.num_documents for s in self._shards) + len(self._sizes)}: token {int(outside[0])} is "
-                f"not in [0, {self._vocab_size}), the vocabulary of {self._tokenizer_dir}\n"
-                "  fix: name the tokenizer that made the tokens"
-            )
+        self.add_block(tokens, np.array([len(tokens)]), text_bytes)
+
+    def add_block(self, tokens: np.ndarray, sizes: np.ndarray, text_bytes: int) -> None:
+        """Documents one after the other, each with its prefix and separator; sizes [documents]: tokens of each.
+
+        text_bytes: of all of them, in UTF-8. Raises DataError for ids outside the vocabulary, before it writes any.
+        """
+        self._check_ids(tokens, sizes)
+        stops = np.cumsum(sizes)
+        document = start = 0
         with _disk_errors(self.folder):
-            if self._file is None:
-                self._file = (self._temporary / f"{shard_name(len(self._shards))}.bin").open("wb")
-                self._digest = hashlib.sha256()
-            data = tokens.astype(self._dtype).tobytes()
-            self._file.write(data)
-            self._digest.update(data)
-            self._sizes.append(len(tokens))
-            self._text_bytes += text_bytes
-            if self._file.tell() >= self._shard_tokens * self._dtype.itemsize:
-                self._close_shard()
+            while document < len(sizes):
+                if self._file is None:
+                    self._file = (self._temporary / f"{shard_name(len(self._shards))}.bin").open("wb")
+                    self._digest = hashlib.sha256()
+                room = self._shard_tokens - self._file.tell() // self._dtype.itemsize
+                last = min(int(np.searchsorted(stops, start + room)), len(sizes) - 1)  # the one that fills the shard
+                data = np.ascontiguousarray(tokens[start : stops[last]], dtype=self._dtype).data
+                self._file.write(data)
+                self._digest.update(data)
+                self._sizes += sizes[document : last + 1].tolist()
+                document, start = last + 1, int(stops[last])
+                if self._file.tell() >= self._shard_tokens * self._dtype.itemsize:
+                    self._close_shard()
+        self._text_bytes += text_bytes
+
+    def _check_ids(self, tokens: np.ndarray, sizes: np.ndarray) -> None:
+        if len(tokens) == 0 or (tokens.min() >= 0 and tokens.max() < self._vocab_size):
+            return
+        place = int(np.argmax((tokens < 0) | (tokens >= self._vocab_size)))
+        before = sum(s.num_documents for s in self._shards) + len(self._sizes)
+        raise DataError(
+            f"document {before + int(np.searchsorted(np.cumsum(sizes), place, side='right'))}: token "
+            f"{int(tokens[place])} is not in [0, {self._vocab_size}), the vocabulary of {self._tokenizer_dir}\n"
+            "  fix: name the tokenizer that made the tokens"
+        )
+
+    def link_shard(self, data: Path, sizes: np.ndarray, sha256: str, mtime_ns: int, text_bytes: int) -> None:
+        """A shard whose tokens are those of another file, used in place; its index is the store's own.
+
+        The caller has read all of `data`: it holds finished documents of `sizes` tokens and nothing else, of the
+        store's dtype, with this checksum and, before it was read, this time of its last change.
+        """
+        with _disk_errors(self.folder):
+            self._close_shard()
+            name, target = shard_name(len(self._shards)), data.resolve()
+            (self._temporary / f"{name}.bin").symlink_to(target)
+            self._sizes = sizes.tolist()
+            self._add_shard(name, sha256)
+        self._linked.append(Linked(name, str(target), mtime_ns))
+        self._text_bytes += text_bytes
 
     def _close_shard(self) -> None:
         if self._file is None:
@@ -231,19 +265,26 @@ class TokenStoreWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._file = None
+        self._add_shard(name, self._digest.hexdigest())
+
+    def _add_shard(self, name: str, sha256: str) -> None:
+        """Write the index of the documents in `_sizes`."""
         index = index_bytes(np.asarray(self._sizes), self._dtype)
         write_synced(self._temporary / f"{name}.idx", index)
         tokens = int(np.sum(self._sizes, dtype=np.int64))
         self._shards.append(
             Shard(
-                name, len(self._sizes), tokens, tokens * self._dtype.itemsize, len(index), self._digest.hexdigest(),
+                name, len(self._sizes), tokens, tokens * self._dtype.itemsize, len(index), sha256,
                 hashlib.sha256(index).hexdigest(),
             )
         )  # fmt: skip
         self._sizes = []
 
-    def finish(self) -> Manifest:
-        """Write everything to disk, still under the temporary name. Raises DataError if no document was added."""
+    def finish(self, left_out: Mapping[str, int] | None = None) -> Manifest:
+        """Write everything to disk, still under the temporary name. left_out: documents that were not added, by reason.
+
+        Raises DataError if no document was added.
+        """
         if self._manifest is not None:
             return self._manifest
         with _disk_errors(self.folder):
@@ -263,17 +304,18 @@ class TokenStoreWriter:
                 vocab_size=self._vocab_size, separator_id=self._separator_id,
                 tokenizer_fingerprint=fingerprint(self._tokenizer_dir), source=self._source,
                 fingerprint=shards_fingerprint(self._shards), shards=tuple(self._shards),
-                document_prefix=self._prefix,
+                document_prefix=self._prefix, linked=tuple(self._linked),
+                left_out={reason: count for reason, count in (left_out or {}).items() if count},
             )  # fmt: skip
-            write_synced(self._temporary / "manifest.json", (json.dumps(asdict(manifest), indent=2) + "\n").encode())
+            write_synced(self._temporary / "manifest.json", manifest_bytes(manifest))
             sync(self._temporary / TOKENIZER)
             sync(self._temporary)
         self._manifest = manifest
         return manifest
 
-    def commit(self) -> Manifest:
+    def commit(self, left_out: Mapping[str, int] | None = None) -> Manifest:
         """`finish`, then give the store its name: it is either there and whole, or not there."""
-        manifest = self.finish()
+        manifest = self.finish(left_out)
         with _disk_errors(self.folder):
             os.rename(self._temporary, self.folder)
             sync(self.folder.parent)
@@ -301,58 +343,3 @@ def _disk_errors(folder: Path) -> Iterator[None]:
             f"{folder}: writing failed: {error.strerror}\n  why: nothing was kept\n"
             "  fix: free some space or choose another folder, then run again"
         ) from error
-
-
-def _map_shard(path: Path, manifest: Manifest, number: int) -> tuple[np.ndarray, MegatronIndex]:
-    """Tokens and index of a shard, mapped, sizes and a sample of the index checked. Raises DataError."""
-    shard, dtype = manifest.shards[number], np.dtype(manifest.dtype)
-    for suffix, expected in ((".bin", shard.bin_bytes), (".idx", shard.idx_bytes)):
-        _check_size(path / (shard.name + suffix), expected)
-    index = read_index(path / f"{shard.name}.idx")
-    tokens = np.asarray(np.memmap(path / f"{shard.name}.bin", mode="r", dtype=dtype))
-    found = (str(index.dtype), len(index.sizes), index.num_tokens, len(tokens))
-    if found != (manifest.dtype, shard.num_documents, shard.num_tokens, shard.num_tokens):
-        raise DataError(
-            f"{path / shard.name}.idx does not describe what {path}/manifest.json says: {index.dtype}, "
-            f"{len(index.sizes)} documents, {index.num_tokens} tokens; the manifest says {dtype}, "
-            f"{shard.num_documents}, {shard.num_tokens}, in {shard.bin_bytes} bytes\n  fix: prepare the corpus again"
-        )
-    index.check(path / f"{shard.name}.idx", probes=max(1, INDEX_PROBES // len(manifest.shards)))
-    _check_borders(path, manifest, shard.name, tokens, index, np.array([0, shard.num_documents - 1]))
-    return tokens, index
-
-
-def _check_borders(
-    path: Path, manifest: Manifest, name: str, tokens: np.ndarray, index: MegatronIndex, documents: np.ndarray
-) -> None:
-    """These documents of a shard must begin and end with what the manifest says."""
-    sizes, starts = index.sizes[documents], index.pointers[documents] // index.dtype.itemsize
-    unbegun = sizes <= len(manifest.document_prefix)
-    for place, token in enumerate(manifest.document_prefix):
-        unbegun |= tokens[np.minimum(starts + place, len(tokens) - 1)] != token
-    unended = tokens[starts + sizes - 1] != manifest.separator_id
-    for wrong, what in (
-        (unended, f"end with separator_id {manifest.separator_id}"),
-        (unbegun, f"begin with document_prefix {list(manifest.document_prefix)}"),
-    ):
-        if wrong.any():
-            raise DataError(
-                f"{path}/manifest.json does not describe {name}.bin: its document {int(documents[np.argmax(wrong)])} "
-                f"does not {what}\n{DAMAGED_FIX}"
-            )
-
-
-def _check_size(path: Path, expected: int) -> None:
-    found = path.stat().st_size if path.is_file() else None
-    if found is None:
-        raise DataError(f"{path} is missing\n{DAMAGED_FIX}")
-    if found != expected:
-        raise DataError(
-            f"{path} is {'truncated' if found < expected else 'damaged'}: {found} bytes, the manifest says {expected}\n"
-            f"{DAMAGED_FIX}"
-        )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

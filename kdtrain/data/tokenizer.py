@@ -1,4 +1,4 @@
-"""A tokenizer folder (tokenizer.json, Hugging Face `tokenizers`): identity, size, document separator, comparison."""
+"""A tokenizer folder (tokenizer.json, Hugging Face `tokenizers`): identity, size, document prefix, comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 
 from kdtrain.errors import ConfigError, DataError
 
-DEFAULT_SEPARATOR = "<|endoftext|>"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -85,7 +84,8 @@ class _LibraryErrors:
             ) from error
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} if it holds another kind of value. Raises DataError if it is no JSON."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers or nesting beyond what Python reads
@@ -94,7 +94,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    found = _object(path)
+    found = read_object(path)
     if not isinstance(found.get("model"), dict):
         raise DataError(f"{path} is not a tokenizer: it has no key 'model'\n  fix: use a Hugging Face tokenizer.json")
     return found
@@ -120,28 +120,15 @@ def fingerprint(folder: str | Path) -> str:
 
 def vocab_size(folder: str | Path) -> int:
     """The largest id plus one: the tokenizer's true size, whatever a model's padded head says. Raises as above."""
-    ids = load_tokenizer(folder).get_vocab(with_added_tokens=True).values()
+    return size_of(load_tokenizer(folder), tokenizer_file(folder))
+
+
+def size_of(tokenizer: Tokenizer, path: Path) -> int:
+    """`vocab_size` of a tokenizer that was loaded from the file `path`."""
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
     if not ids:
-        raise DataError(f"{tokenizer_file(folder)} has no tokens\n  fix: copy it again from the model it belongs to")
+        raise DataError(f"{path} has no tokens\n  fix: copy it again from the model it belongs to")
     return int(max(ids)) + 1
-
-
-def separator_id(folder: str | Path, name: str | None = None) -> int:
-    """Id of the token written after every document.
-
-    `name`, else <|endoftext|> where the vocabulary has it, else eos_token of tokenizer_config.json. (An instruct
-    model's eos_token ends a turn, not a document, hence the order.) Raises ConfigError if there is none.
-    """
-    tokenizer = load_tokenizer(folder)
-    candidates = [name] if name is not None else [DEFAULT_SEPARATOR, _configured_eos(Path(folder))]
-    for candidate in candidates:
-        found = None if candidate is None else tokenizer.token_to_id(candidate)
-        if found is not None:
-            return int(found)
-    raise ConfigError(
-        f"{folder}: no token to separate documents (tried {', '.join(repr(c) for c in candidates if c)})\n"
-        "  why: packed documents must end with a token of their own\n  fix: name one with --separator TOKEN"
-    )
 
 
 def document_prefix(folder: str | Path) -> list[int]:
@@ -150,7 +137,11 @@ def document_prefix(folder: str | Path) -> list[int]:
     What it would put after a text is left out: documents end with the separator. Raises as `load_tokenizer`, DataError
     if no text has tokens.
     """
-    tokenizer, path = load_tokenizer(folder), tokenizer_file(folder)
+    return prefix_of(load_tokenizer(folder), tokenizer_file(folder))
+
+
+def prefix_of(tokenizer: Tokenizer, path: Path) -> list[int]:
+    """`document_prefix` of a tokenizer that was loaded from the file `path`."""
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     for text in sorted(vocabulary, key=lambda name: vocabulary[name]):
         try:
@@ -163,13 +154,6 @@ def document_prefix(folder: str | Path) -> list[int]:
             marked = zip(found.ids, found.special_tokens_mask, strict=True)
             return [int(token) for token, _ in takewhile(lambda pair: pair[1] == 1, marked)]
     raise DataError(f"{path}: no text has tokens\n  fix: copy it again from the model it belongs to")
-
-
-def _configured_eos(folder: Path) -> str | None:
-    path = folder / "tokenizer_config.json"
-    eos = _object(path).get("eos_token") if path.is_file() else None
-    found = eos.get("content") if isinstance(eos, dict) else eos
-    return found if isinstance(found, str) else None
 
 
 def explain_difference(first: str | Path, second: str | Path) -> str | None:

@@ -10,8 +10,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from kdtrain.config.cli import run_script
 from kdtrain.config.load import load_run
+from kdtrain.data.import_megatron import MegatronSettings, import_megatron
 from kdtrain.data.megatron_index import index_bytes
-from kdtrain.data.prepare import PrepareSettings, import_megatron, prepare_corpus
+from kdtrain.data.prepare import PrepareSettings, prepare_corpus
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.data.tokenizer import document_prefix, load_tokenizer
 from kdtrain.errors import EXIT_DONE, ConfigError, DataError
@@ -121,7 +122,7 @@ def test_documents_of_a_megatron_pair_get_one_too(tmp_path, bos):
     documents = [[BOS, 5, 6, SEPARATOR_ID], [7, 8], [BOS, 9]]
     np.concatenate(documents).astype(np.uint16).tofile(tmp_path / "pair.bin")
     (tmp_path / "pair.idx").write_bytes(index_bytes(np.array([4, 2, 2]), np.dtype(np.uint16)))
-    made = import_megatron([tmp_path / "pair"], tokenizer, tmp_path / "out", bos=bos)["train"]
+    made = import_megatron([tmp_path / "pair"], tokenizer, tmp_path / "out", MegatronSettings(bos=bos))["train"]
     store = TokenStore.open(tmp_path / "out/train")
     store.verify()
     found = [store[i].tolist() for i in range(3)]

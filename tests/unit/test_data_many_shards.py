@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from kdtrain.data import token_store
+from kdtrain.data import shards, token_store
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 
 SHARDS = 150
@@ -29,7 +29,7 @@ def test_more_shards_than_a_process_may_open_files_are_read(folder):
     code = (
         "import resource, sys\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))\n"
-        "from kdtrain.data import token_store\n"
+        "from kdtrain.data import shards, token_store\n"
         "token_store.MAPPED_SHARDS = 8\n"
         "store = token_store.TokenStore.open(sys.argv[1])\n"
         "store.verify()\n"
@@ -52,7 +52,7 @@ def test_the_default_number_of_mapped_shards_fits_the_usual_limit_of_files():
 def test_a_read_maps_only_the_shards_it_needs(folder, monkeypatch):
     store = TokenStore.open(folder)
     mapped = []
-    original = token_store._map_shard
+    original = token_store.map_shard
     monkeypatch.setattr(
         store, "_shard", lambda number: mapped.append(number) or original(folder, store.manifest, number)
     )
@@ -71,7 +71,7 @@ def test_views_of_a_shard_outlive_its_mapping(folder, monkeypatch):
 
 def test_opening_looks_at_no_more_of_many_indices_than_of_one(folder, monkeypatch):
     looked = []
-    monkeypatch.setattr(token_store.MegatronIndex, "check", lambda self, path, *, probes: looked.append(probes))
+    monkeypatch.setattr(shards.MegatronIndex, "check", lambda self, path, *, probes: looked.append(probes))
     TokenStore.open(folder)
     assert len(looked) == SHARDS
-    assert sum(looked) <= token_store.INDEX_PROBES
+    assert sum(looked) <= shards.INDEX_PROBES

@@ -10,8 +10,9 @@ import pytest
 
 from kdtrain.config.cli import run_script
 from kdtrain.data import prepare
+from kdtrain.data.import_megatron import import_megatron
 from kdtrain.data.megatron_index import index_bytes
-from kdtrain.data.prepare import PrepareSettings, import_megatron, is_validation, prepare_corpus
+from kdtrain.data.prepare import PrepareSettings, is_validation, prepare_corpus
 from kdtrain.data.text import find_files, read_documents
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer

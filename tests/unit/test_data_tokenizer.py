@@ -1,10 +1,10 @@
-"""Tokenizer folders: identity, size, separator, and how a difference is told."""
+"""Tokenizer folders: identity, size, and how a difference is told."""
 
 import json
 
 import pytest
 
-from kdtrain.data.tokenizer import explain_difference, fingerprint, load_tokenizer, separator_id, vocab_size
+from kdtrain.data.tokenizer import explain_difference, fingerprint, load_tokenizer, vocab_size
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.testing.tiny_data import write_tokenizer
 
@@ -52,26 +52,6 @@ def test_the_fingerprint_changes_with_whatever_changes_ids(tmp_path, change):
 def test_the_size_counts_to_the_largest_id(tmp_path):
     assert vocab_size(write_tokenizer(tmp_path / "a")) == 257
     assert vocab_size(write_tokenizer(tmp_path / "b", more=["<x>", "<y>"])) == 259
-
-
-def test_the_separator_is_what_was_named_then_endoftext_then_eos(tmp_path):
-    a = write_tokenizer(tmp_path / "a", more=["<|im_end|>"], eos="<|im_end|>")
-    assert separator_id(a) == 0
-    assert separator_id(a, "<|im_end|>") == 257
-
-    def rename(t):
-        t["model"]["vocab"]["</s>"] = t["model"]["vocab"].pop("<|endoftext|>")
-        t["added_tokens"][0]["content"] = "</s>"
-
-    b = edit(write_tokenizer(tmp_path / "b", eos="</s>"), rename)
-    assert separator_id(b) == 0
-    (b / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
-    assert separator_id(b) == 0
-    (b / "tokenizer_config.json").unlink()
-    with pytest.raises(ConfigError, match="--separator TOKEN"):
-        separator_id(b)
-    with pytest.raises(ConfigError, match="tried '<nope>'"):
-        separator_id(a, "<nope>")
 
 
 def test_a_difference_is_told_by_the_first_probe_with_both_lists_of_ids(tmp_path):

@@ -1,0 +1,229 @@
+"""A Megatron pair PREFIX.bin and PREFIX.idx made elsewhere: where its documents begin and end, known from its tokens.
+
+The index alone does not say it. Builders pack several texts into one entry, cut rows anywhere from a stream of texts,
+or never end a document. So separators are counted, and what is ambiguous is refused unless the caller decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kdtrain.data.megatron_index import DTYPES, MegatronIndex, read_index
+from kdtrain.errors import DataError
+
+DOCUMENTS_FROM, INNER = ("index", "sequences", "stream"), ("split", "keep")
+SCANNED_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """prefix: its path without suffix. tokens: all of the .bin, mapped. edges [n + 1] int64: where sequences begin.
+
+    modified_ns: when the .bin was last changed, before any of it was read.
+    """
+
+    prefix: Path
+    index: MegatronIndex
+    tokens: np.ndarray
+    edges: np.ndarray
+    modified_ns: int
+
+    @property
+    def bin(self) -> Path:
+        """The file of tokens."""
+        return self.prefix.with_name(self.prefix.name + ".bin")
+
+    @property
+    def idx(self) -> Path:
+        """The index."""
+        return self.prefix.with_name(self.prefix.name + ".idx")
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Ranges [starts, stops) of a pair's tokens, ascending, none empty; ended [documents] bool: the last token is the
+    separator. empty: how many others hold nothing, or nothing but a separator where entries were cut at them."""
+
+    starts: np.ndarray
+    stops: np.ndarray
+    ended: np.ndarray
+    empty: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What ends and begins documents here. separator_named: the caller chose it. special: names of special tokens.
+
+    prefix: what begins documents; usual_prefix: what the tokenizer itself puts before a text.
+    """
+
+    separator: int
+    separator_name: str
+    separator_named: bool
+    prefix: tuple[int, ...]
+    usual_prefix: tuple[int, ...]
+    special: dict[int, str]
+
+
+def open_pair(prefix: Path) -> Pair:
+    """Map a pair and check its index and sizes. Raises DataError."""
+    path = prefix.with_name(prefix.name + ".idx")
+    index = read_index(path)
+    index.check(path)
+    if index.dtype.kind not in "iu":
+        kinds = [np.dtype(kind).name for kind in DTYPES.values() if np.dtype(kind).kind in "iu"]
+        raise DataError(
+            f"{path}: its sequences are {index.dtype}, which are no token ids\n"
+            f"  fix: build the pair again with one of {', '.join(kinds)}"
+        )
+    data = prefix.with_name(prefix.name + ".bin")
+    expected, found = index.num_tokens * index.dtype.itemsize, data.stat().st_size if data.is_file() else -1
+    modified = data.stat().st_mtime_ns if data.is_file() else 0
+    if found != expected:
+        what = "is missing" if found < 0 else f"has {found} bytes"
+        raise DataError(f"{data} {what}, {path.name} describes {expected}\n  fix: copy the pair again")
+    tokens = np.asarray(np.memmap(data, mode="r", dtype=index.dtype)) if expected else np.zeros(0, index.dtype)
+    edges = np.append(np.asarray(index.pointers), expected) // index.dtype.itemsize
+    return Pair(prefix, index, tokens, edges, modified)
+
+
+def find_documents(pair: Pair, marks: Marks, documents_from: str | None, inner: str | None) -> Documents:
+    """The documents of a pair.
+
+    documents_from: "index" (its document index), "sequences" (each is a document), "stream" (sequences are pieces of
+    one stream, in which documents end with the separator); None: "index", refused where the tokens speak against it.
+    inner: what becomes of entries with separators inside: "split" after each, "keep" as one document, None: refused.
+    Raises DataError.
+    """
+    if documents_from == "stream":
+        edges = pair.edges[[0, -1]]
+    else:
+        edges = pair.edges if documents_from == "sequences" else pair.edges[_document_index(pair)]
+    starts, stops = edges[:-1][np.diff(edges) > 0], edges[1:][np.diff(edges) > 0]
+    empty = len(edges) - 1 - len(starts)
+    if len(starts) == 0:
+        return Documents(starts, stops, np.zeros(0, dtype=bool), empty)
+    separators = _places(pair.tokens, marks.separator)
+    ended = pair.tokens[stops - 1] == marks.separator
+    if documents_from == "stream":
+        if len(separators) == 0:
+            raise _no_separator(pair, marks)
+        return _cut(starts, stops, separators, empty)
+    inside = np.setdiff1d(separators, stops[ended] - 1, assume_unique=True)
+    problems = _inner_problem(starts, inside, marks) if inner is None and len(inside) else []
+    if documents_from is None:
+        problems += _piece_problems(pair, marks, starts, stops, ended)
+    if problems:
+        raise _ambiguous(pair, problems)
+    if inner == "split" and len(inside):
+        return _cut(starts, stops, separators, empty)
+    return Documents(starts, stops, ended, empty)
+
+
+def _document_index(pair: Pair) -> np.ndarray:
+    """The document index: from 0 to the number of sequences, ascending. Raises DataError with what is wrong."""
+    found, count = np.asarray(pair.index.documents), len(pair.index.sizes)
+    if count == 0 and found.max(initial=0) == 0:
+        return np.zeros(1, dtype=np.int64)
+    falls = np.flatnonzero(np.diff(found) < 0)
+    fix = (
+        "build the pair again, or take each sequence as a document with --documents-from sequences, or sequences as "
+        "pieces of one stream, whose documents end with the separator, with --documents-from stream"
+    )
+    if count and (len(found) == 0 or found.tolist() == [0]):
+        what = f"no document was ever ended: its document index is {found.tolist()} over {count} sequences"
+    elif found[0] != 0:
+        what = f"its document index begins with sequence {found[0]}, not 0"
+    elif len(falls):
+        where = int(falls[0])
+        what = f"its document index is not in order: entry {where + 1} is {found[where + 1]}, after {found[where]}"
+    elif found[-1] != count:
+        what = f"its document index does not divide its {count} sequences: it ends with {found[-1]}"
+    else:
+        return found
+    raise DataError(f"{pair.idx}: {what}\n  why: it does not say which sequences are one text\n  fix: {fix}")
+
+
+def _places(tokens: np.ndarray, token: int) -> np.ndarray:
+    """Positions of a token, ascending, int64."""
+    parts = [
+        np.flatnonzero(tokens[begin : begin + SCANNED_AT_ONCE] == token) + begin
+        for begin in range(0, len(tokens), SCANNED_AT_ONCE)
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def _cut(starts: np.ndarray, stops: np.ndarray, separators: np.ndarray, empty: int) -> Documents:
+    """Documents that end at every separator and at every old end; those of nothing but a separator are counted."""
+    ends = np.union1d(stops, separators + 1)
+    begins = np.concatenate([starts[:1], ends[:-1]])
+    ended = np.isin(ends, separators + 1, assume_unique=True)
+    kept = ~(ended & (ends - begins == 1))
+    return Documents(begins[kept], ends[kept], ended[kept], empty + int(np.count_nonzero(~kept)))
+
+
+def _inner_problem(starts: np.ndarray, inside: np.ndarray, marks: Marks) -> list[str]:
+    holders = np.unique(np.searchsorted(starts, inside, side="right") - 1)
+    return [
+        f"{len(holders):,} of {len(starts):,} documents hold the separator {marks.separator_name} (token "
+        f"{marks.separator}) inside, {len(inside):,} times; the first is document {holders[0]}"
+    ]
+
+
+def _piece_problems(pair: Pair, marks: Marks, starts: np.ndarray, stops: np.ndarray, ended: np.ndarray) -> list[str]:
+    """Why entries of the document index may be no whole texts, from where they begin and end."""
+    continued = ~ended[:-1] & ~_begin_with(pair.tokens, starts[1:], stops[1:], marks.usual_prefix)
+    sizes = stops - starts
+    if ended.any():
+        if not continued.any():
+            return []
+        return [
+            f"{np.count_nonzero(~ended):,} of {len(starts):,} documents do not end with the separator "
+            f"{marks.separator_name} though others do; the first is document {int(np.argmin(ended))}"
+        ]
+    if len(starts) >= 3 and (sizes[:-1] == sizes[0]).all() and sizes[-1] <= sizes[0] and continued.any():
+        return [f"none ends with the separator {marks.separator_name}, and all but the last have {sizes[0]} tokens"]
+    last = int(pair.tokens[stops[-1] - 1])
+    same_end = len(starts) >= 2 and bool((pair.tokens[stops - 1] == last).all())
+    if same_end and last in marks.special and not marks.separator_named:
+        return [
+            f"every document ends with {marks.special[last]} (token {last}), none with the separator "
+            f"{marks.separator_name}: --separator {marks.special[last]!r} takes the former"
+        ]
+    return []
+
+
+def _begin_with(tokens: np.ndarray, starts: np.ndarray, stops: np.ndarray, prefix: tuple[int, ...]) -> np.ndarray:
+    """Which documents begin with a prefix; none if it is empty."""
+    if not prefix:
+        return np.zeros(len(starts), dtype=bool)
+    return begun(tokens, starts, stops, prefix)
+
+
+def begun(tokens: np.ndarray, starts: np.ndarray, stops: np.ndarray, prefix: tuple[int, ...]) -> np.ndarray:
+    """Which ranges [starts, stops) begin with all of a prefix [documents] bool; all if it is empty."""
+    found: np.ndarray = stops - starts >= len(prefix)
+    for place, token in enumerate(prefix):
+        found = found & (tokens[np.minimum(starts + place, len(tokens) - 1)] == token)
+    return found
+
+
+def _no_separator(pair: Pair, marks: Marks) -> DataError:
+    return DataError(
+        f"{pair.prefix}: no token of its {len(pair.tokens):,} is the separator {marks.separator_name} (token "
+        f"{marks.separator})\n  why: a stream without separators would be one document\n"
+        "  fix: name the token that ends documents with --separator TOKEN"
+    )
+
+
+def _ambiguous(pair: Pair, problems: list[str]) -> DataError:
+    return DataError(
+        f"{pair.prefix}: its documents may be no single texts: {'; '.join(problems)}\n"
+        "  why: texts in one document see each other, and a text cut anywhere is learned to end there\n"
+        "  fix: cut documents after each separator inside with --inner-separators split (or keep them with "
+        "--inner-separators keep); for rows cut from a stream of texts join them with --documents-from stream; if each "
+        "entry of the document index is a document as it is, say so with --documents-from index"
+    )

@@ -1,0 +1,160 @@
+"""Which token ends a document: the one that was named, or what a tokenizer's files give evidence for.
+
+An instruct model's eos_token often ends a turn of a conversation. Text that ends with it would train a model to hand
+over to a user at the end of every document.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from kdtrain.data.tokenizer import load_tokenizer, prefix_of, read_object, tokenizer_file
+from kdtrain.errors import ConfigError
+from kdtrain.log import LOGGER
+
+DEFAULT_SEPARATOR = "<|endoftext|>"
+BOS = ("auto", "never")
+_DOCUMENT_END = re.compile(
+    r"</s>|(?<![a-z])eo[sd](?![a-z])|end[^a-z]?of[^a-z]?(text|sentence|document|doc)(?![a-z])", re.IGNORECASE
+)
+"""Names that tokenizers give to the end of a text, as a whole word: </s>, <eos>, <EOS_TOKEN>, <|end_of_text|>, ..."""
+_TURN_END = re.compile(
+    r"(?<![a-z])(eot|eom|im_end|call|user|assistant)(?![a-z])|end[^a-z]?of[^a-z]?message|turn",
+    re.IGNORECASE,
+)
+"""Names that tokenizers give to the end of a turn: <|eot_id|>, <|im_end|>, <end_of_turn>, ..."""
+
+
+@dataclass(frozen=True, slots=True)
+class Separator:
+    """The token after every document. why: the evidence for it, in words."""
+
+    id: int
+    token: str
+    why: str
+
+
+def choose_separator(folder: str | Path, name: str | None = None, tokenizer: Tokenizer | None = None) -> Separator:
+    """The token to write after every document. tokenizer: that of `folder`, if it is loaded.
+
+    `name`; else <|endoftext|> if the vocabulary has it; else eos_token, unless it ends a turn (by its name, or because
+    the chat template spells it) and not a document (by its name); then the vocabulary's special token that by its name
+    ends a document, or the one that generation_config.json or config.json list beside the turn end.
+    Raises ConfigError if there is none.
+    """
+    path, tokenizer = Path(folder), load_tokenizer(folder) if tokenizer is None else tokenizer
+    if name is not None:
+        return _named(path, tokenizer, name)
+    found = tokenizer.token_to_id(DEFAULT_SEPARATOR)
+    if found is not None:
+        return Separator(found, DEFAULT_SEPARATOR, "the usual document end is in the vocabulary")
+    eos = _configured_eos(path)
+    candidates = list(_document_ends(path))
+    eos_id = None if eos is None else tokenizer.token_to_id(eos)
+    if eos is None or eos_id is None:
+        raise _none(path, [DEFAULT_SEPARATOR, *([eos] if eos else [])], candidates)
+    if _DOCUMENT_END.search(eos):
+        return Separator(eos_id, eos, "the tokenizer's eos_token")
+    turn = _turn_evidence(path, eos)
+    if turn is None:
+        return Separator(eos_id, eos, "the tokenizer's eos_token")
+    for token in [*candidates, *_listed_ends(path, tokenizer, eos)]:
+        found = tokenizer.token_to_id(token)
+        if found is not None:
+            return Separator(found, token, f"the document end; eos_token {eos} ends a turn ({turn})")
+    raise ConfigError(
+        f"{path}: no token ends a document: eos_token {eos!r} ends a turn ({turn}), and no other is known\n"
+        "  why: a model would learn to end its turn after every text\n"
+        f"  fix: name one with --separator TOKEN (--separator {eos!r} takes the turn end)"
+    )
+
+
+def separator_id(folder: str | Path, name: str | None = None) -> int:
+    """Id of the token written after every document, as `choose_separator` has it."""
+    return choose_separator(folder, name).id
+
+
+def document_borders(
+    folder: str | Path, tokenizer: Tokenizer, name: str | None, bos: str
+) -> tuple[Separator, list[int]]:
+    """What ends and what begins every document (bos: "auto" as the tokenizer has it, "never" nothing); logs both.
+
+    Raises ConfigError as `choose_separator` and for an unknown `bos`.
+    """
+    if bos not in BOS:
+        raise ConfigError(f"bos = {bos!r} is not known\n  fix: use one of {', '.join(BOS)}")
+    separator = choose_separator(folder, name, tokenizer)
+    LOGGER.info("prepare  each document ends with %s (token %d): %s", separator.token, separator.id, separator.why)
+    prefix = prefix_of(tokenizer, tokenizer_file(folder)) if bos == "auto" else []
+    if prefix:
+        names = " ".join(str(tokenizer.id_to_token(token)) for token in prefix)
+        found = f"{names} (tokens {prefix}), as the tokenizer's post-processor has it"
+        LOGGER.info("prepare  each document begins with %s; --bos never leaves that out", found)
+    return separator, prefix
+
+
+def _named(path: Path, tokenizer: Tokenizer, name: str) -> Separator:
+    found = tokenizer.token_to_id(name)
+    if found is None:
+        raise _none(path, [name], list(_document_ends(path)))
+    return Separator(found, name, "named by --separator")
+
+
+def _none(path: Path, tried: list[str], candidates: list[str]) -> ConfigError:
+    has = f" (the vocabulary has {', '.join(candidates)})" if candidates else ""
+    return ConfigError(
+        f"{path}: no token to separate documents (tried {', '.join(map(repr, tried))})\n"
+        f"  why: packed documents must end with a token of their own\n  fix: name one with --separator TOKEN{has}"
+    )
+
+
+def _document_ends(path: Path) -> Iterator[str]:
+    """Special tokens that by their name end a document: those that say "text" first, then by id."""
+    added = [t for t in read_object(tokenizer_file(path)).get("added_tokens") or [] if t.get("special")]
+    named = sorted((t["id"], t["content"]) for t in added if _DOCUMENT_END.search(t["content"]))
+    yield from (token for _, token in sorted(named, key=lambda t: ("text" not in t[1].lower(), t[0])))
+
+
+def _turn_evidence(path: Path, token: str) -> str | None:
+    """Why `token` ends a turn; None without evidence."""
+    if _TURN_END.search(token):
+        return "by its name"
+    if any(token in template for template in _chat_templates(path)):
+        return "the chat template spells it"
+    return None
+
+
+def _chat_templates(path: Path) -> Iterator[str]:
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        yield file.read_text(encoding="utf-8", errors="replace")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (path / name).is_file():
+            # one template, or several by name: as text they are searched alike
+            yield json.dumps(read_object(path / name).get("chat_template"), ensure_ascii=False)
+
+
+def _listed_ends(path: Path, tokenizer: Tokenizer, eos: str) -> Iterator[str]:
+    """Other ends of generation that the model's files list, without evidence that they end a turn."""
+    for name in ("generation_config.json", "config.json"):
+        found = read_object(path / name).get("eos_token_id") if (path / name).is_file() else None
+        for token_id in found if isinstance(found, list) else [found]:
+            token = tokenizer.id_to_token(token_id) if type(token_id) is int and token_id >= 0 else None
+            if token is not None and token != eos and _turn_evidence(path, token) is None:
+                yield token
+
+
+def _configured_eos(folder: Path) -> str | None:
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        eos: Any = read_object(folder / name).get("eos_token") if (folder / name).is_file() else None
+        found = eos.get("content") if isinstance(eos, dict) else eos
+        if isinstance(found, str):
+            return found
+    return None

@@ -1,0 +1,107 @@
+"""One shard of a token store, mapped and checked: its own files, or a pair elsewhere that it uses in place."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from kdtrain.data.manifest import DAMAGED_FIX, Linked, Manifest
+from kdtrain.data.megatron_index import MegatronIndex, read_index
+from kdtrain.errors import DataError
+
+INDEX_PROBES = 4096
+"""Places of all indices together that `map_shard` looks at; `TokenStore.verify` looks at all."""
+TIME_UNITS_NS = (1, 100, 1000, 10**6, 10**9)
+"""File systems cut times off at one of these, some only once a file has left the memory of the host that wrote it."""
+LINKED_FIX = (
+    "  fix: restore the pair, or make the store again (launch/prepare_corpus.py --from-megatron --in-place); the same "
+    "tokens give a store with the same fingerprint"
+)
+
+
+def map_shard(path: Path, manifest: Manifest, number: int) -> tuple[np.ndarray, MegatronIndex]:
+    """Tokens and index of a shard, mapped, sizes and a sample of the index checked. Raises DataError."""
+    shard, dtype = manifest.shards[number], np.dtype(manifest.dtype)
+    for suffix, expected in ((".bin", shard.bin_bytes), (".idx", shard.idx_bytes)):
+        _check_size(path / (shard.name + suffix), expected, manifest)
+    _check_unchanged(path / f"{shard.name}.bin", manifest)
+    index = read_index(path / f"{shard.name}.idx")
+    tokens = np.asarray(np.memmap(path / f"{shard.name}.bin", mode="r", dtype=dtype))
+    found = (str(index.dtype), len(index.sizes), index.num_tokens, len(tokens))
+    if found != (manifest.dtype, shard.num_documents, shard.num_tokens, shard.num_tokens):
+        raise DataError(
+            f"{path / shard.name}.idx does not describe what {path}/manifest.json says: {index.dtype}, "
+            f"{len(index.sizes)} documents, {index.num_tokens} tokens; the manifest says {dtype}, "
+            f"{shard.num_documents}, {shard.num_tokens}, in {shard.bin_bytes} bytes\n  fix: prepare the corpus again"
+        )
+    index.check(path / f"{shard.name}.idx", probes=max(1, INDEX_PROBES // len(manifest.shards)))
+    check_borders(path, manifest, shard.name, tokens, index, np.array([0, shard.num_documents - 1]))
+    return tokens, index
+
+
+def check_borders(
+    path: Path, manifest: Manifest, name: str, tokens: np.ndarray, index: MegatronIndex, documents: np.ndarray
+) -> None:
+    """These documents of a shard must begin and end with what the manifest says."""
+    sizes, starts = index.sizes[documents], index.pointers[documents] // index.dtype.itemsize
+    unbegun = sizes <= len(manifest.document_prefix)
+    for place, token in enumerate(manifest.document_prefix):
+        unbegun |= tokens[np.minimum(starts + place, len(tokens) - 1)] != token
+    unended = tokens[starts + sizes - 1] != manifest.separator_id
+    for wrong, what in (
+        (unended, f"end with separator_id {manifest.separator_id}"),
+        (unbegun, f"begin with document_prefix {list(manifest.document_prefix)}"),
+    ):
+        if wrong.any():
+            raise DataError(
+                f"{path}/manifest.json does not describe {name}.bin: its document {int(documents[np.argmax(wrong)])} "
+                f"does not {what}\n{DAMAGED_FIX}"
+            )
+
+
+def _check_size(path: Path, expected: int, manifest: Manifest) -> None:
+    found = path.stat().st_size if path.is_file() else None
+    shown, fix = shown_and_fix(path, manifest)
+    if found is None:
+        raise DataError(f"{shown} is missing\n{fix}")
+    if found != expected:
+        what = "truncated" if found < expected else "damaged"
+        raise DataError(f"{shown} is {what}: {found} bytes, the manifest says {expected}\n{fix}")
+
+
+def _check_unchanged(path: Path, manifest: Manifest) -> None:
+    """A file used in place belongs to others, who may write it anew with the same size."""
+    linked = _linked(path, manifest)
+    if linked is None or any(path.stat().st_mtime_ns == linked.mtime_ns // unit * unit for unit in TIME_UNITS_NS):
+        return
+    times = (path.stat().st_mtime_ns, linked.mtime_ns)
+    now, then = (datetime.datetime.fromtimestamp(ns / 1e9, datetime.UTC).isoformat(" ") for ns in times)
+    shown, fix = shown_and_fix(path, manifest)
+    raise DataError(
+        f"{shown} was changed after the store was made: last modified {now}, then {then}\n"
+        f"  why: nothing is known of its tokens any more\n{fix}"
+    )
+
+
+def shown_and_fix(path: Path, manifest: Manifest) -> tuple[str, str]:
+    """A file of a store for a message, with the file that is used in place of it; and what to do if it is damaged."""
+    if _linked(path, manifest) is None:
+        return str(path), DAMAGED_FIX
+    return f"{os.readlink(path)} (used in place as {path})", LINKED_FIX
+
+
+def _linked(path: Path, manifest: Manifest) -> Linked | None:
+    """What the manifest says of a .bin that is used in place; None for the store's own, as in a copy of the folder."""
+    if path.suffix != ".bin" or not path.is_symlink():
+        return None
+    return next((entry for entry in manifest.linked if entry.shard == path.stem), None)
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
