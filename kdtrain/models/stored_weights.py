@@ -164,10 +164,8 @@ def _all_places(stored: SafetensorsFolder, name: str) -> list[Place]:
 def _refuse_missing(model: Any, stored: SafetensorsFolder, missing: list[str], unused: list[Place]) -> None:
     if not missing:
         return
-    head = model.get_output_embeddings()
-    own = set() if head is None else {id(param) for param in head.parameters()}
-    of_head = {name for name, param in model.named_parameters() if id(param) in own}
-    if set(missing) <= of_head:
+    base = f"{model.base_model_prefix}."
+    if set(missing) == {name for name, _ in _kept_parameters(model) if not name.startswith(base)}:
         raise ConfigError(
             f"{stored.folder} has no tensor for the head {missing[0]!r}, which config.json does not tie to the "
             "embedding\n"
