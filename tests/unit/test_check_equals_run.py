@@ -16,6 +16,7 @@ from kdtrain.errors import CheckpointError, ConfigError, DataError, KdtrainError
 from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
 from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
+from kdtrain.telemetry.jsonl_sink import JsonlSink
 from kdtrain.testing.model_folders import check_and_load, edit_json, edit_tensors, outcome
 from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 from kdtrain.training import build
@@ -52,6 +53,8 @@ def begin(cfg):
     if resume_from is not None:
         checkpoint.check_model(resume_from.path, models.student)  # as checkpoint.load does
         loader.load_state_dict(checkpoint.read_state(resume_from.path)["loader"])
+    (Path(cfg.run.output_dir) / cfg.run.name).mkdir(parents=True, exist_ok=True)
+    JsonlSink(Path(cfg.run.output_dir) / cfg.run.name / "metrics.jsonl").close()
     return models
 
 
@@ -118,7 +121,7 @@ REFUSALS = {
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
     "no config": (lambda f: (f / "config.json").unlink(), r"no config\.json"),
     "not a causal model": (lambda f: edit_json(f / "config.json", model_type="t5"), "not a causal language model"),
-    "another activation": (lambda f: edit_json(f / "config.json", hidden_size="x"), "transformers refuses"),
+    "a width that is a word": (lambda f: edit_json(f / "config.json", hidden_size="x"), "transformers refuses"),
 }
 
 
@@ -243,6 +246,13 @@ def test_a_resume_that_a_run_refuses_is_refused_by_the_check(cfg):
     cfg.run.resume = "auto"
     save_random(Path(cfg.student.weights), {**LLAMA, "intermediate_size": 40})
     refused(cfg, r"holds another model than this run trains", CheckpointError)
+
+
+def test_records_that_a_run_cannot_continue_are_refused_by_the_check(cfg):
+    folder = Path(cfg.run.output_dir) / cfg.run.name
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("{\n")
+    refused(cfg, "is not a JSON record", DataError)
 
 
 @pytest.mark.parametrize(
