@@ -49,6 +49,9 @@ class StudentSection:
     """Attention implementation; auto takes flash_attention_2 on CUDA when flash-attn is installed, else sdpa."""
     activation_checkpointing: bool = False
     """Recompute each layer in backward: less memory, about a third more time."""
+    allow_unused_weights: bool = False
+    """Start although the files of `weights` hold tensors that have no place in the model, or are marked as quantised
+    while their numbers are ordinary (docs/models.md). Parameters that are stored quantised are refused all the same."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -61,6 +64,8 @@ class TeacherSection:
     """Dtype of weights and activations."""
     attention: Attention = "auto"
     """As student.attention."""
+    allow_unused_weights: bool = False
+    """As student.allow_unused_weights."""
     layout: Literal["plain", "tp", "dedicated"] = "plain"
     """plain: a whole copy per rank; tp ranks share out the sequences. tp: cut over teacher.tp ranks. dedicated: on
     teacher.ranks ranks of its own, which hold no student and work ahead while the student's ranks train."""

@@ -102,6 +102,11 @@ def load(folder: Path, engine: StudentEngine) -> dict[str, Any]:
     return state
 
 
+def check_model(folder: Path, backbone: Backbone) -> None:
+    """Raise CheckpointError if `load` would find another model in `folder`. Reads checkpoint.json only."""
+    _check_model(folder, Manifest.read(folder), backbone)
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """The `state` that was given to `save`. Reads checkpoint.json only. Raises CheckpointError."""
     return Manifest.read(folder).state

@@ -19,6 +19,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
 from kdtrain.models.shrink import COUNTS
+from kdtrain.models.weight_files import Place
 from kdtrain.parallel.experts import expert_modules
 
 TEACHERS = (
@@ -27,9 +28,6 @@ TEACHERS = (
     "phimoe", "solar_open",
 )  # fmt: skip
 """Kinds whose hidden states, read from either form of folder, tests compare with those of `from_pretrained`."""
-
-Place = tuple[str, str]
-"""(file, name in the file) of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,24 +39,27 @@ class PerExpert:
 
     places: tuple[tuple[Place, ...], ...]
 
+    def rows_of(self, shape: tuple[int, ...]) -> int:
+        """Of one expert's matrix. Raises ConfigError when the folder has another number of experts than `shape`."""
+        for places in self.places:
+            if len(places) != shape[0]:
+                raise ConfigError(
+                    f"{places[0][0]}: {len(places)} experts like {places[0][1]!r}, the model needs {shape[0]}\n"
+                    "  why: config.json and the weights belong to different models, or the download is incomplete\n"
+                    "  fix: fetch the folder again"
+                )
+        return shape[1] // len(self.places)
+
     def read(
         self, get: Callable[[Place, tuple[int, ...], tuple[slice, ...]], Tensor], shape: tuple[int, ...], dim: int,
         start: int, stop: int,
     ) -> Tensor:  # fmt: skip
         """Elements [start, stop) along `dim` of the packed parameter, whose full shape is `shape`.
 
-        get(place, full shape, index): a slice of one expert's matrix; no other element is read. Raises ConfigError
-        when the folder has another number of experts.
+        get(place, full shape, index): a slice of one expert's matrix; no other element is read. Raises as `rows_of`.
         """
         num_experts, rows, columns = shape
-        for places in self.places:
-            if len(places) != num_experts:
-                raise ConfigError(
-                    f"{places[0][0]}: {len(places)} experts like {places[0][1]!r}, the model needs {num_experts}\n"
-                    "  why: config.json and the weights belong to different models, or the download is incomplete\n"
-                    "  fix: fetch the folder again"
-                )
-        size = rows // len(self.places)
+        size = self.rows_of(shape)
         bounds = [[0, num_experts], [0, rows], [0, columns]]
         bounds[dim] = [start, stop]
         (first, last), (top, bottom), (left, right) = bounds
@@ -106,28 +107,27 @@ def refuse_mixture(config: Any, source: str, *, trainable: bool) -> None:
 
 
 def group_experts(
-    model: Any, named: Iterable[tuple[str, Place]], converters: list[WeightConverter]
+    named: Iterable[tuple[str, str | None, Place]], converters: list[WeightConverter]
 ) -> tuple[dict[str, Place], dict[str, PerExpert]]:
     """(tensors that are parameters, parameters that are made of experts' tensors), by the model's parameter names.
 
-    named: (name after transformers' renamings, place) of every tensor in the folder. converters: transformers' rules
-    for `model`. Raises ConfigError when a rule does anything but stack experts and join their gate and up matrices.
+    named: (the model's name, pattern of the converter that makes it, None for a tensor as it is, place) of every tensor
+    in the folder. converters: transformers' rules for the model. Raises ConfigError when a rule does anything but stack
+    experts and join their gate and up matrices.
     """
-    targets = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     direct: dict[str, Place] = {}
     lists: dict[str, dict[str, list[tuple[list[object], Place]]]] = {}
-    rules: dict[str, WeightConverter] = {}
-    for name, place in named:
-        target, pattern, rule = _convert(name, converters)
-        if rule is None or pattern is None or name in targets or target not in targets:
+    for name, pattern, place in named:
+        if pattern is None:
             direct[name] = place
             continue
-        _check_rule(rule, target)
-        rules[target] = rule
-        lists.setdefault(target, {}).setdefault(pattern, []).append((_natural(place[1]), place))
+        _check_rule(of_pattern[pattern], name)
+        lists.setdefault(name, {}).setdefault(pattern, []).append((_natural(place[1]), place))
     grouped = {}
     for target, by_pattern in lists.items():
-        patterns = [pattern for pattern in rules[target].source_patterns if pattern in by_pattern]
+        rule = of_pattern[next(iter(by_pattern))]
+        patterns = [pattern for pattern in rule.source_patterns if pattern in by_pattern]
         grouped[target] = PerExpert(
             tuple(tuple(place for _, place in sorted(by_pattern[pattern])) for pattern in patterns)
         )
@@ -157,14 +157,6 @@ def idle_parameters(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
             used = min(model.config.num_experts_per_tok, shape[0]) / shape[0]
             idle += (1.0 - used) * torch.Size(shape).numel()
     return int(idle)
-
-
-def _convert(name: str, converters: list[WeightConverter]) -> tuple[str, str | None, WeightConverter | None]:
-    for converter in converters:  # the first that matches, as transformers does
-        target, pattern = converter.rename_source_key(name)
-        if pattern is not None:
-            return target, pattern, converter
-    return name, None, None
 
 
 def _check_rule(rule: WeightConverter, target: str) -> None:

@@ -14,6 +14,7 @@ from kdtrain.errors import ConfigError
 from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.load import DTYPES, ModelSpec, build_config, parameters_on_meta
 from kdtrain.models.safetensors_reader import SafetensorsFolder
+from kdtrain.models.stored_weights import check_stored
 from kdtrain.models.ties import kept_name
 from kdtrain.parallel.plan import vocabulary_modules
 from kdtrain.parallel.shard import head_scaling
@@ -31,7 +32,8 @@ class LoadedHead:
 def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str = "cpu") -> LoadedHead:
     """The rows `shard` of the head of spec.weights, in spec.dtype; rows that the model has not are zeros.
 
-    Reads those rows and nothing else. Does not communicate. Raises ConfigError or ParallelError as `load_backbone`.
+    Checks the headers of all files, and reads those rows alone. Does not communicate. Raises ConfigError or
+    ParallelError as `load_backbone`.
     """
     if spec.weights is None:
         raise ConfigError("only a model with weights has a head to read\n  fix: set teacher.weights to a model folder")
@@ -39,6 +41,7 @@ def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str 
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             build_config(spec, shard.vocab_size, trainable=False), dtype=torch.float32
         )
+    check_stored(model, Path(spec.weights), allow_unused=spec.allow_unused_weights)
     name = vocabulary_modules(model)[1]
     module, (scale, softcap) = model.get_submodule(name), head_scaling(model.config)
     with SafetensorsFolder(Path(spec.weights), model) as files:

@@ -21,7 +21,7 @@ from kdtrain.dist.vocab import VocabShard
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.log import LOGGER
 from kdtrain.models.architectures import read_architecture, read_config_json
-from kdtrain.models.attention import resolve_attention
+from kdtrain.models.attention import FLASH_PACKAGES, resolve_attention
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.context import use_context
 from kdtrain.models.context_probe import check_context
@@ -30,7 +30,8 @@ from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.probe import check_model
 from kdtrain.models.quantize import quantizable_layers
 from kdtrain.models.safetensors_reader import SafetensorsFolder
-from kdtrain.models.ties import kept_name, tied_names
+from kdtrain.models.stored_weights import check_stored, persistent_buffers, quantised_mark
+from kdtrain.models.ties import kept_name
 from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.pieces import read_piece
 from kdtrain.parallel.plan import plan_cuts
@@ -45,6 +46,7 @@ class ModelSpec:
 
     weights: Hugging Face folder with config.json and safetensors. architecture: a name or a path to a config.json,
     initialised at random. dtype: "float32" or "bfloat16". attention: "auto" or an implementation's name.
+    allow_unused_weights: as student.allow_unused_weights.
     """
 
     weights: str | None = None
@@ -52,6 +54,7 @@ class ModelSpec:
     dtype: str = "bfloat16"
     attention: str = "auto"
     activation_checkpointing: bool = False
+    allow_unused_weights: bool = False
 
 
 def model_rows(spec: ModelSpec, vocab_size: int) -> int:
@@ -90,21 +93,14 @@ def load_backbone(
     same full model for every layout. packed: whether position_ids will restart at documents, which must then not see
     each other. sequence: Megatron sequence parallelism over the tp ranks. Does not communicate; every rank must call
     it. Raises ConfigError or ParallelError with the reason and a fix, also for an architecture that a tiny copy shows
-    to break what `kdtrain.models.probe` checks.
+    to break what `kdtrain.models.probe` checks; all of it before a weight is read, and by `check_architecture` too.
     """
-    if spec.dtype not in DTYPES:
-        raise ConfigError(f"dtype = {spec.dtype!r} is not supported\n  fix: use one of {', '.join(DTYPES)}")
     rows = model_rows(spec, vocab_size)
     total = max(rows, total_rows or 0)
     shard = VocabShard.of(vocab_size, mesh.tp_rank, mesh.tp_size, total_rows=total)
     device = torch.device(device)
     model = _build(spec, vocab_size, device, seed, trainable=trainable)
-    check_model(model, _source(spec), packed=packed)
-    _prepare_context(model, mesh, _source(spec), packed)
-    cuts = _cut(model, _source(spec), mesh, shard, trainable=trainable, sequence=sequence)
-    choose_products(model, DTYPES[spec.dtype])
-    kept = {name: cut for name, cut in cuts.items() if kept_name(model, name) == name}
-    backbone = Backbone(model, shard, kept, mesh.cp_group)
+    backbone = _checked_and_cut(spec, model, mesh, shard, packed=packed, trainable=trainable, sequence=sequence)
     if spec.weights is not None:
         _read_weights(backbone, Path(spec.weights), mesh, device, DTYPES[spec.dtype])
     else:
@@ -112,8 +108,6 @@ def load_backbone(
             materialize_parameter(model, name, param.detach().to(device, DTYPES[spec.dtype]), mesh)
     move_buffers(model, device)
     model.config.dtype = DTYPES[spec.dtype]
-    if trainable and spec.activation_checkpointing:
-        enable_activation_checkpointing(model)
     return backbone.train(trainable)
 
 
@@ -147,6 +141,8 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def _config_dict(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
+    if spec.dtype not in DTYPES:
+        raise ConfigError(f"dtype = {spec.dtype!r} is not supported\n  fix: use one of {', '.join(DTYPES)}")
     if (spec.weights is None) == (spec.architecture is None):
         raise ConfigError(
             f"weights = {spec.weights!r} and architecture = {spec.architecture!r}: exactly one must be set\n"
@@ -179,9 +175,10 @@ def build_config(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) ->
     """
     settings = _config_dict(spec, vocab_size)
     settings.pop("_name_or_path", None)  # where somebody else once kept the model
-    if settings.get("quantization_config"):
+    if (mark := quantised_mark(settings)) is not None:
         raise ConfigError(
-            f"{_source(spec)} is quantised\n  why: training and exact divergences need ordinary weights\n"
+            f"{_source(spec)} is quantised: its config.json has {mark}\n"
+            "  why: training and exact divergences need ordinary weights\n"
             "  fix: use the unquantised model; for GGUF files run launch/import_gguf.py first"
         )
     try:
@@ -206,25 +203,45 @@ def model_facts(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> 
 
 
 def check_architecture(
-    spec: ModelSpec, vocab_size: int, mesh: Mesh, *, packed: bool = True, trainable: bool = True,
-    sequence: bool = False, quantize: str | None = None,
-) -> None:  # fmt: skip
-    """What `load_backbone` asks of an architecture before it reads or makes a weight. Raises as it does.
+    spec: ModelSpec,
+    vocab_size: int,
+    mesh: Mesh,
+    *,
+    packed: bool = True,
+    trainable: bool = True,
+    sequence: bool = False,
+    quantize: str | None = None,
+) -> Backbone:
+    """What `load_backbone` returns, parameters on meta; raises what it would raise, before a weight is read or made.
 
-    mesh: its sizes alone are used, so it may be of a world that does not run yet. quantize: as teacher.quantize; raises
-    as `quantize_decoder_` will.
+    mesh: its sizes alone are used, so it may be of a world that does not run yet. A device is not known either: an
+    attention that needs one is taken to find it. quantize: as teacher.quantize; raises as `quantize_decoder_` will.
     """
     shard = VocabShard.of(vocab_size, mesh.tp_rank, mesh.tp_size, total_rows=model_rows(spec, vocab_size))
+    config = build_config(spec, vocab_size, trainable=trainable)
     with parameters_on_meta():
-        config = build_config(spec, vocab_size, trainable=trainable)
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    check_model(model, _source(spec), packed=packed)
+        model = AutoModelForCausalLM.from_config(config, **_arguments(spec, config, None))  # type: ignore[no-untyped-call]
+    backbone = _checked_and_cut(spec, model, mesh, shard, packed=packed, trainable=trainable, sequence=sequence)
     if quantize is not None:
-        quantizable_layers(model, quantize)
-    _prepare_context(model, mesh, _source(spec), packed)
-    _cut(model, _source(spec), mesh, shard, trainable=trainable, sequence=sequence)
+        quantizable_layers(backbone.model, quantize)
+    return backbone
+
+
+def _checked_and_cut(
+    spec: ModelSpec, model: Any, mesh: Mesh, shard: VocabShard, *, packed: bool, trainable: bool, sequence: bool
+) -> Backbone:
+    """`model`, whole until now, once it and the files of its folder have been checked, cut for this rank of `mesh`."""
+    source = _source(spec)
+    check_model(model, source, packed=packed)
+    if spec.weights is not None:
+        check_stored(model, Path(spec.weights), allow_unused=spec.allow_unused_weights)
+    _prepare_context(model, mesh, source, packed)
+    cuts = _cut(model, source, mesh, shard, trainable=trainable, sequence=sequence)
     if trainable and spec.activation_checkpointing:
         enable_activation_checkpointing(model)
+    choose_products(model, DTYPES[spec.dtype])
+    kept = {name: cut for name, cut in cuts.items() if kept_name(model, name) == name}
+    return Backbone(model, shard, kept, mesh.cp_group)
 
 
 def _cut(
@@ -253,20 +270,32 @@ def _prepare_context(model: Any, mesh: Mesh, source: str, packed: bool) -> None:
 def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int, *, trainable: bool) -> Any:
     """The whole model: parameters on meta if weights are to be read, else initialised from `seed` in float32."""
     config = build_config(spec, vocab_size, trainable=trainable)
-    kind = AutoModelForCausalLM._model_mapping[type(config)]
-    attention, reason = resolve_attention(
-        spec.attention, device_type=device.type, dtype=spec.dtype,
-        has_sdpa=bool(getattr(kind, "_supports_sdpa", False)),
-        has_flash=bool(getattr(kind, "_supports_flash_attn", False)),
-    )  # fmt: skip
-    LOGGER.info("attention of %s: %s (%s)", _source(spec), attention, reason)
-    arguments = {"dtype": torch.float32, "attn_implementation": attention}
+    arguments = _arguments(spec, config, device)
     if spec.weights is not None:
         with parameters_on_meta():
             return AutoModelForCausalLM.from_config(config, **arguments)  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, **arguments)  # type: ignore[no-untyped-call]
+
+
+def _arguments(spec: ModelSpec, config: Any, device: torch.device | None) -> dict[str, Any]:
+    """Of `from_config`: dtype and attention. device None: not known yet; then what needs one is refused only where no
+    device could do it, and another attention is named in its place."""
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    support = {
+        "has_sdpa": bool(getattr(kind, "_supports_sdpa", False)),
+        "has_flash": bool(getattr(kind, "_supports_flash_attn", False)),
+    }
+    wanted = spec.attention
+    if device is None and wanted in FLASH_PACKAGES:
+        resolve_attention(wanted, device_type="cuda", dtype=spec.dtype, **support)
+        wanted = "auto"
+    device_type = "cpu" if device is None else device.type
+    attention, reason = resolve_attention(wanted, device_type=device_type, dtype=spec.dtype, **support)
+    if device is not None:
+        LOGGER.info("attention of %s: %s (%s)", _source(spec), attention, reason)
+    return {"dtype": torch.float32, "attn_implementation": attention}
 
 
 def enable_activation_checkpointing(model: Any) -> None:
@@ -296,7 +325,7 @@ def _refuse_dropout(model: Any) -> None:
 
 
 def _read_weights(backbone: Backbone, folder: Path, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> None:
-    """Fill every parameter from this rank's slice of the files."""
+    """Fill every parameter from this rank's slice of the files, which `check_stored` has seen."""
     model = backbone.model
     with SafetensorsFolder(folder, model) as files:
         for name, shape in backbone.full_shapes().items():
@@ -306,31 +335,12 @@ def _read_weights(backbone: Backbone, folder: Path, mesh: Mesh, device: torch.de
             else:
                 value = read_piece(partial(files.read, name, shape, cut.dim), cut, mesh.tp_rank)
             materialize_parameter(model, name, value.to(device, dtype), mesh)
-        _check_tied(model, files)
-        for name, buffer in _persistent_buffers(model):
+        for name, buffer in persistent_buffers(model):
             buffer.copy_(files.read(name, tuple(buffer.shape)))
-        files.report_unused()
         backbone.elements_read = files.elements_read
     left = [name for name, param in model.named_parameters() if param.is_meta]
     if left:
         raise ConfigError(f"{folder}: no weights were read for {left}\n  fix: this is a defect of kdtrain; report it")
-
-
-def _check_tied(model: Any, files: SafetensorsFolder) -> None:
-    """Refuse a folder that ties two weights and holds different ones; every rank compares all of them, to agree."""
-    for name, kept in sorted(tied_names(model).items()):
-        if name in files and kept in files and not files.equal(name, kept):
-            raise ConfigError(
-                f"{files.folder}: config.json ties {name!r} to {kept!r}, but the files hold two different tensors\n"
-                "  why: transformers keeps both, so what the model computes is not what its config.json says\n"
-                "  fix: set tie_word_embeddings=false in config.json to use both, or remove the tensor that is not "
-                "meant"
-            )
-
-
-def _persistent_buffers(model: Any) -> list[tuple[str, torch.Tensor]]:
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return [(name, tensor) for name, tensor in model.state_dict().items() if name not in parameters]
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:

@@ -2,153 +2,118 @@
 
 from __future__ import annotations
 
-import json
-import re
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from kdtrain.errors import ConfigError
-from kdtrain.log import LOGGER
 from kdtrain.models.experts import PerExpert, group_experts
-from kdtrain.models.ties import tied_names
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-COMPARED_ROWS = 8192
-"""Rows of two tensors that are in memory at a time while they are compared."""
+from kdtrain.models.ties import kept_name, tied_names
+from kdtrain.models.weight_files import Place, WeightFiles
 
 
 class SafetensorsFolder:
-    """The tensors of a folder under the parameter names of `model`. A context manager; opens files on first use.
+    """The tensors of a folder under the parameter names of `model`. A context manager; opens every file.
 
-    elements_read counts the elements handed out. Raises ConfigError when the folder has no complete safetensors.
+    Names are those that transformers finds: its renamings, then the base model's prefix put before or taken away.
+    place: of every tensor that is not part of a packed parameter, by the model's name, or by its own if the model has
+    none for it. grouped: parameters that are made of several tensors. elements_read counts the elements handed out.
+    Raises ConfigError as `WeightFiles`, and when two different tensors are meant for one parameter.
     """
 
     def __init__(self, folder: Path, model: Any) -> None:
         self.folder = folder
         self.elements_read = 0
-        self._model = model
-        self._stack = ExitStack()
-        self._open: dict[str, Any] = {}
-        self._used: set[str] = set()
-        self._place, self._grouped = self._find_tensors()
+        self.files = WeightFiles(folder, getattr(model.config, "transformers_weights", None))
+        try:
+            self.place, self.grouped = self._find_tensors(model)
+        except BaseException:
+            self.files.close()
+            raise
 
     def __enter__(self) -> SafetensorsFolder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stack.close()
+        self.files.close()
 
     def read(self, name: str, shape: tuple[int, ...], dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements [start, stop) along `dim` of the tensor `name`, whose full shape must be `shape`.
 
-        Everything by default. Raises ConfigError when the file has no such tensor or it has another shape.
+        Everything by default. Raises ConfigError when the files have no such tensor or it has another shape; that its
+        dtype is one of ordinary weights is seen to by `kdtrain.models.stored_weights`.
         """
-        stop = shape[dim] if stop is None else stop
-        if name in self._grouped:
-            self._used.add(name)
-            return self._grouped[name].read(self._slice, shape, dim, start, stop)
-        if name not in self._place:
+        end = (shape[dim] if shape else 0) if stop is None else stop
+        if name in self.grouped:
+            return self.grouped[name].read(self._slice, shape, dim, start, end)
+        if name not in self.place:
             raise ConfigError(
                 f"{self.folder} has no tensor for parameter {name!r}\n"
                 "  why: config.json and the weights belong to different models, or the download is incomplete\n"
                 "  fix: fetch the folder again"
             )
-        self._used.add(name)
-        return self._slice(self._place[name], shape, (slice(None),) * dim + (slice(start, stop),))
+        return self._slice(self.place[name], shape, (slice(None),) * dim + (slice(start, end),) if shape else ())
 
-    def _slice(self, place: tuple[str, str], shape: tuple[int, ...], index: tuple[slice, ...]) -> Tensor:
+    def check_shape(self, place: Place, shape: tuple[int, ...]) -> None:
+        """Raise ConfigError unless the tensor has `shape`, by its file's header."""
         file, key = place
-        view = self._reader(file).get_slice(key)
-        found = tuple(view.get_shape())
-        if found != tuple(shape):
+        if (found := self.files.shape(place)) != tuple(shape):
             raise ConfigError(
                 f"{self.folder / file}: tensor {key!r} has shape {found}, the model needs {tuple(shape)}\n"
                 "  why: config.json and the weights belong to different models\n"
                 "  fix: fetch the folder again"
             )
-        value: Tensor = view[index]
+
+    def _slice(self, place: Place, shape: tuple[int, ...], index: tuple[slice, ...]) -> Tensor:
+        self.check_shape(place, shape)
+        value: Tensor = self.files.view(place)[index or ...]
         self.elements_read += value.numel()
         return value
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._place
-
-    def equal(self, name: str, other: str) -> bool:
-        """Whether two tensors hold the same numbers, compared COMPARED_ROWS rows at a time; not counted as read."""
-        one, two = (self._reader(self._place[key][0]).get_slice(self._place[key][1]) for key in (name, other))
-        if one.get_shape() != two.get_shape():
-            return False
-        starts = range(0, one.get_shape()[0], COMPARED_ROWS)
-        return all(torch.equal(one[i : i + COMPARED_ROWS], two[i : i + COMPARED_ROWS]) for i in starts)
-
-    def report_unused(self) -> None:
-        """Warn about tensors the model has no place for, except those its class says are harmless."""
-        harmless = getattr(self._model, "_keys_to_ignore_on_load_unexpected", None) or []
-        tied = tied_names(self._model)
-        extra = [
-            name
-            for name in self._place
-            if name not in self._used
-            and name not in tied
-            and not name.endswith("rotary_emb.inv_freq")
-            and not any(re.search(pattern, name) for pattern in harmless)
-        ]
-        if extra:
-            LOGGER.warning("%s: %d tensors have no place in the model: %s", self.folder, len(extra), extra[:5])
-
-    def _reader(self, file: str) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
-            except (SafetensorError, OSError) as error:
-                raise ConfigError(
-                    f"{self.folder / file} cannot be read: {error}\n"
-                    "  why: the file is damaged or cut off\n"
-                    "  fix: fetch it again"
-                ) from error
-        return self._open[file]
-
-    def _find_tensors(self) -> tuple[dict[str, tuple[str, str]], dict[str, PerExpert]]:
-        """Model parameter name -> (file, name in the file), and names of parameters made of experts' tensors."""
-        index = self.folder / INDEX
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (ValueError, KeyError) as error:
-                raise ConfigError(f"{index} is damaged: {error}\n  fix: fetch the file again") from error
-            missing = sorted({file for file in weight_map.values() if not (self.folder / file).is_file()})
-            if missing:
-                raise ConfigError(f"{self.folder} lacks {missing}, named by {INDEX}\n  fix: fetch the missing files")
-            keys = list(weight_map.items())
-        elif (self.folder / SINGLE).is_file():
-            keys = [(key, SINGLE) for key in sorted(self._reader(SINGLE).keys())]
-        else:
-            raise ConfigError(self._nothing_found())
-        transforms = get_model_conversion_mapping(self._model)
+    def _find_tensors(self, model: Any) -> tuple[dict[str, Place], dict[str, PerExpert]]:
+        transforms = get_model_conversion_mapping(model)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        return group_experts(self._model, ((_rename(key, renamings), (file, key)) for key, file in keys), converters)
+        place, grouped = group_experts(self._named(model, renamings, converters), converters)
+        for name in place.keys() & grouped.keys():
+            raise _twins(self.folder, name, place[name], grouped[name].places[0][0])
+        for second, kept in sorted(tied_names(model).items()):
+            # of tied weights a file may keep either
+            if second in place and kept not in place and kept_name(model, second) == kept:
+                place[kept] = place[second]
+        return place, grouped
 
-    def _nothing_found(self) -> str:
-        pickles = sorted(path.name for path in self.folder.glob("*.bin"))
-        found = f"only {pickles}" if pickles else "none"
-        return (
-            f"{self.folder} has no {SINGLE} and no {INDEX} ({found})\n"
-            "  why: kdtrain reads slices of safetensors, and pickled files can run code when opened\n"
-            "  fix: convert once: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-        )
+    def _named(
+        self, model: Any, renamings: list[WeightRenaming], converters: list[WeightConverter]
+    ) -> Iterator[tuple[str, str | None, Place]]:
+        """(the model's name, pattern of the converter that applies, place) of every tensor, as transformers finds it.
+
+        A tensor whose name means nothing once renamed, but does as it is, keeps it.
+        """
+        known: dict[str, Any] = dict.fromkeys(model.state_dict(), True)
+        prefix, first = model.base_model_prefix, dict[str, Place]()
+        for place in self.files.places:
+            key = place[1]
+            name, pattern = rename_source_key(key, renamings, converters, prefix, known)
+            if name not in known and key in known:
+                name, pattern = rename_source_key(key, [], [], prefix, known)
+            if name not in known:
+                name, pattern = key, None
+            if pattern is None and (other := first.setdefault(name, place)) != place:
+                if not self.files.equal(other, place):
+                    raise _twins(self.folder, name, other, place)
+                continue
+            yield name, pattern, place
 
 
-def _rename(key: str, renamings: list[WeightRenaming]) -> str:
-    for renaming in renamings:
-        key, _ = renaming.rename_source_key(key)
-    return key
+def _twins(folder: Path, name: str, one: Place, other: Place) -> ConfigError:
+    return ConfigError(
+        f"{folder} has two different tensors for parameter {name!r}: {one[1]!r} in {one[0]} and {other[1]!r} in "
+        f"{other[0]}\n  why: files of different models, or of two ways of writing one, have been mixed\n"
+        "  fix: fetch the folder again"
+    )

@@ -80,8 +80,13 @@ def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
     return {**TINY[name], **changes}
 
 
-def save_random(folder: Path, config: dict[str, Any], *, seed: int = 3) -> Path:
-    """A Hugging Face folder with a model of `config` initialised from `seed`, in float32; `folder`."""
+def save_random(
+    folder: Path, config: dict[str, Any], *, seed: int = 3, base: bool = False, shard_size: str = "1GB"
+) -> Path:
+    """A Hugging Face folder with a model of `config` initialised from `seed`, in float32; `folder`.
+
+    base: of the model without its head, as `AutoModel` saves it. shard_size: of a file, at most.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -90,5 +95,5 @@ def save_random(folder: Path, config: dict[str, Any], *, seed: int = 3) -> Path:
         torch.manual_seed(seed)
         built = AutoConfig.for_model(settings.pop("model_type"), **settings)
         model = AutoModelForCausalLM.from_config(built, dtype=torch.float32)  # type: ignore[no-untyped-call]
-    model.save_pretrained(folder)
+    (model.base_model if base else model).save_pretrained(folder, max_shard_size=shard_size)
     return folder

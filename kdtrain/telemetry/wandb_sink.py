@@ -17,6 +17,15 @@ ID_FILE = "wandb_run_id.txt"
 X_AXIS = "data/tokens_seen"
 
 
+def require_wandb(settings: WandbSection) -> None:
+    """Raise ConfigError if wandb is wanted and not installed."""
+    if settings.mode != "off" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"log.wandb.mode = {settings.mode}, but the package wandb is not installed\n"
+            "  fix: pip install wandb, or set log.wandb.mode=off (metrics.jsonl has the same numbers)"
+        )
+
+
 class WandbSink:
     """Sends records to one wandb run; with mode off, to nowhere.
 
@@ -45,11 +54,7 @@ class WandbSink:
         self._repeats = repeats
         if settings.mode == "off":
             return
-        if importlib.util.find_spec("wandb") is None:
-            raise ConfigError(
-                f"log.wandb.mode = {settings.mode}, but the package wandb is not installed\n"
-                "  fix: pip install wandb, or set log.wandb.mode=off (metrics.jsonl has the same numbers)"
-            )
+        require_wandb(settings)
         self._run = _start(settings, folder, name, config, init_timeout_s)
         self._run.define_metric(X_AXIS)
         self._run.define_metric("*", step_metric=X_AXIS)

@@ -59,13 +59,19 @@ class Models:
 def student_spec(cfg: RunConfig) -> ModelSpec:
     """What the configuration says of the student."""
     s = cfg.student
-    return ModelSpec(s.weights, s.architecture, s.dtype, s.attention, s.activation_checkpointing)
+    return ModelSpec(
+        s.weights, s.architecture, s.dtype, s.attention, s.activation_checkpointing, s.allow_unused_weights
+    )
 
 
 def teacher_spec(cfg: RunConfig) -> ModelSpec | None:
     """What the configuration says of the teacher; None without one."""
     t = cfg.teacher
-    return None if t.weights is None else ModelSpec(t.weights, None, t.dtype, t.attention)
+    return (
+        None
+        if t.weights is None
+        else ModelSpec(t.weights, dtype=t.dtype, attention=t.attention, allow_unused_weights=t.allow_unused_weights)
+    )
 
 
 def specs(cfg: RunConfig) -> list[ModelSpec]:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from kdtrain.config.ranks import num_teachers, student_ranks, teacher_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
 from kdtrain.dist.mesh import Mesh
+from kdtrain.engine import checkpoint
 from kdtrain.log import LOGGER
+from kdtrain.models.backbone import Backbone
 from kdtrain.models.facts import ModelFacts
 from kdtrain.models.load import ModelSpec, check_architecture, model_facts
 from kdtrain.models.quantize import require_torchao
+from kdtrain.telemetry.jsonl_sink import read_records
+from kdtrain.telemetry.wandb_sink import require_wandb
 from kdtrain.training import build
 from kdtrain.training.estimate import MemoryEstimate, ModelSize, estimate_memory, estimate_teacher_rank
 from kdtrain.training.inputs import Inputs
+from kdtrain.training.resume import find_resume_point
 
 
 def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh) -> None:
@@ -119,18 +125,12 @@ def _int(config: Any, name: str) -> int:
 
 def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int, trains: bool = True) -> None:
     """`--check`: everything that can be known before a device is touched. trains: or else only evaluates."""
-    packed, p = cfg.data.reset_positions, cfg.parallel
-    mesh = Mesh(world_size=world_size, tp_size=p.tp, cp_size=p.cp)
-    vocab_size = inputs.vocab_size
-    check_architecture(build.student_spec(cfg), vocab_size, mesh, packed=packed, sequence=p.sequence, trainable=trains)
-    if (spec := build.teacher_spec(cfg)) is not None:
-        mesh = replace(mesh, tp_size=teacher_tp(cfg))
-        quantize = cfg.teacher.quantize
-        check_architecture(spec, vocab_size, mesh, packed=packed, trainable=False, quantize=quantize)
-    if cfg.teacher.quantize is not None:
-        require_torchao(cfg.teacher.quantize)
     students = student_ranks(cfg, world_size)
-    dp_size = students // (cfg.parallel.tp * cfg.parallel.cp)
+    mesh = Mesh(world_size=students, tp_size=cfg.parallel.tp, cp_size=cfg.parallel.cp)
+    student = _check_models(cfg, inputs, mesh, trains=trains)
+    if trains:
+        _check_start(cfg, inputs, mesh, student)
+    dp_size = mesh.dp_size
     LOGGER.info("mesh     %s", mesh_line(cfg, students))
     if students < world_size:
         LOGGER.info("teacher  %s: %s", dedicated_line(cfg), list(range(students, world_size)))
@@ -141,3 +141,29 @@ def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int, trains: bool
         steps = -(-cfg.train.total_tokens // cfg.data.tokens_per_step)
         LOGGER.info("length   %s steps, %s tokens", f"{steps:,}", f"{cfg.train.total_tokens:,}")
     LOGGER.info("check    passed")
+
+
+def _check_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, trains: bool) -> Backbone:
+    """Raise what `build.build_models` would; the student, on meta."""
+    packed, vocab_size, quantize = cfg.data.reset_positions, inputs.vocab_size, cfg.teacher.quantize
+    if quantize is not None:
+        require_torchao(quantize)
+    student = check_architecture(
+        build.student_spec(cfg), vocab_size, mesh, packed=packed, sequence=cfg.parallel.sequence, trainable=trains
+    )
+    if (spec := build.teacher_spec(cfg)) is not None:
+        mesh = replace(mesh, tp_size=teacher_tp(cfg))
+        check_architecture(spec, vocab_size, mesh, packed=packed, trainable=False, quantize=quantize)
+    return student
+
+
+def _check_start(cfg: RunConfig, inputs: Inputs, mesh: Mesh, student: Backbone) -> None:
+    """Raise what a run would between its models and its first step: of the data's order, a resume, its records."""
+    folder = Path(cfg.run.output_dir) / cfg.run.name
+    resume_from = find_resume_point(cfg, folder)
+    loader = build.build_loader(cfg, inputs, mesh, prefetch=0)
+    if resume_from is not None:
+        checkpoint.check_model(resume_from.path, student)
+        loader.check_state(checkpoint.read_state(resume_from.path)["loader"])
+    read_records(folder / "metrics.jsonl")
+    require_wandb(cfg.log.wandb)

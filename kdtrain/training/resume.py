@@ -21,7 +21,9 @@ LAYOUT_ONLY = (
     *(
         "student.attention",
         "student.activation_checkpointing",
+        "student.allow_unused_weights",
         "teacher.attention",
+        "teacher.allow_unused_weights",
         "teacher.layout",
         "teacher.tp",
         "teacher.ranks",

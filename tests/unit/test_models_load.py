@@ -141,7 +141,7 @@ def test_a_folder_without_config_is_refused(tmp_path):
 
 
 def test_a_head_that_the_config_ties_away_must_equal_the_embedding(tmp_path, monkeypatch):
-    monkeypatch.setattr("kdtrain.models.safetensors_reader.COMPARED_ROWS", 8)
+    monkeypatch.setattr("kdtrain.models.weight_files.COMPARED_ROWS", 8)
     model = write_folder(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))

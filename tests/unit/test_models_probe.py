@@ -14,7 +14,7 @@ from kdtrain.models.architectures import ARCHITECTURES
 from kdtrain.models.load import ModelSpec, build_config, check_architecture, load_backbone, parameters_on_meta
 from kdtrain.models.probe import check_model, measure
 from kdtrain.models.shrink import tiny_settings
-from kdtrain.models.tiny import TINY, tiny_config
+from kdtrain.models.tiny import TINY, save_random, tiny_config
 from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 from kdtrain.training import build
 from kdtrain.training.describe import print_check
@@ -100,6 +100,7 @@ def test_a_check_before_the_run_finds_it_too(tmp_path):
     cfg.student.architecture = folder_of(tmp_path, "opt", **{**COMMON, **LEAKY["opt"]}).architecture
     write_store(tmp_path / "store", random_documents(4, seed=1), write_tokenizer(tmp_path / "tokenizer"))
     cfg.data.train, cfg.train.total_tokens = [str(tmp_path / "store")], 2048
+    cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 2, 64
     inputs = open_inputs(cfg, build.specs(cfg))
     with pytest.raises(ConfigError, match="'opt', which does not separate documents"):
         print_check(cfg, inputs, world_size=1)
@@ -148,11 +149,12 @@ def test_the_check_cuts_both_models_as_the_run_would(tmp_path, student, teacher)
     for name in ("student", "teacher"):
         folders[name] = write_tokenizer(tmp_path / name, eos="<|endoftext|>")
         bloom = {**COMMON, "model_type": "bloom", "n_head": 4, "n_layer": 2, "vocab_size": 257}
-        (folders[name] / "config.json").write_text(json.dumps(bloom))
+        save_random(folders[name], bloom)
     write_store(tmp_path / "store", random_documents(40, seed=0), folders["teacher"])
     cfg = RunConfig()
     cfg.student.architecture, cfg.teacher.weights = str(folders["student"]), str(folders["teacher"])
     cfg.data.train, cfg.train.total_tokens, cfg.data.reset_positions = [str(tmp_path / "store")], 2048, False
+    cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 2, 64
     inputs = open_inputs(cfg, build.specs(cfg))
     print_check(cfg, inputs, world_size=2)
     for section, values in ((cfg.parallel, student), (cfg.teacher, teacher)):
