@@ -106,7 +106,8 @@ class DataSection:
     validation: str | None = None
     """Token store for evaluation. null: no evaluation."""
     seq_len: int = 1024
-    """Tokens per packed sequence."""
+    """Tokens per packed sequence. More than either model has positions for is refused, and more than its config names
+    (`max_position_embeddings`) warned of."""
     tokens_per_step: int = 524288
     """Tokens per optimizer step over all ranks; a multiple of seq_len * sequences_per_micro_batch * dp."""
     sequences_per_micro_batch: int = 8

@@ -24,7 +24,8 @@ def pack(store: TokenStore, sequence: int, seq_len: int, *, reset_positions: boo
     """Sequence number `sequence`: tokens [k S, (k + 1) S) of the stream, labels one further.
 
     With reset_positions, position_ids restart at each document and nothing is predicted across a border: the label
-    after a document's last token does not count. Tokens past the end of the store are 0 and do not count.
+    after a document's last token does not count. Tokens past the end of the store are 0, a document of their own
+    there, and do not count.
     IndexError for a sequence that begins outside the store, DataError for a token outside the vocabulary.
     """
     start = sequence * seq_len
@@ -47,7 +48,8 @@ def pack(store: TokenStore, sequence: int, seq_len: int, *, reset_positions: boo
     if reset_positions:
         begins = store.document_starts(start, stop) - start
         mask[begins[begins > 0] - 1] = 0.0
-        inside = begins[begins < seq_len]
+        inside = np.append(begins, stop - start)  # padding is a document of its own: it lengthens none
+        inside = inside[inside < seq_len]
         origin = np.zeros(seq_len, dtype=np.int64)
         origin[inside] = inside
         positions -= np.maximum.accumulate(origin)

@@ -148,12 +148,17 @@ class Backbone(nn.Module):
 def document_boundaries(position_ids: Tensor) -> Tensor:
     """[B, S] -> int32 [documents + 1], offsets into the T = B * S flattened tokens where documents begin, then T.
 
-    A document begins with every row and wherever position_ids do not go up by one. Synchronises the device.
+    Synchronises the device.
     """
+    starts = document_begins(position_ids).flatten().nonzero().flatten()
+    return F.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
+
+
+def document_begins(position_ids: Tensor) -> Tensor:
+    """[B, S] -> bool [B, S]: a document begins with every row and wherever position_ids do not go up by one."""
     begins = torch.ones_like(position_ids, dtype=torch.bool)
     begins[:, 1:] = position_ids.diff(dim=1) != 1
-    starts = begins.flatten().nonzero().flatten()
-    return F.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
+    return begins
 
 
 def call_with_head(model: Callable[..., Any], batch: Batch, head_fn: HeadFn[R]) -> R:

@@ -40,9 +40,6 @@ ARGUMENT = "kdtrain_context"
 PER_HEAD = ("s_aux", "position_bias", "cache")
 """Arguments of stock attention that are made for other heads or tokens than a rank holds after the exchange."""
 
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary embeddings that look at the largest position of the batch, of which a rank sees its own part only."""
-
 
 @dataclass(slots=True)
 class Context:
@@ -81,17 +78,9 @@ def whole_sequences(values: Tensor, group: Group) -> Tensor:
 def use_context(model: Any, mesh: Mesh, source: str) -> None:
     """Let `model`, stock, with all its heads, use its own attention implementation over mesh's cp group.
 
-    Does not communicate. Raises, alike on all ranks, ParallelError when heads on some tp rank cannot be shared out and
-    ConfigError for rotary embeddings that depend on the longest document of a batch.
+    Does not communicate. Raises, alike on all ranks, ParallelError when heads on some tp rank cannot be shared out.
     """
     settings = model.config.to_dict()
-    for kind in _rope_types(settings):
-        if kind in LENGTH_DEPENDENT_ROPE:
-            raise ConfigError(
-                f"{source} has rotary embeddings of the type {kind!r} and parallel.cp > 1\n"
-                "  why: they depend on the largest position of a batch, and a rank sees only its part\n"
-                "  fix: set parallel.cp=1, or use a model with another rope_type"
-            )
     names = getattr(model.config, "attribute_map", None) or {}
     heads = settings.get(names.get("num_attention_heads", "num_attention_heads"))
     kv_heads = settings.get(names.get("num_key_value_heads", "num_key_value_heads")) or heads
@@ -100,14 +89,6 @@ def use_context(model: Any, mesh: Mesh, source: str) -> None:
         for start, stop in HeadCut.of(heads, kv_heads, mesh.tp_size).query:
             check_heads(stop - start, mesh.cp_size, source)
     model.config._attn_implementation = PREFIX + str(model.config._attn_implementation)
-
-
-def _rope_types(settings: Any) -> list[str]:
-    """Every rope_type named anywhere in a config."""
-    if not isinstance(settings, dict):
-        return []
-    here = [str(value) for key, value in settings.items() if key == "rope_type"]
-    return here + [kind for value in settings.values() for kind in _rope_types(value)]
 
 
 def ulysses_attention(

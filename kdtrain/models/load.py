@@ -29,6 +29,8 @@ from kdtrain.models.experts import choose_products, refuse_mixture
 from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.probe import check_model
 from kdtrain.models.quantize import quantizable_layers
+from kdtrain.models.rotary import say_document_lengths, use_document_lengths
+from kdtrain.models.rotary_probe import check_neighbours
 from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.models.stored_weights import check_stored, persistent_buffers, quantised_mark
 from kdtrain.models.ties import kept_name
@@ -261,10 +263,14 @@ def _cut(
 
 
 def _prepare_context(model: Any, mesh: Mesh, source: str, packed: bool) -> None:
-    """Attention over the mesh's cp group, if it has several ranks, once the model is known to bear it."""
+    """Rotary embeddings by documents' own lengths, and attention over the mesh's cp group if it has several ranks,
+    once the model is known to bear it."""
+    if packed:
+        check_neighbours(model, source)
     if mesh.cp_size > 1:
         check_context(model, source, packed=packed)
         use_context(model, mesh, source)
+    say_document_lengths(use_document_lengths(model, source, mesh.cp_group), source)
 
 
 def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int, *, trainable: bool) -> Any:

@@ -36,6 +36,8 @@ Z_LOSS = 1e-3
 RATES = (1e-2, 3e-3, 2e-3)  # of the three steps
 MAX_NORM, WEIGHT_DECAY, EPS = 0.5, 0.3, 1e-4
 WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "final_logit_softcapping": None}
+LONG = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0, 1.1], "long_factor": [2.0, 5.0]}
+DYNAMIC = {"rope_type": "dynamic", "factor": 3.0}
 
 FAMILIES = {
     "llama": tiny_config("smollm", tie_word_embeddings=True),  # 3 key/value groups: tp 2 is uneven
@@ -52,6 +54,9 @@ FAMILIES = {
     "few_groups": tiny_config("llama", num_attention_heads=4, num_key_value_heads=2),
     "one_group": tiny_config("llama", num_key_value_heads=1, tie_word_embeddings=True),
     "one_group_untied": tiny_config("llama", num_attention_heads=4, num_key_value_heads=1),
+    # tables change at 8 tokens: documents of 4 and 8 use one, those of 12 another
+    "longrope": tiny_config("phi3", original_max_position_embeddings=8, rope_parameters=LONG),
+    "dynamic": tiny_config("llama", max_position_embeddings=8, rope_parameters=DYNAMIC),
     "uneven_groups": tiny_config("smollm", num_attention_heads=9, num_key_value_heads=3),
 }
 """Configs by name. Gemma without its soft cap, which the plain formula has not (the tests of the losses have it)."""

@@ -22,6 +22,7 @@ from kdtrain.models.facts import ModelFacts
 from kdtrain.models.flops import forward_flops_per_token, peak_flops, training_flops_per_token
 from kdtrain.models.head import LoadedHead
 from kdtrain.models.load import ModelSpec, load_backbone
+from kdtrain.models.positions import check_positions
 from kdtrain.models.quantize import require_torchao
 from kdtrain.objectives.base import HeadLayout, Objective
 from kdtrain.objectives.distill import Distill, TeacherSource
@@ -77,6 +78,17 @@ def teacher_spec(cfg: RunConfig) -> ModelSpec | None:
 def specs(cfg: RunConfig) -> list[ModelSpec]:
     """Every model of the run."""
     return [spec for spec in (student_spec(cfg), teacher_spec(cfg)) if spec is not None]
+
+
+def check_lengths(cfg: RunConfig, inputs: Inputs, *, trainable: bool) -> None:
+    """ConfigError for a model that has no positions for data.seq_len tokens; a warning for one that was made for fewer.
+
+    trainable: whether the student will be trained. Before ranks find each other, alike on all; does not communicate.
+    """
+    teacher = teacher_spec(cfg)
+    for role, spec, trains in (("student", student_spec(cfg), trainable), ("teacher", teacher, False)):
+        if spec is not None:
+            check_positions(spec, role, vocab_size=inputs.vocab_size, seq_len=cfg.data.seq_len, trainable=trains)
 
 
 def build_models(

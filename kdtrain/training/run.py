@@ -53,6 +53,7 @@ def run_training(request: Request) -> int:
     cfg = request.config
     setup_logging()
     inputs = open_inputs(cfg, build.specs(cfg))
+    build.check_lengths(cfg, inputs, trainable=True)
     if request.check_only:
         describing.print_check(cfg, inputs, world_size=world_size(os.environ))
         return 0
@@ -88,6 +89,7 @@ def run_evaluation(request: Request) -> int:
     if cfg.student.weights is None:
         raise ConfigError("student.weights is not set\n  fix: name the Hugging Face folder to evaluate")
     inputs = open_inputs(cfg, build.specs(cfg))
+    build.check_lengths(cfg, inputs, trainable=False)
     if request.check_only:
         build.evaluation_batches(cfg, inputs, Mesh())  # refuses what has nothing to evaluate on
         describing.print_check(cfg, inputs, world_size=world_size(os.environ), trains=False)

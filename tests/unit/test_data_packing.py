@@ -29,7 +29,7 @@ def test_labels_masks_and_positions_are_as_worked_out_by_hand(store):
     assert rows(pack(store, 0, 5)) == [[5, 6, 7, 0, 8], [6, 7, 0, 8, 0], [1, 1, 1, 0, 1], [0, 1, 2, 3, 0]]
     # begins with the last token of a document; the third document goes on behind the last label
     assert rows(pack(store, 1, 5)) == [[0, 9, 10, 11, 12], [9, 10, 11, 12, 13], [0, 1, 1, 1, 1], [0, 0, 1, 2, 3]]
-    assert rows(pack(store, 2, 5)) == [[13, 0, 14, 0, 0], [0, 14, 0, 0, 0], [1, 0, 1, 0, 0], [0, 1, 0, 1, 2]]
+    assert rows(pack(store, 2, 5)) == [[13, 0, 14, 0, 0], [0, 14, 0, 0, 0], [1, 0, 1, 0, 0], [0, 1, 0, 1, 0]]
 
 
 def test_a_border_right_behind_the_last_input_takes_its_label_out(store):
@@ -44,6 +44,12 @@ def test_without_resetting_every_position_counts_and_positions_run_on(store):
     assert (ids.tolist(), labels.tolist()) == ([5, 6, 7, 0, 8], [6, 7, 0, 8, 0])
     assert (mask.tolist(), positions.tolist()) == ([1] * 5, [0, 1, 2, 3, 4])
     assert pack(store, 2, 5, reset_positions=False)[2].tolist() == [1, 1, 1, 0, 0]  # padding never counts
+
+
+def test_padding_does_not_lengthen_the_document_before_it(store):
+    # [13] ends the third document, then the fourth with its separator, then six tokens that are not in the store
+    assert pack(store, 1, 10)[3].tolist() == [0, 1, 0, 1, 0, 1, 2, 3, 4, 5]
+    assert pack(store, 1, 10, reset_positions=False)[3].tolist() == list(range(10))
 
 
 def test_a_sequence_needs_one_token_more_than_it_holds(store):

@@ -96,13 +96,6 @@ def test_heads_are_counted_on_every_tp_rank():
     use_context(stock(**TINY["smollm"]), Mesh(world_size=3, cp_size=3), "model 'm'")
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_rotary_embeddings_that_look_at_the_longest_document_are_refused(kind):
-    lists = {"long_factor": [1.0, 1.0], "short_factor": [1.0, 1.0]} if kind == "longrope" else {}
-    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64, **lists}
-    refuse_use(tiny_config("llama", rope_parameters=rope), Mesh(world_size=2, cp_size=2), ConfigError, f"type '{kind}'")
-
-
 def test_loading_asks_all_of_it(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({**TINY["llama"], "model_type": "bloom", "n_head": 4, "n_layer": 2})
