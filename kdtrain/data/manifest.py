@@ -38,7 +38,8 @@ class Shard:
 class Manifest:
     """What manifest.json says. text_bytes: UTF-8 bytes of the text, prefixes and separators not counted.
 
-    document_prefix: tokens every document begins with, () in manifests of before it was recorded.
+    document_prefix: tokens every document begins with, () in manifests of before it was recorded. added_ids: those of
+    the tokenizer's added tokens that occur, ascending; None where that was not recorded.
     """
 
     dtype: str
@@ -54,6 +55,7 @@ class Manifest:
     format: str = FORMAT
     version: int = VERSION
     document_prefix: tuple[int, ...] = ()
+    added_ids: tuple[int, ...] | None = None
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -99,8 +101,9 @@ def _parse(file: Path) -> Manifest:
                 f"{FORMAT!r} version {VERSION}\n  fix: prepare the corpus again, or use the kdtrain that wrote it"
             )
         shards = tuple(Shard(**shard) for shard in found.pop("shards"))
-        prefix = tuple(found.pop("document_prefix", ()))
-        return Manifest(**found, shards=shards, document_prefix=prefix)
+        prefix, added = tuple(found.pop("document_prefix", ())), found.pop("added_ids", None)
+        added = None if added is None else tuple(added)
+        return Manifest(**found, shards=shards, document_prefix=prefix, added_ids=added)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} is damaged: {error}\n{DAMAGED_FIX}") from error
 
@@ -116,6 +119,8 @@ def _problems(m: Manifest) -> Iterator[str]:
     yield from _count("separator_id", m.separator_id, 0, m.vocab_size)
     for place, token in enumerate(m.document_prefix):
         yield from _count(f"document_prefix[{place}]", token, 0, m.vocab_size)
+    for place, token in enumerate(m.added_ids or ()):
+        yield from _count(f"added_ids[{place}]", token, 0, m.vocab_size)
     if not isinstance(m.source, str):
         yield f"source is {m.source!r}, must be a text"
     yield from _checksum("tokenizer_fingerprint", m.tokenizer_fingerprint)

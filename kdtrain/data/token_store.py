@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -30,8 +30,9 @@ from kdtrain.data.manifest import (
     token_dtype,
 )
 from kdtrain.data.megatron_index import MegatronIndex, index_bytes, read_index
-from kdtrain.data.tokenizer import TOKENIZER_FILES, fingerprint, vocab_size
+from kdtrain.data.tokenizer import TOKENIZER_FILES, added_tokens, fingerprint, vocab_size
 from kdtrain.data.unfinished import make_unfinished, remove_abandoned
+from kdtrain.data.used_ids import scan_ids
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.files import sync, write_synced
 
@@ -112,6 +113,16 @@ class TokenStore:
             out[low - start : high - start] = self._shard(shard)[0][low - first : high - first]
         return out
 
+    def occurring_ids(self, wanted: Collection[int]) -> list[int]:
+        """Those of the ids `wanted` that occur, ascending.
+
+        By the manifest if it says which added tokens occur and `wanted` holds no others, else every token is read once.
+        """
+        recorded, wanted = self.manifest.added_ids, {i for i in wanted if 0 <= i < self.manifest.vocab_size}
+        if not wanted or (recorded is not None and wanted <= added_tokens(self.path / TOKENIZER).keys()):
+            return sorted(wanted.intersection(recorded or ()))
+        return scan_ids(self, wanted)
+
     def _shards_of(self, start: int, stop: int) -> range:
         """Numbers of the shards that hold tokens of [start, stop); no shard is empty."""
         if start >= stop:
@@ -152,6 +163,13 @@ class TokenStore:
             raise DataError(
                 f"{self.path}/manifest.json is damaged: vocab_size is {self.manifest.vocab_size}, that of "
                 f"{self.path / TOKENIZER} is {tokens_of_it}\n{DAMAGED_FIX}"
+            )
+        recorded = self.manifest.added_ids
+        occur = None if recorded is None else scan_ids(self, added_tokens(self.path / TOKENIZER))
+        if recorded is not None and list(recorded) != occur:
+            raise DataError(
+                f"{self.path}/manifest.json is damaged: added_ids is {list(recorded)}, of the tokenizer's added tokens "
+                f"{occur} occur\n{DAMAGED_FIX}"
             )
 
 
@@ -198,6 +216,8 @@ class TokenStoreWriter:
         self._digest = hashlib.sha256()
         self._text_bytes = 0
         self._manifest: Manifest | None = None
+        self._seen = np.zeros(self._vocab_size, dtype=bool)
+        self._num_seen = 0
 
     def add(self, ids: np.ndarray | list[int], text_bytes: int) -> None:
         """One document: its ids, without prefix and separator, and the size of its text in UTF-8 bytes."""
@@ -220,6 +240,8 @@ class TokenStoreWriter:
             self._digest.update(data)
             self._sizes.append(len(tokens))
             self._text_bytes += text_bytes
+            self._seen[tokens] = True
+            self._num_seen += len(tokens)
             if self._file.tell() >= self._shard_tokens * self._dtype.itemsize:
                 self._close_shard()
 
@@ -263,13 +285,19 @@ class TokenStoreWriter:
                 vocab_size=self._vocab_size, separator_id=self._separator_id,
                 tokenizer_fingerprint=fingerprint(self._tokenizer_dir), source=self._source,
                 fingerprint=shards_fingerprint(self._shards), shards=tuple(self._shards),
-                document_prefix=self._prefix,
+                document_prefix=self._prefix, added_ids=self._added_ids(),
             )  # fmt: skip
             write_synced(self._temporary / "manifest.json", (json.dumps(asdict(manifest), indent=2) + "\n").encode())
             sync(self._temporary / TOKENIZER)
             sync(self._temporary)
         self._manifest = manifest
         return manifest
+
+    def _added_ids(self) -> tuple[int, ...] | None:
+        """Added tokens that were written; None unless every token was looked at."""
+        if self._num_seen != sum(s.num_tokens for s in self._shards):
+            return None
+        return tuple(i for i in sorted(added_tokens(self._tokenizer_dir)) if self._seen[i])
 
     def commit(self) -> Manifest:
         """`finish`, then give the store its name: it is either there and whole, or not there."""

@@ -1,10 +1,10 @@
-"""Tokenizer folders: identity, size, separator, and how a difference is told."""
+"""Tokenizer folders: identity, size, separator."""
 
 import json
 
 import pytest
 
-from kdtrain.data.tokenizer import explain_difference, fingerprint, load_tokenizer, separator_id, vocab_size
+from kdtrain.data.tokenizer import added_tokens, fingerprint, load_tokenizer, separator_id, vocab_size
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.testing.tiny_data import write_tokenizer
 
@@ -25,7 +25,6 @@ def test_the_fingerprint_ignores_layout_and_what_never_changes_ids(tmp_path):
     )
     assert (a / "tokenizer.json").read_bytes() != (b / "tokenizer.json").read_bytes()
     assert fingerprint(a) == fingerprint(b)
-    assert explain_difference(a, b) is None
 
 
 def test_the_fingerprint_reads_merges_written_in_either_way(tmp_path):
@@ -74,29 +73,8 @@ def test_the_separator_is_what_was_named_then_endoftext_then_eos(tmp_path):
         separator_id(a, "<nope>")
 
 
-def test_a_difference_is_told_by_the_first_probe_with_both_lists_of_ids(tmp_path):
-    a, b = write_tokenizer(tmp_path / "a"), write_tokenizer(tmp_path / "b", lowercase=True)
-    told = explain_difference(a, b)
-    ids_a, ids_b = (load_tokenizer(f).encode("Hello world").ids for f in (a, b))
-    assert ids_a[0] != ids_b[0]
-    assert told.startswith(f"'Hello world' is [{ids_a[0]}, ")
-    assert f"[{ids_b[0]}, " in told
-
-
-def test_a_difference_far_into_a_probe_is_shown_and_not_cut_off(tmp_path):
-    a = write_tokenizer(tmp_path / "a")
-    b = edit(write_tokenizer(tmp_path / "b"), lambda t: t.update(normalizer={"type": "NFC"}))
-    assert explain_difference(a, b) is None  # other rules, same ids on every probe
-    c = edit(write_tokenizer(tmp_path / "c"), lambda t: t["model"]["vocab"].update({"d": 300}))
-    told = explain_difference(a, c)
-    shown_a, shown_c = told.split(" is ")[1].split(" in ")[0], told.split(" and ")[1].split(" in ")[0]
-    assert shown_a != shown_c
-    assert "300" in shown_c
-
-
-def test_a_token_that_no_probe_uses_is_still_found(tmp_path):
-    a, b = write_tokenizer(tmp_path / "a"), write_tokenizer(tmp_path / "b", more=["<tool>"])
-    assert explain_difference(a, b) == "token '<tool>' with id 257 is in only one of them"
+def test_added_tokens_are_named_by_id(tmp_path):
+    assert added_tokens(write_tokenizer(tmp_path / "a", more=["<x>"])) == {0: "<|endoftext|>", 257: "<x>"}
 
 
 def test_texts_are_neither_cut_nor_filled_up_by_what_the_file_keeps_for_a_models_inputs(tmp_path):
