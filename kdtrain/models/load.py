@@ -30,6 +30,7 @@ from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.probe import check_model
 from kdtrain.models.quantize import quantizable_layers
 from kdtrain.models.safetensors_reader import SafetensorsFolder
+from kdtrain.models.stock import stock_settings
 from kdtrain.models.ties import kept_name, tied_names
 from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.pieces import read_piece
@@ -58,7 +59,7 @@ def model_rows(spec: ModelSpec, vocab_size: int) -> int:
     """Rows of the model's embedding and head; at least vocab_size, the tokenizer's true size.
 
     Two models that share a loss need one `total_rows`: the larger of theirs. Reads only config.json.
-    Raises ConfigError when the model has fewer rows than the tokenizer has tokens.
+    Raises ConfigError when the model has fewer rows than `vocab_size`.
     """
     config = _config_dict(spec, vocab_size)
     rows = config.get("vocab_size")
@@ -178,12 +179,12 @@ def build_config(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) ->
     trainable: a model that is only run, as a teacher is, may be a mixture of experts.
     """
     settings = _config_dict(spec, vocab_size)
-    settings.pop("_name_or_path", None)  # where somebody else once kept the model
     if settings.get("quantization_config"):
         raise ConfigError(
             f"{_source(spec)} is quantised\n  why: training and exact divergences need ordinary weights\n"
             "  fix: use the unquantised model; for GGUF files run launch/import_gguf.py first"
         )
+    settings = stock_settings(settings)
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
