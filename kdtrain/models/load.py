@@ -23,6 +23,7 @@ from kdtrain.log import LOGGER
 from kdtrain.models.architectures import read_architecture, read_config_json
 from kdtrain.models.attention import resolve_attention
 from kdtrain.models.backbone import Backbone
+from kdtrain.models.composite import refuse_composite
 from kdtrain.models.context import use_context
 from kdtrain.models.context_probe import check_context
 from kdtrain.models.experts import choose_products, refuse_mixture
@@ -59,7 +60,7 @@ def model_rows(spec: ModelSpec, vocab_size: int) -> int:
     """Rows of the model's embedding and head; at least vocab_size, the tokenizer's true size.
 
     Two models that share a loss need one `total_rows`: the larger of theirs. Reads only config.json.
-    Raises ConfigError when the model has fewer rows than `vocab_size`.
+    Raises ConfigError when the model has fewer rows than `vocab_size`, or is one of several modalities.
     """
     config = _config_dict(spec, vocab_size)
     rows = config.get("vocab_size")
@@ -148,6 +149,12 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def _config_dict(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
+    settings = _read_config(spec, vocab_size)
+    refuse_composite(settings, _source(spec))
+    return settings
+
+
+def _read_config(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
     if (spec.weights is None) == (spec.architecture is None):
         raise ConfigError(
             f"weights = {spec.weights!r} and architecture = {spec.architecture!r}: exactly one must be set\n"
