@@ -38,8 +38,8 @@ class Shard:
 class Manifest:
     """What manifest.json says. text_bytes: UTF-8 bytes of the text, prefixes and separators not counted.
 
-    document_prefix: tokens every document begins with, () in manifests of before it was recorded. added_ids: those of
-    the tokenizer's added tokens that occur, ascending; None where that was not recorded.
+    document_prefix: tokens every document begins with, () in manifests of before it was recorded. added_ids: ids that
+    occur and are not of the vocabulary the tokenizer was trained with, ascending; None where that was not recorded.
     """
 
     dtype: str

@@ -30,7 +30,7 @@ from kdtrain.data.manifest import (
     token_dtype,
 )
 from kdtrain.data.megatron_index import MegatronIndex, index_bytes, read_index
-from kdtrain.data.tokenizer import TOKENIZER_FILES, added_tokens, fingerprint, vocab_size
+from kdtrain.data.tokenizer import TOKENIZER_FILES, fingerprint, trained_ids, vocab_size
 from kdtrain.data.unfinished import make_unfinished, remove_abandoned
 from kdtrain.data.used_ids import scan_ids
 from kdtrain.errors import ConfigError, DataError
@@ -116,10 +116,10 @@ class TokenStore:
     def occurring_ids(self, wanted: Collection[int]) -> list[int]:
         """Those of the ids `wanted` that occur, ascending.
 
-        By the manifest if it says which added tokens occur and `wanted` holds no others, else every token is read once.
+        By the manifest if it says so and `wanted` holds none of the trained vocabulary, else every token is read once.
         """
         recorded, wanted = self.manifest.added_ids, {i for i in wanted if 0 <= i < self.manifest.vocab_size}
-        if not wanted or (recorded is not None and wanted <= added_tokens(self.path / TOKENIZER).keys()):
+        if not wanted or (recorded is not None and wanted.isdisjoint(trained_ids(self.path / TOKENIZER))):
             return sorted(wanted.intersection(recorded or ()))
         return scan_ids(self, wanted)
 
@@ -152,6 +152,9 @@ class TokenStore:
             tokens, index = self._shard(number)
             index.check(self.path / f"{shard.name}.idx")
             _check_borders(self.path, self.manifest, shard.name, tokens, index, np.arange(shard.num_documents))
+        self._verify_tokenizer()
+
+    def _verify_tokenizer(self) -> None:
         found = fingerprint(self.path / TOKENIZER)
         if found != self.manifest.tokenizer_fingerprint:
             raise DataError(
@@ -164,12 +167,13 @@ class TokenStore:
                 f"{self.path}/manifest.json is damaged: vocab_size is {self.manifest.vocab_size}, that of "
                 f"{self.path / TOKENIZER} is {tokens_of_it}\n{DAMAGED_FIX}"
             )
-        recorded = self.manifest.added_ids
-        occur = None if recorded is None else scan_ids(self, added_tokens(self.path / TOKENIZER))
-        if recorded is not None and list(recorded) != occur:
+        if self.manifest.added_ids is None:
+            return
+        occur = scan_ids(self, set(range(tokens_of_it)) - trained_ids(self.path / TOKENIZER))
+        if list(self.manifest.added_ids) != occur:
             raise DataError(
-                f"{self.path}/manifest.json is damaged: added_ids is {list(recorded)}, of the tokenizer's added tokens "
-                f"{occur} occur\n{DAMAGED_FIX}"
+                f"{self.path}/manifest.json is damaged: added_ids is {list(self.manifest.added_ids)}, of the ids "
+                f"outside the trained vocabulary {occur} occur\n{DAMAGED_FIX}"
             )
 
 
@@ -294,10 +298,11 @@ class TokenStoreWriter:
         return manifest
 
     def _added_ids(self) -> tuple[int, ...] | None:
-        """Added tokens that were written; None unless every token was looked at."""
+        """Ids outside the trained vocabulary that were written; None unless every token was looked at."""
         if self._num_seen != sum(s.num_tokens for s in self._shards):
             return None
-        return tuple(i for i in sorted(added_tokens(self._tokenizer_dir)) if self._seen[i])
+        trained = trained_ids(self._tokenizer_dir)
+        return tuple(int(i) for i in np.flatnonzero(self._seen) if i not in trained)
 
     def commit(self) -> Manifest:
         """`finish`, then give the store its name: it is either there and whole, or not there."""

@@ -117,9 +117,10 @@ def vocab_size(folder: str | Path) -> int:
     return int(max(ids)) + 1
 
 
-def added_tokens(folder: str | Path) -> dict[int, str]:
-    """id -> content of the tokens that were added to the vocabulary the tokenizer was trained with. Raises as above."""
-    return {int(i): token.content for i, token in load_tokenizer(folder).get_added_tokens_decoder().items()}
+def trained_ids(folder: str | Path) -> set[int]:
+    """Ids of the vocabulary that the tokenizer was trained with, added tokens left out. Raises as above."""
+    tokenizer = load_tokenizer(folder)
+    return set(tokenizer.get_vocab(with_added_tokens=False).values()) - tokenizer.get_added_tokens_decoder().keys()
 
 
 def separator_id(folder: str | Path, name: str | None = None) -> int:

@@ -64,7 +64,12 @@ def model_rows(spec: ModelSpec, vocab_size: int) -> int:
     """
     config = _config_dict(spec, vocab_size)
     rows = config.get("vocab_size")
-    if not isinstance(rows, int) or rows < vocab_size:
+    if not isinstance(rows, int):
+        raise ConfigError(
+            f"{_source(spec)}: config.json has vocab_size = {rows!r}, not a whole number\n"
+            "  why: it says how many ids have a row in the embedding and the head\n  fix: restore it from its source"
+        )
+    if rows < vocab_size:
         raise ConfigError(
             f"{_source(spec)} has vocab_size = {rows}, but the tokenizer has {vocab_size} tokens\n"
             "  why: ids past the model's last row have no embedding; this is another tokenizer's model\n"

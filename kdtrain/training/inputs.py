@@ -52,15 +52,16 @@ def open_inputs(cfg: RunConfig, specs: Sequence[ModelSpec]) -> Inputs:
         _same_borders(train[0], other)
     _all_different(train, validation)
     named = {"teacher": cfg.teacher.weights, "student": cfg.student.weights}
-    models = {role: Path(folder) for role, folder in named.items() if folder is not None}
+    models = {role: Path(name) for role, name in named.items() if name is not None}
     vocabulary.add_tokenizers(models)
-    for role, folder in models.items():
-        _compare_prefix(train[0], role, folder)
-    rows = [model_rows(spec, 1) for spec in specs if spec.weights is not None]
-    for spec, count in zip((spec for spec in specs if spec.weights is not None), rows, strict=True):
-        vocabulary.add_rows(count, f"model {spec.weights!r}")
+    for role, path in models.items():
+        _compare_prefix(train[0], role, path)
+    rows = {spec.weights: model_rows(spec, 1) for spec in specs if spec.weights is not None}
+    for folder, count in rows.items():
+        vocabulary.add_rows(count, f"model {folder!r}")
     vocabulary.check(stores)
-    return Inputs(train, validation, vocabulary.size, max([vocabulary.size, *rows]))
+    vocabulary.report(stores, models.get("student", train[0].path / "tokenizer"))
+    return Inputs(train, validation, vocabulary.size, max([vocabulary.size, *rows.values()]))
 
 
 def _same_borders(first: TokenStore, other: TokenStore) -> None:

@@ -69,12 +69,21 @@ class SharedVocabulary:
         for store in stores:
             if found := store.occurring_ids({*self._barred, *range(self.size, store.manifest.vocab_size)}):
                 raise self._not_shared(store, found)
+
+    def report(self, stores: Sequence[TokenStore], exported: Path) -> None:
+        """Log what is not in the softmax, if anything. exported: folder of the tokenizer that the student keeps."""
+        if not self._barred:
+            return
         whole = max(store.manifest.vocab_size for store in stores)
         if self.size < whole:
-            LOGGER.info(
-                "vocabulary %d of the data's %d ids: the others, of which the data holds none, are not in every model",
-                self.size, whole,
-            )  # fmt: skip
+            why = "the others, which the data does not hold, are not in every model"
+            LOGGER.info("data     the softmax has %d of the tokenizer's %d ids: %s", self.size, whole, why)
+        vocabulary = load_tokenizer(exported).get_vocab(with_added_tokens=True)
+        lost = sorted((number, name) for name, number in vocabulary.items() if number >= self.size)
+        if lost:
+            listed = ", ".join(f"{number} ({name!r})" for number, name in lost[:8]) + (", ..." if lost[8:] else "")
+            what = "the student will be exported without rows for these tokens of its tokenizer, which the run does not"
+            LOGGER.warning("%s train: %s; text that holds them cannot be given to it", what, listed)
 
     def _bar(self, unshared: Mapping[int, tuple[str | None, str | None]], where: str) -> None:
         for number, (mine, theirs) in unshared.items():

@@ -31,13 +31,9 @@ def launch(name, *words, ranks=1):
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
     command = [sys.executable, str(ROOT / "launch" / name), *map(str, words)]
-    running = [
-        subprocess.Popen(
-            command, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else env,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranked = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+    running = [subprocess.Popen(command, env=env | names, **pipes) for names in ranked]
     ended = [process.communicate(timeout=200) for process in running]
     assert [process.returncode for process in running] == [0] * ranks, ended
     return ended[0][0]
@@ -47,10 +43,8 @@ def launch(name, *words, ranks=1):
 def world(tmp_path_factory):
     """Stores and an instruct teacher of 258 tokens, base students of 304 rows, a teacher with two tokens more."""
     folder = tmp_path_factory.mktemp("world")
-    write_run(
-        folder, student=tiny_config("llama"), teacher=tiny_config("llama"), steps=6,
-        data={"validation": str(folder / "validation")}, checkpoint={"export": True},
-    )  # fmt: skip
+    sections = {"data": {"validation": str(folder / "validation")}, "checkpoint": {"export": True}}
+    write_run(folder, student=tiny_config("llama"), teacher=tiny_config("llama"), steps=6, **sections)
     for name, more in (("instruct", ["<|im_end|>"]), ("larger", ["<|im_end|>", "<tool>", "<think>"])):
         teacher = write_tokenizer(folder / name, more=more, eos="<|im_end|>")
         (teacher / "chat_template.jinja").write_text("{{ messages }}")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kdtrain.data.tokenizer import added_tokens, fingerprint, load_tokenizer, separator_id, vocab_size
+from kdtrain.data.tokenizer import fingerprint, load_tokenizer, separator_id, trained_ids, vocab_size
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.testing.tiny_data import write_tokenizer
 
@@ -73,8 +73,8 @@ def test_the_separator_is_what_was_named_then_endoftext_then_eos(tmp_path):
         separator_id(a, "<nope>")
 
 
-def test_added_tokens_are_named_by_id(tmp_path):
-    assert added_tokens(write_tokenizer(tmp_path / "a", more=["<x>"])) == {0: "<|endoftext|>", 257: "<x>"}
+def test_trained_ids_leave_out_added_tokens_wherever_they_are(tmp_path):
+    assert trained_ids(write_tokenizer(tmp_path / "a", more=["<x>"])) == set(range(1, 257))
 
 
 def test_texts_are_neither_cut_nor_filled_up_by_what_the_file_keeps_for_a_models_inputs(tmp_path):

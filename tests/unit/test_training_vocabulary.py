@@ -60,7 +60,12 @@ def test_teacher_and_student_of_one_vocabulary_and_unlike_added_tokens_train(tmp
     data = store(tmp_path / "data", tmp_path / prepared_with, recorded=recorded)
     inputs = opened(tmp_path, data, teacher=teacher, student=student)
     assert (inputs.vocab_size, inputs.total_rows) == (258, 272), "ids that both tokenizers have; rows of the larger"
-    assert ("258 of the data's 260 ids" in logged.text) == (prepared_with == "teacher")
+    assert ("the softmax has 258 of the tokenizer's 260 ids" in logged.text) == (prepared_with == "teacher")
+    assert "without rows" not in logged.text, "the student's own tokenizer has a row for each of its tokens"
+    logged.clear()
+    opened(tmp_path, data, teacher=student, student=teacher)
+    assert "without rows for these tokens" in logged.text
+    assert "258 ('<tool>'), 259 ('<think>'); text that holds them" in logged.text
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -125,7 +130,7 @@ def test_two_models_of_really_different_tokenizers_are_not_sent_round_in_a_circl
     assert f"launch/prepare_corpus.py --tokenizer {teacher}" in refused(tmp_path, data, teacher=teacher)
 
 
-def test_a_store_says_which_added_tokens_occur_and_verify_looks(tmp_path):
+def test_a_store_says_which_added_tokens_occur_and_verify_reads_them_again(tmp_path):
     tokenizer = write_tokenizer(tmp_path / "tokenizer", more=MANY)
     made = TokenStore.open(store(tmp_path / "data", tokenizer, ids=[THINK]))
     assert made.manifest.added_ids == (0, THINK)
@@ -135,7 +140,9 @@ def test_a_store_says_which_added_tokens_occur_and_verify_looks(tmp_path):
     file = made.path / "manifest.json"
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "added_ids": [0]}))
-    with pytest.raises(DataError, match=r"added_ids is \[0\], of the tokenizer's added tokens \[0, 259\] occur"):
+    with pytest.raises(
+        DataError, match=r"added_ids is \[0\], of the ids outside the trained vocabulary \[0, 259\] occur"
+    ):
         TokenStore.open(made.path).verify()
     file.write_text(json.dumps({**content, "added_ids": [0, 260]}))
     with pytest.raises(DataError, match=r"added_ids\[1\] is 260"):
