@@ -1,4 +1,7 @@
-"""Turn a checkpoint into a Hugging Face folder.   python launch/export_hf.py RUN_OR_CHECKPOINT OUT"""
+"""Turn a checkpoint into a Hugging Face folder.   python launch/export_hf.py RUN_OR_CHECKPOINT OUT
+
+Rows of the vocabulary that the run's softmax does not have are left out; docs/export.md says what the folder holds.
+"""
 
 import argparse
 import sys
@@ -8,7 +11,7 @@ from kdtrain.config.cli import run_script
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a run folder (its newest checkpoint) or one checkpoint folder")
     parser.add_argument("output", type=Path, help="folder to create")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="dtype of the weights")

@@ -59,7 +59,8 @@ class TeacherSection:
     """The frozen model."""
 
     weights: str | None = None
-    """Hugging Face model folder. Needed by objective distill, optional (for evaluation only) with pretrain."""
+    """Hugging Face model folder. Needed by objective distill, optional (for evaluation only) with pretrain. Its
+    tokenizer may differ from the data's in added tokens that the data does not hold."""
     dtype: Dtype = "bfloat16"
     """Dtype of weights and activations."""
     attention: Attention = "auto"
@@ -245,7 +246,8 @@ class CheckpointSection:
     """Copy to host memory (12 bytes per parameter that a rank owns, pinned on CUDA, kept for the whole run) and write
     while training goes on. The next save, a stop and the end of the run wait until it is on disk."""
     export: bool = True
-    """Write the finished student as a Hugging Face folder `<run>/export`."""
+    """Write the finished student as a Hugging Face folder `<run>/export`, without rows of the vocabulary that the run's
+    softmax does not have; docs/export.md says what else."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -203,11 +203,14 @@ def _link(
     if len(documents.starts) == 0:
         return
 
+    seen = np.zeros(target.vocab_size, dtype=bool)
+
     def measure(block: slice) -> tuple[int, int, int]:
         starts, stops = documents.starts[block], documents.stops[block]
         tokens = pair.tokens[int(starts[0]) : int(stops[-1])]
         if tokens.min() < 0 or tokens.max() >= target.vocab_size:
             raise _outside(pair, int(starts[0]), tokens, target.vocab_size)
+        seen[tokens] = True
         return len(tokens), len(starts), target.text.measure(tokens, stops - starts)
 
     with ThreadPoolExecutor(1) as hasher:
@@ -216,7 +219,8 @@ def _link(
         for tokens, count, measured in _in_order(measure, _blocks(documents)):
             text_bytes += measured
             report(tokens, count)
-        writer.link_shard(pair.bin, documents.stops - documents.starts, digest.result(), pair.modified_ns, text_bytes)
+        sizes = documents.stops - documents.starts
+        writer.link_shard(pair.bin, sizes, digest.result(), pair.modified_ns, text_bytes, seen)
 
 
 def _check_in_place(pair: Pair, documents: Documents, target: _Target) -> None:

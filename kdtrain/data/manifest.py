@@ -47,8 +47,10 @@ class Linked:
 class Manifest:
     """What manifest.json says. text_bytes: UTF-8 bytes of the text, prefixes and separators not counted.
 
-    document_prefix: tokens every document begins with, () in manifests of before it was recorded. linked: shards whose
-    tokens are used in place. left_out: what became no document, by reason. The last two are written if not empty.
+    document_prefix: tokens every document begins with, () in manifests of before it was recorded. added_ids: ids that
+    occur and are not of the vocabulary the tokenizer was trained with, ascending; None where that was not recorded.
+    linked: shards whose tokens are used in place. left_out: what became no document, by reason. The last two are
+    written if not empty.
     """
 
     dtype: str
@@ -64,6 +66,7 @@ class Manifest:
     format: str = FORMAT
     version: int = VERSION
     document_prefix: tuple[int, ...] = ()
+    added_ids: tuple[int, ...] | None = None
     linked: tuple[Linked, ...] = ()
     left_out: dict[str, int] = field(default_factory=dict)
 
@@ -117,9 +120,10 @@ def _parse(file: Path) -> Manifest:
                 f"{FORMAT!r} version {VERSION}\n  fix: prepare the corpus again, or use the kdtrain that wrote it"
             )
         shards = tuple(Shard(**shard) for shard in found.pop("shards"))
-        prefix = tuple(found.pop("document_prefix", ()))
+        prefix, added = tuple(found.pop("document_prefix", ())), found.pop("added_ids", None)
+        added = None if added is None else tuple(added)
         linked = tuple(Linked(**entry) for entry in found.pop("linked", ()))
-        return Manifest(**found, shards=shards, document_prefix=prefix, linked=linked)
+        return Manifest(**found, shards=shards, document_prefix=prefix, added_ids=added, linked=linked)
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file} is damaged: {error}\n{DAMAGED_FIX}") from error
 
@@ -144,6 +148,8 @@ def _problems(m: Manifest) -> Iterator[str]:
     else:
         for reason, count in m.left_out.items():
             yield from _count(f"left_out[{reason!r}]", count, 0, None)
+    for place, token in enumerate(m.added_ids or ()):
+        yield from _count(f"added_ids[{place}]", token, 0, m.vocab_size)
     if not isinstance(m.source, str):
         yield f"source is {m.source!r}, must be a text"
     yield from _checksum("tokenizer_fingerprint", m.tokenizer_fingerprint)

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
@@ -31,8 +31,9 @@ from kdtrain.data.manifest import (
 )
 from kdtrain.data.megatron_index import index_bytes
 from kdtrain.data.shards import check_borders, map_shard, sha256_of, shown_and_fix
-from kdtrain.data.tokenizer import TOKENIZER_FILES, fingerprint, vocab_size
+from kdtrain.data.tokenizer import TOKENIZER_FILES, fingerprint, trained_ids, vocab_size
 from kdtrain.data.unfinished import make_unfinished, remove_abandoned
+from kdtrain.data.used_ids import scan_ids
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.files import sync, write_synced
 
@@ -111,6 +112,16 @@ class TokenStore:
             out[low - start : high - start] = self._shard(shard)[0][low - first : high - first]
         return out
 
+    def occurring_ids(self, wanted: Collection[int]) -> list[int]:
+        """Those of the ids `wanted` that occur, ascending.
+
+        By the manifest if it says so and `wanted` holds none of the trained vocabulary, else every token is read once.
+        """
+        recorded, wanted = self.manifest.added_ids, {i for i in wanted if 0 <= i < self.manifest.vocab_size}
+        if not wanted or (recorded is not None and wanted.isdisjoint(trained_ids(self.path / TOKENIZER))):
+            return sorted(wanted.intersection(recorded or ()))
+        return scan_ids(self, wanted)
+
     def _shards_of(self, start: int, stop: int) -> range:
         """Numbers of the shards that hold tokens of [start, stop); no shard is empty."""
         if start >= stop:
@@ -141,6 +152,9 @@ class TokenStore:
             tokens, index = self._shard(number)
             index.check(self.path / f"{shard.name}.idx")
             check_borders(self.path, self.manifest, shard.name, tokens, index, np.arange(shard.num_documents))
+        self._verify_tokenizer()
+
+    def _verify_tokenizer(self) -> None:
         found = fingerprint(self.path / TOKENIZER)
         if found != self.manifest.tokenizer_fingerprint:
             raise DataError(
@@ -152,6 +166,14 @@ class TokenStore:
             raise DataError(
                 f"{self.path}/manifest.json is damaged: vocab_size is {self.manifest.vocab_size}, that of "
                 f"{self.path / TOKENIZER} is {tokens_of_it}\n{DAMAGED_FIX}"
+            )
+        if self.manifest.added_ids is None:
+            return
+        occur = scan_ids(self, set(range(tokens_of_it)) - trained_ids(self.path / TOKENIZER))
+        if list(self.manifest.added_ids) != occur:
+            raise DataError(
+                f"{self.path}/manifest.json is damaged: added_ids is {list(self.manifest.added_ids)}, of the ids "
+                f"outside the trained vocabulary {occur} occur\n{DAMAGED_FIX}"
             )
 
 
@@ -199,6 +221,8 @@ class TokenStoreWriter:
         self._digest = hashlib.sha256()
         self._text_bytes = 0
         self._manifest: Manifest | None = None
+        self._seen = np.zeros(self._vocab_size, dtype=bool)
+        self._num_seen = 0
 
     def add(self, ids: np.ndarray | list[int], text_bytes: int) -> None:
         """One document: its ids, without prefix and separator, and the size of its text in UTF-8 bytes."""
@@ -213,6 +237,8 @@ class TokenStoreWriter:
         text_bytes: of all of them, in UTF-8. Raises DataError for ids outside the vocabulary, before it writes any.
         """
         self._check_ids(tokens, sizes)
+        self._seen[tokens] = True
+        self._num_seen += len(tokens)
         stops = np.cumsum(sizes)
         document = start = 0
         with _disk_errors(self.folder):
@@ -242,11 +268,14 @@ class TokenStoreWriter:
             "  fix: name the tokenizer that made the tokens"
         )
 
-    def link_shard(self, data: Path, sizes: np.ndarray, sha256: str, mtime_ns: int, text_bytes: int) -> None:
+    def link_shard(
+        self, data: Path, sizes: np.ndarray, sha256: str, mtime_ns: int, text_bytes: int, seen: np.ndarray
+    ) -> None:
         """A shard whose tokens are those of another file, used in place; its index is the store's own.
 
         The caller has read all of `data`: it holds finished documents of `sizes` tokens and nothing else, of the
-        store's dtype, with this checksum and, before it was read, this time of its last change.
+        store's dtype, with this checksum and, before it was read, this time of its last change. seen [V] bool: the ids
+        that occur.
         """
         with _disk_errors(self.folder):
             self._close_shard()
@@ -254,6 +283,8 @@ class TokenStoreWriter:
             (self._temporary / f"{name}.bin").symlink_to(target)
             self._sizes = sizes.tolist()
             self._add_shard(name, sha256)
+        self._seen |= seen
+        self._num_seen += int(sizes.sum())
         self._linked.append(Linked(name, str(target), mtime_ns))
         self._text_bytes += text_bytes
 
@@ -304,7 +335,7 @@ class TokenStoreWriter:
                 vocab_size=self._vocab_size, separator_id=self._separator_id,
                 tokenizer_fingerprint=fingerprint(self._tokenizer_dir), source=self._source,
                 fingerprint=shards_fingerprint(self._shards), shards=tuple(self._shards),
-                document_prefix=self._prefix, linked=tuple(self._linked),
+                document_prefix=self._prefix, added_ids=self._added_ids(), linked=tuple(self._linked),
                 left_out={reason: count for reason, count in (left_out or {}).items() if count},
             )  # fmt: skip
             write_synced(self._temporary / "manifest.json", manifest_bytes(manifest))
@@ -312,6 +343,13 @@ class TokenStoreWriter:
             sync(self._temporary)
         self._manifest = manifest
         return manifest
+
+    def _added_ids(self) -> tuple[int, ...] | None:
+        """Ids outside the trained vocabulary that were written; None unless every token was looked at."""
+        if self._num_seen != sum(s.num_tokens for s in self._shards):
+            return None
+        trained = trained_ids(self._tokenizer_dir)
+        return tuple(int(i) for i in np.flatnonzero(self._seen) if i not in trained)
 
     def commit(self, left_out: Mapping[str, int] | None = None) -> Manifest:
         """`finish`, then give the store its name: it is either there and whole, or not there."""

@@ -1,4 +1,4 @@
-"""A tokenizer folder (tokenizer.json, Hugging Face `tokenizers`): identity, size, document prefix, comparison."""
+"""A tokenizer folder (tokenizer.json, Hugging Face `tokenizers`): identity, size, document prefix."""
 
 from __future__ import annotations
 
@@ -27,15 +27,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 """Every file name that a Hugging Face tokenizer may consist of; its folder may hold a model's gigabytes, too."""
-PROBES = (
-    "Hello world",
-    "  two spaces, a\ttab and\r\n a newline  ",
-    "It's 2026-11-21, 12345.678 and\n  42 things",
-    "def f(x):\n    return x ** 2  # na\u00efve",
-    "\u00dcber-Stra\u00dfe, \u6771\u4eac, \u043f\u0440\u0438\u0432\u0435\u0442, \U0001f642",
-    "<|endoftext|> <|im_start|>",
-)
-"""Strings on which tokenizers of the same vocabulary but other rules usually differ."""
 
 
 _ADDED_TOKEN = ("id", "content", "special", "single_word", "lstrip", "rstrip", "normalized")
@@ -131,6 +122,12 @@ def size_of(tokenizer: Tokenizer, path: Path) -> int:
     return int(max(ids)) + 1
 
 
+def trained_ids(folder: str | Path) -> set[int]:
+    """Ids of the vocabulary that the tokenizer was trained with, added tokens left out. Raises as above."""
+    tokenizer = load_tokenizer(folder)
+    return set(tokenizer.get_vocab(with_added_tokens=False).values()) - tokenizer.get_added_tokens_decoder().keys()
+
+
 def document_prefix(folder: str | Path) -> list[int]:
     """Ids that the tokenizer's post-processor puts before a single text, most often its <bos>; [] if none.
 
@@ -154,29 +151,3 @@ def prefix_of(tokenizer: Tokenizer, path: Path) -> list[int]:
             marked = zip(found.ids, found.special_tokens_mask, strict=True)
             return [int(token) for token, _ in takewhile(lambda pair: pair[1] == 1, marked)]
     raise DataError(f"{path}: no text has tokens\n  fix: copy it again from the model it belongs to")
-
-
-def explain_difference(first: str | Path, second: str | Path) -> str | None:
-    """Why the tokenizers of two folders are not interchangeable; None if they give the same ids.
-
-    Equal fingerprints need no look. Else the ids of the probe strings are compared, then both vocabularies.
-    """
-    if fingerprint(first) == fingerprint(second):
-        return None
-    a, b = load_tokenizer(first), load_tokenizer(second)
-    vocab_a, vocab_b = a.get_vocab(with_added_tokens=True), b.get_vocab(with_added_tokens=True)
-    for probe in PROBES:
-        ids_a, ids_b = a.encode(probe, add_special_tokens=False).ids, b.encode(probe, add_special_tokens=False).ids
-        if ids_a != ids_b:
-            same = [x == y for x, y in zip(ids_a, ids_b, strict=False)]
-            start = max(0, (len(same) if all(same) else same.index(False)) - 4)
-            shown_a, shown_b = _short(ids_a, start), _short(ids_b, start)
-            return f"{probe!r} is {shown_a} in {first} and {shown_b} in {second}"
-    odd = sorted(set(vocab_a.items()) ^ set(vocab_b.items()), key=lambda item: item[1])
-    return f"token {odd[0][0]!r} with id {odd[0][1]} is in only one of them" if odd else None
-
-
-def _short(ids: list[int], start: int) -> str:
-    """At most twelve ids from `start` on."""
-    cut = ids[start : start + 12]
-    return f"[{'..., ' if start else ''}{', '.join(map(str, cut))}{', ...' if start + 12 < len(ids) else ''}]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from kdtrain.files import is_running, sync
 from kdtrain.log import LOGGER
 from kdtrain.models.load import parameters_on_meta
 from kdtrain.models.special_tokens import special_token_ids
+from kdtrain.models.stock import stock_settings
 from kdtrain.models.ties import tied_names
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -33,6 +35,7 @@ def export_hf(
     dtype: torch.dtype = torch.bfloat16,
     tokenizer_dir: str | Path | None = None,
     notes: Mapping[str, str] | None = None,
+    vocab_size: int | None = None,
 ) -> Path:
     """Write config, safetensors and tokenizer to `folder`, which appears complete or not at all; returns it.
 
@@ -40,29 +43,62 @@ def export_hf(
     `dtype` one by one, so an iterator keeps memory low. config: the model's Hugging Face config, or the content of its
     config.json; not changed. notes: further small files, name -> text. When the config names no special token at all,
     as that of a model trained from scratch, those of the tokenizer are written, and where generation stops.
+    vocab_size: ids of the softmax that the model was trained with. Rows past it are left out, of embedding, head and
+    its bias, since nothing but rounding and z-loss decided their logits; special ids past it are left out, too.
+    None: all rows are written. Marks of code that is not written along (`kdtrain.models.stock`) are left out.
     An existing `folder` is replaced. Call on one rank; does not communicate. Raises ConfigError when the state does
     not fit the config, or when `tokenizer_dir` holds no tokenizer.
     """
     folder = Path(folder)
-    settings = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    settings = stock_settings(config if isinstance(config, Mapping) else config.to_dict())
     tokenizer = [] if tokenizer_dir is None else tokenizer_files(tokenizer_dir)
     special: dict[str, int] = {}
     stops: list[int] = []
     if tokenizer_dir is not None and all(settings.get(key) is None for key in SPECIAL_IDS):
         special, stops = special_token_ids(tokenizer_dir)
     config = AutoConfig.for_model(settings.pop("model_type"), **{**settings, **special})
+    rows = int(config.vocab_size)
+    kept = rows if vocab_size is None else min(rows, vocab_size)
+    if kept < rows or special:
+        config.vocab_size = kept
+        for key, value in ids_within({key: getattr(config, key) for key in SPECIAL_IDS}, kept).items():
+            setattr(config, key, value)
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    if stops:
+    if stops := [number for number in stops if number < kept]:
         model.generation_config.eos_token_id = stops
-    state = _checked_state(model, full_state, dtype)
+    if kept < rows:
+        LOGGER.info("export   %d of %d vocabulary rows: the softmax of the run ends there", kept, rows)
+    state = _checked_state(model, _first_rows(full_state, model, rows, kept), dtype)
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         for file in tokenizer:
-            shutil.copyfile(file, temporary / file.name)
+            _copy_tokenizer_file(file, temporary / file.name)
         for name, text in (notes or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
     return folder
+
+
+def ids_within(special: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Settings that hold ids of tokens, one or a list, without ids that have no row; None where none is left."""
+
+    def keep(value: Any) -> Any:
+        if isinstance(value, list):
+            return [number for number in value if 0 <= number < rows] or None
+        return value if value is None or 0 <= value < rows else None
+
+    return {key: keep(value) for key, value in special.items()}
+
+
+def _copy_tokenizer_file(source: Path, target: Path) -> None:
+    """Byte for byte, but a tokenizer_config.json that names code beside it is written without."""
+    shutil.copyfile(source, target)
+    if source.name != "tokenizer_config.json":
+        return
+    settings = json.loads(source.read_text(encoding="utf-8"))
+    if "auto_map" in settings:
+        del settings["auto_map"]
+        target.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def tokenizer_files(folder: str | Path) -> list[Path]:
@@ -132,11 +168,18 @@ def _is_alive(leftover: Path) -> bool:
     return pid != os.getpid() and is_running(pid)
 
 
-def _checked_state(
-    model: Any, full_state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _first_rows(
+    full_state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], model: Any, rows: int, kept: int
+) -> Iterator[tuple[str, Tensor]]:
+    """The pairs of `full_state`, those of `rows` rows without the last ones where `model` has room for `kept` only."""
+    room = {name: param.shape[0] for name, param in model.named_parameters(remove_duplicate=False) if param.dim()}
+    for name, tensor in full_state.items() if isinstance(full_state, Mapping) else full_state:
+        is_cut = kept < rows and tensor.dim() > 0 and (tensor.shape[0], room.get(name)) == (rows, kept)
+        yield name, tensor[:kept] if is_cut else tensor
+
+
+def _checked_state(model: Any, pairs: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
     """The state as `save_pretrained` wants it: dtype, contiguous, every parameter once; ConfigError otherwise."""
-    pairs = full_state.items() if isinstance(full_state, Mapping) else full_state
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
     tied = tied_names(model)
     state: dict[str, Tensor] = {}

@@ -23,6 +23,7 @@ from kdtrain.log import LOGGER
 from kdtrain.models.architectures import read_architecture, read_config_json
 from kdtrain.models.attention import FLASH_PACKAGES, resolve_attention
 from kdtrain.models.backbone import Backbone
+from kdtrain.models.composite import refuse_composite
 from kdtrain.models.context import use_context
 from kdtrain.models.context_probe import check_context
 from kdtrain.models.experts import choose_products, refuse_mixture
@@ -32,6 +33,7 @@ from kdtrain.models.quantize import quantizable_layers
 from kdtrain.models.rotary import say_document_lengths, use_document_lengths
 from kdtrain.models.rotary_probe import check_neighbours
 from kdtrain.models.safetensors_reader import SafetensorsFolder
+from kdtrain.models.stock import stock_settings
 from kdtrain.models.stored_weights import check_stored, persistent_buffers, quantised_mark
 from kdtrain.models.ties import kept_name
 from kdtrain.parallel.cut import Cut
@@ -63,11 +65,16 @@ def model_rows(spec: ModelSpec, vocab_size: int) -> int:
     """Rows of the model's embedding and head; at least vocab_size, the tokenizer's true size.
 
     Two models that share a loss need one `total_rows`: the larger of theirs. Reads only config.json.
-    Raises ConfigError when the model has fewer rows than the tokenizer has tokens.
+    Raises ConfigError when the model has fewer rows than `vocab_size`, or is one of several modalities.
     """
     config = _config_dict(spec, vocab_size)
     rows = config.get("vocab_size")
-    if not isinstance(rows, int) or rows < vocab_size:
+    if not isinstance(rows, int):
+        raise ConfigError(
+            f"{_source(spec)}: config.json has vocab_size = {rows!r}, not a whole number\n"
+            "  why: it says how many ids have a row in the embedding and the head\n  fix: restore it from its source"
+        )
+    if rows < vocab_size:
         raise ConfigError(
             f"{_source(spec)} has vocab_size = {rows}, but the tokenizer has {vocab_size} tokens\n"
             "  why: ids past the model's last row have no embedding; this is another tokenizer's model\n"
@@ -143,6 +150,12 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def _config_dict(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
+    settings = _read_config(spec, vocab_size)
+    refuse_composite(settings, _source(spec))
+    return settings
+
+
+def _read_config(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
     if spec.dtype not in DTYPES:
         raise ConfigError(f"dtype = {spec.dtype!r} is not supported\n  fix: use one of {', '.join(DTYPES)}")
     if (spec.weights is None) == (spec.architecture is None):
@@ -176,13 +189,13 @@ def build_config(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) ->
     trainable: a model that is only run, as a teacher is, may be a mixture of experts.
     """
     settings = _config_dict(spec, vocab_size)
-    settings.pop("_name_or_path", None)  # where somebody else once kept the model
     if (mark := quantised_mark(settings)) is not None:
         raise ConfigError(
             f"{_source(spec)} is quantised: its config.json has {mark}\n"
             "  why: training and exact divergences need ordinary weights\n"
             "  fix: use the unquantised model; for GGUF files run launch/import_gguf.py first"
         )
+    settings = stock_settings(settings)
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:

@@ -17,6 +17,7 @@ from kdtrain.engine.background import BackgroundWriter
 from kdtrain.engine.commit import remove_older
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.log import LOGGER
+from kdtrain.training.export import VOCAB_SIZE
 from kdtrain.training.progress import Progress
 from kdtrain.training.resume import FOLDER, config_changes, saved_config
 
@@ -51,7 +52,7 @@ class Checkpoints:
         self.finish()
         if self._last is None or self._last.name != checkpoint.folder_name(progress.step):
             self._began = began
-            self._last = self._write(engine, progress.step, self._state(progress, loader, sequences))
+            self._last = self._write(engine, progress.step, self._state(engine, progress, loader, sequences))
             self._stalled = time.perf_counter() - began
         if wait:
             self.finish()
@@ -88,8 +89,9 @@ class Checkpoints:
         self._tell(path)
         return path
 
-    def _state(self, progress: Progress, loader: StepLoader, sequences: int) -> dict[str, Any]:
+    def _state(self, engine: StudentEngine, progress: Progress, loader: StepLoader, sequences: int) -> dict[str, Any]:
         return {
+            VOCAB_SIZE: engine.backbone.shard.vocab_size,
             "progress": asdict(progress),
             "loader": loader.state_dict(sequences),
             "config": saved_config(self._cfg),

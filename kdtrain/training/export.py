@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 
+from kdtrain.data.tokenizer import TOKENIZER_FILES, vocab_size
 from kdtrain.engine import checkpoint
 from kdtrain.errors import CheckpointError, ConfigError
-from kdtrain.models.export import export_hf, recover_folder
+from kdtrain.models.export import SPECIAL_IDS, export_hf, ids_within, recover_folder
 
 MODEL_FOLDER = "model"
 """Inside a run folder: the tokenizer of the student, and the generation_config.json it came with."""
+
+VOCAB_SIZE = "vocab_size"
+"""In a checkpoint's state: ids of the softmax that the run trains; rows past it are not exported."""
 
 GENERATION = "generation_config.json"
 """Where a model's folder says, among other things, at which tokens generation stops."""
@@ -27,17 +31,23 @@ ORIGIN_FILE = "kdtrain.json"
 def write_model_files(run_folder: Path, tokenizer_dir: Path, weights: str | None = None) -> None:
     """Keep next to the checkpoints what an export needs besides them. Each file is replaced whole.
 
-    That is the tokenizer and, for a student that began as the model folder `weights`, its generation_config.json.
+    A student that began as the model folder `weights` keeps its own tokenizer, with chat template and special tokens,
+    and its generation_config.json, where that folder has them. Else it gets `tokenizer_dir`, the tokenizer of the data.
+    Files of these names that an earlier version of the run left are removed.
     """
     folder = run_folder / MODEL_FOLDER
     folder.mkdir(exist_ok=True)
-    files = [path for path in sorted(tokenizer_dir.iterdir()) if path.is_file()]
-    if weights is not None and (Path(weights) / GENERATION).is_file():
-        files.append(Path(weights) / GENERATION)
-    for source in files:
-        temporary = folder / f".{source.name}.writing"
-        shutil.copy2(source, temporary)
-        os.replace(temporary, folder / source.name)
+    own = None if weights is None else Path(weights)
+    source = own if own is not None and (own / "tokenizer.json").is_file() else tokenizer_dir
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if own is not None and (own / GENERATION).is_file():
+        files.append(own / GENERATION)
+    for file in files:
+        temporary = folder / f".{file.name}.writing"
+        shutil.copy2(file, temporary)
+        os.replace(temporary, folder / file.name)
+    for name in {*TOKENIZER_FILES, GENERATION} - {file.name for file in files}:
+        (folder / name).unlink(missing_ok=True)
 
 
 def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool = False) -> Path:
@@ -70,10 +80,27 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool =
             return output
     kind = torch.float32 if dtype == "float32" else torch.bfloat16
     weights, config = checkpoint.read_full_parameters(folder), checkpoint.read_config(folder)
-    notes = {ORIGIN_FILE: json.dumps(about) + "\n"}
+    notes, size = {ORIGIN_FILE: json.dumps(about) + "\n"}, _softmax_size(folder, tokenizer)
     if (tokenizer / GENERATION).is_file():
-        notes[GENERATION] = (tokenizer / GENERATION).read_text(encoding="utf-8")
-    return export_hf(weights, config, output, dtype=kind, tokenizer_dir=tokenizer, notes=notes)
+        notes[GENERATION] = _generation_text(tokenizer / GENERATION, size)
+    return export_hf(weights, config, output, dtype=kind, tokenizer_dir=tokenizer, notes=notes, vocab_size=size)
+
+
+def _softmax_size(folder: Path, tokenizer: Path) -> int | None:
+    """Ids that the run of checkpoint `folder` trained; None where neither it nor a tokenizer.json says."""
+    found: int | None = checkpoint.read_state(folder).get(VOCAB_SIZE)
+    if found is None and (tokenizer / "tokenizer.json").is_file():  # a checkpoint of before it was recorded
+        return vocab_size(tokenizer)
+    return found
+
+
+def _generation_text(file: Path, size: int | None) -> str:
+    """What `file` says, byte for byte unless it names ids that have no row."""
+    text = file.read_text(encoding="utf-8")
+    settings = json.loads(text)
+    special = {key: settings[key] for key in SPECIAL_IDS if key in settings}
+    kept = special if size is None else ids_within(special, size)
+    return text if kept == special else json.dumps({**settings, **kept}, indent=2) + "\n"
 
 
 def _origin(output: Path) -> dict[str, Any] | None:

@@ -8,17 +8,18 @@ from pathlib import Path
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.token_store import TokenStore
-from kdtrain.data.tokenizer import document_prefix, explain_difference, fingerprint
+from kdtrain.data.tokenizer import document_prefix
 from kdtrain.errors import StoreMismatch
 from kdtrain.log import LOGGER
 from kdtrain.models.load import ModelSpec, model_rows
+from kdtrain.training.vocabulary import SharedVocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Stores that agree on one tokenizer and on what borders documents, and the vocabulary both models must cover.
+    """Stores that agree on the meaning of their ids and on what borders documents, and the vocabulary of both models.
 
-    vocab_size: the tokenizer's true size; total_rows: rows of the larger of the two models' heads.
+    vocab_size: ids of the softmax, those that stores and models share; total_rows: rows of the larger model's head.
     """
 
     train: tuple[TokenStore, ...]
@@ -38,33 +39,29 @@ def open_inputs(cfg: RunConfig, specs: Sequence[ModelSpec]) -> Inputs:
     No store may stand twice in data.train, nor in data.validation what is trained on.
 
     Warns of documents that do not begin as a model's tokenizer begins a text.
-    Reads headers and tokenizers only; does not communicate. Raises DataError for damaged stores, StoreMismatch naming
-    both values when two things do not belong together, ConfigError when a model has too few rows.
+    Reads headers and tokenizers, and all tokens of a store only when a model lacks an id of its tokenizer and the store
+    does not say whether it occurs. Does not communicate. Raises DataError for damaged stores, StoreMismatch naming both
+    values when two things do not belong together, ConfigError for a model that is no text model.
     """
     train = tuple(TokenStore.open(path) for path in cfg.data.train)
     validation = None if cfg.data.validation is None else TokenStore.open(cfg.data.validation)
-    first = train[0]
-    for other in (*train[1:], *(() if validation is None else (validation,))):
-        _same_tokenizer(first, other)
-        _same_borders(first, other)
+    stores = (*train, *(() if validation is None else (validation,)))
+    vocabulary = SharedVocabulary(train[0])
+    for other in stores[1:]:
+        vocabulary.add_store(other)
+        _same_borders(train[0], other)
     _all_different(train, validation)
-    for role, folder in (("teacher", cfg.teacher.weights), ("student", cfg.student.weights)):
-        if folder is not None:
-            _model_tokenizer(first, role, Path(folder))
-            _compare_prefix(first, role, Path(folder))
-    vocab_size = first.manifest.vocab_size
-    return Inputs(train, validation, vocab_size, max(model_rows(spec, vocab_size) for spec in specs))
-
-
-def _same_tokenizer(first: TokenStore, other: TokenStore) -> None:
-    if first.manifest.tokenizer_fingerprint == other.manifest.tokenizer_fingerprint:
-        return
-    difference = explain_difference(first.path / "tokenizer", other.path / "tokenizer")
-    if difference is not None:
-        raise StoreMismatch(
-            f"{first.path} and {other.path} were made with different tokenizers: {difference}\n"
-            "  why: one token id must mean one thing\n  fix: prepare both with the same tokenizer"
-        )
+    named = {"teacher": cfg.teacher.weights, "student": cfg.student.weights}
+    models = {role: Path(name) for role, name in named.items() if name is not None}
+    vocabulary.add_tokenizers(models)
+    for role, path in models.items():
+        _compare_prefix(train[0], role, path)
+    rows = {spec.weights: model_rows(spec, 1) for spec in specs if spec.weights is not None}
+    for folder, count in rows.items():
+        vocabulary.add_rows(count, f"model {folder!r}")
+    vocabulary.check(stores)
+    vocabulary.report(stores, models.get("student", train[0].path / "tokenizer"))
+    return Inputs(train, validation, vocabulary.size, max([vocabulary.size, *rows.values()]))
 
 
 def _same_borders(first: TokenStore, other: TokenStore) -> None:
@@ -98,22 +95,6 @@ def _all_different(train: Sequence[TokenStore], validation: TokenStore | None) -
             f"(fingerprint {twin.manifest.fingerprint[:16]})\n"
             "  why: what was trained on says nothing of held-out text\n"
             "  fix: hold out a share with launch/prepare_corpus.py --validation-share, and name that store"
-        )
-
-
-def _model_tokenizer(store: TokenStore, role: str, folder: Path) -> None:
-    if not (folder / "tokenizer.json").is_file():
-        raise StoreMismatch(
-            f"{role}.weights = {folder} has no tokenizer.json to compare with {store.path}'s\n"
-            "  why: ids that mean other tokens would be learned without a word\n"
-            "  fix: put the model's tokenizer.json there, or convert it with tokenizer.save_pretrained"
-        )
-    difference = explain_difference(store.path / "tokenizer", folder)
-    if difference is not None:
-        raise StoreMismatch(
-            f"{store.path} was made with another tokenizer than the {role}'s ({folder}): {difference}\n"
-            f"  fingerprints: {store.manifest.tokenizer_fingerprint[:16]} and {fingerprint(folder)[:16]}\n"
-            "  fix: prepare the corpus with that model's tokenizer (launch/prepare_corpus.py --tokenizer)"
         )
 
 

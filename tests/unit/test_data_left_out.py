@@ -133,7 +133,7 @@ def test_where_nothing_is_left_out_nothing_is_said_or_written(tmp_path, tokenize
     assert made.left_out == {}
     assert "left out" not in logged.text
     keys = list(json.loads((tmp_path / "out/train/manifest.json").read_text()))
-    assert keys[-2:] == ["version", "document_prefix"]
+    assert keys[-3:] == ["version", "document_prefix", "added_ids"]
     assert not {"left_out", "linked"} & set(keys)
 
 

@@ -12,7 +12,7 @@ from kdtrain.data.order import BlendOrder, permute
 from kdtrain.data.packing import pack
 from kdtrain.data.prepare import PrepareSettings, prepare_corpus
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
-from kdtrain.data.tokenizer import explain_difference
+from kdtrain.data.tokenizer_compare import compare_tokenizers
 from kdtrain.errors import ConfigError, DataError, StoreMismatch
 
 WORDS = ["<|endoftext|>", "[UNK]", *(f"w{i}" for i in range(98))]
@@ -222,7 +222,7 @@ def test_unlike_tokenizers_are_told_apart_by_a_probe(tmp_path, tokenizer_dir):
     other.mkdir()
     found = json.loads((tokenizer_dir / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps(found))
-    assert explain_difference(tokenizer_dir, other) is None
+    assert compare_tokenizers(tokenizer_dir, other).difference is None
     found["model"]["vocab"]["Hello"] = 100
     (other / "tokenizer.json").write_text(json.dumps(found))
-    assert "100" in explain_difference(tokenizer_dir, other)
+    assert "100" in compare_tokenizers(tokenizer_dir, other).difference

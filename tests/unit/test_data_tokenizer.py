@@ -1,10 +1,10 @@
-"""Tokenizer folders: identity, size, and how a difference is told."""
+"""Tokenizer folders: identity and size."""
 
 import json
 
 import pytest
 
-from kdtrain.data.tokenizer import explain_difference, fingerprint, load_tokenizer, vocab_size
+from kdtrain.data.tokenizer import fingerprint, load_tokenizer, trained_ids, vocab_size
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.testing.tiny_data import write_tokenizer
 
@@ -25,7 +25,6 @@ def test_the_fingerprint_ignores_layout_and_what_never_changes_ids(tmp_path):
     )
     assert (a / "tokenizer.json").read_bytes() != (b / "tokenizer.json").read_bytes()
     assert fingerprint(a) == fingerprint(b)
-    assert explain_difference(a, b) is None
 
 
 def test_the_fingerprint_reads_merges_written_in_either_way(tmp_path):
@@ -54,29 +53,8 @@ def test_the_size_counts_to_the_largest_id(tmp_path):
     assert vocab_size(write_tokenizer(tmp_path / "b", more=["<x>", "<y>"])) == 259
 
 
-def test_a_difference_is_told_by_the_first_probe_with_both_lists_of_ids(tmp_path):
-    a, b = write_tokenizer(tmp_path / "a"), write_tokenizer(tmp_path / "b", lowercase=True)
-    told = explain_difference(a, b)
-    ids_a, ids_b = (load_tokenizer(f).encode("Hello world").ids for f in (a, b))
-    assert ids_a[0] != ids_b[0]
-    assert told.startswith(f"'Hello world' is [{ids_a[0]}, ")
-    assert f"[{ids_b[0]}, " in told
-
-
-def test_a_difference_far_into_a_probe_is_shown_and_not_cut_off(tmp_path):
-    a = write_tokenizer(tmp_path / "a")
-    b = edit(write_tokenizer(tmp_path / "b"), lambda t: t.update(normalizer={"type": "NFC"}))
-    assert explain_difference(a, b) is None  # other rules, same ids on every probe
-    c = edit(write_tokenizer(tmp_path / "c"), lambda t: t["model"]["vocab"].update({"d": 300}))
-    told = explain_difference(a, c)
-    shown_a, shown_c = told.split(" is ")[1].split(" in ")[0], told.split(" and ")[1].split(" in ")[0]
-    assert shown_a != shown_c
-    assert "300" in shown_c
-
-
-def test_a_token_that_no_probe_uses_is_still_found(tmp_path):
-    a, b = write_tokenizer(tmp_path / "a"), write_tokenizer(tmp_path / "b", more=["<tool>"])
-    assert explain_difference(a, b) == "token '<tool>' with id 257 is in only one of them"
+def test_trained_ids_leave_out_added_tokens_wherever_they_are(tmp_path):
+    assert trained_ids(write_tokenizer(tmp_path / "a", more=["<x>"])) == set(range(1, 257))
 
 
 def test_texts_are_neither_cut_nor_filled_up_by_what_the_file_keeps_for_a_models_inputs(tmp_path):

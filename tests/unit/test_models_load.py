@@ -200,6 +200,8 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_rows_is_refused(tmp_pat
     write_folder(tmp_path)
     refuse("vocab_size = 101, but the tokenizer has 102 tokens", ModelSpec(weights=str(tmp_path)), vocab_size=102)
     assert model_rows(ModelSpec(weights=str(tmp_path)), 99) == 101
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    refuse("vocab_size = None, not a whole number", ModelSpec(weights=str(tmp_path)))
 
 
 def test_a_model_that_is_not_causal_or_is_quantised_is_refused(tmp_path):

@@ -1,0 +1,123 @@
+"""Whole runs of students with padded head rows: what transformers computes from the export is what the run measured."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdtrain.data.loader import validation_batches
+from kdtrain.data.token_store import TokenStore
+from kdtrain.models.tiny import save_random, tiny_config
+from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from kdtrain.testing.tiny_run import write_run
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS, ROWS = 258, 304
+pytestmark = pytest.mark.deepspeed
+
+
+def launch(name, *words, ranks=1):
+    """Run a script on `ranks` processes; rank 0's stdout."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
+    command = [sys.executable, str(ROOT / "launch" / name), *map(str, words)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    ranked = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
+    running = [subprocess.Popen(command, env=env | names, **pipes) for names in ranked]
+    ended = [process.communicate(timeout=200) for process in running]
+    assert [process.returncode for process in running] == [0] * ranks, ended
+    return ended[0][0]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Stores and an instruct teacher of 258 tokens, base students of 304 rows, a teacher with two tokens more."""
+    folder = tmp_path_factory.mktemp("world")
+    sections = {"data": {"validation": str(folder / "validation")}, "checkpoint": {"export": True}}
+    write_run(folder, student=tiny_config("llama"), teacher=tiny_config("llama"), steps=6, **sections)
+    for name, more in (("instruct", ["<|im_end|>"]), ("larger", ["<|im_end|>", "<tool>", "<think>"])):
+        teacher = write_tokenizer(folder / name, more=more, eos="<|im_end|>")
+        (teacher / "chat_template.jinja").write_text("{{ messages }}")
+        save_random(teacher, tiny_config("llama", vocab_size=272))
+    for name, seed, made_with in (
+        ("train", 0, "instruct"),
+        ("train_larger", 0, "larger"),
+        ("validation", 1, "instruct"),
+    ):
+        write_store(folder / name, random_documents(200, seed=seed), folder / made_with)
+    for name, tied in (("tied", True), ("untied", False)):
+        student = write_tokenizer(folder / name, more=["<|im_end|>"], eos="<|endoftext|>")
+        save_random(student, tiny_config("qwen3", vocab_size=ROWS, tie_word_embeddings=tied), seed=5)
+    return folder
+
+
+def settings(world, student, teacher, store="train"):
+    names = (f"student.weights={student}", f"teacher.weights={teacher}", f"data.train=[{world / store}]")
+    return (world / "config.yaml", "run.name=evaluated", "student.architecture=null", *names)
+
+
+def trained(world, name, student, *words, teacher="instruct", store="train", tp=1):
+    models = settings(world, world / student, world / teacher, store)
+    launch("train.py", *models, f"run.name={name}", f"parallel.tp={tp}", *words, ranks=tp)
+    return world / "runs" / name
+
+
+def measured(run):
+    """The last evaluation."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if "eval/val_nll" in record][-1]
+
+
+@torch.no_grad()
+def stock_nll(folder, store):
+    """Cross-entropy in float32 over all rows of the folder's model, in nats per valid token."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    total = count = 0.0
+    for batch in validation_batches(TokenStore.open(store), seq_len=16, sequences_per_batch=8, dp_rank=0, dp_size=1):
+        logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        labels = batch.labels.masked_fill(batch.loss_mask == 0, -100)
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))
+        count += int((labels != -100).sum())
+    return total / count
+
+
+@pytest.mark.parametrize(
+    ("student", "tp", "z_loss"), [("untied", 1, 0.01), ("tied", 2, 0.01), ("untied", 2, 0.0), ("tied", 1, 0.0)]
+)
+def test_the_export_has_the_nll_that_the_run_measured(world, student, tp, z_loss):
+    words = (f"objective.z_loss={z_loss}", "optim.lr=0.01")
+    run = trained(world, f"{student}_{tp}", student, *words, tp=tp)
+    wanted = measured(run)["eval/val_nll"]
+    assert stock_nll(run / "export", world / "validation") == pytest.approx(wanted, abs=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(run / "export")
+    assert model.config.vocab_size == TOKENS
+    torch.manual_seed(0)
+    sampled = model.generate(torch.ones(8, 1, dtype=torch.int64), max_new_tokens=25, do_sample=True, pad_token_id=0)
+    tokenizer = AutoTokenizer.from_pretrained(run / "export")
+    assert all(tokenizer.convert_ids_to_tokens(row.tolist()).count(None) == 0 for row in sampled)
+    assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|endoftext|>", None), "the teacher's were exported"
+
+
+@pytest.mark.parametrize("store", ["train", "train_larger"])
+def test_an_export_of_a_student_under_a_teacher_with_more_tokens_is_read_as_either(world, store):
+    run = trained(world, store, "untied", "objective.z_loss=0.01", teacher="larger", store=store)
+    wanted, export = measured(run), run / "export"
+    assert stock_nll(export, world / "validation") == pytest.approx(wanted["eval/val_nll"], abs=1e-4)
+    words = settings(world, export, world / "larger", store)
+    found = json.loads(launch("eval_model.py", *words).splitlines()[-1])
+    for key in ("eval/val_nll", "eval/kl_to_teacher", "eval/teacher_nll"):
+        assert found[key] == pytest.approx(wanted[key], abs=1e-4), key
+    found = json.loads(launch("eval_model.py", *settings(world, world / "tied", export, store)).splitlines()[-1])
+    assert found["eval/teacher_nll"] == pytest.approx(wanted["eval/val_nll"], abs=1e-4)
+    launch("export_hf.py", run, world / f"by_script_{store}", "--dtype", "float32")
+    assert (world / f"by_script_{store}/model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()

@@ -1,0 +1,152 @@
+"""Stores, teacher and student with unlike tokenizers or rows: trained where the data's ids mean one thing to all."""
+
+import json
+
+import pytest
+
+from kdtrain.config.load import load_run
+from kdtrain.data.token_store import TokenStore, TokenStoreWriter
+from kdtrain.data.used_ids import scan_ids
+from kdtrain.errors import DataError, StoreMismatch
+from kdtrain.models.tiny import save_random, tiny_config
+from kdtrain.testing.tiny_data import random_documents, write_tokenizer
+from kdtrain.training import build
+from kdtrain.training.inputs import open_inputs
+
+FEW, MANY = ["<a>"], ["<a>", "<tool>", "<think>"]
+TOOL, THINK = 258, 259
+
+
+def model(folder, more, rows, **tokenizer):
+    save_random(write_tokenizer(folder, more=more, **tokenizer), tiny_config("llama", vocab_size=rows))
+    return folder
+
+
+def store(folder, tokenizer, *, ids=(), seed=0, recorded=True):
+    """Documents of bytes; the first one also has `ids`. recorded: as it is written now, or as older stores were."""
+    first, *others = random_documents(9, seed=seed)
+    with TokenStoreWriter(folder, tokenizer, 0, source="x") as writer:
+        for document in ([*first, *ids], *others):
+            writer.add(document, len(document))
+        writer.commit()
+    if not recorded:
+        file = folder / "manifest.json"
+        content = json.loads(file.read_text())
+        del content["added_ids"]
+        file.write_text(json.dumps(content))
+    return folder
+
+
+def opened(tmp_path, train, *, teacher, student=None, validation=None):
+    (tmp_path / "student.json").write_text(json.dumps(tiny_config("qwen3")))
+    (tmp_path / "run.yaml").write_text("run: {name: x}\ntrain: {total_tokens: 1024}\n")
+    words = [f"data.train=[{train}]", f"teacher.weights={teacher}"]
+    words += [f"student.architecture={tmp_path / 'student.json'}" if student is None else f"student.weights={student}"]
+    words += [] if validation is None else [f"data.validation={validation}"]
+    cfg = load_run([str(tmp_path / "run.yaml"), *words]).config
+    return open_inputs(cfg, build.specs(cfg))
+
+
+def refused(*args, **kwargs):
+    with pytest.raises(StoreMismatch) as caught:
+        opened(*args, **kwargs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize("prepared_with", ["teacher", "student"])
+def test_teacher_and_student_of_one_vocabulary_and_unlike_added_tokens_train(tmp_path, prepared_with, recorded, logged):
+    teacher, student = model(tmp_path / "teacher", MANY, 272), model(tmp_path / "student", FEW, 264)
+    data = store(tmp_path / "data", tmp_path / prepared_with, recorded=recorded)
+    inputs = opened(tmp_path, data, teacher=teacher, student=student)
+    assert (inputs.vocab_size, inputs.total_rows) == (258, 272), "ids that both tokenizers have; rows of the larger"
+    assert ("the softmax has 258 of the tokenizer's 260 ids" in logged.text) == (prepared_with == "teacher")
+    assert "without rows" not in logged.text, "the student's own tokenizer has a row for each of its tokens"
+    logged.clear()
+    opened(tmp_path, data, teacher=student, student=teacher)
+    assert "without rows for these tokens" in logged.text
+    assert "258 ('<tool>'), 259 ('<think>'); text that holds them" in logged.text
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_an_id_of_the_data_that_one_model_lacks_is_refused_with_its_name(tmp_path, recorded):
+    teacher, student = model(tmp_path / "teacher", MANY, 272), model(tmp_path / "student", FEW, 264)
+    data = store(tmp_path / "data", teacher, ids=[THINK], recorded=recorded)
+    message = refused(tmp_path, data, teacher=teacher, student=student)
+    assert (
+        f"{data} holds the ids 259 ('<think>'); the tokenizer of student.weights = {student} does not have" in message
+    )
+    assert "leave out the texts that hold these tokens" in message
+    assert "--tokenizer" not in message, "preparing again with either model's tokenizer was advice in a circle"
+
+
+def test_ids_that_two_tokenizers_call_otherwise_are_refused_only_where_they_occur(tmp_path):
+    teacher, student = model(tmp_path / "teacher", MANY, 272), model(tmp_path / "student", ["<a>", "<x>", "<y>"], 272)
+    assert opened(tmp_path, store(tmp_path / "no", teacher), teacher=teacher, student=student).vocab_size == 260
+    message = refused(tmp_path, store(tmp_path / "yes", teacher, ids=[TOOL]), teacher=teacher, student=student)
+    assert "258 ('<tool>'); the tokenizer of student.weights" in message
+    assert "calls it '<x>'" in message
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_token_past_the_rows_that_the_data_never_uses_is_no_obstacle(tmp_path, recorded):
+    """As Gemma 3's tokenizer, which has one token more than its text model has rows."""
+    teacher = model(tmp_path / "teacher", FEW, 257)
+    data = store(tmp_path / "data", teacher, recorded=recorded)
+    inputs = opened(tmp_path, data, teacher=teacher)
+    assert (inputs.vocab_size, inputs.total_rows) == (257, 257)
+    other = store(tmp_path / "other", teacher, ids=[257], seed=1, recorded=recorded)
+    message = refused(tmp_path, other, teacher=teacher)
+    assert f"{other} holds the ids 257 ('<a>'); model '{teacher}' has rows for the ids below 257 only" in message
+    assert f"{other} holds" in refused(tmp_path, data, teacher=teacher, validation=other)
+
+
+def test_another_tokenizers_model_is_refused_with_the_ids(tmp_path):
+    teacher = model(tmp_path / "teacher", (), 101)
+    message = refused(tmp_path, store(tmp_path / "data", teacher), teacher=teacher)
+    assert "holds the ids 101 (" in message
+    assert "more; model" in message
+
+
+def test_stores_of_unlike_added_tokens_go_together_where_these_do_not_occur(tmp_path):
+    few, many = model(tmp_path / "few", FEW, 264), write_tokenizer(tmp_path / "many", more=MANY)
+    data = store(tmp_path / "data", few)
+    inputs = opened(tmp_path, data, teacher=few, validation=store(tmp_path / "a", many, seed=1))
+    assert inputs.vocab_size == 258
+    bad = store(tmp_path / "b", many, seed=2, ids=[TOOL])
+    message = refused(tmp_path, data, teacher=few, validation=bad)
+    assert f"{bad} holds the ids 258 ('<tool>'); the tokenizer of {data} does not have it" in message
+
+
+def test_two_models_of_really_different_tokenizers_are_not_sent_round_in_a_circle(tmp_path):
+    teacher, student = model(tmp_path / "teacher", (), 264), model(tmp_path / "student", (), 264, lowercase=True)
+    for made_with in (teacher, student):
+        data = store(tmp_path / f"data_{made_with.name}", made_with)
+        message = refused(tmp_path, data, teacher=teacher, student=student)
+        assert "was made with another tokenizer than the" in message
+        assert "these differ, so no corpus serves both: 'Hello world' is [" in message
+        assert "--tokenizer" not in message
+    data = store(tmp_path / "data", write_tokenizer(tmp_path / "t", lowercase=True))
+    assert f"launch/prepare_corpus.py --tokenizer {teacher}" in refused(tmp_path, data, teacher=teacher)
+
+
+def test_a_store_says_which_added_tokens_occur_and_verify_reads_them_again(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", more=MANY)
+    made = TokenStore.open(store(tmp_path / "data", tokenizer, ids=[THINK]))
+    assert made.manifest.added_ids == (0, THINK)
+    assert scan_ids(made, range(257, 400)) == [THINK]
+    assert made.occurring_ids([TOOL, THINK, 5000]) == [THINK]
+    made.verify()
+    file = made.path / "manifest.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "added_ids": [0]}))
+    with pytest.raises(
+        DataError, match=r"added_ids is \[0\], of the ids outside the trained vocabulary \[0, 259\] occur"
+    ):
+        TokenStore.open(made.path).verify()
+    file.write_text(json.dumps({**content, "added_ids": [0, 260]}))
+    with pytest.raises(DataError, match=r"added_ids\[1\] is 260"):
+        TokenStore.open(made.path)
+    file.write_text(json.dumps({**content, "added_ids": 5}))
+    with pytest.raises(DataError, match="is damaged"):
+        TokenStore.open(made.path)
