@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kdtrain.data.loader import sequence_prefix_of
 from kdtrain.engine import checkpoint
 from kdtrain.errors import CheckpointError, ConfigError
 from kdtrain.models.export import export_hf, recover_folder
@@ -21,7 +22,7 @@ GENERATION = "generation_config.json"
 """Where a model's folder says, among other things, at which tokens generation stops."""
 
 ORIGIN_FILE = "kdtrain.json"
-"""Inside an export: which checkpoint it is."""
+"""Inside an export: which checkpoint it is, and the ids that began every sequence of its run."""
 
 
 def write_model_files(run_folder: Path, tokenizer_dir: Path, weights: str | None = None) -> None:
@@ -61,7 +62,12 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool =
             f"{tokenizer} is missing\n  why: a run keeps its student's tokenizer there\n"
             "  fix: put the tokenizer's files there"
         )
-    about = {"step": checkpoint.step_of(folder), "checkpoint": checkpoint.identity(folder), "dtype": dtype}
+    about = {
+        "step": checkpoint.step_of(folder),
+        "checkpoint": checkpoint.identity(folder),
+        "dtype": dtype,
+        "sequence_prefix": list(stored_prefix(folder)),
+    }
     recover_folder(output)
     if output.exists():
         if not replace or _origin(output) is None:
@@ -74,6 +80,25 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool =
     if (tokenizer / GENERATION).is_file():
         notes[GENERATION] = (tokenizer / GENERATION).read_text(encoding="utf-8")
     return export_hf(weights, config, output, dtype=kind, tokenizer_dir=tokenizer, notes=notes)
+
+
+def stored_prefix(folder: Path) -> tuple[int, ...]:
+    """The ids that begin every sequence of the run that wrote the checkpoint `folder`. Raises CheckpointError."""
+    return sequence_prefix_of(checkpoint.read_state(folder).get("loader", {}))
+
+
+def exported_prefix(weights: Path) -> tuple[int, ...] | None:
+    """The ids that began every sequence the student `weights` was trained on; None for a folder not of kdtrain.
+
+    Raises ConfigError if the folder's note is damaged.
+    """
+    try:
+        about = _origin(weights)
+    except ValueError as error:
+        raise ConfigError(
+            f"{weights / ORIGIN_FILE} is damaged: {error}\n  fix: export the student again, or remove the file"
+        ) from error
+    return None if about is None else sequence_prefix_of(about)
 
 
 def _origin(output: Path) -> dict[str, Any] | None:
