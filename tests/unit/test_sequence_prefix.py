@@ -1,5 +1,6 @@
 """data.sequence_prefix: auto measures and takes the better, an explicit worse choice is refused, both with numbers."""
 
+import json
 import math
 import shutil
 
@@ -18,6 +19,7 @@ from kdtrain.errors import ConfigError, DataError, StoreMismatch
 from kdtrain.testing.bos_models import BOS, EOS, VOCAB, write_bos_run, write_counting_store
 from kdtrain.testing.tiny_data import write_store, write_tokenizer
 from kdtrain.training import build, sequence_prefix
+from kdtrain.training.export import exported_prefix
 from kdtrain.training.inputs import open_inputs
 from kdtrain.training.run import run_evaluation, run_training
 from kdtrain.training.sequence_prefix import decide_prefix, measure_prefixes, nll_function, prefix_choice
@@ -265,3 +267,13 @@ def test_the_limit_is_a_twentieth_of_a_nat(world, configured, without, with_bos,
         return
     with pytest.raises(ConfigError, match=rf"{without:.3f} with no prefix, {with_bos:.3f} with '<bos>'"):
         sequence_prefix._judged(RunConfig(), choice, found)
+
+
+def test_an_exports_note_says_what_its_run_began_sequences_with(tmp_path):
+    assert exported_prefix(tmp_path) is None
+    for note, prefix in (({"step": 3, "sequence_prefix": [BOS]}, (BOS,)), ({"step": 3}, ())):  # of before: none
+        (tmp_path / "kdtrain.json").write_text(json.dumps(note))
+        assert exported_prefix(tmp_path) == prefix
+    (tmp_path / "kdtrain.json").write_text('{"step": 3,')
+    with pytest.raises(ConfigError, match=r"kdtrain\.json is damaged: .*\n  fix: export the student again"):
+        exported_prefix(tmp_path)
