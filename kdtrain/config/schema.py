@@ -115,6 +115,13 @@ class DataSection:
     """Sequences per data rank in one forward and backward pass. Changes memory and speed, never the result."""
     reset_positions: bool = True
     """Restart position_ids at each document and hide documents packed together from each other."""
+    sequence_prefix: str = "auto"
+    """What begins every packed sequence: a token of the tokenizer, none, or auto. auto takes what the teacher's
+    tokenizer puts before a text, most often one `<bos>`, if the teacher predicts 64 sequences that begin inside a
+    document better with it than without; with student.weights and no teacher, the student's; else none. Decided once,
+    when a run begins. A prefix takes its place from the seq_len tokens and is not predicted."""
+    allow_worse_prefix: bool = False
+    """Accept an explicit sequence_prefix with which the teacher is worse by 0.05 nats per token or more."""
     prefetch: int = 2
     """Steps prepared ahead by a background thread; 0 prepares in line."""
 
@@ -225,7 +232,7 @@ class TrainSection:
     """Length of the run and how the loss is computed."""
 
     total_tokens: int = "???"  # type: ignore[assignment]
-    """The run ends once this many tokens (over all ranks, padding included) have been seen."""
+    """The run ends once this many tokens (over all ranks, padding and sequence prefixes included) have been seen."""
     slab_bytes: int = 1 << 30
     """Budget in bytes for the loss's temporary logits; larger is faster up to a point."""
     kernels: Literal["auto", "torch", "triton"] = "auto"

@@ -10,6 +10,7 @@ from typing import Any
 from kdtrain.config import checks_dedicated, checks_memory
 from kdtrain.config.checks_checkpoint import checkpoint_problems, lock_problems
 from kdtrain.config.checks_context import context_problems
+from kdtrain.config.checks_data import data_problems
 from kdtrain.config.deepspeed_config import EXTRA_ZERO_KEYS, OWNED_ZERO_KEYS
 from kdtrain.config.keys import suggestion_among
 from kdtrain.config.load import Loaded
@@ -20,7 +21,6 @@ from kdtrain.config.schema import DistillObjective, GuardSection, RunConfig, Sch
 from kdtrain.errors import ConfigError
 
 MIN_SLAB_BYTES, MAX_SLAB_BYTES = 1 << 20, 1 << 40
-MAX_PREFETCH = 1024
 LEAST_EXPONENT = 0.01
 TEMPERATURES = (0.01, 100.0)
 """Beyond them a softmax in float32 is one token, or flat."""
@@ -50,6 +50,7 @@ def problems(cfg: RunConfig, *, world_size: int) -> Iterator[Problem]:
     yield from _run(cfg)
     yield from _models(cfg)
     yield from _data(cfg)
+    yield from data_problems(cfg.data)
     yield from checks_dedicated.problems(cfg, world_size)
     students = student_ranks(cfg, world_size)
     yield from _layout(cfg, students)
@@ -143,8 +144,6 @@ def _data(cfg: RunConfig) -> Iterator[Problem]:
         value = getattr(d, name)
         if value < least:
             yield Problem(f"data.{name}", value, f"is smaller than {least}", f"use {least} or more")
-    if d.prefetch > MAX_PREFETCH:
-        yield Problem("data.prefetch", d.prefetch, f"is larger than {MAX_PREFETCH} steps", "2 is plenty")
 
 
 def _layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:

@@ -10,7 +10,7 @@ from typing import Any
 from kdtrain.data.batch import Batch
 from kdtrain.data.context import cut_sequences
 from kdtrain.data.order import STORE_SHIFT, BlendOrder
-from kdtrain.data.packing import num_sequences, pack, stack
+from kdtrain.data.packing import Packing, num_sequences, pack, stack
 from kdtrain.data.token_store import TokenStore
 from kdtrain.errors import StoreMismatch
 
@@ -18,9 +18,15 @@ _NAMES = {
     "seed": "run.seed",
     "seq_len": "data.seq_len",
     "reset_positions": "data.reset_positions",
+    "sequence_prefix": "data.sequence_prefix (ids)",
     "stores": "data.train (fingerprints of the stores)",
     "weights": "data.train_weights",
 }
+
+
+def sequence_prefix_of(state: dict[str, Any]) -> tuple[int, ...]:
+    """What began every sequence of the run whose loader's `state_dict` this is; states of before it was kept: ()."""
+    return tuple(state.get("sequence_prefix", ()))
 
 
 class StepLoader:
@@ -39,7 +45,7 @@ class StepLoader:
         stores: Sequence[TokenStore],
         weights: Sequence[float] | None = None,
         *,
-        seq_len: int,
+        packing: Packing,
         sequences_per_step: int,
         sequences_per_micro_batch: int,
         dp_rank: int = 0,
@@ -47,7 +53,6 @@ class StepLoader:
         cp_rank: int = 0,
         cp_size: int = 1,
         seed: int = 1,
-        reset_positions: bool = True,
         prefetch: int = 2,
         start_sequence: int = 0,
     ) -> None:
@@ -58,16 +63,16 @@ class StepLoader:
                 f"sequences_per_micro_batch {sequences_per_micro_batch}"
             )
         self._stores = list(stores)
-        self._seq_len, self._per_step, self._per_micro = seq_len, sequences_per_step, sequences_per_micro_batch
+        self._packing, self._per_step, self._per_micro = packing, sequences_per_step, sequences_per_micro_batch
         self._first = dp_rank * share
         self._share = share
         self._part = cp_rank, cp_size
-        self._reset_positions = reset_positions
-        self._order = BlendOrder([num_sequences(s, seq_len) for s in stores], weights, seed)
+        self._order = BlendOrder([num_sequences(s, packing) for s in stores], weights, seed)
         self._identity: dict[str, Any] = {
             "seed": seed,
-            "seq_len": seq_len,
-            "reset_positions": reset_positions,
+            "seq_len": packing.seq_len,
+            "reset_positions": packing.reset_positions,
+            "sequence_prefix": list(packing.sequence_prefix),
             "stores": [store.manifest.fingerprint for store in stores],
             "weights": None if weights is None else list(weights),
         }
@@ -98,7 +103,7 @@ class StepLoader:
 
     def _micro_batch(self, start: int, stop: int) -> Batch:
         places = [self._order[position] for position in range(start, stop)]
-        packed = [pack(self._stores[s], k, self._seq_len, reset_positions=self._reset_positions) for s, k in places]
+        packed = [pack(self._stores[s], k, self._packing) for s, k in places]
         return cut_sequences(stack(packed, [s << STORE_SHIFT | k for s, k in places]), *self._part)
 
     def state_dict(self, sequences_consumed: int | None = None) -> dict[str, Any]:
@@ -109,12 +114,14 @@ class StepLoader:
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raises StoreMismatch, naming both values, if a run in `state` drew from another order than this one."""
+        state = {**state, "sequence_prefix": list(sequence_prefix_of(state))}
         for key, mine in self._identity.items():
             if state.get(key) != mine:
                 raise StoreMismatch(
                     f"the checkpoint's data order differs in {_NAMES[key]}: {state.get(key)} in the checkpoint, "
                     f"{mine} here\n  why: the run would see some text twice and some never\n"
-                    "  fix: continue with the same stores, weights, data.seq_len and run.seed, or start a new run"
+                    "  fix: continue with the same stores, weights, data.seq_len, data.sequence_prefix and run.seed, "
+                    "or start a new run"
                 )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -158,28 +165,27 @@ class _Ahead:
 def validation_batches(
     store: TokenStore,
     *,
-    seq_len: int,
+    packing: Packing,
     sequences_per_batch: int,
     dp_rank: int = 0,
     dp_size: int = 1,
     cp_rank: int = 0,
     cp_size: int = 1,
     max_tokens: int | None = None,
-    reset_positions: bool = True,
 ) -> Iterator[Batch]:
     """The first sequences of `store` in order, the incomplete last one included, dealt out over data ranks.
 
-    max_tokens: stop after this many tokens, at least one sequence. Every data rank gets the same number of batches of
-    the same shape, of each sequence its part among cp ranks; places without a sequence repeat sequence 0 with a loss
-    mask of 0.
+    max_tokens: stop after this many tokens of the store, at least one sequence. Every data rank gets the same number of
+    batches of the same shape, of each sequence its part among cp ranks; places without a sequence repeat sequence 0
+    with a loss mask of 0.
     """
-    total = max(1, -(-(store.num_tokens - 1) // seq_len))
+    total = max(1, -(-(store.num_tokens - 1) // packing.stride))
     if max_tokens is not None:
-        total = min(total, max(1, max_tokens // seq_len))
+        total = min(total, max(1, max_tokens // packing.stride))
     for start in range(0, total, sequences_per_batch * dp_size):
         first = start + dp_rank * sequences_per_batch
         places = range(first, first + sequences_per_batch)
-        packed = [pack(store, k if k < total else 0, seq_len, reset_positions=reset_positions) for k in places]
+        packed = [pack(store, k if k < total else 0, packing) for k in places]
         batch = stack(packed, [k if k < total else 0 for k in places])
         batch.loss_mask[max(total - first, 0) :] = 0.0
         yield cut_sequences(batch, cp_rank, cp_size)

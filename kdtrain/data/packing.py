@@ -1,60 +1,122 @@
-"""From the token stream of a store to fixed-length sequences. S tokens per sequence."""
+"""From the token stream of a store to fixed-length sequences: S positions, the first P of them a prefix."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from kdtrain.data.batch import Batch
 from kdtrain.data.token_store import TokenStore
-from kdtrain.errors import DataError
+from kdtrain.errors import ConfigError, DataError
 
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """input_ids, labels, loss_mask, position_ids of one sequence, each [S]."""
 
 
-def num_sequences(store: TokenStore, seq_len: int) -> int:
-    """Complete sequences: each needs seq_len tokens and the one that follows as its last label."""
-    return max(0, (store.num_tokens - 1) // seq_len)
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a stream becomes sequences; whatever renumbers sequences belongs here.
+
+    seq_len: S. reset_positions: whether documents packed together are hidden from each other. sequence_prefix: P ids
+    at the beginning of every sequence, most often one <bos> or none. ConfigError if they leave no room for tokens.
+    """
+
+    seq_len: int
+    reset_positions: bool = True
+    sequence_prefix: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.stride < 1:
+            raise ConfigError(
+                f"data.seq_len = {self.seq_len} leaves no room for tokens behind the sequence prefix "
+                f"{list(self.sequence_prefix)}\n  fix: set a larger data.seq_len, or data.sequence_prefix=none"
+            )
+
+    @property
+    def stride(self) -> int:
+        """S - P: tokens of the stream in a sequence."""
+        return self.seq_len - len(self.sequence_prefix)
 
 
-def pack(store: TokenStore, sequence: int, seq_len: int, *, reset_positions: bool = True) -> Packed:
-    """Sequence number `sequence`: tokens [k S, (k + 1) S) of the stream, labels one further.
+def num_sequences(store: TokenStore, packing: Packing) -> int:
+    """Complete sequences: each needs S - P tokens and the one that follows as its last label."""
+    return max(0, (store.num_tokens - 1) // packing.stride)
+
+
+def pack(store: TokenStore, sequence: int, packing: Packing) -> Packed:
+    """Sequence number k = `sequence`: the prefix, then tokens [k (S - P), (k + 1) (S - P)) of the stream.
+
+    Labels are one further. Those of the prefix do not count: the first token behind it is the last label of the
+    sequence before, so every token but the stream's first is predicted once.
 
     With reset_positions, position_ids restart at each document and nothing is predicted across a border: the label
-    after a document's last token does not count. Tokens past the end of the store are 0, a document of their own
-    there, and do not count.
-    IndexError for a sequence that begins outside the store, DataError for a token outside the vocabulary.
+    after a document's last token does not count. The prefix stands before the document that goes on here, whose
+    positions begin with it. Where a document begins with the sequence, the prefix is a document of its own, so that no
+    document sees it twice or sees what it has not elsewhere; if the cut falls inside the document's own prefix, those
+    of its tokens that were cut off join the document, and the rest of the P positions are the document of their own.
+    Without reset_positions the prefix is what comes first, and positions run on from it.
+
+    Tokens past the end of the store are 0, with reset_positions a document of their own, and do not count. IndexError
+    for a sequence that begins outside the store, DataError for a token outside the vocabulary.
     """
-    start = sequence * seq_len
+    start = sequence * packing.stride
     if not 0 <= start < store.num_tokens:
         raise IndexError(
-            f"sequence {sequence} of {seq_len} tokens is outside the {store.num_tokens} tokens of {store.path}"
+            f"sequence {sequence} of {packing.stride} tokens is outside the {store.num_tokens} tokens of {store.path}"
         )
-    stop = min(start + seq_len + 1, store.num_tokens)
-    tokens = np.zeros(seq_len + 1, dtype=np.int64)
+    return pack_from(store, start, packing)
+
+
+def pack_from(store: TokenStore, start: int, packing: Packing) -> Packed:
+    """As `pack`, of the sequence that begins with token `start` of the stream, which must be in the store."""
+    prefix = packing.sequence_prefix
+    stop = min(start + packing.stride + 1, store.num_tokens)
+    tokens = np.zeros(packing.stride + 1, dtype=np.int64)
     tokens[: stop - start] = store.tokens(start, stop)
+    _check_tokens(store, start, tokens)
+    joined = _joined(store, start, packing)
+    apart = len(prefix) - joined
+    row = np.concatenate([np.array([*prefix[:apart], *prefix[:joined]], dtype=np.int64), tokens])
+    positions = np.arange(packing.seq_len, dtype=np.int64)
+    mask = np.ones(packing.seq_len, dtype=np.float32)
+    mask[: len(prefix)] = 0.0
+    if packing.reset_positions:
+        begins = store.document_starts(start, stop) - start
+        begins = begins[begins > 0] + len(prefix)
+        mask[begins - 1] = 0.0
+        origins = np.zeros(packing.seq_len, dtype=np.int64)
+        origins[apart] = apart
+        inside = np.append(begins, len(prefix) + stop - start)  # padding is a document of its own: it lengthens none
+        inside = inside[inside < packing.seq_len]
+        origins[inside] = inside
+        positions -= np.maximum.accumulate(origins)
+    mask[len(prefix) + max(stop - start - 1, 0) :] = 0.0
+    return row[:-1], row[1:], mask, positions
+
+
+def _check_tokens(store: TokenStore, start: int, tokens: np.ndarray) -> None:
+    """DataError unless all are in the vocabulary; on a device it would be an assert without a name."""
     if tokens.min() < 0 or tokens.max() >= store.manifest.vocab_size:
-        # said here: on a device it would be an assert without a name
         bad = int(np.argmax((tokens < 0) | (tokens >= store.manifest.vocab_size)))
         raise DataError(
             f"{store.path} is damaged: token {start + bad} is {int(tokens[bad])}, not in "
             f"[0, {store.manifest.vocab_size})\n  fix: name the damaged file with TokenStore.verify, then copy it again"
         )
-    positions = np.arange(seq_len, dtype=np.int64)
-    mask = np.ones(seq_len, dtype=np.float32)
-    if reset_positions:
-        begins = store.document_starts(start, stop) - start
-        mask[begins[begins > 0] - 1] = 0.0
-        inside = np.append(begins, stop - start)  # padding is a document of its own: it lengthens none
-        inside = inside[inside < seq_len]
-        origin = np.zeros(seq_len, dtype=np.int64)
-        origin[inside] = inside
-        positions -= np.maximum.accumulate(origin)
-    mask[max(stop - start - 1, 0) :] = 0.0
-    return tokens[:-1], tokens[1:], mask, positions
+
+
+def _joined(store: TokenStore, start: int, packing: Packing) -> int:
+    """How many of the P prefix tokens belong to the document that token `start` is in; the others stand apart."""
+    size = len(packing.sequence_prefix)
+    if not (size and packing.reset_positions):
+        return size
+    begins = store.document_starts(max(0, start - size + 1), start + 1)
+    cut_off = start - int(begins[-1]) if len(begins) else size  # tokens of the document before `start`, at most P
+    if cut_off == 0 or tuple(store.manifest.document_prefix) == packing.sequence_prefix:
+        return cut_off
+    return size
 
 
 def stack(packed: Sequence[Packed], sample_ids: Sequence[int]) -> Batch:

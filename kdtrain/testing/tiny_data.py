@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -38,10 +39,16 @@ def write_tokenizer(folder: Path, *, more: Sequence[str] = (), eos: str | None =
 
 
 def write_store(
-    folder: Path, documents: Sequence[Sequence[int]], tokenizer_dir: Path, *, shard_tokens: int = SHARD_TOKENS
+    folder: Path,
+    documents: Sequence[Sequence[int]],
+    tokenizer_dir: Path,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+    prefix: Sequence[int] = (),
 ) -> TokenStore:
-    """A store of these ids; every document gets the separator."""
-    with TokenStoreWriter(folder, tokenizer_dir, SEPARATOR_ID, source="hand-made", shard_tokens=shard_tokens) as writer:
+    """A store of these ids; every document gets the prefix and the separator."""
+    how: dict[str, Any] = {"source": "hand-made", "shard_tokens": shard_tokens, "document_prefix": prefix}
+    with TokenStoreWriter(folder, tokenizer_dir, SEPARATOR_ID, **how) as writer:
         for ids in documents:
             writer.add(list(ids), text_bytes=len(ids))
         writer.commit()

@@ -11,6 +11,7 @@ from kdtrain.config.ranks import teacher_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
 from kdtrain.data.loader import StepLoader, validation_batches
+from kdtrain.data.packing import Packing
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import ROW_MULTIPLE
 from kdtrain.dist.wire import Wire
@@ -152,13 +153,20 @@ def head_rows(cfg: RunConfig, total_rows: int) -> int:
     return -(-total_rows // unit) * unit
 
 
-def build_loader(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, prefetch: int | None = None) -> StepLoader:
+def packing_of(cfg: RunConfig, prefix: tuple[int, ...] = ()) -> Packing:
+    """How streams become sequences; prefix: the ids before each, which a run decides once."""
+    return Packing(cfg.data.seq_len, cfg.data.reset_positions, prefix)
+
+
+def build_loader(
+    cfg: RunConfig, inputs: Inputs, mesh: Mesh, prefix: tuple[int, ...] = (), *, prefetch: int | None = None
+) -> StepLoader:
     """This data rank's micro-batches; their global order depends on run.seed alone. prefetch: default data.prefetch."""
     d = cfg.data
     return StepLoader(
-        inputs.train, d.train_weights, seq_len=d.seq_len, sequences_per_step=d.tokens_per_step // d.seq_len,
-        sequences_per_micro_batch=d.sequences_per_micro_batch, dp_rank=mesh.dp_rank, dp_size=mesh.dp_size,
-        cp_rank=mesh.cp_rank, cp_size=mesh.cp_size, seed=cfg.run.seed, reset_positions=d.reset_positions,
+        inputs.train, d.train_weights, packing=packing_of(cfg, prefix),
+        sequences_per_step=d.tokens_per_step // d.seq_len, sequences_per_micro_batch=d.sequences_per_micro_batch,
+        dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, cp_rank=mesh.cp_rank, cp_size=mesh.cp_size, seed=cfg.run.seed,
         prefetch=d.prefetch if prefetch is None else prefetch,
     )  # fmt: skip
 
@@ -192,15 +200,14 @@ def build_objective(cfg: RunConfig, engine: StudentEngine, models: Models, timer
     )
 
 
-def evaluation_batches(cfg: RunConfig, inputs: Inputs, mesh: Mesh) -> Iterator[Batch]:
+def evaluation_batches(cfg: RunConfig, inputs: Inputs, mesh: Mesh, prefix: tuple[int, ...] = ()) -> Iterator[Batch]:
     """The same validation batches each time; data.validation must be set."""
     if inputs.validation is None:
         raise ConfigError("data.validation is not set\n  fix: name a token store to evaluate on")
     return validation_batches(
-        inputs.validation, seq_len=cfg.data.seq_len, sequences_per_batch=cfg.data.sequences_per_micro_batch,
+        inputs.validation, packing=packing_of(cfg, prefix), sequences_per_batch=cfg.data.sequences_per_micro_batch,
         dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, cp_rank=mesh.cp_rank, cp_size=mesh.cp_size,
         max_tokens=cfg.eval.max_tokens,
-        reset_positions=cfg.data.reset_positions,
     )  # fmt: skip
 
 

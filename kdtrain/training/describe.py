@@ -123,8 +123,13 @@ def _int(config: Any, name: str) -> int:
     return int(getattr(config, name))
 
 
-def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int, trains: bool = True) -> None:
-    """`--check`: everything that can be known before a device is touched. trains: or else only evaluates."""
+def print_check(
+    cfg: RunConfig, inputs: Inputs, *, world_size: int, trains: bool = True, prefix: str | None = None
+) -> None:
+    """`--check`: everything that can be known before a device is touched. trains: or else only evaluates.
+
+    prefix: what will be decided of data.sequence_prefix, if anything.
+    """
     students = student_ranks(cfg, world_size)
     mesh = Mesh(world_size=students, tp_size=cfg.parallel.tp, cp_size=cfg.parallel.cp)
     student = _check_models(cfg, inputs, mesh, trains=trains)
@@ -134,6 +139,8 @@ def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int, trains: bool
     LOGGER.info("mesh     %s", mesh_line(cfg, students))
     if students < world_size:
         LOGGER.info("teacher  %s: %s", dedicated_line(cfg), list(range(students, world_size)))
+    if prefix is not None:
+        LOGGER.info("prefix   %s", prefix)
     if trains:
         LOGGER.info("loss     %s", loss_line(cfg))
         LOGGER.info("data     %s", data_line(cfg, inputs, dp_size))

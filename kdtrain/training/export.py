@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kdtrain.data.loader import sequence_prefix_of
 from kdtrain.data.tokenizer import TOKENIZER_FILES, vocab_size
 from kdtrain.engine import checkpoint
 from kdtrain.errors import CheckpointError, ConfigError
@@ -25,7 +26,7 @@ GENERATION = "generation_config.json"
 """Where a model's folder says, among other things, at which tokens generation stops."""
 
 ORIGIN_FILE = "kdtrain.json"
-"""Inside an export: which checkpoint it is."""
+"""Inside an export: which checkpoint it is, and the ids that began every sequence of its run."""
 
 
 def write_model_files(run_folder: Path, tokenizer_dir: Path, weights: str | None = None) -> None:
@@ -71,7 +72,12 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool =
             f"{tokenizer} is missing\n  why: a run keeps its student's tokenizer there\n"
             "  fix: put the tokenizer's files there"
         )
-    about = {"step": checkpoint.step_of(folder), "checkpoint": checkpoint.identity(folder), "dtype": dtype}
+    about = {
+        "step": checkpoint.step_of(folder),
+        "checkpoint": checkpoint.identity(folder),
+        "dtype": dtype,
+        "sequence_prefix": list(stored_prefix(folder)),
+    }
     recover_folder(output)
     if output.exists():
         if not replace or _origin(output) is None:
@@ -101,6 +107,25 @@ def _generation_text(file: Path, size: int | None) -> str:
     special = {key: settings[key] for key in SPECIAL_IDS if key in settings}
     kept = special if size is None else ids_within(special, size)
     return text if kept == special else json.dumps({**settings, **kept}, indent=2) + "\n"
+
+
+def stored_prefix(folder: Path) -> tuple[int, ...]:
+    """The ids that begin every sequence of the run that wrote the checkpoint `folder`. Raises CheckpointError."""
+    return sequence_prefix_of(checkpoint.read_state(folder).get("loader", {}))
+
+
+def exported_prefix(weights: Path) -> tuple[int, ...] | None:
+    """The ids that began every sequence the student `weights` was trained on; None for a folder not of kdtrain.
+
+    Raises ConfigError if the folder's note is damaged.
+    """
+    try:
+        about = _origin(weights)
+    except ValueError as error:
+        raise ConfigError(
+            f"{weights / ORIGIN_FILE} is damaged: {error}\n  fix: export the student again, or remove the file"
+        ) from error
+    return None if about is None else sequence_prefix_of(about)
 
 
 def _origin(output: Path) -> dict[str, Any] | None:

@@ -34,8 +34,10 @@ LAYOUT_ONLY = (
         "teacher.overlap",
     ),
     *("data.sequences_per_micro_batch", "data.prefetch", "data.validation", "train.slab_bytes", "train.kernels"),
+    *("data.sequence_prefix", "data.allow_worse_prefix"),
 )
-"""Sections and keys that change where and how fast a run computes, not what it learns (beyond rounding)."""
+"""Sections and keys that change where and how fast a run computes, not what it learns (beyond rounding); and how the
+sequence prefix was chosen: a resumed run has the one of its checkpoint, or is refused."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from kdtrain.config.launcher import world_size
 from kdtrain.config.load import as_dict, config_hash, to_yaml
 from kdtrain.config.ranks import teacher_ranks
 from kdtrain.config.schema import GuardSection, RunConfig
+from kdtrain.data.batch import Batch
 from kdtrain.dist.collectives import gather_objects
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import bootstrap
@@ -34,14 +35,15 @@ from kdtrain.training import describe as describing
 from kdtrain.training.cadence import Cadence, StopRequest
 from kdtrain.training.checkpoints import Checkpoints
 from kdtrain.training.evaluator import Evaluator
-from kdtrain.training.export import export_checkpoint, write_model_files
+from kdtrain.training.export import export_checkpoint, exported_prefix, stored_prefix, write_model_files
 from kdtrain.training.guards import Events, Guards
 from kdtrain.training.inputs import Inputs, open_inputs
 from kdtrain.training.progress import Progress
 from kdtrain.training.quantized import quantize_teacher
 from kdtrain.training.report import Reporter, Sink
-from kdtrain.training.resume import find_resume_point
+from kdtrain.training.resume import ResumePoint, find_resume_point
 from kdtrain.training.self_check import check_alignment
+from kdtrain.training.sequence_prefix import Prefix, PrefixChoice, decide_prefix, prefix_choice
 from kdtrain.training.timing import PhaseTimer
 from kdtrain.training.trainer import Trainer
 
@@ -54,8 +56,9 @@ def run_training(request: Request) -> int:
     setup_logging()
     inputs = open_inputs(cfg, build.specs(cfg))
     build.check_lengths(cfg, inputs, trainable=True)
+    choice = prefix_choice(cfg, inputs)
     if request.check_only:
-        describing.print_check(cfg, inputs, world_size=world_size(os.environ))
+        describing.print_check(cfg, inputs, world_size=world_size(os.environ), prefix=choice.line())
         return 0
     stop = StopRequest(cfg.run.time_limit_s)
     stop.install()  # until the process ends: a second signal while ranks leave must not kill one of them
@@ -67,7 +70,7 @@ def run_training(request: Request) -> int:
             mesh = Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
             _same_everywhere(mesh, "configuration", config_hash(cfg))
             with _run_folder(cfg, mesh) as (folder, opened):
-                _train(request, inputs, mesh, rank, folder, opened, stop)
+                _train(request, inputs, choice, mesh, rank, folder, opened, stop)
                 on_main(mesh, lambda: opened.finish() if opened is not None else None)
     return 0
 
@@ -90,9 +93,11 @@ def run_evaluation(request: Request) -> int:
         raise ConfigError("student.weights is not set\n  fix: name the Hugging Face folder to evaluate")
     inputs = open_inputs(cfg, build.specs(cfg))
     build.check_lengths(cfg, inputs, trainable=False)
+    choice = prefix_choice(cfg, inputs)
     if request.check_only:
         build.evaluation_batches(cfg, inputs, Mesh())  # refuses what has nothing to evaluate on
-        describing.print_check(cfg, inputs, world_size=world_size(os.environ), trains=False)
+        ranks = world_size(os.environ)
+        describing.print_check(cfg, inputs, world_size=ranks, trains=False, prefix=choice.line())
         return 0
     with bootstrap.runtime(teacher_ranks(cfg)) as rank:
         if rank.roles.is_teacher:
@@ -102,22 +107,42 @@ def run_evaluation(request: Request) -> int:
             mesh = Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
             models = build.build_models(cfg, inputs, mesh, rank.device, trainable=False, wire=rank.wire)
             if cfg.teacher.quantize is not None:
-                first = next(build.evaluation_batches(cfg, inputs, mesh)).to(rank.device)
+                first = next(build.evaluation_batches(cfg, inputs, mesh, choice.likely)).to(rank.device)
                 quantize_teacher(cfg, models, first, mesh)
+            prefix = _evaluation_prefix(cfg, inputs, choice, models, mesh, rank)
 
             def student(batch: Any, head_fn: Any) -> Any:
                 return call_with_head(models.student, batch, head_fn)
 
             validation = Validation(student, models.teacher, models.layout, mesh)
-            means = validation.run(build.evaluation_batches(cfg, inputs, mesh), rank.device)
+            means = validation.run(build.evaluation_batches(cfg, inputs, mesh, prefix), rank.device)
             if mesh.is_main:
                 print(json.dumps(means, sort_keys=True))
     return 0
 
 
+def _evaluation_prefix(
+    cfg: RunConfig, inputs: Inputs, choice: PrefixChoice, models: build.Models, mesh: Mesh, rank: bootstrap.Runtime
+) -> Prefix:
+    """What student.weights was trained with, if it is an export of kdtrain and the configuration names no other."""
+    assert cfg.student.weights is not None
+    trained = on_main(mesh, lambda: exported_prefix(Path(cfg.student.weights or "")))
+    if trained is not None and choice.configured in (None, trained):
+        if trained or choice.usual:
+            LOGGER.info("prefix   %s, as in the run that made student.weights", choice.name(trained))
+        return trained
+    if trained is not None:
+        LOGGER.warning(
+            "data.sequence_prefix = %s, but student.weights was trained with %s: its numbers are not those of its run",
+            cfg.data.sequence_prefix,
+            choice.name(trained),
+        )
+    return decide_prefix(cfg, choice, inputs, models, mesh, rank.device)
+
+
 def _train(
-    request: Request, inputs: Inputs, mesh: Mesh, rank: bootstrap.Runtime, folder: Path, opened: RunFolder | None,
-    stop: StopRequest,
+    request: Request, inputs: Inputs, choice: PrefixChoice, mesh: Mesh, rank: bootstrap.Runtime, folder: Path,
+    opened: RunFolder | None, stop: StopRequest,
 ) -> None:  # fmt: skip
     cfg, device = request.config, rank.device
     models = build.build_models(
@@ -125,8 +150,8 @@ def _train(
         on_stop=lambda: stop.ask("a dedicated teacher's rank was asked to stop"),
     )  # fmt: skip
     resume_from = on_main(mesh, lambda: find_resume_point(cfg, folder))
-    loader = build.build_loader(cfg, inputs, mesh)
-    _prepare_teacher(cfg, inputs, models, mesh, rank, is_fresh=resume_from is None)
+    prefix = _prepare_teacher(cfg, inputs, choice, models, mesh, rank, resume_from)
+    loader = build.build_loader(cfg, inputs, mesh, prefix)
     describing.log_header(cfg, inputs, models, mesh)
     # Last: DeepSpeed keeps process-wide state that the most recent engine owns.
     engine = StudentEngine(models.student, mesh, cfg, device=device)
@@ -145,7 +170,7 @@ def _train(
     reporter.resumed(progress)
     evaluator = Evaluator(
         Validation(engine, models.teacher, models.layout, mesh), engine,
-        lambda: build.evaluation_batches(cfg, inputs, mesh), reporter, device,
+        lambda: build.evaluation_batches(cfg, inputs, mesh, prefix), reporter, device,
     )  # fmt: skip
     trainer = Trainer(
         cfg=cfg, mesh=mesh, device=device, engine=engine,
@@ -170,17 +195,32 @@ def _train(
 
 
 def _prepare_teacher(
-    cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh, rank: bootstrap.Runtime, *, is_fresh: bool
-) -> None:
-    """Quantise it and, in a run that is_fresh, check that it knows the data: both on the first micro-batch."""
-    checks = cfg.debug.self_check and is_fresh
-    if models.teacher is None or not (checks or cfg.teacher.quantize is not None):
-        return
-    first = next(build.build_loader(cfg, inputs, mesh, prefetch=0))[0].to(rank.device)
-    quantize_teacher(cfg, models, first, mesh)
-    if checks:
-        found = check_alignment(models.teacher, first, models.layout, mesh)
+    cfg: RunConfig,
+    inputs: Inputs,
+    choice: PrefixChoice,
+    models: build.Models,
+    mesh: Mesh,
+    rank: bootstrap.Runtime,
+    resume_from: ResumePoint | None,
+) -> Prefix:
+    """Quantise the teacher, find the run's sequence prefix and, in a new run, check that the teacher knows the data.
+
+    A resumed run has the prefix of its checkpoint, and the loader refuses a configuration that names another one.
+    """
+    stored = on_main(mesh, lambda: None if resume_from is None else stored_prefix(resume_from.path))
+
+    def first(prefix: Prefix) -> Batch:
+        return next(build.build_loader(cfg, inputs, mesh, prefix, prefetch=0))[0].to(rank.device)
+
+    if cfg.teacher.quantize is not None:
+        quantize_teacher(cfg, models, first(choice.likely if stored is None else stored), mesh)
+    if stored is not None:
+        return stored if choice.configured is None else choice.configured
+    prefix = decide_prefix(cfg, choice, inputs, models, mesh, rank.device)
+    if models.teacher is not None and cfg.debug.self_check:
+        found = check_alignment(models.teacher, first(prefix), models.layout, mesh)
         LOGGER.info("check    teacher's nll on labels %.3f, shifted -1 %.3f, +1 %.3f", *found.values())
+    return prefix
 
 
 def _export(cfg: RunConfig, folder: Path) -> None:

@@ -12,6 +12,31 @@ from kdtrain.errors import StoreMismatch
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.objectives.base import HeadLayout
 from kdtrain.objectives.distill import TeacherSource
+from kdtrain.teacher.signal import DenseSignal
+
+
+@torch.no_grad()
+def nll_sum(signal: DenseSignal, labels: Tensor, mask: Tensor, layout: HeadLayout) -> Tensor:
+    """A teacher's cross-entropy on `labels`, weighted with `mask` (both [B, S]) and summed; 0-d float64.
+
+    Replicated over tp, to be summed over the ranks with other tokens. Communicates as linear_cross_entropy and, where
+    replicas share a teacher, one all-gather over them for each of labels and mask.
+    """
+    spread, weight, labels = signal.spread, mask.reshape(-1), labels.reshape(-1)
+    shard, group = (layout.shard, layout.group) if spread is None else (spread.shard, spread.group)
+    if spread is not None:
+        weight, labels = spread.gather(weight), spread.gather(labels)
+    parts = linear_cross_entropy(
+        signal.hidden_states,
+        signal.head,
+        labels,
+        weight=weight,
+        shard=shard,
+        group=group,
+        slab_bytes=layout.slab_bytes,
+        backend=layout.backend,
+    )
+    return (parts if spread is None else spread.own(parts)).loss.double()
 
 
 @torch.no_grad()
@@ -30,20 +55,8 @@ def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout, me
     mask = batch.loss_mask.clone()
     mask[:, -1] = 0.0
 
-    spread = signal.spread
-    shard, group = (layout.shard, layout.group) if spread is None else (spread.shard, spread.group)
-
-    def nll_sum(labels: Tensor) -> Tensor:
-        weight, labels = mask.reshape(-1), labels.reshape(-1)
-        if spread is not None:
-            weight, labels = spread.gather(weight), spread.gather(labels)
-        parts = linear_cross_entropy(
-            signal.hidden_states, signal.head, labels, weight=weight, shard=shard, group=group,
-            slab_bytes=layout.slab_bytes, backend=layout.backend,
-        )  # fmt: skip
-        return (parts if spread is None else spread.own(parts)).loss.double()
-
-    sums = torch.stack([nll_sum(batch.labels), nll_sum(ids), nll_sum(after_next), mask.sum(dtype=torch.float64)])
+    own = [nll_sum(signal, labels, mask, layout) for labels in (batch.labels, ids, after_next)]
+    sums = torch.stack([*own, mask.sum(dtype=torch.float64)])
     *totals, count = reduce_sum_(sums, mesh.zero_group).tolist()
     found = dict(zip(("label", "previous", "after_next"), (total / max(count, 1.0) for total in totals), strict=True))
     if count and not found["label"] < min(found["previous"], found["after_next"]):

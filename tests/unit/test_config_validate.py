@@ -87,6 +87,7 @@ CASES = {
     "tokens_per_step": ({"data__tokens_per_step": 0}, "data.tokens_per_step", "is smaller than 1"),
     "prefetch": ({"data__prefetch": -1}, "data.prefetch", "is smaller than 0"),
     "prefetch beyond all": ({"data__prefetch": 10**12}, "data.prefetch", "is larger than 1024 steps"),
+    "switch of auto": ({"data__allow_worse_prefix": True}, "data.allow_worse_prefix", "sequence_prefix = auto takes"),
     "home folder": ({"run__output_dir": "~/runs"}, "run.output_dir", "which only a shell replaces"),
     "tp 0": ({"parallel__tp": 0}, "parallel.tp", "is smaller than 1"),
     "sequence at tp 1": ({"parallel__tp": 1, "parallel__sequence": True}, "parallel.sequence", "parallel.tp = 1,"),

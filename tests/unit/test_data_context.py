@@ -6,6 +6,7 @@ import torch
 from kdtrain.data.batch import Batch
 from kdtrain.data.context import cut_sequences
 from kdtrain.data.loader import StepLoader, validation_batches
+from kdtrain.data.packing import Packing
 from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 
 CUT = ("input_ids", "labels", "loss_mask", "position_ids")
@@ -49,7 +50,7 @@ def test_loader_and_validation_give_each_cp_rank_its_part(store):
     def step(**part):
         loader = StepLoader(
             [store],
-            seq_len=8,
+            packing=Packing(8),
             sequences_per_step=4,
             sequences_per_micro_batch=2,
             dp_rank=1,
@@ -63,7 +64,7 @@ def test_loader_and_validation_give_each_cp_rank_its_part(store):
         assert_parts_of(parts, whole)
 
     def batches(**part):
-        return list(validation_batches(store, seq_len=8, sequences_per_batch=3, **part))
+        return list(validation_batches(store, packing=Packing(8), sequences_per_batch=3, **part))
 
     for *parts, whole in zip(*(batches(cp_rank=r, cp_size=2) for r in range(2)), batches(), strict=True):
         assert_parts_of(parts, whole)

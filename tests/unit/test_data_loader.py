@@ -10,6 +10,7 @@ import torch
 from kdtrain.data import order
 from kdtrain.data.loader import StepLoader
 from kdtrain.data.order import BLOCK, STORE_SHIFT, BlendOrder, permute, schedule
+from kdtrain.data.packing import Packing
 from kdtrain.errors import DataError, StoreMismatch
 from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 
@@ -26,7 +27,7 @@ def stores(tmp_path_factory):
 
 
 def loader(stores, *, micro=2, rank=0, ranks=1, seed=7, weights=(0.5, 0.2, 0.3), **more):
-    settings = {"prefetch": 0, "seq_len": SEQ, "sequences_per_step": 12} | more
+    settings = {"prefetch": 0, "packing": Packing(SEQ), "sequences_per_step": 12} | more
     return StepLoader(
         stores, weights, sequences_per_micro_batch=micro, dp_rank=rank, dp_size=ranks, seed=seed, **settings
     )
@@ -169,10 +170,13 @@ def test_a_blend_that_cannot_be_drawn_is_refused(sizes, weights, message):
         BlendOrder(sizes, weights, seed=1)
 
 
+@pytest.mark.parametrize("prefix", [(), (7,), (7, 9)])
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 12), (2, 3), (3, 2), (4, 1), (6, 2), (12, 1)])
-def test_the_samples_of_a_step_are_the_same_in_any_layout(stores, ranks, micro):
-    reference = take(loader(stores), 5)
-    per_rank = [take(loader(stores, rank=r, ranks=ranks, micro=micro), 5) for r in range(ranks)]
+def test_the_samples_of_a_step_are_the_same_in_any_layout(stores, ranks, micro, prefix):
+    packing = Packing(SEQ, sequence_prefix=prefix)
+    reference = take(loader(stores, packing=packing), 5)
+    per_rank = [take(loader(stores, rank=r, ranks=ranks, micro=micro, packing=packing), 5) for r in range(ranks)]
+    assert all(tuple(row[: len(prefix)]) == prefix for batch in reference[0] for row in batch.input_ids.tolist())
     for number in range(5):
         together = [batch for steps in per_rank for batch in steps[number]]
         assert {len(b.sample_ids) for b in together} == {micro}
@@ -191,16 +195,18 @@ def test_a_sample_id_names_store_and_sequence_and_its_tokens(stores):
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 2), (2, 3), (4, 1)])
-def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(stores, prefetch, ranks, micro):
-    reference = samples(take(loader(stores), 9))
-    first = loader(stores, prefetch=2)
+@pytest.mark.parametrize("prefix", [(), (7,)])
+def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(stores, prefetch, ranks, micro, prefix):
+    packing = Packing(SEQ, sequence_prefix=prefix)
+    reference = samples(take(loader(stores, packing=packing), 9))
+    first = loader(stores, prefetch=2, packing=packing)
     seen = samples(take(first, 4))
     state = json.loads(json.dumps(first.state_dict()))
     first.close()
     assert state["sequences"] == 48
     parts = []
     for rank in range(ranks):
-        resumed = loader(stores, rank=rank, ranks=ranks, micro=micro, prefetch=prefetch)
+        resumed = loader(stores, rank=rank, ranks=ranks, micro=micro, prefetch=prefetch, packing=packing)
         next(resumed)  # a loader that already worked is set back too
         resumed.load_state_dict(state)
         parts.append(take(resumed, 5))
@@ -208,7 +214,7 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(stores, prefetch, ran
     for number in range(5):
         seen += samples([steps[number] for steps in parts])
     assert seen == reference
-    started = loader(stores, start_sequence=48, prefetch=prefetch)
+    started = loader(stores, start_sequence=48, prefetch=prefetch, packing=packing)
     assert samples(take(started, 5)) == reference[48:]
     started.close()
 
@@ -225,10 +231,11 @@ def test_prefetching_does_not_move_the_position_that_is_saved(stores):
     ("change", "name", "values"),
     [
         ({"seed": 8}, "run.seed", ("7", "8")),
-        ({"seq_len": 9}, "data.seq_len", ("8", "9")),
+        ({"packing": Packing(9)}, "data.seq_len", ("8", "9")),
         ({"weights": (0.4, 0.3, 0.3)}, "data.train_weights", ("[0.5, 0.2, 0.3]", "[0.4, 0.3, 0.3]")),
         ({"weights": None}, "data.train_weights", ("[0.5, 0.2, 0.3]", "None")),
-        ({"reset_positions": False}, "data.reset_positions", ("True", "False")),
+        ({"packing": Packing(SEQ, reset_positions=False)}, "data.reset_positions", ("True", "False")),
+        ({"packing": Packing(SEQ, sequence_prefix=(7,))}, "data.sequence_prefix", ("[]", "[7]")),
     ],
 )
 def test_another_order_is_refused_with_both_values(stores, change, name, values):
@@ -240,6 +247,14 @@ def test_another_order_is_refused_with_both_values(stores, change, name, values)
         for text in (name, f"{values[0]} in the checkpoint", f"{values[1]} here", "fix:"):
             assert text in str(caught.value)
     loader(stores).check_state(state)
+
+
+def test_a_checkpoint_of_before_prefixes_had_none(stores):
+    state = loader(stores).state_dict(24)
+    del state["sequence_prefix"]
+    loader(stores).load_state_dict(state)
+    with pytest.raises(StoreMismatch, match=r"\[\] in the checkpoint, \[7\] here"):
+        loader(stores, packing=Packing(SEQ, sequence_prefix=(7,))).load_state_dict(state)
 
 
 def test_another_corpus_is_refused_with_both_fingerprints(stores):
@@ -276,7 +291,11 @@ class Failing:
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 def test_an_error_while_reading_ahead_reaches_the_loop_at_its_step(stores, prefetch):
     broken = StepLoader(
-        [Failing(stores[0], 2 * 4)], seq_len=SEQ, sequences_per_step=4, sequences_per_micro_batch=2, prefetch=prefetch
+        [Failing(stores[0], 2 * 4)],
+        packing=Packing(SEQ),
+        sequences_per_step=4,
+        sequences_per_micro_batch=2,
+        prefetch=prefetch,
     )
     take(broken, 2)  # what could be read is handed out
     for _ in range(2):  # and asking again does not hang

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kdtrain.data.loader import validation_batches
-from kdtrain.data.packing import num_sequences, pack
+from kdtrain.data.packing import Packing, num_sequences, pack
 from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 
 
@@ -25,43 +25,48 @@ def rows(packed):
 
 
 def test_labels_masks_and_positions_are_as_worked_out_by_hand(store):
-    assert num_sequences(store, 5) == 2
-    assert rows(pack(store, 0, 5)) == [[5, 6, 7, 0, 8], [6, 7, 0, 8, 0], [1, 1, 1, 0, 1], [0, 1, 2, 3, 0]]
+    assert num_sequences(store, Packing(5)) == 2
+    assert rows(pack(store, 0, Packing(5))) == [[5, 6, 7, 0, 8], [6, 7, 0, 8, 0], [1, 1, 1, 0, 1], [0, 1, 2, 3, 0]]
     # begins with the last token of a document; the third document goes on behind the last label
-    assert rows(pack(store, 1, 5)) == [[0, 9, 10, 11, 12], [9, 10, 11, 12, 13], [0, 1, 1, 1, 1], [0, 0, 1, 2, 3]]
-    assert rows(pack(store, 2, 5)) == [[13, 0, 14, 0, 0], [0, 14, 0, 0, 0], [1, 0, 1, 0, 0], [0, 1, 0, 1, 0]]
+    assert rows(pack(store, 1, Packing(5))) == [
+        [0, 9, 10, 11, 12],
+        [9, 10, 11, 12, 13],
+        [0, 1, 1, 1, 1],
+        [0, 0, 1, 2, 3],
+    ]
+    assert rows(pack(store, 2, Packing(5))) == [[13, 0, 14, 0, 0], [0, 14, 0, 0, 0], [1, 0, 1, 0, 0], [0, 1, 0, 1, 0]]
 
 
 def test_a_border_right_behind_the_last_input_takes_its_label_out(store):
     # the label of position 3 is the first token of the second document
-    assert rows(pack(store, 0, 4)) == [[5, 6, 7, 0], [6, 7, 0, 8], [1, 1, 1, 0], [0, 1, 2, 3]]
+    assert rows(pack(store, 0, Packing(4))) == [[5, 6, 7, 0], [6, 7, 0, 8], [1, 1, 1, 0], [0, 1, 2, 3]]
     # a document that begins exactly with the sequence
-    assert rows(pack(store, 1, 4)) == [[8, 0, 9, 10], [0, 9, 10, 11], [1, 0, 1, 1], [0, 1, 0, 1]]
+    assert rows(pack(store, 1, Packing(4))) == [[8, 0, 9, 10], [0, 9, 10, 11], [1, 0, 1, 1], [0, 1, 0, 1]]
 
 
 def test_without_resetting_every_position_counts_and_positions_run_on(store):
-    ids, labels, mask, positions = pack(store, 0, 5, reset_positions=False)
+    ids, labels, mask, positions = pack(store, 0, Packing(5, reset_positions=False))
     assert (ids.tolist(), labels.tolist()) == ([5, 6, 7, 0, 8], [6, 7, 0, 8, 0])
     assert (mask.tolist(), positions.tolist()) == ([1] * 5, [0, 1, 2, 3, 4])
-    assert pack(store, 2, 5, reset_positions=False)[2].tolist() == [1, 1, 1, 0, 0]  # padding never counts
+    assert pack(store, 2, Packing(5, reset_positions=False))[2].tolist() == [1, 1, 1, 0, 0]  # padding never counts
 
 
 def test_padding_does_not_lengthen_the_document_before_it(store):
     # [13] ends the third document, then the fourth with its separator, then six tokens that are not in the store
-    assert pack(store, 1, 10)[3].tolist() == [0, 1, 0, 1, 0, 1, 2, 3, 4, 5]
-    assert pack(store, 1, 10, reset_positions=False)[3].tolist() == list(range(10))
+    assert pack(store, 1, Packing(10))[3].tolist() == [0, 1, 0, 1, 0, 1, 2, 3, 4, 5]
+    assert pack(store, 1, Packing(10, reset_positions=False))[3].tolist() == list(range(10))
 
 
 def test_a_sequence_needs_one_token_more_than_it_holds(store):
     assert store.num_tokens == 14
-    assert [num_sequences(store, s) for s in (1, 6, 7, 13, 14, 99)] == [13, 2, 1, 1, 0, 0]
+    assert [num_sequences(store, Packing(s)) for s in (1, 6, 7, 13, 14, 99)] == [13, 2, 1, 1, 0, 0]
 
 
 def test_a_sequence_outside_the_store_is_refused(store):
     with pytest.raises(IndexError, match="sequence 3"):
-        pack(store, 3, 5)
+        pack(store, 3, Packing(5))
     with pytest.raises(IndexError, match="sequence -1"):
-        pack(store, -1, 5)
+        pack(store, -1, Packing(5))
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 16, 61])
@@ -70,7 +75,7 @@ def test_packing_agrees_with_a_slow_definition(tmp_path, tokenizer, seq_len):
     store = write_store(tmp_path / "store", documents, tokenizer, shard_tokens=31)
     stream = [(t, d, i) for d, ids in enumerate(documents) for i, t in enumerate([*ids, 0])]
     for sequence in range(-(-(len(stream) - 1) // seq_len)):
-        ids, labels, mask, positions = pack(store, sequence, seq_len)
+        ids, labels, mask, positions = pack(store, sequence, Packing(seq_len))
         begin = sequence * seq_len
         for s in range(seq_len):
             here, following = ([*stream, None, *[None] * seq_len][begin + s + k] for k in (0, 1))
@@ -90,7 +95,8 @@ def test_every_label_inside_a_document_counts_exactly_once(tmp_path, tokenizer):
     for batch, ranks in ((1, 1), (3, 2), (2, 5)):
         total = torch.zeros((), dtype=torch.float64)
         for rank in range(ranks):
-            for item in validation_batches(store, seq_len=17, sequences_per_batch=batch, dp_rank=rank, dp_size=ranks):
+            place = {"dp_rank": rank, "dp_size": ranks}
+            for item in validation_batches(store, packing=Packing(17), sequences_per_batch=batch, **place):
                 total += item.num_valid_tokens()
         assert total == sum(len(d) for d in documents)
 
@@ -98,7 +104,7 @@ def test_every_label_inside_a_document_counts_exactly_once(tmp_path, tokenizer):
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 8])
 def test_validation_gives_each_rank_as_many_batches_of_the_same_shape(store, dp_size):
     per_rank = [
-        list(validation_batches(store, seq_len=3, sequences_per_batch=2, dp_rank=r, dp_size=dp_size))
+        list(validation_batches(store, packing=Packing(3), sequences_per_batch=2, dp_rank=r, dp_size=dp_size))
         for r in range(dp_size)
     ]
     assert len({len(batches) for batches in per_rank}) == 1
@@ -110,13 +116,13 @@ def test_validation_gives_each_rank_as_many_batches_of_the_same_shape(store, dp_
         for i, mask in zip(b.sample_ids, b.loss_mask, strict=True)
         if mask.any()
     ]
-    wanted = [k for k in range(5) if pack(store, k, 3)[2].any()]
+    wanted = [k for k in range(5) if pack(store, k, Packing(3))[2].any()]
     assert sorted(seen) == wanted
 
 
 def test_validation_stops_after_max_tokens_but_never_before_one_sequence(store):
     def sequences(max_tokens):
-        batches = validation_batches(store, seq_len=3, sequences_per_batch=1, max_tokens=max_tokens)
+        batches = validation_batches(store, packing=Packing(3), sequences_per_batch=1, max_tokens=max_tokens)
         return [int(b.sample_ids[0]) for b in batches]
 
     assert sequences(None) == [0, 1, 2, 3, 4]
@@ -126,8 +132,8 @@ def test_validation_stops_after_max_tokens_but_never_before_one_sequence(store):
 
 
 def test_a_batch_has_the_types_its_description_says(store):
-    batch = next(validation_batches(store, seq_len=3, sequences_per_batch=2))
+    batch = next(validation_batches(store, packing=Packing(3), sequences_per_batch=2))
     kinds = [batch.input_ids.dtype, batch.labels.dtype, batch.position_ids.dtype, batch.sample_ids.dtype]
     assert kinds == [torch.int64] * 4
     assert batch.loss_mask.dtype == torch.float32
-    assert np.array_equal(batch.input_ids[1].numpy(), pack(store, 1, 3)[0])
+    assert np.array_equal(batch.input_ids[1].numpy(), pack(store, 1, Packing(3))[0])

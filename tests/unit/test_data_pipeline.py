@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from kdtrain.data.loader import StepLoader, validation_batches
 from kdtrain.data.order import BlendOrder, permute
-from kdtrain.data.packing import pack
+from kdtrain.data.packing import Packing, pack
 from kdtrain.data.prepare import PrepareSettings, prepare_corpus
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.data.tokenizer_compare import compare_tokenizers
@@ -66,12 +66,12 @@ def test_documents_stream_and_borders_come_back_from_any_sharding(tmp_path, toke
 
 def test_packing_masks_borders_and_restarts_positions(tmp_path, tokenizer_dir):
     store = write_store(tmp_path / "s", tokenizer_dir, [[5, 6], [7], [8, 9, 10, 11]])
-    ids, labels, mask, positions = pack(store, 0, 6)
+    ids, labels, mask, positions = pack(store, 0, Packing(6))
     assert ids.tolist() == [5, 6, 0, 7, 0, 8]
     assert labels.tolist() == [6, 0, 7, 0, 8, 9]
     assert mask.tolist() == [1, 1, 0, 1, 0, 1]
     assert positions.tolist() == [0, 1, 2, 0, 1, 0]
-    _, _, mask, positions = pack(store, 0, 6, reset_positions=False)
+    _, _, mask, positions = pack(store, 0, Packing(6, reset_positions=False))
     assert mask.tolist() == [1] * 6
     assert positions.tolist() == list(range(6))
 
@@ -92,7 +92,7 @@ def test_a_blend_holds_its_shares_and_uses_every_sequence_once_per_epoch():
 
 
 def steps(store, number, **layout):
-    loader = StepLoader([store], seq_len=8, sequences_per_step=8, seed=3, **layout)
+    loader = StepLoader([store], packing=Packing(8), sequences_per_step=8, seed=3, **layout)
     try:
         return [next(loader) for _ in range(number)]
     finally:
@@ -112,11 +112,12 @@ def test_neither_dp_nor_micro_batch_nor_prefetch_changes_a_step(tmp_path, tokeni
 def test_a_resumed_loader_goes_on_where_it_was_in_another_layout(tmp_path, tokenizer_dir):
     store = write_store(tmp_path / "s", tokenizer_dir, random_documents(60))
     want = [s[0].input_ids for s in steps(store, 5, sequences_per_micro_batch=8)]
-    first = StepLoader([store], seq_len=8, sequences_per_step=8, sequences_per_micro_batch=8, seed=3)
+    first = StepLoader([store], packing=Packing(8), sequences_per_step=8, sequences_per_micro_batch=8, seed=3)
     next(first), next(first)
     state = json.loads(json.dumps(first.state_dict(16)))
     first.close()
-    second = StepLoader([store], seq_len=8, sequences_per_step=8, sequences_per_micro_batch=4, seed=3, prefetch=0)
+    layout = {"sequences_per_micro_batch": 4, "prefetch": 0}
+    second = StepLoader([store], packing=Packing(8), sequences_per_step=8, seed=3, **layout)
     second.load_state_dict(state)
     for ids in want[2:]:
         parts = [batch.input_ids for batch in next(second)]
@@ -125,7 +126,7 @@ def test_a_resumed_loader_goes_on_where_it_was_in_another_layout(tmp_path, token
 
 def test_another_seed_or_corpus_is_refused_by_name(tmp_path, tokenizer_dir):
     store = write_store(tmp_path / "s", tokenizer_dir, random_documents(60))
-    options = {"seq_len": 8, "sequences_per_step": 8, "sequences_per_micro_batch": 8}
+    options = {"packing": Packing(8), "sequences_per_step": 8, "sequences_per_micro_batch": 8}
     state = StepLoader([store], seed=3, **options).state_dict(8)
     with pytest.raises(StoreMismatch, match="seed"):
         StepLoader([store], seed=4, **options).load_state_dict(state)
@@ -136,7 +137,7 @@ def test_another_seed_or_corpus_is_refused_by_name(tmp_path, tokenizer_dir):
 
 def test_validation_covers_every_label_once_with_equal_batches_per_rank(tmp_path, tokenizer_dir):
     store = write_store(tmp_path / "s", tokenizer_dir, random_documents(11))
-    options = {"seq_len": 8, "sequences_per_batch": 2}
+    options = {"packing": Packing(8), "sequences_per_batch": 2}
     ranks = [list(validation_batches(store, dp_rank=r, dp_size=3, **options)) for r in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
     counted = sum(float(batch.loss_mask.sum()) for batches in ranks for batch in batches)
@@ -155,7 +156,8 @@ class LostDisk:
 
 def test_an_error_in_the_prefetching_thread_reaches_the_loop(tmp_path, tokenizer_dir):
     store = LostDisk(write_store(tmp_path / "s", tokenizer_dir, random_documents(20)))
-    loader = StepLoader([store], seq_len=8, sequences_per_step=4, sequences_per_micro_batch=4, seed=3, prefetch=2)
+    layout = {"sequences_per_step": 4, "sequences_per_micro_batch": 4}
+    loader = StepLoader([store], packing=Packing(8), seed=3, prefetch=2, **layout)
     with pytest.raises(OSError, match="disk is gone"):
         next(loader)
     loader.close()

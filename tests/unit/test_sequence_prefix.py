@@ -1,0 +1,279 @@
+"""data.sequence_prefix: auto measures and takes the better, an explicit worse choice is refused, both with numbers."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from kdtrain.config.cli import parse
+from kdtrain.config.load import load_run
+from kdtrain.config.schema import RunConfig
+from kdtrain.data.packing import Packing
+from kdtrain.data.token_store import TokenStore
+from kdtrain.data.tokenizer import load_tokenizer
+from kdtrain.dist.mesh import Mesh
+from kdtrain.errors import ConfigError, DataError, StoreMismatch
+from kdtrain.testing.bos_models import BOS, EOS, VOCAB, write_bos_run, write_counting_store
+from kdtrain.testing.tiny_data import write_store, write_tokenizer
+from kdtrain.training import build, sequence_prefix
+from kdtrain.training.export import exported_prefix
+from kdtrain.training.inputs import open_inputs
+from kdtrain.training.run import run_evaluation, run_training
+from kdtrain.training.sequence_prefix import decide_prefix, measure_prefixes, nll_function, prefix_choice
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prefix")
+    write_bos_run(folder)
+    return folder
+
+
+def configured(world, *words):
+    return load_run([str(world / "run.yaml"), *words]).config
+
+
+def decide(world, *words):
+    cfg = configured(world, *words)
+    inputs = open_inputs(cfg, build.specs(cfg))
+    models = build.build_models(cfg, inputs, Mesh(), CPU, trainable=True)
+    return decide_prefix(cfg, prefix_choice(cfg, inputs), inputs, models, Mesh(), CPU)
+
+
+@torch.no_grad()
+def expected(world, name, prefix, seq_len=16):
+    """(nats per token, tokens) over all sequences of S - 1 tokens that begin inside a document, by stock transformers:
+    every document by itself, so that nothing is packed."""
+    store = TokenStore.open(world / "store")
+    model = AutoModelForCausalLM.from_pretrained(world / name, dtype=torch.float64).eval()
+    stride, total, count, used = seq_len - 1, 0.0, 0, []
+    cfg = configured(world)
+    for _, sequence in sequence_prefix.sequences_inside([store], Packing(16, True, (BOS,)), None, cfg.run.seed):
+        start = sequence * stride
+        begins = store.document_starts(start + 1, start + stride + 1)
+        stop = int(begins[0]) if len(begins) else start + stride + 1
+        text = torch.from_numpy(store.tokens(start, stop))
+        logits = model(torch.cat([torch.tensor(prefix, dtype=torch.int64), text])[None]).logits[0, len(prefix) : -1]
+        total += float(torch.nn.functional.cross_entropy(logits[:, :VOCAB], text[1:], reduction="sum"))
+        count += len(text) - 1
+        used.append(sequence)
+    assert len(set(used)) == 64
+    return total / count, count
+
+
+@pytest.mark.parametrize(("name", "better"), [("needs", (BOS,)), ("hates", ())])
+def test_auto_takes_the_better_and_says_so_with_both_numbers(world, logged, name, better):
+    assert decide(world, f"teacher.weights={world / name}") == better
+    (line,) = [m for m in logged.messages if m.startswith("prefix ")]
+    (without, count), (with_bos, same) = (expected(world, name, prefix) for prefix in ((), (BOS,)))
+    assert count == same
+    assert abs(without - with_bos) > 3
+    chosen = "'<bos>' (id 257)" if better else "no prefix"
+    assert line == (
+        f"prefix   {chosen}: teacher's nll {without:.3f} with no prefix, {with_bos:.3f} with '<bos>' (id 257) "
+        f"({count} tokens of 64 sequences that begin inside a document)"
+    )
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 200])
+def test_the_numbers_do_not_depend_on_the_micro_batch(world, size):
+    cfg = configured(world, f"data.sequences_per_micro_batch={size}")
+    inputs = open_inputs(cfg, build.specs(cfg))
+    models = build.build_models(cfg, inputs, Mesh(), CPU, trainable=True)
+    found = measure_prefixes(nll_function(models), [(), (BOS,)], inputs.train, cfg, Mesh(), CPU)
+    for prefix in ((), (BOS,)):
+        nll, count = expected(world, "needs", prefix)
+        assert found.nll[prefix] == pytest.approx(nll, rel=1e-4)
+        assert (found.num_tokens, found.num_sequences) == (count, 64)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "value", "best"),
+    [("needs", "none", "'<bos>' (id 257)"), ("hates", "<bos>", "no prefix"), ("needs", "<eos>", "'<bos>' (id 257)")],
+)
+def test_an_explicit_choice_that_is_worse_is_refused_with_numbers_unless_allowed(world, logged, teacher, value, best):
+    words = (f"teacher.weights={world / teacher}", f"data.sequence_prefix={value}")
+    with pytest.raises(ConfigError) as caught:
+        decide(world, *words)
+    message = str(caught.value)
+    assert message.startswith(f"data.sequence_prefix = {value} is worse than {best}\n  teacher's nll ")
+    for prefix, name in (((), "no prefix"), ((BOS,), "'<bos>' (id 257)")):
+        assert f"{expected(world, teacher, prefix)[0]:.3f} with {name}" in message
+    assert "fix: set data.sequence_prefix=auto, which takes the better, or data.allow_worse_prefix=true" in message
+    ids = {"none": (), "<bos>": (BOS,), "<eos>": (EOS,)}[value]
+    assert decide(world, *words, "data.allow_worse_prefix=true") == ids
+    assert logged.messages[-1].startswith("prefix   ")
+
+
+@pytest.mark.parametrize(("teacher", "value", "ids"), [("needs", "<bos>", (BOS,)), ("hates", "none", ())])
+def test_an_explicit_choice_that_is_right_is_kept(world, teacher, value, ids):
+    assert decide(world, f"teacher.weights={world / teacher}", f"data.sequence_prefix={value}") == ids
+
+
+def test_without_a_teacher_the_student_that_begins_with_weights_is_measured(world, logged):
+    student = ("student.architecture=null", f"student.weights={world / 'needs'}")
+    alone = ("teacher.weights=null", "objective.name=pretrain")
+    assert decide(world, *alone, *student) == (BOS,)
+    assert "student's nll" in logged.messages[-1]
+    # the labels are right whatever begins a sequence: an explicit choice is not measured
+    assert decide(world, *alone, *student, "data.sequence_prefix=none") == ()
+    logged.clear()
+    assert decide(world, *alone) == ()
+    assert [m for m in logged.messages if m.startswith("prefix ")] == [
+        "prefix   auto: none before sequences, as there are no weights of a model to measure with"
+    ]
+
+
+def test_measuring_a_student_leaves_it_in_training_mode(world):
+    cfg = configured(
+        world, "teacher.weights=null", "objective.name=pretrain", "student.architecture=null",
+        f"student.weights={world / 'needs'}",
+    )  # fmt: skip
+    inputs = open_inputs(cfg, build.specs(cfg))
+    models = build.build_models(cfg, inputs, Mesh(), CPU, trainable=True)
+    assert models.student.training
+    decide_prefix(cfg, prefix_choice(cfg, inputs), inputs, models, Mesh(), CPU)
+    assert models.student.training
+    assert all(p.grad is None for p in models.student.parameters())
+
+
+def test_a_tokenizer_without_prefix_is_neither_measured_nor_mentioned(world, tmp_path, logged, monkeypatch):
+    teacher = shutil.copytree(world / "needs", tmp_path / "teacher")
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", more=["<bos>", "<eos>"])
+    shutil.copy(tokenizer / "tokenizer.json", teacher / "tokenizer.json")
+    monkeypatch.setattr(sequence_prefix, "measure_prefixes", lambda *_: pytest.fail("was measured"))
+    assert decide(world, f"teacher.weights={teacher}") == ()
+    assert not [m for m in logged.messages if m.startswith("prefix ")]
+
+
+def test_a_corpus_whose_sequences_all_begin_documents_has_nothing_to_measure(world, tmp_path, logged):
+    documents = [[*range(1, 14)] for _ in range(20)]  # with <bos> and separator as long as a sequence behind its prefix
+    store = write_store(tmp_path / "store", documents, world / "needs", prefix=(BOS,))
+    assert store.num_tokens == 20 * 15
+    assert decide(world, f"data.train=[{store.path}]") == ()
+    assert logged.messages[-1] == "prefix   no prefix: no sequence of data.train begins inside a document"
+
+
+def test_a_small_corpus_is_measured_on_what_there_is(world, tmp_path, logged):
+    store = write_counting_store(tmp_path / "store", world / "needs", count=4)
+    assert decide(world, f"data.train=[{store.path}]") == (BOS,)
+    assert int(logged.messages[-1].split(" sequences that begin")[0].split()[-1]) < 64
+
+
+def test_every_data_rank_takes_its_share_and_none_twice(world):
+    cfg = configured(world)
+    (store,) = open_inputs(cfg, build.specs(cfg)).train
+    packing = Packing(16, True, (BOS,))
+    places = sequence_prefix.sequences_inside([store], packing, None, 1)
+    assert len(places) == 64
+    for ranks, most in ((1, 4), (3, 4), (5, 100), (64, 1), (100, 3)):
+        shares = [
+            list(sequence_prefix._batches([store], places, [(), (BOS,)], packing, most, Mesh(ranks, rank)))
+            for rank in range(ranks)
+        ]
+        assert len({tuple(batch.input_ids.shape for forms in share for batch in forms) for share in shares}) == 1
+        assert all(len(forms[0].sample_ids) <= most for share in shares for forms in share)
+        for form in (0, 1):
+            used = [
+                int(sample)
+                for share in shares
+                for forms in share
+                for sample, mask in zip(forms[form].sample_ids, forms[form].loss_mask, strict=True)
+                if mask.any()
+            ]
+            assert sorted(used) == sorted(sequence for _, sequence in places)
+        labels = [
+            [batch.labels[batch.loss_mask > 0].tolist() for batch in forms] for share in shares for forms in share
+        ]
+        assert all(without == with_bos for without, with_bos in labels)
+
+
+def test_data_that_cannot_be_read_are_an_error_of_all_ranks(world, monkeypatch):
+    cfg = configured(world)
+    inputs = open_inputs(cfg, build.specs(cfg))
+    monkeypatch.setattr(sequence_prefix, "gather_objects", lambda text, group: [text, "the other rank's disk"])
+    with pytest.raises(DataError, match="the other rank's disk"):
+        measure_prefixes(lambda batch: pytest.fail("measured"), [(), (BOS,)], inputs.train, cfg, Mesh(), CPU)
+
+
+def choice(world, *words):
+    cfg = configured(world, *words)
+    return prefix_choice(cfg, open_inputs(cfg, build.specs(cfg)))
+
+
+def test_check_says_what_a_run_will_decide(world):
+    rivals = "no prefix, '<bos>' (id 257)"
+    assert choice(world).line() == f"auto: a new run measures the teacher with {rivals} and takes the better"
+    assert choice(world, "data.sequence_prefix=none").line() == (
+        f"no prefix: a new run measures the teacher with {rivals} and refuses a worse choice"
+    )
+    alone = ("teacher.weights=null", "objective.name=pretrain")
+    assert choice(world, *alone).line() is None
+    assert choice(world, *alone, "data.sequence_prefix=<eos>").line() == "'<eos>' (id 258)"
+
+
+def test_check_prints_it_and_refuses_what_a_run_would(world, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    words = [str(world / "run.yaml"), "--check"]
+    assert run_training(parse(words, "")) == 0
+    rivals = "a new run measures the teacher with no prefix, '<bos>' (id 257)"
+    assert f"\nprefix   auto: {rivals} and takes the better\n" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"data.sequence_prefix = <s>"):
+        run_training(parse([*words, "data.sequence_prefix=<s>"], ""))
+    evaluated = ["student.architecture=null", f"student.weights={world / 'needs'}", "data.sequence_prefix=<eos>"]
+    assert run_evaluation(parse([*words, *evaluated], "")) == 0
+    assert f"\nprefix   '<eos>' (id 258): {rivals}, '<eos>' (id 258) and refuses" in capsys.readouterr().out
+
+
+def test_a_token_that_the_tokenizer_has_not_is_refused_by_name(world):
+    with pytest.raises(ConfigError, match=r"data.sequence_prefix = <s>: .*tokenizer has no such token\n  fix: "):
+        choice(world, "data.sequence_prefix=<s>")
+
+
+def test_a_prefix_that_the_stores_do_not_know_is_refused_unless_one_is_chosen(world, monkeypatch):
+    monkeypatch.setattr(sequence_prefix, "document_prefix", lambda folder: [BOS, VOCAB])
+    with pytest.raises(StoreMismatch, match=r"\[257, 259\] before every text; \[259\] are\s+not in the vocabulary"):
+        choice(world)
+    assert choice(world, "data.sequence_prefix=none").rivals == [()]
+    monkeypatch.setattr(sequence_prefix, "document_prefix", lambda folder: [BOS] * 16)
+    with pytest.raises(ConfigError, match=r"data.seq_len = 16 leaves no room"):
+        choice(world)
+
+
+@pytest.mark.parametrize(
+    ("configured", "without", "with_bos", "taken"),
+    [
+        (None, 3.0, 3.0, ()),  # a prefix that changes nothing would only take room
+        (None, 3.0, 2.999, (BOS,)),
+        (None, math.nan, 3.0, (BOS,)),  # nan is no number to compare
+        (None, math.nan, math.nan, ()),
+        ((BOS,), 3.0, 3.04, (BOS,)),
+        ((BOS,), 3.0, 3.06, None),
+        ((), 3.04, 3.0, ()),
+        ((), 3.06, 3.0, None),
+        ((), math.nan, 3.0, None),
+    ],
+)
+def test_the_limit_is_a_twentieth_of_a_nat(world, configured, without, with_bos, taken):
+    found = sequence_prefix.Measured({(): without, (BOS,): with_bos}, 10, 2)
+    choice = sequence_prefix.PrefixChoice(configured, (BOS,), "teacher", load_tokenizer(world / "needs"))
+    if taken is not None:
+        assert sequence_prefix._judged(RunConfig(), choice, found) == taken
+        return
+    with pytest.raises(ConfigError, match=rf"{without:.3f} with no prefix, {with_bos:.3f} with '<bos>'"):
+        sequence_prefix._judged(RunConfig(), choice, found)
+
+
+def test_an_exports_note_says_what_its_run_began_sequences_with(tmp_path):
+    assert exported_prefix(tmp_path) is None
+    for note, prefix in (({"step": 3, "sequence_prefix": [BOS]}, (BOS,)), ({"step": 3}, ())):  # of before: none
+        (tmp_path / "kdtrain.json").write_text(json.dumps(note))
+        assert exported_prefix(tmp_path) == prefix
+    (tmp_path / "kdtrain.json").write_text('{"step": 3,')
+    with pytest.raises(ConfigError, match=r"kdtrain\.json is damaged: .*\n  fix: export the student again"):
+        exported_prefix(tmp_path)
