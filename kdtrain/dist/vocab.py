@@ -19,8 +19,8 @@ ROW_MULTIPLE = 128
 class VocabShard:
     """The slice [start, stop) of the vocabulary that one tensor-parallel rank owns.
 
-    Rows at or past `vocab_size` (the tokenizer's true size) exist only so that every rank holds the same
-    number of rows; they never take part in a softmax and never receive a gradient.
+    Rows at or past `vocab_size` (ids of the softmax, most often the tokenizer's true size) exist only so that every
+    rank holds the same number of rows; they never take part in a softmax and never receive a gradient.
     """
 
     start: int

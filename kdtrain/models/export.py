@@ -19,7 +19,7 @@ from kdtrain.errors import ConfigError
 from kdtrain.files import is_running, sync
 from kdtrain.log import LOGGER
 from kdtrain.models.load import parameters_on_meta
-from kdtrain.models.special_tokens import special_token_ids
+from kdtrain.models.special_tokens import read_json, special_token_ids
 from kdtrain.models.stock import stock_settings
 from kdtrain.models.ties import tied_names
 
@@ -50,26 +50,14 @@ def export_hf(
     not fit the config, or when `tokenizer_dir` holds no tokenizer.
     """
     folder = Path(folder)
-    settings = stock_settings(config if isinstance(config, Mapping) else config.to_dict())
     tokenizer = [] if tokenizer_dir is None else tokenizer_files(tokenizer_dir)
-    special: dict[str, int] = {}
-    stops: list[int] = []
-    if tokenizer_dir is not None and all(settings.get(key) is None for key in SPECIAL_IDS):
-        special, stops = special_token_ids(tokenizer_dir)
-    config = AutoConfig.for_model(settings.pop("model_type"), **{**settings, **special})
-    rows = int(config.vocab_size)
-    kept = rows if vocab_size is None else min(rows, vocab_size)
-    if kept < rows or special:
-        config.vocab_size = kept
-        for key, value in ids_within({key: getattr(config, key) for key in SPECIAL_IDS}, kept).items():
-            setattr(config, key, value)
+    given = stock_settings(config if isinstance(config, Mapping) else config.to_dict())
+    config, stops, rows = _export_config(given, tokenizer_dir, vocab_size)
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    if stops := [number for number in stops if number < kept]:
+    if stops:
         model.generation_config.eos_token_id = stops
-    if kept < rows:
-        LOGGER.info("export   %d of %d vocabulary rows: the softmax of the run ends there", kept, rows)
-    state = _checked_state(model, _first_rows(full_state, model, rows, kept), dtype)
+    state = _checked_state(model, _first_rows(full_state, model, rows, config.vocab_size), dtype)
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         for file in tokenizer:
@@ -77,6 +65,28 @@ def export_hf(
         for name, text in (notes or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
     return folder
+
+
+def _export_config(
+    settings: dict[str, Any], tokenizer_dir: str | Path | None, vocab_size: int | None
+) -> tuple[Any, list[int], int]:
+    """(config of what is written, ids after which generation stops if the tokenizer says, rows before the cut)."""
+    special: dict[str, int] = {}
+    stops: list[int] = []
+    if tokenizer_dir is not None and all(settings.get(key) is None for key in SPECIAL_IDS):
+        special, stops = special_token_ids(tokenizer_dir)
+    config = AutoConfig.for_model(settings.pop("model_type"), **{**settings, **special})
+    rows = int(config.vocab_size)
+    kept = rows if vocab_size is None else min(rows, vocab_size)
+    if kept < rows:
+        LOGGER.info("export   %d of %d vocabulary rows: the softmax of the run ends there", kept, rows)
+        config.vocab_size = kept
+    if kept < rows or special:
+        named = {key: getattr(config, key, None) for key in SPECIAL_IDS}
+        for key, value in ids_within(named, kept).items():
+            if value != named[key]:
+                setattr(config, key, value)
+    return config, [number for number in stops if number < kept], rows
 
 
 def ids_within(special: Mapping[str, Any], rows: int) -> dict[str, Any]:
@@ -95,9 +105,8 @@ def _copy_tokenizer_file(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
     if source.name != "tokenizer_config.json":
         return
-    settings = json.loads(source.read_text(encoding="utf-8"))
-    if "auto_map" in settings:
-        del settings["auto_map"]
+    settings = read_json(source)
+    if settings.pop("auto_map", None) is not None:
         target.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -28,7 +28,7 @@ def special_token_ids(folder: str | Path) -> tuple[dict[str, int], list[int]]:
     if not file.is_file():
         return {}, []
     vocabulary = _vocabulary(file)
-    named = {**_read(Path(folder) / "special_tokens_map.json"), **_read(Path(folder) / "tokenizer_config.json")}
+    named = {**read_json(Path(folder) / "special_tokens_map.json"), **read_json(Path(folder) / "tokenizer_config.json")}
     ids: dict[str, int] = {}
     for role, key in _ROLES.items():
         token = named.get(role)
@@ -49,13 +49,14 @@ def special_token_ids(folder: str | Path) -> tuple[dict[str, int], list[int]]:
 
 def _vocabulary(file: Path) -> dict[str, int]:
     """token -> id: the added tokens, and the model's own where it lists them by name."""
-    content = _read(file)
+    content = read_json(file)
     own = content.get("model", {}).get("vocab", {})
     own = own if isinstance(own, dict) else {token: i for i, (token, *_) in enumerate(own)}
     return {**own, **{added["content"]: added["id"] for added in content.get("added_tokens", [])}}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`; {} if there is none. Raises ConfigError for a file that is not JSON."""
     if not path.is_file():
         return {}
     try:

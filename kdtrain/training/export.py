@@ -15,6 +15,7 @@ from kdtrain.data.tokenizer import TOKENIZER_FILES, vocab_size
 from kdtrain.engine import checkpoint
 from kdtrain.errors import CheckpointError, ConfigError
 from kdtrain.models.export import SPECIAL_IDS, export_hf, ids_within, recover_folder
+from kdtrain.models.special_tokens import read_json
 
 MODEL_FOLDER = "model"
 """Inside a run folder: the tokenizer of the student, and the generation_config.json it came with."""
@@ -34,7 +35,7 @@ def write_model_files(run_folder: Path, tokenizer_dir: Path, weights: str | None
 
     A student that began as the model folder `weights` keeps its own tokenizer, with chat template and special tokens,
     and its generation_config.json, where that folder has them. Else it gets `tokenizer_dir`, the tokenizer of the data.
-    Files of these names that an earlier version of the run left are removed.
+    Files of these names that an earlier version of the run left are removed. ConfigError for one that is no JSON.
     """
     folder = run_folder / MODEL_FOLDER
     folder.mkdir(exist_ok=True)
@@ -44,6 +45,8 @@ def write_model_files(run_folder: Path, tokenizer_dir: Path, weights: str | None
     if own is not None and (own / GENERATION).is_file():
         files.append(own / GENERATION)
     for file in files:
+        if file.name in (GENERATION, "tokenizer_config.json"):
+            read_json(file)  # an export would fail on it, after all the training
         temporary = folder / f".{file.name}.writing"
         shutil.copy2(file, temporary)
         os.replace(temporary, folder / file.name)
@@ -102,8 +105,7 @@ def _softmax_size(folder: Path, tokenizer: Path) -> int | None:
 
 def _generation_text(file: Path, size: int | None) -> str:
     """What `file` says, byte for byte unless it names ids that have no row."""
-    text = file.read_text(encoding="utf-8")
-    settings = json.loads(text)
+    text, settings = file.read_text(encoding="utf-8"), read_json(file)
     special = {key: settings[key] for key in SPECIAL_IDS if key in settings}
     kept = special if size is None else ids_within(special, size)
     return text if kept == special else json.dumps({**settings, **kept}, indent=2) + "\n"

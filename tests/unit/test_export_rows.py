@@ -8,11 +8,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from kdtrain.dist.mesh import Mesh
+from kdtrain.errors import ConfigError
 from kdtrain.models.export import export_hf
 from kdtrain.models.load import ModelSpec, build_config, load_backbone
 from kdtrain.models.tiny import tiny_config
 from kdtrain.testing.tiny_data import write_tokenizer
-from kdtrain.training.export import MODEL_FOLDER, write_model_files
+from kdtrain.training.export import MODEL_FOLDER, _generation_text, write_model_files
 
 ROWS, TOKENS = 304, 300
 GEMMA3N = {
@@ -139,6 +140,23 @@ def test_a_student_folder_without_tokenizer_json_gets_the_tokenizer_of_the_data(
     write_model_files(tmp_path, store, str(tmp_path / "student"))
     names = {path.name for path in (tmp_path / MODEL_FOLDER).iterdir()}
     assert names == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+
+
+def test_files_that_would_spoil_the_export_are_refused_before_the_training(tmp_path):
+    store = write_tokenizer(tmp_path / "store", eos="<|endoftext|>")
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student/generation_config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"student/generation_config\.json is not valid JSON"):
+        write_model_files(tmp_path, store, str(tmp_path / "student"))
+
+
+@pytest.mark.parametrize(("eos", "kept"), [([0, 301], [0]), (301, None), (0, 0)])
+def test_a_generation_config_loses_ids_without_a_row_and_nothing_else(tmp_path, eos, kept):
+    text = json.dumps({"eos_token_id": eos, "temperature": 0.6})
+    (tmp_path / "generation_config.json").write_text(text)
+    found = _generation_text(tmp_path / "generation_config.json", TOKENS)
+    assert json.loads(found) == {"eos_token_id": kept, "temperature": 0.6}
+    assert (found == text) == (eos == kept)
 
 
 def test_an_export_loads_with_trust_remote_code_though_its_source_named_code(tmp_path):
