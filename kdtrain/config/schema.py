@@ -257,7 +257,8 @@ class WandbSection:
     """Weights & Biases."""
 
     mode: Literal["off", "offline", "online"] = "off"
-    """offline needs neither account nor network; `wandb sync` uploads it later."""
+    """offline needs neither account nor network; the console names the `wandb sync` that uploads all parts of the run
+    later, as one curve over optimizer steps."""
     project: str = "kdtrain"
     """Project name."""
     entity: str | None = None

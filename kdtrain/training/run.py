@@ -188,7 +188,7 @@ def _export(cfg: RunConfig, folder: Path) -> None:
 def _sinks(cfg: RunConfig, folder: Path, progress: Progress) -> tuple[list[Sink], Events]:
     clear_beats(folder)
     jsonl = JsonlSink(folder / "metrics.jsonl", resume_step=progress.step)
-    wandb = WandbSink(cfg.log.wandb, folder, name=cfg.run.name, config=as_dict(cfg), repeats=jsonl.repeats)
+    wandb = WandbSink(cfg.log.wandb, folder, name=cfg.run.name, config=as_dict(cfg), resume_step=progress.step)
     found = [
         JsonlSink(folder / f"{name}.jsonl", resume_step=progress.step, lazy=True) for name in ("skipped", "spikes")
     ]
