@@ -5,6 +5,7 @@ No torch here: a mistake is reported in a fraction of a second.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,10 +16,12 @@ from kdtrain.config.load import Loaded, drop_launcher_arguments, load_run, yaml_
 from kdtrain.config.problems import DEFAULT
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.validate import check
-from kdtrain.errors import EXIT_DONE, ConfigError, KdtrainError
+from kdtrain.errors import EXIT_CONFIG, EXIT_DONE, ConfigError, KdtrainError
 from kdtrain.log import rank_from_environment
 
 EXIT_INTERRUPTED = 130
+UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+"""What only the path itself can be the reason of."""
 HELP, PRINT_CONFIG, CHECK = ("--help", "-h"), "--print-config", "--check"
 
 
@@ -79,14 +82,21 @@ def print_config(loaded: Loaded) -> str:
 def run_script(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Call main(argv) and return the process's exit code (kdtrain.errors).
 
-    A KdtrainError becomes its exit code and its message, without a traceback (see `_report`). Ctrl-C is 130. Anything
-    unforeseen passes through: Python prints its traceback and exits with 1.
+    A KdtrainError becomes its exit code and its message, without a traceback (see `_report`). So does a path of the
+    command line that no file system takes. Ctrl-C is 130. Anything unforeseen passes through: Python prints its
+    traceback and exits with 1.
     """
     try:
         return main(argv)
     except KdtrainError as error:
         _report(error)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in UNUSABLE_PATH:
+            raise
+        shown = f"{error.filename}: {error.strerror}"
+        _report(ConfigError(f"{shown}\n  why: no file can have this path\n  fix: check the path that was given"))
+        return EXIT_CONFIG
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

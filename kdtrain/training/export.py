@@ -47,7 +47,7 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool =
     checkpoint is left as it is. Needs neither DeepSpeed nor a process group; one parameter is in memory at a time.
     Raises CheckpointError when `source` holds no complete checkpoint, ConfigError when `output` exists already.
     """
-    source = source.resolve()
+    source = Path(os.path.realpath(source))  # unlike resolve() it takes a loop of links for a path that is not there
     is_checkpoint = (source / "checkpoint.json").is_file()
     folder = source if is_checkpoint else checkpoint.find_latest(source / "checkpoints")
     if folder is None:

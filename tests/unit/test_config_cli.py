@@ -12,6 +12,7 @@ from kdtrain.config.launcher import fill_launcher_environment, first_node, requi
 from kdtrain.config.load import load_run, to_yaml
 from kdtrain.config.schema import RunConfig
 from kdtrain.errors import ConfigError, DataError, KdtrainError, NonFiniteLoss, RunStopped
+from kdtrain.testing.ranks import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -134,6 +135,19 @@ def test_anything_unforeseen_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         cli.run_script(main, [])
+
+
+@pytest.mark.parametrize("script", ["prepare_corpus", "export_hf", "import_gguf"])
+@pytest.mark.parametrize("kind", ["a long name", "a loop"])
+def test_a_path_that_no_file_system_takes_is_an_error_of_the_command_line(kind, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    path = "x" * 300 if kind == "a long name" else str(tmp_path / "loop")
+    words = ["--tokenizer", path, "--output", path, path] if script == "prepare_corpus" else [path, path]
+    main = load_file(ROOT / "launch" / f"{script}.py").main
+    assert cli.run_script(main, words) in (2, 3)
+    assert path in (said := capsys.readouterr().err)
+    assert "fix: " in said
 
 
 @pytest.mark.parametrize(

@@ -338,6 +338,7 @@ def path_cases(tmp_path):
         ({"student__weights": str(empty)}, "student.weights", "it has no config.json"),
         ({"run__resume": str(tmp_path / "no")}, "run.resume", "does not exist"),
         ({"run__output_dir": str(file / "runs")}, "run.output_dir", f"{file} is not a folder"),
+        ({"student__architecture": str(tmp_path / "no")}, "student.architecture", "does not exist"),
     ]
     return [(runnable(**{**good, **change}), key, words) for change, key, words in changes]
 
