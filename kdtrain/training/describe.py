@@ -7,6 +7,7 @@ from typing import Any
 
 from kdtrain.config.ranks import num_teachers, student_ranks, teacher_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
+from kdtrain.data.loader import StepLoader
 from kdtrain.dist.mesh import Mesh
 from kdtrain.log import LOGGER
 from kdtrain.models.facts import ModelFacts
@@ -85,6 +86,22 @@ def data_line(cfg: RunConfig, inputs: Inputs, dp_size: int) -> str:
     )
 
 
+def store_lines(cfg: RunConfig, inputs: Inputs, loader: StepLoader) -> list[str]:
+    """Of each store: its sequences, how many train.total_tokens draws from it, and how often that passes over it."""
+    steps = -(-cfg.train.total_tokens // cfg.data.tokens_per_step)
+    found = loader.draws(steps * (cfg.data.tokens_per_step // cfg.data.seq_len))
+    return [
+        f"{store.path}: {there:,} sequences, {drawn:,} drawn, {drawn / there:.3g} passes"
+        for store, (there, drawn) in zip(inputs.train, found, strict=True)
+    ]
+
+
+def log_stores(cfg: RunConfig, inputs: Inputs, loader: StepLoader) -> None:
+    """A line for each store of data.train."""
+    for line in store_lines(cfg, inputs, loader):
+        LOGGER.info("store    %s", line)
+
+
 def estimate(cfg: RunConfig, inputs: Inputs, dp_size: int) -> MemoryEstimate:
     """Bytes per rank, from configurations alone."""
     teacher = build.teacher_spec(cfg)
@@ -137,6 +154,7 @@ def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int, trains: bool
     if trains:
         LOGGER.info("loss     %s", loss_line(cfg))
         LOGGER.info("data     %s", data_line(cfg, inputs, dp_size))
+        log_stores(cfg, inputs, build.build_loader(cfg, inputs, Mesh(), prefetch=0))
         log_memory(cfg, inputs, dp_size)
         steps = -(-cfg.train.total_tokens // cfg.data.tokens_per_step)
         LOGGER.info("length   %s steps, %s tokens", f"{steps:,}", f"{cfg.train.total_tokens:,}")
