@@ -27,10 +27,11 @@ HELP, PRINT_CONFIG, CHECK = ("--help", "-h"), "--print-config", "--check"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the command line asks for. check_only: say what would run, then stop."""
+    """What the command line asks for. check_only: say what would run, then stop. world_size: ranks of the job."""
 
     loaded: Loaded
     check_only: bool = False
+    world_size: int = 1
 
     @property
     def config(self) -> RunConfig:
@@ -55,10 +56,14 @@ def parse(argv: Sequence[str], doc: str | None) -> Request:
         _print_once(print_config(loaded))
         if CHECK not in flags:
             raise SystemExit(EXIT_DONE)
-    check(loaded, world_size=world_size(os.environ))
+    ranks = world_size(os.environ)
+    wanted = loaded.config.parallel.world_size
+    if CHECK in flags and "WORLD_SIZE" not in os.environ and wanted is not None and wanted >= 1:
+        ranks = wanted
+    check(loaded, world_size=ranks)
     if CHECK not in flags:  # WORLD_SIZE=8 python launch/train.py ... --check asks about a layout without its ranks
         require_meeting_point(os.environ)
-    return Request(loaded, check_only=CHECK in flags)
+    return Request(loaded, check_only=CHECK in flags, world_size=ranks)
 
 
 def _print_help(words: Sequence[str], doc: str) -> None:

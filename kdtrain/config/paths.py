@@ -34,7 +34,7 @@ def missing_paths(cfg: RunConfig) -> Iterator[Problem]:
         if folder is not None:
             yield from _needs(key, folder, "config.json", "a Hugging Face model folder", fix)
     yield from _architecture(cfg.student.architecture)
-    yield from _checkpoint(cfg)
+    yield from _checkpoints(cfg)
     yield from _output(cfg.run.output_dir, cfg.run.name)
 
 
@@ -83,15 +83,17 @@ def _bytes(text: str) -> int:
     return len(text.encode("utf-8", "surrogatepass"))
 
 
-def _checkpoint(cfg: RunConfig) -> Iterator[Problem]:
+def _checkpoints(cfg: RunConfig) -> Iterator[Problem]:
     """A run that has begun does not need the checkpoint it began from any more."""
-    name = cfg.run.resume
-    if name in ("auto", "never", ""):
-        return
-    found = look(_path(name))
     begun = is_folder(_path(cfg.run.output_dir) / _path(cfg.run.name) / "checkpoints")
-    if isinstance(found, str) and not (found == ABSENT and begun):
-        yield Problem("run.resume", name, found, "use auto, never, or the path of a checkpoint")
+    resume = "" if cfg.run.resume in ("auto", "never") else cfg.run.resume
+    for key, name, fix in (
+        ("run.resume", resume, "use auto, never, or the path of a checkpoint"),
+        ("run.continue_from", cfg.run.continue_from, "give the path of a checkpoint or of a run folder, or null"),
+    ):
+        found = look(_path(name)) if name else None
+        if isinstance(found, str) and not (found == ABSENT and begun):
+            yield Problem(key, name, found, fix)
 
 
 def _architecture(name: str | None) -> Iterator[Problem]:

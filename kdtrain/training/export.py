@@ -61,7 +61,13 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool =
             f"{tokenizer} is missing\n  why: a run keeps its student's tokenizer there\n"
             "  fix: put the tokenizer's files there"
         )
-    about = {"step": checkpoint.step_of(folder), "checkpoint": checkpoint.identity(folder), "dtype": dtype}
+    about: dict[str, Any] = {
+        "step": checkpoint.step_of(folder),
+        "checkpoint": checkpoint.identity(folder),
+        "dtype": dtype,
+    }
+    if (origin := checkpoint.read_state(folder).get("origin") or {}).get("is_stage"):
+        about["continued_from"] = origin
     recover_folder(output)
     if output.exists():
         if not replace or _origin(output) is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from kdtrain.config.cli import Request
-from kdtrain.config.launcher import world_size
 from kdtrain.config.load import as_dict, config_hash, to_yaml
 from kdtrain.config.ranks import teacher_ranks
 from kdtrain.config.schema import GuardSection, RunConfig
@@ -40,8 +38,8 @@ from kdtrain.training.inputs import Inputs, open_inputs
 from kdtrain.training.progress import Progress
 from kdtrain.training.quantized import quantize_teacher
 from kdtrain.training.report import Reporter, Sink
-from kdtrain.training.resume import find_resume_point
 from kdtrain.training.self_check import check_alignment
+from kdtrain.training.start import find_start
 from kdtrain.training.timing import PhaseTimer
 from kdtrain.training.trainer import Trainer
 
@@ -54,7 +52,8 @@ def run_training(request: Request) -> int:
     setup_logging()
     inputs = open_inputs(cfg, build.specs(cfg))
     if request.check_only:
-        describing.print_check(cfg, inputs, world_size=world_size(os.environ))
+        find_start(cfg, inputs, Path(cfg.run.output_dir) / cfg.run.name)
+        describing.print_check(cfg, inputs, world_size=request.world_size)
         return 0
     stop = StopRequest(cfg.run.time_limit_s)
     stop.install()  # until the process ends: a second signal while ranks leave must not kill one of them
@@ -90,7 +89,7 @@ def run_evaluation(request: Request) -> int:
     inputs = open_inputs(cfg, build.specs(cfg))
     if request.check_only:
         build.evaluation_batches(cfg, inputs, Mesh())  # refuses what has nothing to evaluate on
-        describing.print_check(cfg, inputs, world_size=world_size(os.environ), trains=False)
+        describing.print_check(cfg, inputs, world_size=request.world_size, trains=False)
         return 0
     with bootstrap.runtime(teacher_ranks(cfg)) as rank:
         if rank.roles.is_teacher:
@@ -122,17 +121,17 @@ def _train(
         cfg, inputs, mesh, device, trainable=True, wire=rank.wire,
         on_stop=lambda: stop.ask("a dedicated teacher's rank was asked to stop"),
     )  # fmt: skip
-    resume_from = on_main(mesh, lambda: find_resume_point(cfg, folder))
+    resume_from = on_main(mesh, lambda: find_start(cfg, inputs, folder))
     loader = build.build_loader(cfg, inputs, mesh)
-    _prepare_teacher(cfg, inputs, models, mesh, rank, is_fresh=resume_from is None)
+    _prepare_teacher(cfg, inputs, models, mesh, rank, is_fresh=resume_from is None or resume_from.is_stage)
     describing.log_header(cfg, inputs, models, mesh)
+    describing.log_stores(cfg, inputs, loader)
     # Last: DeepSpeed keeps process-wide state that the most recent engine owns.
     engine = StudentEngine(models.student, mesh, cfg, device=device)
     progress = Progress()
     checkpoints = Checkpoints(cfg, folder, mesh, device, None if resume_from is None else resume_from.origin)
     if resume_from is not None:
-        progress = checkpoints.load(resume_from.path, engine, loader)
-        LOGGER.info("resumed %6d  from %s", progress.step, resume_from.path)
+        progress = checkpoints.load(resume_from, engine, loader)
     # Only now: a resume that is refused must leave the folder as it was.
     on_main(mesh, lambda: _describe_run(request, inputs, opened, folder))
     sinks, events = on_main(mesh, lambda: _sinks(cfg, folder, progress), share=False) or ([], None)
@@ -230,7 +229,7 @@ def _describe_run(request: Request, inputs: Inputs, opened: RunFolder | None, fo
     assert opened is not None
     origins = "".join(f"{key}  {where}\n" for key, where in sorted(request.loaded.origins.items()))
     opened.write_config(to_yaml(request.config), origins)
-    opened.write_environment(describe(world_size=world_size(os.environ)))
+    opened.write_environment(describe(world_size=request.world_size))
     write_model_files(folder, inputs.tokenizer_dir, request.config.student.weights)
 
 

@@ -42,6 +42,7 @@ def unusable_paths(tmp_path):
 PATH_SETTINGS = [
     "run__output_dir",
     "run__resume",
+    "run__continue_from",
     "data__train",
     "data__validation",
     "teacher__weights",

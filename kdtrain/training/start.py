@@ -1,0 +1,41 @@
+"""Whether what a run begins with belongs to what it trains: looked at before minutes are spent on loading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kdtrain.config.schema import RunConfig
+from kdtrain.data.tokenizer import explain_difference
+from kdtrain.errors import StoreMismatch
+from kdtrain.training.export import MODEL_FOLDER
+from kdtrain.training.inputs import Inputs
+from kdtrain.training.resume import ResumePoint, find_resume_point
+
+
+def find_start(cfg: RunConfig, inputs: Inputs, run_folder: Path) -> ResumePoint | None:
+    """`find_resume_point`; a new stage must keep the tokenizer of the run it continues. Reads the file system only.
+
+    Raises StoreMismatch as well.
+    """
+    point = find_resume_point(cfg, run_folder)
+    if point is not None and point.is_stage:
+        _same_tokenizer(point.path, inputs)
+    return point
+
+
+def _same_tokenizer(source: Path, inputs: Inputs) -> None:
+    """A resumed run reads the very same stores; a new stage reads others, which only their tokenizer holds together."""
+    kept = source.parent.parent / MODEL_FOLDER
+    if not (kept / "tokenizer.json").is_file():
+        raise StoreMismatch(
+            f"{kept} has no tokenizer.json\n"
+            "  why: a run keeps its student's tokenizer there, and a new stage must read tokens of the same one\n"
+            "  fix: name the checkpoint inside its run folder, or put the tokenizer's files there"
+        )
+    difference = explain_difference(kept, inputs.tokenizer_dir)
+    if difference is not None:
+        raise StoreMismatch(
+            f"{source} was trained on another tokenizer than that of {inputs.train[0].path}: {difference}\n"
+            "  why: token ids that mean other text would be learned without a word\n"
+            "  fix: prepare the stores of the new stage with the same tokenizer"
+        )
