@@ -17,9 +17,9 @@ backward is again an all-reduce get losses right to every digit and gradients wr
 
 Every function does nothing when its group is None or has one rank.
 
-Dtypes: gloo and NCCL move and add floats of 16, 32 and 64 bits and integers of 8, 32 and 64. Everything else (int16,
-uint16, uint32, uint64, float8, complex) gloo of torch 2.13 sends from rank to rank, and every collective of it refuses.
-What only moves values (gather, broadcast, exchange) therefore moves these as bytes, bit for bit; sums refuse them.
+Dtypes: gloo and NCCL move and add floats of 16, 32 and 64 bits and integers of 8, 32 and 64. int16, uint16, uint32 and
+float8 gloo of torch 2.13 sends from rank to rank, but its collectives refuse them. What only moves values (gather,
+broadcast, exchange) therefore moves every other dtype as bytes, bit for bit; sums refuse it.
 """
 
 from __future__ import annotations

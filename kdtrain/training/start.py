@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.tokenizer import explain_difference
+from kdtrain.engine import checkpoint
 from kdtrain.errors import StoreMismatch
+from kdtrain.models.load import model_facts
+from kdtrain.training import build
 from kdtrain.training.export import MODEL_FOLDER
 from kdtrain.training.inputs import Inputs
 from kdtrain.training.resume import ResumePoint, find_resume_point
 
 
 def find_start(cfg: RunConfig, inputs: Inputs, run_folder: Path) -> ResumePoint | None:
-    """`find_resume_point`; a new stage must keep the tokenizer of the run it continues. Reads the file system only.
+    """`find_resume_point`; a new stage must keep the student and the tokenizer of the run it continues.
 
-    Raises StoreMismatch as well.
+    Reads the file system only. Raises StoreMismatch, and CheckpointError for another model, as well.
     """
     point = find_resume_point(cfg, run_folder)
     if point is not None and point.is_stage:
         _same_tokenizer(point.path, inputs)
+        config = model_facts(build.student_spec(cfg), inputs.vocab_size).config
+        checkpoint.check_config(point.path, json.loads(config.to_json_string(use_diff=False)))
     return point
 
 

@@ -31,7 +31,7 @@ STEPS = 2
 
 
 def start(config, *words, ranks=1, code=0):
-    """A run with the environment that a launcher gives its ranks; what rank 0 printed. All must exit with `code`."""
+    """A run with the environment that a launcher gives its ranks; what rank 0 said. All must exit with `code`."""
     hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in hidden}
     env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -48,7 +48,7 @@ def start(config, *words, ranks=1, code=0):
         processes.append(subprocess.Popen(command, env=env, **pipes))
     said = [process.communicate(timeout=120) for process in processes]
     assert [process.returncode for process in processes] == [code] * ranks, said
-    return said[0][0]
+    return "".join(said[0])
 
 
 @pytest.fixture(scope="module")
@@ -211,3 +211,13 @@ def test_the_export_is_the_stages_student_and_says_where_it_came_from(first, sec
     exported = dict(AutoModelForCausalLM.from_pretrained(folder / "export", dtype=torch.float32).named_parameters())
     values, _ = tensors(folder / "checkpoints/step_000004")
     assert all(torch.equal(exported[name], entry["master"]) for name, entry in values.items())
+
+
+def test_check_says_of_a_stage_what_starting_it_would_say(first, second):
+    config, source = first
+    words = stage_words(first, "checked", "--check")
+    assert "check    passed" in start(config, *words)
+    assert "another model than this run trains" in start(config, *words, "student.architecture=llama-5m", code=3)
+    assert not (source.parent / "checked").exists()
+    said = start(config, *stage_words(first, "first", "--check"), code=2)
+    assert "this run folder holds" in said

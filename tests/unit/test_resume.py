@@ -136,7 +136,6 @@ def test_a_stage_on_tokens_of_another_tokenizer_is_refused(tmp_path):
     with pytest.raises(StoreMismatch, match=r"source/model has no tokenizer.json(.|\n)*fix: "):
         find_start(cfg, same, tmp_path / "run")
     shutil.copytree(tokenizer, tmp_path / "source/model")
-    assert find_start(cfg, same, tmp_path / "run").path == source.resolve()
     with pytest.raises(
         StoreMismatch, match=r"was trained on another tokenizer than that of .*store1: .* is \[(.|\n)*fix"
     ):
