@@ -1,12 +1,11 @@
-"""Reasons why the section checkpoint, or the promise of a run's lock, cannot be kept. Called by `validate.problems`."""
+"""Reasons why the section checkpoint cannot be kept. Called by `validate.problems`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from kdtrain.config.problems import Problem
-from kdtrain.config.schema import CheckpointSection, RunSection
+from kdtrain.config.schema import CheckpointSection
 
 
 def checkpoint_problems(c: CheckpointSection) -> Iterator[Problem]:
@@ -26,9 +25,3 @@ def checkpoint_problems(c: CheckpointSection) -> Iterator[Problem]:
             "checkpoint.async_write", True, "would change nothing: checkpoint.every_steps = null, and the last save is "
             "waited for", "set checkpoint.every_steps too",
         )  # fmt: skip
-
-
-def lock_problems(run: RunSection) -> Iterator[Problem]:
-    """Of run.lock_lease_s."""
-    if run.lock_lease_s is not None and not 0 < run.lock_lease_s < math.inf:
-        yield Problem("run.lock_lease_s", run.lock_lease_s, "is not a positive number", "60 is usual, null: no lease")

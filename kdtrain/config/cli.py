@@ -5,6 +5,7 @@ No torch here: a mistake is reported in a fraction of a second.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -15,19 +16,22 @@ from kdtrain.config.load import Loaded, drop_launcher_arguments, load_run, yaml_
 from kdtrain.config.problems import DEFAULT
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.validate import check
-from kdtrain.errors import EXIT_DONE, ConfigError, KdtrainError
+from kdtrain.errors import EXIT_CONFIG, EXIT_DONE, ConfigError, KdtrainError
 from kdtrain.log import rank_from_environment
 
 EXIT_INTERRUPTED = 130
+UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
+"""What only the path itself can be the reason of."""
 HELP, PRINT_CONFIG, CHECK = ("--help", "-h"), "--print-config", "--check"
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the command line asks for. check_only: say what would run, then stop."""
+    """What the command line asks for. check_only: say what would run, then stop. world_size: ranks of the job."""
 
     loaded: Loaded
     check_only: bool = False
+    world_size: int = 1
 
     @property
     def config(self) -> RunConfig:
@@ -52,10 +56,14 @@ def parse(argv: Sequence[str], doc: str | None) -> Request:
         _print_once(print_config(loaded))
         if CHECK not in flags:
             raise SystemExit(EXIT_DONE)
-    check(loaded, world_size=world_size(os.environ))
+    ranks = world_size(os.environ)
+    wanted = loaded.config.parallel.world_size
+    if CHECK in flags and "WORLD_SIZE" not in os.environ and wanted is not None and wanted >= 1:
+        ranks = wanted
+    check(loaded, world_size=ranks)
     if CHECK not in flags:  # WORLD_SIZE=8 python launch/train.py ... --check asks about a layout without its ranks
         require_meeting_point(os.environ)
-    return Request(loaded, check_only=CHECK in flags)
+    return Request(loaded, check_only=CHECK in flags, world_size=ranks)
 
 
 def _print_help(words: Sequence[str], doc: str) -> None:
@@ -79,14 +87,21 @@ def print_config(loaded: Loaded) -> str:
 def run_script(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Call main(argv) and return the process's exit code (kdtrain.errors).
 
-    A KdtrainError becomes its exit code and its message, without a traceback (see `_report`). Ctrl-C is 130. Anything
-    unforeseen passes through: Python prints its traceback and exits with 1.
+    A KdtrainError becomes its exit code and its message, without a traceback (see `_report`). So does a path of the
+    command line that no file system takes. Ctrl-C is 130. Anything unforeseen passes through: Python prints its
+    traceback and exits with 1.
     """
     try:
         return main(argv)
     except KdtrainError as error:
         _report(error)
         return error.exit_code
+    except OSError as error:
+        if error.errno not in UNUSABLE_PATH:
+            raise
+        shown = f"{error.filename}: {error.strerror}"
+        _report(ConfigError(f"{shown}\n  why: no file can have this path\n  fix: check the path that was given"))
+        return EXIT_CONFIG
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 

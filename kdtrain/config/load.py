@@ -88,7 +88,7 @@ def _apply(
         try:
             value = setting.value if key is None else _exact(setting.value, key.hint)
             OmegaConf.update(tree, setting.key, value, merge=False)
-        except (OmegaConfBaseException, _WrongType) as error:
+        except (OmegaConfBaseException, _WrongType, OverflowError) as error:
             hint = Any if key is None else key.hint
             problems.append(_bad_value(setting.key, setting.value, hint, setting.origin, error))
             refused.add(setting.key)
@@ -139,7 +139,7 @@ def _resolve(
                 raise _WrongType  # OmegaConf takes any text with ${ in it for a list to come
             exact = value if key.is_free_form else _exact(value, key.hint)
             OmegaConf.update(tree, name, _escaped(exact), merge=False)
-        except (OmegaConfBaseException, _WrongType) as error:
+        except (OmegaConfBaseException, _WrongType, OverflowError) as error:
             problems.append(_unresolved(name, _raw(tree, name), key, origins[name], error))
 
 

@@ -26,7 +26,12 @@ class RunSection:
     """Seeds initialisation and data order. The same seed gives the same run in any layout."""
     resume: str = "auto"
     """auto: continue from the newest good checkpoint of this run folder, if any. never: refuse a folder that holds
-    checkpoints. Anything else: path of a checkpoint to continue from."""
+    checkpoints. Anything else: path of a checkpoint to continue from, on the same data in the same order."""
+    continue_from: str | None = None
+    """Begin a new stage, e.g. of annealing, with the student and the optimizer's state of this checkpoint, or of the
+    newest one of this run folder: weights, AdamW's moments and step counts. Steps, tokens, learning-rate schedule and
+    data position start at 0, so stores, weights, seq_len, schedule and teacher may differ; student and tokenizer may
+    not. The same command repeated resumes the new run."""
     time_limit_s: float | None = None
     """Wall-clock seconds after which the run saves and exits with code 75. null: no limit."""
     lock_lease_s: float | None = 60.0
@@ -170,6 +175,10 @@ class ObjectiveSection:
 class ParallelSection:
     """How ranks share the work. dp is the world size divided by tp and cp."""
 
+    world_size: int | None = None
+    """Ranks that the job must have, a dedicated teacher's included; with another number the run is refused. A launcher
+    that finds no hostfile starts this node alone. `--check` without a launcher checks for this number. null: as many as
+    are started."""
     tp: int = 1
     """Tensor-parallel ranks per replica of the student."""
     sequence: bool = False
@@ -272,7 +281,8 @@ class WandbSection:
     """Weights & Biases."""
 
     mode: Literal["off", "offline", "online"] = "off"
-    """offline needs neither account nor network; `wandb sync` uploads it later."""
+    """offline needs neither account nor network; the console names the `wandb sync` that uploads all parts of the run
+    later, as one curve over optimizer steps."""
     project: str = "kdtrain"
     """Project name."""
     entity: str | None = None

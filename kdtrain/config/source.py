@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from kdtrain.config.keys import Key, suggestion
+from kdtrain.config.paths import look
 from kdtrain.config.problems import Problem
 
 COMMAND_LINE = "command line"
@@ -122,7 +123,12 @@ class _Reader:
 
     def read(self, path: Path, parents: tuple[Path, ...] = (), named_by: str | None = None) -> list[Setting]:
         """Settings of a file, those of the files it extends first."""
-        shown, real = os.path.normpath(path), path.resolve()
+        shown, found = os.path.normpath(path), look(path)
+        if isinstance(found, str):
+            shown = shown if shown.isprintable() else repr(shown)
+            self._problem(named_by or COMMAND_LINE, f"{shown} {found}", _relative_to(named_by))
+            return []
+        real = path.resolve()
         if real in parents:
             chain = " -> ".join(p.name for p in (*parents[parents.index(real) :], real))
             self._problem(named_by or shown, f"`extends` goes in a circle: {chain}", "remove one of them")
@@ -147,13 +153,11 @@ class _Reader:
         return [*inherited, *own]
 
     def _compose(self, path: Path, shown: str, named_by: str | None) -> yaml.Node | None:
-        fix = "check the path; it is relative to the current folder"
-        if named_by:
-            fix = "check the path; in `extends` it is relative to the file that says it"
         try:
             return yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=_Loader)
         except OSError as error:
-            self._problem(named_by or COMMAND_LINE, f"{shown} cannot be read: {error.strerror}", fix)
+            why = f"{shown} cannot be read: {error.strerror}"
+            self._problem(named_by or COMMAND_LINE, why, _relative_to(named_by))
         except UnicodeDecodeError as error:
             self._problem(shown, f"the file is not UTF-8 at byte {error.start}", "save it as UTF-8")
         except yaml.YAMLError as error:
@@ -251,6 +255,13 @@ class _Reader:
         # By Python's rules, not YAML 1.1's, where 010 is eight.
         text = node.value.replace("_", "")
         return int(text) if kind == "int" else float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _relative_to(named_by: str | None) -> str:
+    where = (
+        "in `extends` it is relative to the file that says it" if named_by else "it is relative to the current folder"
+    )
+    return f"check the path; {where}"
 
 
 def _line(node: yaml.Node) -> int:

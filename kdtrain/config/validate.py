@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from kdtrain.config import checks_dedicated, checks_memory
-from kdtrain.config.checks_checkpoint import checkpoint_problems, lock_problems
+from kdtrain.config import checks_dedicated, checks_memory, checks_start
+from kdtrain.config.checks_checkpoint import checkpoint_problems
 from kdtrain.config.checks_context import context_problems
 from kdtrain.config.checks_data import data_problems
 from kdtrain.config.deepspeed_config import EXTRA_ZERO_KEYS, OWNED_ZERO_KEYS
@@ -66,7 +66,7 @@ def problems(cfg: RunConfig, *, world_size: int) -> Iterator[Problem]:
     yield from _schedule(cfg)
     yield from _cadence(cfg)
     yield from checkpoint_problems(cfg.checkpoint)
-    yield from lock_problems(cfg.run)
+    yield from checks_start.problems(cfg, world_size)
     yield from _guard(cfg.guard)
 
 

@@ -106,6 +106,10 @@ class StepLoader:
         packed = [pack(self._stores[s], k, self._packing) for s, k in places]
         return cut_sequences(stack(packed, [s << STORE_SHIFT | k for s, k in places]), *self._part)
 
+    def draws(self, sequences: int) -> list[tuple[int, int]]:
+        """(sequences there are, sequences drawn) of each store in the first `sequences` of the order."""
+        return list(zip(self._order.sizes, self._order.draws(sequences), strict=True))
+
     def state_dict(self, sequences_consumed: int | None = None) -> dict[str, Any]:
         """What a checkpoint keeps, JSON-ready: sequences consumed by the whole run (default: handed out so far, which
         prefetching does not change) and what the order depends on."""

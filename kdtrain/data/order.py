@@ -82,6 +82,17 @@ class BlendOrder:
         self._counts = _counts(np.asarray(sizes if weights is None else weights, dtype=np.float64), len(sizes))
         self._stores, self._rank = schedule(self._counts)
 
+    @property
+    def sizes(self) -> list[int]:
+        """Sequences of each store."""
+        return list(self._sizes)
+
+    def draws(self, positions: int) -> list[int]:
+        """How many of the first `positions` places each store has. Exact; costs the same for any number."""
+        blocks, rest = divmod(positions, BLOCK)
+        found: np.ndarray = blocks * self._counts + np.bincount(self._stores[:rest], minlength=len(self._sizes))
+        return [int(count) for count in found]
+
     def __getitem__(self, position: int) -> tuple[int, int]:
         """(store, sequence in it) at a position >= 0 of the order. Costs the same anywhere."""
         if position < 0:

@@ -16,6 +16,10 @@ Hence no gradient is ever multiplied or divided by tp. Peers that differentiate 
 backward is again an all-reduce get losses right to every digit and gradients wrong by a factor of tp.
 
 Every function does nothing when its group is None or has one rank.
+
+Dtypes: gloo and NCCL move and add floats of 16, 32 and 64 bits and integers of 8, 32 and 64. int16, uint16, uint32 and
+float8 gloo of torch 2.13 sends from rank to rank, but its collectives refuse them. What only moves values (gather,
+broadcast, exchange) therefore moves every other dtype as bytes, bit for bit; sums refuse it.
 """
 
 from __future__ import annotations
@@ -37,6 +41,35 @@ _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or di
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+_CARRIED = frozenset(
+    (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.int8,
+        torch.uint8,
+        torch.int32,
+        torch.int64,
+    )
+)
+"""Dtypes that the collectives of every backend take."""
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as one row of what every backend can move: its values, or their bytes. Shares its memory."""
+    row = tensor.view(-1)
+    return row if tensor.dtype in _CARRIED else row.view(torch.uint8)
+
+
+def _check_sum(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _CARRIED:
+        raise ValueError(
+            f"{name} cannot sum {tensor.dtype}: gloo and NCCL add {', '.join(sorted(map(str, _CARRIED)))}\n"
+            "  fix: widen the values first, e.g. with .to(torch.int32) or .float()"
+        )
+
+
 def group_size(group: Group) -> int:
     """Ranks in `group`; 1 for None. Does not communicate."""
     return 1 if group is None else dist.get_world_size(group)
@@ -50,9 +83,11 @@ def group_rank(group: Group) -> int:
 def reduce_sum_(tensor: Tensor, group: Group) -> Tensor:
     """Sum `tensor` over the group, in place, and return it. Communicates: one all-reduce. Not differentiable.
 
-    Raises ValueError for a non-contiguous tensor: the collective would fill its memory in the wrong order.
+    Raises ValueError for a dtype that backends do not add, and for a non-contiguous tensor: the collective would fill
+    its memory in the wrong order.
     """
     if group_size(group) > 1:
+        _check_sum("reduce_sum_", tensor)
         if not tensor.is_contiguous():
             raise ValueError(f"reduce_sum_ needs a contiguous tensor, got strides {tensor.stride()}")
         dist.all_reduce(tensor, group=group)
@@ -78,7 +113,7 @@ def start_gather(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
         return lambda: tensor.unsqueeze(0)
     mine = tensor.contiguous()
     out = torch.empty((size, *mine.shape), dtype=mine.dtype, device=mine.device)
-    work = _all_gather(out.view(-1), mine.view(-1), group=group, async_op=True)
+    work = _all_gather(_flat(out), _flat(mine), group=group, async_op=True)
 
     def finish() -> Tensor:
         work.wait()
@@ -104,7 +139,7 @@ def broadcast_first_(tensor: Tensor, group: Group) -> Tensor:
     if group_size(group) > 1:
         if not tensor.is_contiguous():
             raise ValueError(f"broadcast_first_ needs a contiguous tensor, got strides {tensor.stride()}")
-        dist.broadcast(tensor, group=group, group_src=0)
+        dist.broadcast(_flat(tensor), group=group, group_src=0)
     return tensor
 
 
@@ -120,7 +155,7 @@ def exchange_ranks(tensor: Tensor, group: Group) -> Tensor:
         return tensor
     tensor = tensor.contiguous()
     out = torch.empty_like(tensor)
-    dist.all_to_all_single(out, tensor, group=group)
+    dist.all_to_all_single(_flat(out), _flat(tensor), group=group)
     return out
 
 
@@ -199,6 +234,7 @@ def _all_tokens(x: Tensor, group: Group) -> Tensor:
 
 
 def _summed_share(x: Tensor, group: Group) -> Tensor:
+    _check_sum("a reduce-scatter", x)
     shares = _shares(x, group).contiguous()
     mine = torch.empty_like(shares[0])
     _reduce_scatter(mine.view(-1), shares.view(-1), group=group)

@@ -201,6 +201,15 @@ def _config_of(backbone: Backbone) -> dict[str, Any]:
     return config
 
 
+def check_config(folder: Path, config: dict[str, Any]) -> None:
+    """Raises CheckpointError, naming both values, unless common keys of the saved model's config and `config` agree.
+
+    What `load` finds wrong with the config of a model, before there is a model. Reads checkpoint.json only.
+    """
+    if differ := _config_differences(Manifest.read(folder).config, config):
+        raise CheckpointError(_another_model(folder, differ))
+
+
 def _check_model(folder: Path, manifest: Manifest, backbone: Backbone) -> None:
     """Raises CheckpointError, naming both values, unless names, shapes and common config keys are equal."""
     shapes, config = backbone.full_shapes(), _config_of(backbone)
@@ -210,17 +219,23 @@ def _check_model(folder: Path, manifest: Manifest, backbone: Backbone) -> None:
         for n in {**there, **shapes}
         if there.get(n) != shapes.get(n)
     ]
-    keys = sorted((config.keys() & manifest.config.keys()) - VOLATILE)
-    differ += [
-        f"config {k}: {manifest.config[k]!r} there, {config[k]!r} here" for k in keys if manifest.config[k] != config[k]
-    ]
+    differ += _config_differences(manifest.config, config)
     if differ:
-        more = "" if len(differ) <= 5 else f"\n  and {len(differ) - 5} more differences"
-        names = f"{manifest.fingerprint} there, {model_fingerprint(config, shapes)} here"
-        raise CheckpointError(
-            f"{folder} holds another model than this run trains ({names})\n  "
-            + "\n  ".join(differ[:5])
-            + more
-            + "\n  why: resuming continues the same model\n"
-            "  fix: resume with the student section it was saved with; to train another model, start another run.name"
-        )
+        names = f" ({manifest.fingerprint} there, {model_fingerprint(config, shapes)} here)"
+        raise CheckpointError(_another_model(folder, differ, names))
+
+
+def _config_differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    keys = sorted((here.keys() & there.keys()) - VOLATILE)
+    return [f"config {k}: {there[k]!r} there, {here[k]!r} here" for k in keys if there[k] != here[k]]
+
+
+def _another_model(folder: Path, differ: list[str], names: str = "") -> str:
+    more = "" if len(differ) <= 5 else f"\n  and {len(differ) - 5} more differences"
+    return (
+        f"{folder} holds another model than this run trains{names}\n  "
+        + "\n  ".join(differ[:5])
+        + more
+        + "\n  why: resuming, or a new stage, continues the same model\n"
+        "  fix: use the student section it was saved with; to train another model, start another run.name"
+    )

@@ -49,14 +49,12 @@ class JsonlSink:
         """Continue the file at `path` after optimizer step `resume_step`; 0: the run starts anew.
 
         Records past that step are of work that will be done again, so they are dropped (by an atomic rewrite): the
-        file holds each step once. A run that starts anew puts a former file aside, as metrics.jsonl.before. `repeats`
-        is the last step that a former process has reported. lazy: there is no file before the first record. Raises
-        ConfigError if it cannot be written.
+        file holds each step once. A run that starts anew puts a former file aside, as metrics.jsonl.before. lazy: there
+        is no file before the first record. Raises ConfigError if it cannot be written.
         """
         self.path = path
         found = read_records(path)
         kept = [record for record in found if resume_step and record[STEP] <= resume_step]
-        self.repeats = max((record[STEP] for record in found), default=-1) if resume_step else -1
         try:
             if found and not resume_step:
                 os.replace(path, path.with_name(path.name + ".before"))

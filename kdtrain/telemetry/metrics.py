@@ -11,7 +11,7 @@ from torch import Tensor
 from kdtrain.dist.collectives import Group, gather_objects, gather_ranks, group_rank, group_size, reduce_sum_
 
 UNITS: dict[str, str] = {
-    "data/step": "optimizer steps from 1, skipped ones included; 0 is the untrained student",
+    "data/step": "optimizer steps from 1, skipped ones included; 0 is the student before the first",
     "data/tokens_seen": "tokens over all ranks since the start of the run, padding included",
     "loss/total": "nats per valid token: kd_weight * temperature^2 * divergence + ce_weight * cross-entropy + loss/z",
     "loss/ce": "nats per valid token, student on the data, temperature 1",

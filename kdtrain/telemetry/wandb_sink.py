@@ -1,9 +1,20 @@
-"""Weights & Biases, the only importer of wandb: one run per run folder, resumed under the same id."""
+"""Weights & Biases, the only importer of wandb: one run per run folder, resumed under the same id.
+
+wandb 0.31 numbers its history by itself, from 0 in every process, unless it is given a step; offline, every process
+writes a folder of its own, and a process that is killed loses the records of its last seconds. So each record is logged
+at its optimizer step, and a resumed run first logs what metrics.jsonl has and wandb has not: the parts of a run,
+uploaded by one `wandb sync`, are one history with every step once.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import secrets
+import shlex
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +23,7 @@ from kdtrain.config.schema import WandbSection
 from kdtrain.errors import ConfigError
 from kdtrain.files import write_atomic
 from kdtrain.log import LOGGER
+from kdtrain.telemetry.jsonl_sink import STEP, read_records
 
 ID_FILE = "wandb_run_id.txt"
 X_AXIS = "data/tokens_seen"
@@ -29,8 +41,9 @@ def require_wandb(settings: WandbSection) -> None:
 class WandbSink:
     """Sends records to one wandb run; with mode off, to nowhere.
 
-    Every key is drawn over `data/tokens_seen`. Records are written by wandb's own process, so `write` does not wait
-    for the network.
+    Every key is drawn over `data/tokens_seen`. wandb joins the records of one optimizer step (a report and an
+    evaluation) to one row, which is complete when the next step is logged or the run is closed. Records are written by
+    wandb's own process, so `write` does not wait for the network.
     """
 
     def __init__(
@@ -40,24 +53,35 @@ class WandbSink:
         *,
         name: str,
         config: Mapping[str, Any],
-        repeats: int = -1,
+        resume_step: int = 0,
         init_timeout_s: float = 60.0,
     ) -> None:
         """Start, or go on with, the wandb run of the run folder `folder`; its id is kept in wandb_run_id.txt there.
 
-        Records up to step `repeats` have been sent by a former process and are not sent again: a resumed run does those
-        steps a second time, with the same numbers. Call on one rank only. Raises ConfigError if the package or (online)
-        the account's key is missing. A server that cannot be reached within about `init_timeout_s` is a warning: the
-        run is recorded offline.
+        resume_step: the run goes on after this optimizer step, and metrics.jsonl in `folder` holds the records up to
+        it; 0: it starts anew, as a new wandb run (the former id is put aside as wandb_run_id.txt.before). Records that
+        wandb holds already are not sent again: a resumed run repeats their steps, with the same numbers. Call on one
+        rank only. Raises ConfigError if the package or (online) the account's key is missing. A server that cannot be
+        reached within about `init_timeout_s` is a warning: the run is recorded offline.
         """
         self._run: Any = None
-        self._repeats = repeats
+        self._held, self._where = -1, ""
         if settings.mode == "off":
             return
         require_wandb(settings)
-        self._run = _start(settings, folder, name, config, init_timeout_s)
+        run_id = _run_id(folder, anew=not resume_step)
+        former = {part: _last_step(part) for part in sorted(folder.glob(f"wandb/*run-*-{run_id}"))}
+        self._run = _start(settings, folder, run_id, name, config, init_timeout_s)
+        here = max((step for step in former.values() if step is not None), default=-1)
+        self._held = here if self._run.offline else self._run.starting_step - 1
         self._run.define_metric(X_AXIS)
         self._run.define_metric("*", step_metric=X_AXIS)
+        for record in read_records(folder / "metrics.jsonl") if resume_step else ():
+            self.write({key: value for key, value in record.items() if value is not None})
+        if self._run.offline:
+            parts = [part for part, step in former.items() if step is not None and part.name.startswith("offline-")]
+            self._where = _sync_command([*parts, Path(self._run.dir).parent])
+        LOGGER.info("wandb   %s", self._where or self._run.url)
 
     @property
     def run_id(self) -> str | None:
@@ -65,18 +89,28 @@ class WandbSink:
         return None if self._run is None else str(self._run.id)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Hand one record over. Does not wait for the network."""
-        if self._run is not None and record.get("data/step", self._repeats + 1) > self._repeats:
-            self._run.log(dict(record))
+        """Hand one record over, with its data/step (an int). Does not wait for the network."""
+        if self._run is not None and record[STEP] > self._held:
+            self._run.log(dict(record), step=record[STEP])
 
     def close(self, *, failed: bool = False) -> None:
         """Finish the wandb run, marked as crashed if `failed`; waits until wandb's process has written everything."""
         if self._run is not None:
             self._run.finish(exit_code=1 if failed else 0)
             self._run = None
+            if self._where:
+                LOGGER.info("wandb   %s", self._where)
 
 
-def _start(settings: WandbSection, folder: Path, name: str, config: Mapping[str, Any], timeout_s: float) -> Any:
+def _sync_command(parts: list[Path]) -> str:
+    """What uploads the folders of one offline run as one history; wandb orders them by their start."""
+    count = "" if len(parts) == 1 else f", in {len(parts)} parts that belong into one command"
+    return f"offline{count}: `wandb sync {shlex.join(map(str, parts))}` uploads it"
+
+
+def _start(
+    settings: WandbSection, folder: Path, run_id: str, name: str, config: Mapping[str, Any], timeout_s: float
+) -> Any:
     """A wandb run, online if asked and possible."""
     import wandb
 
@@ -84,7 +118,7 @@ def _start(settings: WandbSection, folder: Path, name: str, config: Mapping[str,
         "project": settings.project,
         "entity": settings.entity,
         "name": name,
-        "id": _run_id(folder),
+        "id": run_id,
         "dir": str(folder),
         "config": dict(config),
         "allow_val_change": True,
@@ -101,7 +135,7 @@ def _start(settings: WandbSection, folder: Path, name: str, config: Mapping[str,
     unreachable = None
     if settings.mode == "online":
         try:
-            run = wandb.init(mode="online", resume="allow", settings=options, **common)
+            return wandb.init(mode="online", resume="allow", settings=options, **common)
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise ConfigError(
                 f"log.wandb.mode = online, but wandb refused to start: {error}\n"
@@ -109,21 +143,37 @@ def _start(settings: WandbSection, folder: Path, name: str, config: Mapping[str,
             ) from error
         except (wandb.errors.CommError, TimeoutError) as error:
             unreachable = (str(error).strip() or type(error).__name__).splitlines()[0]
-        else:
-            LOGGER.info("wandb   %s", run.url)
-            return run
         LOGGER.warning("wandb's server cannot be reached (%s); recording offline instead", unreachable)
         wandb.teardown()  # else its process still holds the run id
-    run = wandb.init(mode="offline", settings=options, **common)
-    LOGGER.info("wandb   offline: `wandb sync %s` uploads it", Path(run.dir).parent)
-    return run
+    return wandb.init(mode="offline", settings=options, **common)
 
 
-def _run_id(folder: Path) -> str:
-    """The id in the run folder, made and written there (atomically) on first use."""
+def _run_id(folder: Path, *, anew: bool) -> str:
+    """The id in the run folder; made and written there (atomically) on first use, and when the run starts anew."""
     path = folder / ID_FILE
+    if path.exists() and anew:
+        os.replace(path, path.with_name(ID_FILE + ".before"))
     if path.exists() and (found := path.read_text(encoding="ascii").strip()):
         return found
     made = secrets.token_hex(4)
     write_atomic(path, made + "\n")
     return made
+
+
+def _last_step(part: Path) -> int | None:
+    """The last optimizer step that a wandb folder holds, -1 for one without records; None where wandb cannot read it.
+
+    Asks wandb's own reader, which stops at a record that was cut off by a kill.
+    """
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as reader:
+        assert reader.stdout is not None
+        last = None
+        for line in reader.stdout:
+            record = json.loads(line)
+            last = -1 if last is None and record.get("type") == "run" else last
+            if last is not None and record.get("type") == "history":
+                last = max(last, record["history"]["item"].get(STEP, -1))
+    return last

@@ -19,7 +19,10 @@ from kdtrain.engine.zero import StudentEngine
 from kdtrain.log import LOGGER
 from kdtrain.training.export import VOCAB_SIZE
 from kdtrain.training.progress import Progress
-from kdtrain.training.resume import FOLDER, config_changes, saved_config
+from kdtrain.training.resume import FOLDER, ResumePoint, config_changes, saved_config
+
+NEW_IN_A_STAGE = ("data.", "schedule.", "train.")
+"""Settings that a new stage is made for: their changes are not reported one by one."""
 
 
 class Checkpoints:
@@ -108,13 +111,25 @@ class Checkpoints:
             else:
                 LOGGER.info(text + ", training waited %.2f s", *values, self._stalled)
 
-    def load(self, path: Path, engine: StudentEngine, loader: StepLoader) -> Progress:
-        """Bring engine and data position to where `path` was written; any layout. Every rank calls it.
+    def load(self, point: ResumePoint, engine: StudentEngine, loader: StepLoader) -> Progress:
+        """Bring engine and data position to where the checkpoint was written; any layout. Every rank calls it.
 
-        Settings that have changed since, and change what is learned, are named in warnings.
+        Of a new stage only the engine: its data, steps and tokens begin anew. Settings that have changed since, and
+        change what is learned, are named in warnings.
         """
-        state = checkpoint.load(path, engine)
-        loader.load_state_dict(state["loader"])
+        state = checkpoint.load(point.path, engine)
+        if not point.is_stage:
+            loader.load_state_dict(state["loader"])
         for change in config_changes(state["config"], saved_config(self._cfg)):
-            LOGGER.warning("changed since %s was written: %s", path.name, change)
-        return Progress(**state["progress"])
+            if not (point.is_stage and change.startswith(NEW_IN_A_STAGE)):
+                LOGGER.warning("changed since %s was written: %s", point.path.name, change)
+        before = Progress(**state["progress"])
+        if not point.is_stage:
+            LOGGER.info("resumed %6d  from %s", before.step, point.path)
+            return before
+        text = (
+            "stage    from %s (step %d, %s tokens): took weights, AdamW's moments and step counts; steps, tokens, "
+            "learning-rate schedule and data position begin at 0"
+        )
+        LOGGER.info(text, point.path, before.step, f"{before.tokens_seen:,}")
+        return Progress()

@@ -8,6 +8,7 @@ from typing import Any
 
 from kdtrain.config.ranks import num_teachers, student_ranks, teacher_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
+from kdtrain.data.loader import StepLoader, sequence_prefix_of
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.log import LOGGER
@@ -20,7 +21,8 @@ from kdtrain.telemetry.wandb_sink import require_wandb
 from kdtrain.training import build
 from kdtrain.training.estimate import MemoryEstimate, ModelSize, estimate_memory, estimate_teacher_rank
 from kdtrain.training.inputs import Inputs
-from kdtrain.training.resume import find_resume_point
+from kdtrain.training.sequence_prefix import PrefixChoice
+from kdtrain.training.start import find_start
 
 
 def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh) -> None:
@@ -91,6 +93,22 @@ def data_line(cfg: RunConfig, inputs: Inputs, dp_size: int) -> str:
     )
 
 
+def store_lines(cfg: RunConfig, inputs: Inputs, loader: StepLoader) -> list[str]:
+    """Of each store: its sequences, how many train.total_tokens draws from it, and how often that passes over it."""
+    steps = -(-cfg.train.total_tokens // cfg.data.tokens_per_step)
+    found = loader.draws(steps * (cfg.data.tokens_per_step // cfg.data.seq_len))
+    return [
+        f"{store.path}: {there:,} sequences, {drawn:,} drawn, {drawn / there:.3g} passes"
+        for store, (there, drawn) in zip(inputs.train, found, strict=True)
+    ]
+
+
+def log_stores(cfg: RunConfig, inputs: Inputs, loader: StepLoader) -> None:
+    """A line for each store of data.train."""
+    for line in store_lines(cfg, inputs, loader):
+        LOGGER.info("store    %s", line)
+
+
 def estimate(cfg: RunConfig, inputs: Inputs, dp_size: int) -> MemoryEstimate:
     """Bytes per rank, from configurations alone."""
     teacher = build.teacher_spec(cfg)
@@ -123,28 +141,22 @@ def _int(config: Any, name: str) -> int:
     return int(getattr(config, name))
 
 
-def print_check(
-    cfg: RunConfig, inputs: Inputs, *, world_size: int, trains: bool = True, prefix: str | None = None
-) -> None:
-    """`--check`: everything that can be known before a device is touched. trains: or else only evaluates.
-
-    prefix: what will be decided of data.sequence_prefix, if anything.
-    """
+def print_check(cfg: RunConfig, inputs: Inputs, choice: PrefixChoice, *, world_size: int, trains: bool = True) -> None:
+    """`--check`: everything that can be known before a device is touched. trains: or else only evaluates."""
     students = student_ranks(cfg, world_size)
     mesh = Mesh(world_size=students, tp_size=cfg.parallel.tp, cp_size=cfg.parallel.cp)
     student = _check_models(cfg, inputs, mesh, trains=trains)
-    if trains:
-        _check_start(cfg, inputs, mesh, student)
-    dp_size = mesh.dp_size
     LOGGER.info("mesh     %s", mesh_line(cfg, students))
     if students < world_size:
         LOGGER.info("teacher  %s: %s", dedicated_line(cfg), list(range(students, world_size)))
-    if prefix is not None:
-        LOGGER.info("prefix   %s", prefix)
+    if (line := choice.line()) is not None:
+        LOGGER.info("prefix   %s", line)
     if trains:
+        loader = _check_start(cfg, inputs, choice, mesh, student)
         LOGGER.info("loss     %s", loss_line(cfg))
-        LOGGER.info("data     %s", data_line(cfg, inputs, dp_size))
-        log_memory(cfg, inputs, dp_size)
+        LOGGER.info("data     %s", data_line(cfg, inputs, mesh.dp_size))
+        log_stores(cfg, inputs, loader)
+        log_memory(cfg, inputs, mesh.dp_size)
         steps = -(-cfg.train.total_tokens // cfg.data.tokens_per_step)
         LOGGER.info("length   %s steps, %s tokens", f"{steps:,}", f"{cfg.train.total_tokens:,}")
     LOGGER.info("check    passed")
@@ -164,13 +176,20 @@ def _check_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, trains: bool) -
     return student
 
 
-def _check_start(cfg: RunConfig, inputs: Inputs, mesh: Mesh, student: Backbone) -> None:
-    """Raise what a run would between its models and its first step: of the data's order, a resume, its records."""
+def _check_start(cfg: RunConfig, inputs: Inputs, choice: PrefixChoice, mesh: Mesh, student: Backbone) -> StepLoader:
+    """Raise what a run would between its models and its first step: of the data's order, a resume, its records.
+
+    The order of a new run's sequences is that with the likelier prefix; nothing is measured here.
+    """
     folder = Path(cfg.run.output_dir) / cfg.run.name
-    resume_from = find_resume_point(cfg, folder)
-    loader = build.build_loader(cfg, inputs, mesh, prefetch=0)
-    if resume_from is not None:
-        checkpoint.check_model(resume_from.path, student)
-        loader.check_state(checkpoint.read_state(resume_from.path)["loader"])
+    point = find_start(cfg, inputs, folder)
+    resumed = None if point is None or point.is_stage else checkpoint.read_state(point.path)["loader"]
+    prefix = choice.likely if resumed is None or choice.configured is not None else sequence_prefix_of(resumed)
+    loader = build.build_loader(cfg, inputs, mesh, prefix, prefetch=0)
+    if point is not None:
+        checkpoint.check_model(point.path, student)
+    if resumed is not None:
+        loader.check_state(resumed)
     read_records(folder / "metrics.jsonl")
     require_wandb(cfg.log.wandb)
+    return loader

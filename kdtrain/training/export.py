@@ -61,7 +61,7 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool =
     checkpoint is left as it is. Needs neither DeepSpeed nor a process group; one parameter is in memory at a time.
     Raises CheckpointError when `source` holds no complete checkpoint, ConfigError when `output` exists already.
     """
-    source = source.resolve()
+    source = Path(os.path.realpath(source))  # unlike resolve() it takes a loop of links for a path that is not there
     is_checkpoint = (source / "checkpoint.json").is_file()
     folder = source if is_checkpoint else checkpoint.find_latest(source / "checkpoints")
     if folder is None:
@@ -75,12 +75,14 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool =
             f"{tokenizer} is missing\n  why: a run keeps its student's tokenizer there\n"
             "  fix: put the tokenizer's files there"
         )
-    about = {
+    about: dict[str, Any] = {
         "step": checkpoint.step_of(folder),
         "checkpoint": checkpoint.identity(folder),
         "dtype": dtype,
         "sequence_prefix": list(stored_prefix(folder)),
     }
+    if (origin := checkpoint.read_state(folder).get("origin") or {}).get("is_stage"):
+        about["continued_from"] = origin
     recover_folder(output)
     if output.exists():
         if not replace or _origin(output) is None:

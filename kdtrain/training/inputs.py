@@ -28,6 +28,11 @@ class Inputs:
     total_rows: int
 
     @property
+    def stores(self) -> tuple[TokenStore, ...]:
+        """Those to train on, and then that of validation."""
+        return (*self.train, *(() if self.validation is None else (self.validation,)))
+
+    @property
     def tokenizer_dir(self) -> Path:
         """Folder with the tokenizer.json that made the tokens."""
         return self.train[0].path / "tokenizer"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from kdtrain.config.cli import Request
-from kdtrain.config.launcher import world_size
 from kdtrain.config.load import as_dict, config_hash, to_yaml
 from kdtrain.config.ranks import teacher_ranks
 from kdtrain.config.schema import GuardSection, RunConfig
@@ -41,9 +39,10 @@ from kdtrain.training.inputs import Inputs, open_inputs
 from kdtrain.training.progress import Progress
 from kdtrain.training.quantized import quantize_teacher
 from kdtrain.training.report import Reporter, Sink
-from kdtrain.training.resume import ResumePoint, find_resume_point
+from kdtrain.training.resume import ResumePoint
 from kdtrain.training.self_check import check_alignment
 from kdtrain.training.sequence_prefix import Prefix, PrefixChoice, decide_prefix, prefix_choice
+from kdtrain.training.start import find_start
 from kdtrain.training.timing import PhaseTimer
 from kdtrain.training.trainer import Trainer
 
@@ -58,7 +57,7 @@ def run_training(request: Request) -> int:
     build.check_lengths(cfg, inputs, trainable=True)
     choice = prefix_choice(cfg, inputs)
     if request.check_only:
-        describing.print_check(cfg, inputs, world_size=world_size(os.environ), prefix=choice.line())
+        describing.print_check(cfg, inputs, choice, world_size=request.world_size)
         return 0
     stop = StopRequest(cfg.run.time_limit_s)
     stop.install()  # until the process ends: a second signal while ranks leave must not kill one of them
@@ -96,8 +95,7 @@ def run_evaluation(request: Request) -> int:
     choice = prefix_choice(cfg, inputs)
     if request.check_only:
         build.evaluation_batches(cfg, inputs, Mesh())  # refuses what has nothing to evaluate on
-        ranks = world_size(os.environ)
-        describing.print_check(cfg, inputs, world_size=ranks, trains=False, prefix=choice.line())
+        describing.print_check(cfg, inputs, choice, world_size=request.world_size, trains=False)
         return 0
     with bootstrap.runtime(teacher_ranks(cfg)) as rank:
         if rank.roles.is_teacher:
@@ -149,17 +147,17 @@ def _train(
         cfg, inputs, mesh, device, trainable=True, wire=rank.wire,
         on_stop=lambda: stop.ask("a dedicated teacher's rank was asked to stop"),
     )  # fmt: skip
-    resume_from = on_main(mesh, lambda: find_resume_point(cfg, folder))
+    resume_from = on_main(mesh, lambda: find_start(cfg, inputs, folder))
     prefix = _prepare_teacher(cfg, inputs, choice, models, mesh, rank, resume_from)
     loader = build.build_loader(cfg, inputs, mesh, prefix)
     describing.log_header(cfg, inputs, models, mesh)
+    describing.log_stores(cfg, inputs, loader)
     # Last: DeepSpeed keeps process-wide state that the most recent engine owns.
     engine = StudentEngine(models.student, mesh, cfg, device=device)
     progress = Progress()
     checkpoints = Checkpoints(cfg, folder, mesh, device, None if resume_from is None else resume_from.origin)
     if resume_from is not None:
-        progress = checkpoints.load(resume_from.path, engine, loader)
-        LOGGER.info("resumed %6d  from %s", progress.step, resume_from.path)
+        progress = checkpoints.load(resume_from, engine, loader)
     # Only now: a resume that is refused must leave the folder as it was.
     on_main(mesh, lambda: _describe_run(request, inputs, opened, folder))
     sinks, events = on_main(mesh, lambda: _sinks(cfg, folder, progress), share=False) or ([], None)
@@ -205,9 +203,11 @@ def _prepare_teacher(
 ) -> Prefix:
     """Quantise the teacher, find the run's sequence prefix and, in a new run, check that the teacher knows the data.
 
-    A resumed run has the prefix of its checkpoint, and the loader refuses a configuration that names another one.
+    A resumed run has the prefix of its checkpoint, and the loader refuses a configuration that names another one. A new
+    stage (run.continue_from) reads other data, perhaps beside another teacher: it decides anew.
     """
-    stored = on_main(mesh, lambda: None if resume_from is None else stored_prefix(resume_from.path))
+    is_new = resume_from is None or resume_from.is_stage
+    stored = on_main(mesh, lambda: None if is_new or resume_from is None else stored_prefix(resume_from.path))
 
     def first(prefix: Prefix) -> Batch:
         return next(build.build_loader(cfg, inputs, mesh, prefix, prefetch=0))[0].to(rank.device)
@@ -230,7 +230,7 @@ def _export(cfg: RunConfig, folder: Path) -> None:
 def _sinks(cfg: RunConfig, folder: Path, progress: Progress) -> tuple[list[Sink], Events]:
     clear_beats(folder)
     jsonl = JsonlSink(folder / "metrics.jsonl", resume_step=progress.step)
-    wandb = WandbSink(cfg.log.wandb, folder, name=cfg.run.name, config=as_dict(cfg), repeats=jsonl.repeats)
+    wandb = WandbSink(cfg.log.wandb, folder, name=cfg.run.name, config=as_dict(cfg), resume_step=progress.step)
     found = [
         JsonlSink(folder / f"{name}.jsonl", resume_step=progress.step, lazy=True) for name in ("skipped", "spikes")
     ]
@@ -272,7 +272,7 @@ def _describe_run(request: Request, inputs: Inputs, opened: RunFolder | None, fo
     assert opened is not None
     origins = "".join(f"{key}  {where}\n" for key, where in sorted(request.loaded.origins.items()))
     opened.write_config(to_yaml(request.config), origins)
-    opened.write_environment(describe(world_size=world_size(os.environ)))
+    opened.write_environment(describe(world_size=request.world_size))
     write_model_files(folder, inputs.tokenizer_dir, request.config.student.weights)
 
 

@@ -12,6 +12,7 @@ from kdtrain.config.launcher import fill_launcher_environment, first_node, requi
 from kdtrain.config.load import load_run, to_yaml
 from kdtrain.config.schema import RunConfig
 from kdtrain.errors import ConfigError, DataError, KdtrainError, NonFiniteLoss, RunStopped
+from kdtrain.testing.ranks import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -134,6 +135,19 @@ def test_anything_unforeseen_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         cli.run_script(main, [])
+
+
+@pytest.mark.parametrize("script", ["prepare_corpus", "export_hf", "import_gguf"])
+@pytest.mark.parametrize("kind", ["a long name", "a loop"])
+def test_a_path_that_no_file_system_takes_is_an_error_of_the_command_line(kind, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    path = "x" * 300 if kind == "a long name" else str(tmp_path / "loop")
+    words = ["--tokenizer", path, "--output", path, path] if script == "prepare_corpus" else [path, path]
+    main = load_file(ROOT / "launch" / f"{script}.py").main
+    assert cli.run_script(main, words) in (2, 3)
+    assert path in (said := capsys.readouterr().err)
+    assert "fix: " in said
 
 
 @pytest.mark.parametrize(
@@ -312,3 +326,38 @@ def test_dtype_clipping_and_expert_keys_reach_deepspeed():
 
 def test_no_expert_key_is_both_allowed_and_owned():
     assert not set(EXTRA_ZERO_KEYS) & set(OWNED_ZERO_KEYS)
+
+
+def runnable_words(tmp_path, *more):
+    for name, content in (("store/manifest.json", "{}"), ("c.yaml", "")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    return [
+        str(tmp_path / "c.yaml"), "run.name=a", f"run.output_dir={tmp_path}", "student.architecture=llama-5m",
+        f"data.train=[{tmp_path / 'store'}]", "objective.name=pretrain", "train.total_tokens=2e9",
+        "data.tokens_per_step=524288", *more,
+    ]  # fmt: skip
+
+
+def test_a_launcher_that_started_fewer_ranks_than_expected_is_refused_with_both_numbers(tmp_path, monkeypatch):
+    words = runnable_words(tmp_path, "parallel.world_size=16")
+    for name, value in zip(LAUNCHER_VARIABLES, ("0", "0", "8", "here", "29500"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        cli.parse(words, None)
+    text = " ".join(str(caught.value).split())
+    assert "parallel.world_size = 16 [command line] ranks are expected, and 8 were started fix: look at the" in text
+    assert "does not find its --hostfile" in text
+    with pytest.raises(ConfigError, match=r"expected, and 8 were started"):
+        cli.parse([*words, "--check"], None)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert cli.parse(words, None).world_size == 16
+
+
+def test_check_without_a_launcher_checks_for_the_expected_number_of_ranks(tmp_path):
+    words = runnable_words(tmp_path, "parallel.world_size=16", "parallel.tp=8", "--check")
+    assert cli.parse(words, None).world_size == 16
+    with pytest.raises(ConfigError, match=r"does not divide the number of ranks \(16\)"):
+        cli.parse([*words, "parallel.tp=3"], None)
+    with pytest.raises(ConfigError, match=r"16 (.|\n)*expected, and 1 was started"):
+        cli.parse(words[:-1], None)

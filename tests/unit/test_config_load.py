@@ -251,7 +251,9 @@ def test_a_bad_word_is_refused_with_its_reason(write, word, why, monkeypatch):
         ("run: &r {name: a}\noptim:\n  <<: *r\n", "bad.yaml:3", "a key is not a plain word"),
         ("? [1]\n: 2\n", "bad.yaml:1", "a key is not a plain word"),
         ("teacher: null\n", "bad.yaml:1", "is a section"),
-        ("\nextends: missing.yaml\n", "bad.yaml:2", "missing.yaml cannot be read: No such file"),
+        ("\nextends: missing.yaml\n", "bad.yaml:2", "missing.yaml does not exist"),
+        (f"extends: {'x' * 300}.yaml\n", "bad.yaml:1", "holds a name of 305 bytes, longer than the 255"),
+        ('extends: "a\\0b.yaml"\n', "bad.yaml:1", "holds characters that no path can hold"),
         ("extends: {a: b}\n", "bad.yaml:1", "`extends` is neither a path nor a list of paths"),
         ("extends: bad.yaml\n", "bad.yaml:1", "`extends` goes in a circle: bad.yaml -> bad.yaml"),
         ("extends: a.yaml\nextends: b.yaml\n", "bad.yaml:2", "extends is set twice, first in line 1"),
@@ -269,6 +271,13 @@ def test_a_mapping_on_the_command_line_may_not_set_a_key_twice(write, word):
     assert "is set twice" in message(write("one.yaml", MINIMAL), word)
 
 
+@pytest.mark.parametrize("word", [f"schedule.min_lr_ratio={'9' * 400}", f"optim.betas=[0.9, {'9' * 400}]"])
+def test_a_number_that_no_float_can_hold_is_refused(write, word):
+    text = message(write("one.yaml", MINIMAL), word)
+    assert f"  {word.partition('=')[0]} = " in text
+    assert "number" in text.splitlines()[3]
+
+
 def test_a_circle_of_files_is_named(write):
     write("a.yaml", "extends: sub/b.yaml\n")
     write("sub/b.yaml", "extends: ../c.yaml\n")
@@ -278,7 +287,7 @@ def test_a_circle_of_files_is_named(write):
 
 def test_an_unreadable_file_is_the_only_problem_told(write, tmp_path):
     assert message("nowhere.yaml").splitlines()[0] == "1 problem in this run's configuration"
-    assert "nowhere.yaml cannot be read: No such file or directory" in message("nowhere.yaml")
+    assert "nowhere.yaml does not exist" in message("nowhere.yaml")
     (tmp_path / "folder.yaml").mkdir()
     assert "folder.yaml cannot be read: Is a directory" in message("folder.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"run: {name: \xe9}\n")

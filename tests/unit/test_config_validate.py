@@ -245,6 +245,11 @@ CASES = {
     "keep every between": (
         {"checkpoint__keep_every": 5, "checkpoint__every_steps": 2}, "checkpoint.keep_every", "is no multiple of"
     ),
+    "other number of ranks": ({"parallel__world_size": 16}, "parallel.world_size", "expected, and 4 were started"),
+    "no ranks": ({"parallel__world_size": 0}, "parallel.world_size", "is smaller than 1"),
+    "two beginnings": (
+        {"run__continue_from": "a", "run__resume": "b"}, "run.continue_from", "while run.resume = b: a run begins at"
+    ),
     "lease": ({"run__lock_lease_s": 0.0}, "run.lock_lease_s", "is not a positive number"),
     "async at the end": ({"checkpoint__async_write": True}, "checkpoint.async_write", "would change nothing"),
     "eval": ({"data__validation": "v", "eval__every_steps": 0}, "eval.every_steps", "is smaller than 1"),
@@ -338,7 +343,9 @@ def path_cases(tmp_path):
         ({"teacher__weights": "org/model"}, "teacher.weights", "hub names are not resolved"),
         ({"student__weights": str(empty)}, "student.weights", "it has no config.json"),
         ({"run__resume": str(tmp_path / "no")}, "run.resume", "does not exist"),
+        ({"run__continue_from": str(tmp_path / "no")}, "run.continue_from", "does not exist"),
         ({"run__output_dir": str(file / "runs")}, "run.output_dir", f"{file} is not a folder"),
+        ({"student__architecture": str(tmp_path / "no")}, "student.architecture", "does not exist"),
     ]
     return [(runnable(**{**good, **change}), key, words) for change, key, words in changes]
 

@@ -131,6 +131,18 @@ def test_over_three_short_schedules_no_sequence_is_skipped_or_repeated(monkeypat
             assert len(epoch) < size or sorted(epoch) == list(range(size))
 
 
+@pytest.mark.parametrize(("sizes", "weights"), [((7, 30, 2), None), ((7, 30, 2), (1.0, 0.2, 3.0)), ((5,), None)])
+def test_the_announced_draws_and_passes_are_those_that_are_made(sizes, weights, monkeypatch):
+    monkeypatch.setattr(order, "BLOCK", 101)  # so that a few hundred draws are several schedules
+    blend = BlendOrder(sizes, weights, seed=3)
+    for total in (0, 1, 100, 101, 102, 517):
+        counted = [0] * len(sizes)
+        for position in range(total):
+            counted[blend[position][0]] += 1
+        assert blend.draws(total) == counted
+    assert blend.sizes == list(sizes)
+
+
 def test_weights_near_the_largest_number_are_shares_like_any_other():
     small, large = (BlendOrder([50, 7], weights, seed=5) for weights in ([3.0, 1.0], [1.5e308, 0.5e308]))
     assert [large[i] for i in range(300)] == [small[i] for i in range(300)]

@@ -279,6 +279,17 @@ def test_an_export_replaces_the_last_one_and_takes_a_config_as_data(tmp_path):
     assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
+def test_two_exports_of_equal_weights_are_equal_byte_for_byte(tmp_path):
+    model = write_folder(tmp_path / "source")
+    settings = json.loads((tmp_path / "source" / "config.json").read_text())
+    first, second = (export_hf(dict(model.named_parameters()), settings, tmp_path / name) for name in ("a", "b"))
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+    raw = (first / "model.safetensors").read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    assert len(header["__metadata__"]) == 1  # of several keys safetensors 0.8 writes a random order
+
+
 def test_an_export_that_does_not_fit_leaves_nothing_behind(tmp_path):
     model = write_folder(tmp_path / "source")
     state = dict(model.named_parameters())

@@ -102,9 +102,9 @@ def test_a_student_from_weights_keeps_its_generation_config_with_every_stop_toke
         find_latest=lambda root: root / "step_000001",
         step_of=lambda folder: 1,
         identity=lambda folder: "1",
+        read_state=lambda folder: {},
         read_full_parameters=lambda folder: ((n, p.detach()) for n, p in source.named_parameters()),
         read_config=lambda folder: source.config.to_dict(),
-        read_state=lambda folder: {},
     )
     monkeypatch.setattr(export, "checkpoint", fake)
     out = export.export_checkpoint(run, tmp_path / "out", dtype="float32")

@@ -11,17 +11,19 @@ from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
 from kdtrain.engine.slices import Fragment
-from kdtrain.errors import CheckpointError, ConfigError
+from kdtrain.errors import CheckpointError, ConfigError, StoreMismatch
+from kdtrain.testing.tiny_data import write_store, write_tokenizer
 from kdtrain.training.cadence import Cadence
+from kdtrain.training.inputs import Inputs
 from kdtrain.training.progress import Progress
 from kdtrain.training.resume import config_changes, find_resume_point, saved_config
+from kdtrain.training.start import find_start
 from kdtrain.training.trainer import step_seed
 
 
 def write(run, step, origin=None):
-    about = checkpoint.Description(
-        step, {"norm.weight": (2,)}, {}, {"tp": 1}, {"model_type": "none"}, {"origin": origin}
-    )
+    state = {"origin": origin, "progress": {"tokens_seen": 10 * step}}
+    about = checkpoint.Description(step, {"norm.weight": (2,)}, {}, {"tp": 1}, {"model_type": "none"}, state)
     fragments = [Fragment("norm.weight", kind, 0, 0, torch.full((2,), float(step))) for kind in KINDS]
     return checkpoint.write_checkpoint(run / "checkpoints", Mesh(), about, fragments, {"norm.weight": step})
 
@@ -31,9 +33,10 @@ def damage(folder):
         file.write_bytes(file.read_bytes()[:-1])
 
 
-def resume(run, how="auto"):
+def resume(run, how="auto", stage=None):
     cfg = RunConfig()
     cfg.run.resume = str(how)
+    cfg.run.continue_from = None if stage is None else str(stage)
     return find_resume_point(cfg, run)
 
 
@@ -82,6 +85,61 @@ def test_the_same_command_continues_whatever_became_of_where_it_began(tmp_path, 
     else:
         shutil.rmtree(tmp_path / "source")
     assert resume(run, named).path == own
+
+
+@pytest.mark.parametrize("how", ["auto", "never"])
+def test_a_stage_begins_at_a_checkpoint_and_the_same_command_then_resumes_the_stage(how, tmp_path):
+    source = write(tmp_path / "source", 5, {"path": "before"})
+    for named in (source, tmp_path / "source"):
+        found = resume(tmp_path / "run", how, named)
+        assert (found.path, found.is_stage) == (source.resolve(), True)
+        assert {key: found.origin[key] for key in ("is_stage", "step", "tokens_seen", "origin")} == {
+            "is_stage": True, "step": 5, "tokens_seen": 50, "origin": {"path": "before"},
+        }  # fmt: skip
+    own = write(tmp_path / "run", 1, found.origin)
+    shutil.rmtree(tmp_path / "source")
+    again = resume(tmp_path / "run", "auto", tmp_path / "source")
+    assert (again.path, again.is_stage, again.origin) == (own, False, found.origin)
+    assert resume(tmp_path / "run").origin == found.origin, "auto alone must carry it on too"
+    with pytest.raises(ConfigError, match=r"exists, but run.resume = never"):
+        resume(tmp_path / "run", "never", tmp_path / "source")
+
+
+def test_a_folder_that_did_not_begin_as_this_stage_is_refused_with_both(tmp_path):
+    source, own = write(tmp_path / "source", 5), write(tmp_path / "run", 9)
+    with pytest.raises(
+        ConfigError, match=r"run.continue_from = .* \(step 5\), but this run folder holds .*step_000009"
+    ):
+        resume(tmp_path / "run", stage=source)
+    with pytest.raises(
+        ConfigError, match=r"fix: choose another run.name, or set run.resume=auto and run.continue_from"
+    ):
+        resume(tmp_path / "run", stage=own)
+    write(tmp_path / "resumed", 6, resume(tmp_path / "resumed", source).origin)
+    with pytest.raises(ConfigError, match=r"of a run that began from .*source/checkpoints/step_000005\n"):
+        resume(tmp_path / "resumed", stage=source)
+    write(tmp_path / "stage", 6, resume(tmp_path / "stage", stage=source).origin)
+    with pytest.raises(ConfigError, match=r"of a run that began from .*step_000005 as a new stage\n"):
+        resume(tmp_path / "stage", source)
+    with pytest.raises(CheckpointError, match=r"run.continue_from = .*: no complete checkpoint there"):
+        resume(tmp_path / "new", stage=tmp_path)
+
+
+def test_a_stage_on_tokens_of_another_tokenizer_is_refused(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    other = write_tokenizer(tmp_path / "other", lowercase=True)
+    source = write(tmp_path / "source", 5)
+    stores = [write_store(tmp_path / f"store{n}", [[1, 2, 3]], t) for n, t in enumerate((tokenizer, other))]
+    cfg = RunConfig()
+    cfg.run.continue_from = str(source)
+    same, different = (Inputs((store,), None, 257, 257) for store in stores)
+    with pytest.raises(StoreMismatch, match=r"source/model has no tokenizer.json(.|\n)*fix: "):
+        find_start(cfg, same, tmp_path / "run")
+    shutil.copytree(tokenizer, tmp_path / "source/model")
+    with pytest.raises(
+        StoreMismatch, match=r"was trained on another tokenizer than that of .*store1: .* is \[(.|\n)*fix"
+    ):
+        find_start(cfg, different, tmp_path / "run")
 
 
 def test_a_path_that_is_not_where_this_run_began_is_refused_with_both(tmp_path):

@@ -47,17 +47,6 @@ def test_a_run_that_starts_anew_puts_an_older_ones_records_aside(tmp_path):
     assert [r["data/step"] for r in read_records(tmp_path / "metrics.jsonl.before")] == [0, 1, 2]
 
 
-def test_a_resumed_run_knows_which_steps_it_repeats(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    write_run(path, [1, 2, 3, 4])
-    sink = JsonlSink(path, resume_step=2)
-    assert sink.repeats == 4
-    sink.close()
-    sink = JsonlSink(path)
-    assert sink.repeats == -1
-    sink.close()
-
-
 def test_a_kill_at_any_byte_leaves_the_records_before_it(tmp_path):
     whole = tmp_path / "metrics.jsonl"
     write_run(whole, [1, 2, 3])

@@ -1,0 +1,53 @@
+"""Whether what a run begins with belongs to what it trains: looked at before minutes are spent on loading."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from kdtrain.config.schema import RunConfig
+from kdtrain.data.tokenizer_compare import compare_tokenizers
+from kdtrain.engine import checkpoint
+from kdtrain.errors import StoreMismatch
+from kdtrain.models.load import model_facts
+from kdtrain.training import build
+from kdtrain.training.export import MODEL_FOLDER
+from kdtrain.training.inputs import Inputs
+from kdtrain.training.resume import ResumePoint, find_resume_point
+
+
+def find_start(cfg: RunConfig, inputs: Inputs, run_folder: Path) -> ResumePoint | None:
+    """`find_resume_point`; a new stage must keep the student and the tokenizer of the run it continues.
+
+    Reads the file system only. Raises StoreMismatch, and CheckpointError for another model, as well.
+    """
+    point = find_resume_point(cfg, run_folder)
+    if point is not None and point.is_stage:
+        _same_tokenizer(point.path, inputs)
+        config = model_facts(build.student_spec(cfg), inputs.vocab_size).config
+        checkpoint.check_config(point.path, json.loads(config.to_json_string(use_diff=False)))
+    return point
+
+
+def _same_tokenizer(source: Path, inputs: Inputs) -> None:
+    """A resumed run reads the very same stores; a new stage reads others, which only their tokenizer holds together."""
+    kept = source.parent.parent / MODEL_FOLDER
+    if not (kept / "tokenizer.json").is_file():
+        raise StoreMismatch(
+            f"{kept} has no tokenizer.json\n"
+            "  why: a run keeps its student's tokenizer there, and a new stage must read tokens of the same one\n"
+            "  fix: name the checkpoint inside its run folder, or put the tokenizer's files there"
+        )
+    found = compare_tokenizers(kept, inputs.tokenizer_dir)
+    difference = found.difference
+    if difference is None:
+        differing = sorted({number for store in inputs.stores for number in store.occurring_ids(found.unshared)})
+        if differing:
+            one, other = found.unshared[differing[0]]
+            difference = f"id {differing[0]}, which the data holds, is {one!r} there and {other!r} here"
+    if difference is not None:
+        raise StoreMismatch(
+            f"{source} was trained on another tokenizer than that of {inputs.train[0].path}: {difference}\n"
+            "  why: token ids that mean other text would be learned without a word\n"
+            "  fix: prepare the stores of the new stage with the same tokenizer"
+        )
