@@ -203,9 +203,15 @@ def model_facts(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> 
 
 
 def check_architecture(
-    spec: ModelSpec, vocab_size: int, mesh: Mesh, *, packed: bool = True, trainable: bool = True,
-    sequence: bool = False, quantize: str | None = None,
-) -> Backbone:  # fmt: skip
+    spec: ModelSpec,
+    vocab_size: int,
+    mesh: Mesh,
+    *,
+    packed: bool = True,
+    trainable: bool = True,
+    sequence: bool = False,
+    quantize: str | None = None,
+) -> Backbone:
     """What `load_backbone` returns, parameters on meta; raises what it would raise, before a weight is read or made.
 
     mesh: its sizes alone are used, so it may be of a world that does not run yet. A device is not known either: an

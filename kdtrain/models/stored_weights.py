@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ from kdtrain.models.weight_files import Place
 
 ORDINARY = ("F64", "F32", "F16", "BF16")
 """Dtypes, as safetensors spells them, whose numbers are the weights themselves."""
+
+COUNTS = ("I64", "BOOL")
+"""Dtypes of positions and masks, which quantised weights are not kept in."""
 
 MARK_KEYS = ("quantization_config", "compression_config")
 """Keys of a config.json that say that the weights beside it are quantised; transformers 5.23 knows only the first."""
@@ -44,6 +47,8 @@ HARMLESS = re.compile(
 MASK = re.compile(r"attn\.bias$|attention\.bias$")
 """A causal mask that older releases saved, if it has the shape [1, 1, n, n]."""
 
+SWITCH = "set allow_unused_weights=true in the section of this model, student or teacher"
+
 
 def check_stored(model: Any, folder: Path, *, allow_unused: bool = False) -> None:
     """Raise ConfigError unless the weight files of `folder` hold all of `model`, in ordinary numbers, and nothing else.
@@ -54,14 +59,13 @@ def check_stored(model: Any, folder: Path, *, allow_unused: bool = False) -> Non
     dtype than float16, bfloat16, float32 and float64 always are. Does not communicate.
     """
     with SafetensorsFolder(folder, model) as stored:
-        needed = {name: tuple(param.shape) for name, param in _kept_parameters(model)}
-        buffers = dict(persistent_buffers(model))
-        unused = list(_unused(model, stored, needed.keys() | buffers.keys()))
-        _refuse_quantised(stored, needed, buffers, [] if allow_unused else unused, allow_unused=allow_unused)
-        _refuse_missing(model, stored, [name for name in (*needed, *buffers) if not _holds(stored, name)], unused)
-        for name, shape in (needed | {name: tuple(buffer.shape) for name, buffer in buffers.items()}).items():
-            for place, part in _places(stored, name, shape):
-                stored.check_shape(place, part)
+        needed = {kept_name(model, name): param for name, param in model.named_parameters()}
+        needed |= dict(persistent_buffers(model))
+        unused = list(_unused(model, stored, needed.keys()))
+        _refuse_quantised(stored, needed, unused, allow_unused=allow_unused)
+        _refuse_missing(model, stored, needed.keys(), unused)
+        for name, tensor in needed.items():
+            _check_shape(stored, name, tuple(tensor.shape))
         if unused and not allow_unused:
             raise _unused_error(folder, unused)
         _check_tied(model, stored)
@@ -78,28 +82,21 @@ def persistent_buffers(model: Any) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in model.state_dict().items() if name not in parameters]
 
 
-def _kept_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
-    for name, param in model.named_parameters():
-        yield kept_name(model, name), param
+def _places(stored: SafetensorsFolder, name: str) -> list[Place]:
+    """Of every tensor that the parameter or buffer `name` is made of; none if the files lack it."""
+    if name in stored.grouped:
+        return [place for places in stored.grouped[name].places for place in places]
+    return [stored.place[name]] if name in stored.place else []
 
 
-def _holds(stored: SafetensorsFolder, name: str) -> bool:
-    return name in stored.place or name in stored.grouped
+def _check_shape(stored: SafetensorsFolder, name: str, shape: tuple[int, ...]) -> None:
+    if name in stored.grouped:
+        shape = (stored.grouped[name].rows_of(shape), shape[2])
+    for place in _places(stored, name):
+        stored.check_shape(place, shape)
 
 
-def _places(stored: SafetensorsFolder, name: str, shape: tuple[int, ...]) -> Iterator[tuple[Place, tuple[int, ...]]]:
-    """(place, the shape it must have) of every stored tensor that `name`, of the full `shape`, is made of."""
-    if name not in stored.grouped:
-        yield stored.place[name], shape
-        return
-    packed = stored.grouped[name]
-    part = (packed.rows_of(shape), shape[2])
-    for places in packed.places:
-        for place in places:
-            yield place, part
-
-
-def _unused(model: Any, stored: SafetensorsFolder, needed: Any) -> Iterator[Place]:
+def _unused(model: Any, stored: SafetensorsFolder, needed: Set[str]) -> Iterator[Place]:
     """Tensors without a place in the model, but for those that older releases or its class say are harmless."""
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
     tied = tied_names(model)
@@ -115,59 +112,42 @@ def _unused(model: Any, stored: SafetensorsFolder, needed: Any) -> Iterator[Plac
 
 
 def _refuse_quantised(
-    stored: SafetensorsFolder,
-    needed: Mapping[str, Any],
-    buffers: Mapping[str, Tensor],
-    unused: list[Place],
-    *,
-    allow_unused: bool,
+    stored: SafetensorsFolder, needed: Mapping[str, Tensor], unused: list[Place], *, allow_unused: bool
 ) -> None:
     folder, dtype = stored.folder, stored.files.dtype
     mark = next((f"{name}, of {writer}" for name, writer in MARK_FILES.items() if (folder / name).is_file()), None)
-    weights = [place for name in needed if _holds(stored, name) for place in _all_places(stored, name)]
-    weights += [stored.place[name] for name, b in buffers.items() if b.is_floating_point() and name in stored.place]
-    odd = [place for place in weights if dtype(place) not in ORDINARY]
-    scales = [place for place in unused if SCALES.search(place[1]) or dtype(place) not in ORDINARY]
+    floats = [name for name, tensor in needed.items() if tensor.is_floating_point()]
+    odd = [place for name in floats for place in _places(stored, name) if dtype(place) not in ORDINARY]
+    scales = [place for place in unused if SCALES.search(place[1]) or dtype(place) not in (*ORDINARY, *COUNTS)]
     if odd:
-        what = f"tensor {odd[0][1]!r} of {odd[0][0]} is stored as {dtype(odd[0])}" + _more(odd)
-        switch = "use the unquantised model, or dequantise this one into a new folder"
-    elif scales:
-        what = f"tensor {scales[0][1]!r} of {scales[0][0]} ({dtype(scales[0])}) has no place in the model" + _more(
-            scales
-        )
-        switch = f"use the unquantised model; if the weights are ordinary all the same, {SWITCH}"
+        what = f"tensor {odd[0][1]!r} of {odd[0][0]} is stored as {dtype(odd[0])}{_more(odd)}"
+        fix = "use the unquantised model, or dequantise this one into a new folder"
+    elif scales and not allow_unused:
+        (file, key), more = scales[0], _more(scales)
+        what = f"tensor {key!r} of {file} ({dtype(scales[0])}) has no place in the model{more}"
+        fix = f"use the unquantised model; if the weights are ordinary all the same, {SWITCH}"
     elif mark is not None and not allow_unused:
         what, mark = f"{mark}, says so", None
-        switch = f"use the unquantised model; if the weights are ordinary all the same, remove that file, or {SWITCH}"
+        fix = f"use the unquantised model; if the weights are ordinary all the same, remove that file, or {SWITCH}"
     else:
         return
     raise ConfigError(
         f"{folder} is quantised: {what}" + ("" if mark is None else f" (and there is {mark})") + "\n"
         "  why: read as they are, without their scales, such numbers are not the model's weights\n"
-        f"  fix: {switch}"
+        f"  fix: {fix}"
     )
-
-
-SWITCH = "set allow_unused_weights=true in the section of this model, student or teacher"
 
 
 def _more(places: list[Place]) -> str:
     return "" if len(places) == 1 else f", and {len(places) - 1} more like it"
 
 
-def _all_places(stored: SafetensorsFolder, name: str) -> list[Place]:
-    if name in stored.grouped:
-        return [place for places in stored.grouped[name].places for place in places]
-    return [stored.place[name]]
-
-
-def _refuse_missing(model: Any, stored: SafetensorsFolder, missing: list[str], unused: list[Place]) -> None:
+def _refuse_missing(model: Any, stored: SafetensorsFolder, needed: Set[str], unused: list[Place]) -> None:
+    missing = [name for name in needed if not _places(stored, name)]
     if not missing:
         return
-    head = model.get_output_embeddings()
-    own = set() if head is None else {id(param) for param in head.parameters()}
-    of_head = {name for name, param in model.named_parameters() if id(param) in own}
-    if set(missing) <= of_head:
+    base = f"{model.base_model_prefix}."
+    if base != "." and set(missing) == {name for name in needed if not name.startswith(base)}:
         raise ConfigError(
             f"{stored.folder} has no tensor for the head {missing[0]!r}, which config.json does not tie to the "
             "embedding\n"

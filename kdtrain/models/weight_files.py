@@ -17,6 +17,7 @@ weights, of another dtype), while a file that was cut off is recognised by its o
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -119,7 +120,8 @@ class WeightFiles:
             )
 
     def _named(self, named: str) -> list[Place]:
-        inside = (self.folder / named).resolve().is_relative_to(self.folder.resolve())
+        # by its name, not by where links lead: a cache of downloads links every file to a store outside
+        inside = Path(os.path.abspath(self.folder / named)).is_relative_to(os.path.abspath(self.folder))
         if not named.endswith((".safetensors", ".safetensors.index.json")) or not inside:
             raise ConfigError(
                 f"{self.folder}: config.json sets transformers_weights = {named!r}\n"

@@ -15,6 +15,7 @@ from kdtrain.models.backbone import Backbone
 from kdtrain.models.facts import ModelFacts
 from kdtrain.models.load import ModelSpec, check_architecture, model_facts
 from kdtrain.models.quantize import require_torchao
+from kdtrain.telemetry.jsonl_sink import read_records
 from kdtrain.telemetry.wandb_sink import require_wandb
 from kdtrain.training import build
 from kdtrain.training.estimate import MemoryEstimate, ModelSize, estimate_memory, estimate_teacher_rank
@@ -157,10 +158,12 @@ def _check_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, trains: bool) -
 
 
 def _check_start(cfg: RunConfig, inputs: Inputs, mesh: Mesh, student: Backbone) -> None:
-    """Raise what a run would between its models and its first step: of the data's order, a resume, a sink."""
-    resume_from = find_resume_point(cfg, Path(cfg.run.output_dir) / cfg.run.name)
+    """Raise what a run would between its models and its first step: of the data's order, a resume, its records."""
+    folder = Path(cfg.run.output_dir) / cfg.run.name
+    resume_from = find_resume_point(cfg, folder)
     loader = build.build_loader(cfg, inputs, mesh, prefetch=0)
     if resume_from is not None:
         checkpoint.check_model(resume_from.path, student)
         loader.check_state(checkpoint.read_state(resume_from.path)["loader"])
+    read_records(folder / "metrics.jsonl")
     require_wandb(cfg.log.wandb)

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdtrain.testing.model_folders import edit_tensors
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.deepspeed
 
@@ -269,6 +271,25 @@ def test_check_says_what_would_run_and_starts_nothing(world):
     assert "memory   estimate" in done.stdout
     assert "check    passed" in done.stdout
     assert not (world / "runs/never").exists()
+
+
+@pytest.mark.parametrize("case", ["a quantised teacher", "another data order"])
+def test_check_and_run_refuse_with_the_same_words_and_code(world, finished, tmp_path, case):
+    if case == "a quantised teacher":
+        shutil.copytree(world / "teacher", tmp_path / "teacher")
+        edit_tensors(tmp_path / "teacher", lambda t: t.update({name: x.to(torch.int8) for name, x in t.items()}))
+        words, code, said = [f"teacher.weights={tmp_path / 'teacher'}", "run.name=int8"], 2, "is stored as I8"
+    else:
+        shutil.copytree(finished[0], world / "runs/reseeded")
+        words, code, said = (
+            ["run.seed=7", "run.name=reseeded"],
+            3,
+            "data order differs in run.seed: 1 in the checkpoint",
+        )
+    words = [world / "config.yaml", "parallel.tp=1", *words]
+    for done in (script("train.py", *words, "--check"), script("train.py", *words)):
+        assert done.returncode == code, done.stdout + done.stderr
+        assert said in done.stderr
 
 
 def test_a_truncated_store_is_refused_by_name_with_code_3(world, tmp_path):

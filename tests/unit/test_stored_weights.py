@@ -170,7 +170,7 @@ def test_what_older_releases_saved_beside_the_weights_is_harmless(tmp_path):
     old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4), "model.layers.0.self_attn.bias": mask.bool()}
     edit_tensors(tmp_path / "llama", lambda t: t.update(old))
     equals_stock(tmp_path / "llama")
-    edit_tensors(tmp_path / "llama", lambda t: t.update({"model.layers.0.self_attn.bias": torch.ones(32)}))
+    edit_tensors(tmp_path / "llama", lambda t: t.update({"model.layers.0.self_attn.bias": torch.arange(32)}))
     refuse(tmp_path / "llama", r"'model\.layers\.0\.self_attn\.bias' of .* has no place")
 
 

@@ -91,6 +91,16 @@ def test_config_json_can_name_the_file_as_for_transformers(tmp_path):
         refuse(tmp_path, "transformers_weights = ")
 
 
+def test_files_may_be_links_as_in_a_cache_of_downloads(tmp_path):
+    save_random(tmp_path / "blobs", LLAMA)
+    (tmp_path / "snapshot").mkdir()
+    for file in (tmp_path / "blobs").iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    head_of(tmp_path / "snapshot")
+    edit_json(tmp_path / "blobs/config.json", transformers_weights="model.safetensors")
+    head_of(tmp_path / "snapshot")
+
+
 def test_an_export_of_a_model_whose_config_names_a_file_names_none(tmp_path):
     save_random(tmp_path, LLAMA)
     (tmp_path / "model.safetensors").rename(tmp_path / "other.safetensors")

@@ -1,0 +1,286 @@
+"""--check and the start of a run, side by side: what one refuses the other refuses with the same words, and the same
+for what passes. The run is begun as `run_training` begins it, up to the engine, in this process."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kdtrain.config.schema import RunConfig
+from kdtrain.dist.mesh import Mesh
+from kdtrain.engine import checkpoint
+from kdtrain.engine.manifest import KINDS
+from kdtrain.engine.slices import Fragment
+from kdtrain.errors import CheckpointError, ConfigError, DataError, KdtrainError, ParallelError, StoreMismatch
+from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
+from kdtrain.models.tiny import save_random, tiny_config
+from kdtrain.models.tiny_mixtures import write_mixture
+from kdtrain.telemetry.jsonl_sink import JsonlSink
+from kdtrain.testing.model_folders import check_and_load, edit_json, edit_tensors, outcome
+from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from kdtrain.training import build
+from kdtrain.training.describe import print_check
+from kdtrain.training.inputs import open_inputs
+from kdtrain.training.quantized import quantize_teacher
+from kdtrain.training.resume import find_resume_point
+
+LLAMA = tiny_config("llama", vocab_size=257)
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    """A run of two model folders that would start."""
+    found = RunConfig()
+    for role, section in (("student", found.student), ("teacher", found.teacher)):
+        section.weights, section.dtype = str(write_tokenizer(tmp_path / role)), "float32"
+        save_random(tmp_path / role, LLAMA, seed=len(role))
+    write_store(tmp_path / "store", random_documents(40, seed=0), tmp_path / "teacher")
+    found.run.output_dir, found.run.name, found.train.total_tokens = str(tmp_path / "runs"), "x", 2048
+    found.data.train = [str(tmp_path / "store")]
+    found.data.seq_len, found.data.sequences_per_micro_batch, found.data.tokens_per_step = 16, 2, 64
+    return found
+
+
+def begin(cfg):
+    """What `run_training` does before it builds the engine, and how that takes a checkpoint up."""
+    inputs, mesh = open_inputs(cfg, build.specs(cfg)), Mesh()
+    models = build.build_models(cfg, inputs, mesh, torch.device("cpu"), trainable=True)
+    resume_from = find_resume_point(cfg, Path(cfg.run.output_dir) / cfg.run.name)
+    loader = build.build_loader(cfg, inputs, mesh, prefetch=0)
+    quantize_teacher(cfg, models, next(loader)[0], mesh)
+    if resume_from is not None:
+        checkpoint.check_model(resume_from.path, models.student)  # as checkpoint.load does
+        loader.load_state_dict(checkpoint.read_state(resume_from.path)["loader"])
+    (Path(cfg.run.output_dir) / cfg.run.name).mkdir(parents=True, exist_ok=True)
+    JsonlSink(Path(cfg.run.output_dir) / cfg.run.name / "metrics.jsonl").close()
+    return models
+
+
+def both(cfg):
+    """What `begin` returns, or the error it raises, after --check has fared alike."""
+    checked = outcome(lambda: print_check(cfg, open_inputs(cfg, build.specs(cfg)), world_size=1))
+    begun = outcome(lambda: begin(cfg))
+    if isinstance(begun, KdtrainError):
+        assert (type(checked), str(checked)) == (type(begun), str(begun))
+    else:
+        assert checked is None, checked
+    return begun
+
+
+def refused(cfg, match, kind=ConfigError):
+    error = both(cfg)
+    assert type(error) is kind, error
+    with pytest.raises(kind, match=match):
+        raise error
+
+
+def quantised(folder):
+    edit_tensors(folder, lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn), Q + "_scale": torch.ones(1)}))
+    (folder / "hf_quant_config.json").write_text("{}")
+
+
+def without(name):
+    return lambda folder: edit_tensors(folder, lambda tensors: tensors.pop(name))
+
+
+def cut_off(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def without_a_shard(folder):
+    (folder / "model.safetensors").unlink()
+    save_random(folder, LLAMA, shard_size="20KB")
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def with_two_sets(folder):
+    save_random(folder, LLAMA, seed=9, shard_size="20KB")
+
+
+def with_another_head(folder):
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+
+
+REFUSALS = {
+    "missing tensor": (without("model.norm.weight"), r"no tensor for parameter 'model\.norm\.weight'"),
+    "no head": (without("lm_head.weight"), r"no tensor for the head"),
+    "another shape": (lambda f: edit_json(f / "config.json", intermediate_size=40), r"has shape \(44, 32\)"),
+    "fewer layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=1), "has no place in the model"),
+    "more layers": (lambda f: edit_json(f / "config.json", num_hidden_layers=3), r"'model\.layers\.2\..* are missing"),
+    "cut off": (cut_off, "damaged or cut off"),
+    "a shard missing": (without_a_shard, r"lacks \['model-00002-of-"),
+    "two sets": (with_two_sets, "holds two sets of weights"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"has no model\.safetensors"),
+    "pickles": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), r"only \['pytorch_model\.bin'\]"),
+    "quantised": (quantised, r"stored as F8_E4M3 \(and there is hf_quant_config\.json"),
+    "a mark": (lambda f: edit_json(f / "config.json", quantization_config={"bits": 4}), "has quantization_config"),
+    "tied, but not equal": (with_another_head, "the files hold two different tensors"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"no config\.json"),
+    "not a causal model": (lambda f: edit_json(f / "config.json", model_type="t5"), "not a causal language model"),
+    "a width that is a word": (lambda f: edit_json(f / "config.json", hidden_size="x"), "transformers refuses"),
+}
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_folder_that_a_run_refuses_is_refused_by_the_check_in_the_same_words(cfg, role, name):
+    change, match = REFUSALS[name]
+    change(Path(getattr(cfg, role).weights))
+    refused(cfg, match)
+
+
+def sharded(folder):
+    (folder / "model.safetensors").unlink()
+    save_random(folder, LLAMA, shard_size="20KB")
+
+
+def base_and_tied(folder):
+    save_random(folder, {**LLAMA, "tie_word_embeddings": True}, base=True)
+
+
+def half(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({name: t.half() for name, t in tensors.items()}))
+
+
+def both_of_a_tied_pair(folder):
+    save_random(folder, {**LLAMA, "tie_word_embeddings": True})
+    edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+
+
+ACCEPTED = {
+    "as saved": lambda folder: None,
+    "shards": sharded,
+    "a base model's": base_and_tied,
+    "float16": half,
+    "tied, and equal": both_of_a_tied_pair,
+    "a pickle besides": lambda folder: (folder / "pytorch_model.bin").touch(),
+}
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_a_folder_that_a_run_reads_passes_the_check(cfg, role, name):
+    ACCEPTED[name](Path(getattr(cfg, role).weights))
+    models = both(cfg)
+    assert models.student.elements_read > 0 < models.teacher_backbone.elements_read
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_the_switch_lets_either_model_have_tensors_without_a_place(cfg, role):
+    section = getattr(cfg, role)
+    edit_tensors(Path(section.weights), lambda tensors: tensors.update({"extra.weight": torch.ones(3)}))
+    refused(cfg, "'extra.weight' of model.safetensors has no place")
+    section.allow_unused_weights = True
+    both(cfg)
+
+
+def test_mixtures_are_checked_expert_by_expert(cfg):
+    teacher = Path(cfg.teacher.weights)
+    (teacher / "model.safetensors").unlink()
+    model = write_mixture(teacher, "qwen3_moe", packed=False, vocab_size=257)
+    model.save_pretrained(teacher, save_original_format=True)
+    both(cfg)
+    expert = "model.layers.1.mlp.experts.3.up_proj.weight"
+    edit_tensors(teacher, lambda tensors: tensors.update({expert: tensors[expert][1:]}))
+    refused(cfg, rf"tensor '{expert}' has shape \(39, 32\), the model needs \(40, 32\)")
+    without(expert)(teacher)
+    refused(cfg, "11 experts like")
+    cfg.student.weights = cfg.teacher.weights
+    refused(cfg, "mixture of experts")
+
+
+def other_quantisation(cfg):
+    pytest.importorskip("torchao")
+    save_random(Path(cfg.teacher.weights), tiny_config("gpt2", vocab_size=257))
+    cfg.teacher.quantize, cfg.data.reset_positions = "int8", False
+
+
+def too_little_text(cfg):
+    cfg.data.seq_len = cfg.data.tokens_per_step = 4096
+    cfg.data.sequences_per_micro_batch = 1
+
+
+def too_small_a_share(cfg):
+    store = write_store(Path(cfg.data.train[0] + "2"), random_documents(40, seed=1), Path(cfg.teacher.weights))
+    cfg.data.train, cfg.data.train_weights = [*cfg.data.train, str(store.path)], [1.0, 1e-9]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "match"),
+    [
+        (other_quantisation, ConfigError, r"teacher\.quantize = int8: GPT2LMHeadModel has Conv1D layers"),
+        (too_little_text, DataError, "has not one complete sequence"),
+        (too_small_a_share, DataError, "less than one sequence in"),
+        (lambda cfg: setattr(cfg.run, "resume", cfg.run.output_dir), CheckpointError, "no complete checkpoint there"),
+        (lambda cfg: setattr(cfg.student, "attention", "flash"), ConfigError, "'flash' is not known"),
+        (lambda cfg: setattr(cfg.student, "dtype", "float16"), ConfigError, "dtype = 'float16'"),
+    ],
+)
+def test_settings_that_a_run_refuses_once_it_looks_at_models_and_data_are_refused_by_the_check(
+    cfg, change, kind, match
+):
+    change(cfg)
+    refused(cfg, match, kind)
+
+
+def test_a_resume_that_a_run_refuses_is_refused_by_the_check(cfg):
+    models = both(cfg)
+    inputs = open_inputs(cfg, build.specs(cfg))
+    shapes = models.student.full_shapes()
+    state = {"loader": build.build_loader(cfg, inputs, Mesh(), prefetch=0).state_dict(4), "origin": None}
+    config = json.loads(models.student.config.to_json_string(use_diff=False))
+    about = checkpoint.Description(1, shapes, {}, {"tp": 1}, config, state)
+    values = {name: param[: shapes[name][0]].detach().flatten() for name, param in models.student.hf_parameters()}
+    fragments = [Fragment(name, kind, 0, 0, value) for name, value in values.items() for kind in KINDS]
+    root = Path(cfg.run.output_dir) / cfg.run.name / "checkpoints"
+    checkpoint.write_checkpoint(root, Mesh(), about, fragments, dict.fromkeys(shapes, 1))
+    both(cfg)
+    cfg.run.seed = 2
+    refused(cfg, r"data order differs in run\.seed: 1 in the checkpoint, 2 here", StoreMismatch)
+    cfg.run.seed, cfg.run.resume = 1, "never"
+    refused(cfg, r"exists, but run\.resume = never")
+    cfg.run.resume = "auto"
+    save_random(Path(cfg.student.weights), {**LLAMA, "intermediate_size": 40})
+    refused(cfg, r"holds another model than this run trains", CheckpointError)
+
+
+def test_records_that_a_run_cannot_continue_are_refused_by_the_check(cfg):
+    folder = Path(cfg.run.output_dir) / cfg.run.name
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("{\n")
+    refused(cfg, "is not a JSON record", DataError)
+
+
+@pytest.mark.parametrize(
+    ("settings", "how", "kind", "match"),
+    [
+        ({"attention_dropout": 0.1}, {"tp": 2, "trainable": True}, ParallelError, "ranks would draw different masks"),
+        ({"attention_dropout": 0.1}, {"tp": 2}, None, ""),
+        ({}, {"tp": 16}, ParallelError, "more than the 8 query heads"),
+        ({"model_type": "olmo2"}, {"tp": 2, "trainable": True, "sequence": True}, ParallelError, "gathers the tokens"),
+        ({"model_type": "olmo2"}, {"tp": 2, "trainable": True}, None, ""),
+        ({}, {"tp": 2}, None, ""),
+        ({}, {"attention": "flash_attention_2"}, ConfigError, "needs bfloat16, this is float32"),
+        ({"model_type": "gemma2", "head_dim": 8}, {"attention": "sdpa"}, ConfigError, "cannot use torch's scaled"),
+        ({}, {"vocab_size": 102}, ConfigError, "vocab_size = 101, but the tokenizer has 102"),
+    ],
+)
+def test_layouts_and_attention_are_judged_alike(tmp_path, settings, how, kind, match):
+    save_random(tmp_path, {**tiny_config("llama"), **settings})
+    tp = how.pop("tp", 1)
+    if how.get("attention") == "flash_attention_2":  # loading stops earlier, at the device that is no GPU
+        with pytest.raises(kind, match=match):
+            check_architecture(ModelSpec(weights=str(tmp_path), dtype="float32", **how), 99, Mesh())
+        with pytest.raises(kind, match="needs a CUDA device"):
+            load_backbone(
+                ModelSpec(weights=str(tmp_path), dtype="float32", **how), Mesh(), vocab_size=99, trainable=False
+            )
+    elif kind is None:
+        check_and_load(tmp_path, mesh=Mesh(world_size=tp, tp_size=tp), **how)
+    else:
+        with pytest.raises(kind, match=match):
+            check_and_load(tmp_path, mesh=Mesh(world_size=tp, tp_size=tp), **how)
