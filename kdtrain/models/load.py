@@ -276,10 +276,10 @@ def _cut(
 
 
 def _prepare_context(model: Any, mesh: Mesh, source: str, packed: bool) -> None:
-    """Rotary embeddings by documents' own lengths, and attention over the mesh's cp group if it has several ranks,
-    once the model is known to bear it."""
-    if packed:
-        check_neighbours(model, source)
+    """Rotary embeddings of documents' own lengths, and attention over the mesh's cp group, if it has several ranks:
+    once the model is known to bear both."""
+    if packed or mesh.cp_size > 1:
+        check_neighbours(model, source, packed=packed)
     if mesh.cp_size > 1:
         check_context(model, source, packed=packed)
         use_context(model, mesh, source)

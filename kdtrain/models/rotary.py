@@ -4,7 +4,7 @@ Two types of transformers look at the largest position they are given: `longrope
 tables by it, `dynamic` (NTK) makes a table for it. Stock code looks at all positions of a pass at once, so a short
 document beside a long one has another distribution than alone. Here the stock module runs once for each table that the
 documents of a pass need, and every token takes what the table of its own document says: a packed document is what the
-stock model makes of that document alone, whoever shares its pass, its micro-batch or its ranks.
+stock model makes of that document alone, whatever else is in its pass, its micro-batch or on its ranks.
 
 B sequences, S tokens of them on this rank, d the width that is turned.
 """
@@ -143,12 +143,15 @@ def _is_length_dependent(kind: str) -> bool:
     return any(name in kind for name in LENGTH_DEPENDENT)
 
 
-def _declared(settings: Any) -> list[str]:
-    """Every type of rotary embedding named anywhere in a config, under today's key or the one before it."""
+def _declared(settings: Any, inside: bool = False) -> list[str]:
+    """Every type that a config names in its settings of rotary embeddings, under today's key or the one before it.
+
+    inside: whether `settings` are such settings.
+    """
     if not isinstance(settings, dict):
         return []
-    here = [str(settings[key]) for key in ("rope_type", "type") if key in settings]
-    return here + [kind for value in settings.values() for kind in _declared(value)]
+    here = [str(settings[key]) for key in ("rope_type", "type") if inside and key in settings]
+    return here + [kind for key, value in settings.items() for kind in _declared(value, inside or "rope" in str(key))]
 
 
 def _tokens(answer: Any, mask: Tensor) -> Any:

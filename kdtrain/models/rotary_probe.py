@@ -31,27 +31,27 @@ LONGEST = 256
 _LENGTH = re.compile(r"max_position|length|seq_len")
 
 
-def check_neighbours(model: Any, source: str) -> None:
+def check_neighbours(model: Any, source: str, *, packed: bool = True) -> None:
     """Raise ConfigError if a document's hidden states depend on the length of others that share its forward pass.
 
-    model: the stock model, parameters possibly on meta; it is not run. source: what to call it in messages. Builds and
-    runs a tiny random copy on the CPU, with the rotary embeddings that `use_document_lengths` gives it, when the model
-    has rotary embeddings of another type than "default"; leaves torch's random state alone. Raises ConfigError also
-    when no such copy can be run.
+    model: the stock model, parameters possibly on meta; it is not run. source: what to call it in messages. packed:
+    whether position_ids restart at documents. Builds and runs a tiny random copy on the CPU, with the rotary embeddings
+    that `use_document_lengths` gives it, when the model has rotary embeddings of another type than "default"; leaves
+    torch's random state alone. Raises ConfigError also when no such copy can be run.
     """
     kinds = sorted({kind for module in model.modules() for kind in rope_types(module)} - {"default"})
     if not kinds:
         return
     changes = _shrunk(model.config.to_dict())
-    apart, alone = run_on_copy(model, source, partial(_measure, source=source), changes)
+    apart, alone = run_on_copy(model, source, partial(_measure, source=source, packed=packed), changes)
     kind = f"{source} has rotary embeddings of the type {', '.join(kinds)}"
     if apart > TOLERANCE:
         raise ConfigError(
             f"{kind}: hidden states of short documents change by {apart:.2g} of their size when a long document shares "
             "their forward pass\n"
             "  why: a document's distribution would depend on its neighbours, so on micro-batch and layout\n"
-            "  fix: set data.reset_positions=false (all documents are then as long as the sequence), or use a model "
-            "with another rope_type"
+            "  fix: set data.reset_positions=false and parallel.cp=1 (all documents are then as long as the sequence, "
+            "which is on one rank), or use a model with another rope_type"
         )
     if alone > TOLERANCE:
         raise ConfigError(
@@ -103,14 +103,14 @@ def _replaced(parameters: dict[str, Any], unit: int) -> dict[str, Any]:
     }
 
 
-def _measure(copy: Any, *, source: str) -> tuple[float, float]:
-    """(a long neighbour's effect on documents of 4 tokens, packed documents against each one alone), relative.
+def _measure(copy: Any, *, source: str, packed: bool) -> tuple[float, float]:
+    """(a long neighbour's effect on documents of 4 tokens, documents against the stock copy's of each alone), relative.
 
     The second is 0 where no rotary embedding was replaced. Its documents are shorter and longer than every length at
-    which a table may change.
+    which a table may change; one long one if they are not packed.
     """
     longest = int(getattr(copy.config, "max_position_embeddings", SHORTEST)) + SHORTEST
-    sizes = sorted([4, SHORTEST + 3, SHORTEST + 5, longest])
+    sizes = sorted([4, SHORTEST + 3, SHORTEST + 5, longest]) if packed else [longest]
     straight = torch.arange(sum(sizes))
     ids = torch.randint(4, VOCAB_SIZE, (2, len(straight)))
     fours = straight % 4
@@ -129,5 +129,5 @@ def _measure(copy: Any, *, source: str) -> tuple[float, float]:
     apart = difference(hidden(ids, fours, straight)[0], hidden(ids, fours, fours)[0])
     if not replaced:
         return apart, 0.0
-    packed = torch.split(hidden(ids, documents, straight)[0], sizes)
-    return apart, max(difference(found, want) for found, want in zip(packed, alone, strict=True))
+    together = torch.split(hidden(ids, documents, straight)[0], sizes)
+    return apart, max(difference(found, want) for found, want in zip(together, alone, strict=True))

@@ -16,6 +16,7 @@ from kdtrain.models import rotary
 from kdtrain.models.export import export_hf
 from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
 from kdtrain.models.rotary import DocumentRotary, document_lengths, use_document_lengths
+from kdtrain.models.rotary_probe import check_neighbours
 from kdtrain.models.tiny import TINY, save_random, tiny_config
 from kdtrain.teacher.online import OnlineTeacher
 
@@ -220,6 +221,16 @@ def test_an_unknown_type_that_depends_on_length_is_refused_with_the_measurement(
     with pytest.raises(ConfigError, match=match):
         check_architecture(spec, 101, Mesh())
     check_architecture(spec, 101, Mesh(), packed=False)  # all documents are as long as the sequence
+    with pytest.raises(ConfigError, match=match):  # but a rank would see its part of it alone
+        check_architecture(spec, 101, Mesh(world_size=2, cp_size=2), packed=False)
+
+
+def test_a_model_that_cannot_be_packed_may_depend_on_the_length_of_its_one_document():
+    settings = {**config_of("llama", dynamic()), "new_decoder_architecture": True}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**settings, "model_type": "falcon"}))
+    with pytest.raises(ConfigError, match=r"type dynamic, which depends on length.*packed documents differ"):
+        check_neighbours(model, "it")  # not for its rotary embeddings: it does not separate packed documents
+    check_neighbours(model, "it", packed=False)
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
