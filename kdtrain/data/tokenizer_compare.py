@@ -63,11 +63,11 @@ def compare_tokenizers(first: str | Path, second: str | Path) -> Comparison:
     added = a.get_added_tokens_decoder(), b.get_added_tokens_decoder()
     for number, names in unshared.items():
         if any(name is not None and number not in there for name, there in zip(names, added, strict=True)):
-            return Comparison(_told(number, names, first, second))
+            return Comparison(_described(number, names, first, second))
     return Comparison(None, unshared)
 
 
-def _told(number: int, names: Names, first: str | Path, second: str | Path) -> str:
+def _described(number: int, names: Names, first: str | Path, second: str | Path) -> str:
     if None in names:
         return f"token {names[0] or names[1]!r} with id {number} is in only one of them"
     return f"id {number} is {names[0]!r} in {first} and {names[1]!r} in {second}"

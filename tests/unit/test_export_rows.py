@@ -172,8 +172,8 @@ def test_an_export_loads_with_trust_remote_code_though_its_source_named_code(tmp
     named = {"auto_map": {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}, "eos_token": "<|im_end|>"}
     (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "XTokenizer", **named}))
     built = build_config(ModelSpec(weights=str(source)), 258)
-    for name, told in (("built", built), ("older checkpoint", config)):
-        out = export_hf(written.named_parameters(), told, tmp_path / name, dtype=torch.bfloat16, tokenizer_dir=source)
+    for name, given in (("built", built), ("older checkpoint", config)):
+        out = export_hf(written.named_parameters(), given, tmp_path / name, dtype=torch.bfloat16, tokenizer_dir=source)
         found = json.loads((out / "config.json").read_text())
         assert (
             not {"auto_map", "custom_pipelines", "_name_or_path", "quantization_config", "torch_dtype"} & found.keys()
