@@ -23,7 +23,8 @@ from kdtrain.training import build
 from kdtrain.training.describe import print_check
 from kdtrain.training.inputs import open_inputs
 from kdtrain.training.quantized import quantize_teacher
-from kdtrain.training.resume import find_resume_point
+from kdtrain.training.sequence_prefix import prefix_choice
+from kdtrain.training.start import find_start
 
 LLAMA = tiny_config("llama", vocab_size=257)
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -47,7 +48,7 @@ def begin(cfg):
     """What `run_training` does before it builds the engine, and how that takes a checkpoint up."""
     inputs, mesh = open_inputs(cfg, build.specs(cfg)), Mesh()
     models = build.build_models(cfg, inputs, mesh, torch.device("cpu"), trainable=True)
-    resume_from = find_resume_point(cfg, Path(cfg.run.output_dir) / cfg.run.name)
+    resume_from = find_start(cfg, inputs, Path(cfg.run.output_dir) / cfg.run.name)
     loader = build.build_loader(cfg, inputs, mesh, prefetch=0)
     quantize_teacher(cfg, models, next(loader)[0], mesh)
     if resume_from is not None:
@@ -58,9 +59,14 @@ def begin(cfg):
     return models
 
 
+def check(cfg):
+    inputs = open_inputs(cfg, build.specs(cfg))
+    print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1)
+
+
 def both(cfg):
     """What `begin` returns, or the error it raises, after --check has fared alike."""
-    checked = outcome(lambda: print_check(cfg, open_inputs(cfg, build.specs(cfg)), world_size=1))
+    checked = outcome(lambda: check(cfg))
     begun = outcome(lambda: begin(cfg))
     if isinstance(begun, KdtrainError):
         assert (type(checked), str(checked)) == (type(begun), str(begun))

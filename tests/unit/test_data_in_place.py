@@ -16,6 +16,7 @@ from kdtrain.data import import_megatron as importing
 from kdtrain.data.import_megatron import MegatronSettings, import_megatron
 from kdtrain.data.loader import StepLoader
 from kdtrain.data.megatron_index import read_index
+from kdtrain.data.packing import Packing
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.errors import EXIT_DATA, EXIT_DONE, DataError
@@ -71,7 +72,7 @@ def test_training_on_a_store_in_place_draws_the_same_batches(tmp_path, tokenizer
     pairs = [write_pair(tmp_path / name, FINISHED[cut]) for name, cut in (("a", slice(0, 25)), ("b", slice(25, 60)))]
     copy, place = both(tmp_path, pairs, tokenizer)
     assert len(place.manifest.shards) == 2
-    how = {"seq_len": 16, "sequences_per_step": 4, "sequences_per_micro_batch": 2, "prefetch": 0}
+    how = {"packing": Packing(16), "sequences_per_step": 4, "sequences_per_micro_batch": 2, "prefetch": 0}
     for _, mine, other in zip(range(40), StepLoader([copy], **how), StepLoader([place], **how), strict=False):
         for a, b in zip(mine, other, strict=True):
             for name in ("input_ids", "labels", "loss_mask", "position_ids", "sample_ids"):

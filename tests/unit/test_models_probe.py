@@ -19,6 +19,7 @@ from kdtrain.testing.tiny_data import random_documents, write_store, write_token
 from kdtrain.training import build
 from kdtrain.training.describe import print_check
 from kdtrain.training.inputs import open_inputs
+from kdtrain.training.sequence_prefix import prefix_choice
 
 COMMON = {key: value for key, value in tiny_config("llama").items() if key != "model_type"}
 README = {
@@ -103,9 +104,9 @@ def test_a_check_before_the_run_finds_it_too(tmp_path):
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 2, 64
     inputs = open_inputs(cfg, build.specs(cfg))
     with pytest.raises(ConfigError, match="'opt', which does not separate documents"):
-        print_check(cfg, inputs, world_size=1)
+        print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1)
     cfg.data.reset_positions = False
-    print_check(cfg, inputs, world_size=1)
+    print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -156,12 +157,12 @@ def test_the_check_cuts_both_models_as_the_run_would(tmp_path, student, teacher)
     cfg.data.train, cfg.train.total_tokens, cfg.data.reset_positions = [str(tmp_path / "store")], 2048, False
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 2, 64
     inputs = open_inputs(cfg, build.specs(cfg))
-    print_check(cfg, inputs, world_size=2)
+    print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=2)
     for section, values in ((cfg.parallel, student), (cfg.teacher, teacher)):
         for key, value in values.items():
             setattr(section, key, value)
     with pytest.raises(ParallelError, match="declares no tensor-parallel plan"):
-        print_check(cfg, inputs, world_size=2)
+        print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=2)
 
 
 def test_a_model_that_sees_the_future_is_refused_however_documents_are_packed(tmp_path):
