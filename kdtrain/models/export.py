@@ -17,6 +17,7 @@ from kdtrain.data.tokenizer import TOKENIZER_FILES
 from kdtrain.errors import ConfigError
 from kdtrain.files import is_running, sync
 from kdtrain.log import LOGGER
+from kdtrain.models.dtypes import dtypes_of
 from kdtrain.models.load import parameters_on_meta
 from kdtrain.models.special_tokens import special_token_ids
 from kdtrain.models.ties import tied_names
@@ -36,10 +37,11 @@ def export_hf(
 ) -> Path:
     """Write config, safetensors and tokenizer to `folder`, which appears complete or not at all; returns it.
 
-    full_state: every full, unpadded parameter by its Hugging Face name, tied ones once or twice; tensors are cast to
-    `dtype` one by one, so an iterator keeps memory low. config: the model's Hugging Face config, or the content of its
-    config.json; not changed. notes: further small files, name -> text. When the config names no special token at all,
-    as that of a model trained from scratch, those of the tokenizer are written, and where generation stops.
+    full_state: every full, unpadded parameter by its Hugging Face name, tied ones once or twice; tensors are cast one
+    by one, so an iterator keeps memory low, to `dtype` or to what transformers keeps them in beside it. config: the
+    model's Hugging Face config, or the content of its config.json; not changed. notes: further small files, name ->
+    text. When the config names no special token at all, as that of a model trained from scratch, those of the tokenizer
+    are written, and where generation stops.
     An existing `folder` is replaced. Call on one rank; does not communicate. Raises ConfigError when the state does
     not fit the config, or when `tokenizer_dir` holds no tokenizer.
     """
@@ -55,7 +57,7 @@ def export_hf(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     if stops:
         model.generation_config.eos_token_id = stops
-    state = _checked_state(model, full_state, dtype)
+    state = _checked_state(model, full_state)
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         for file in tokenizer:
@@ -132,13 +134,11 @@ def _is_alive(leftover: Path) -> bool:
     return pid != os.getpid() and is_running(pid)
 
 
-def _checked_state(
-    model: Any, full_state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The state as `save_pretrained` wants it: dtype, contiguous, every parameter once; ConfigError otherwise."""
+def _checked_state(model: Any, full_state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The state as `save_pretrained` wants it: `model`'s dtypes, contiguous, every parameter once; else ConfigError."""
     pairs = full_state.items() if isinstance(full_state, Mapping) else full_state
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
-    tied = tied_names(model)
+    tied, dtypes = tied_names(model), dtypes_of(model)
     state: dict[str, Tensor] = {}
     for name, tensor in pairs:
         if shapes.get(name) != tuple(tensor.shape):
@@ -147,7 +147,7 @@ def _checked_state(
                 "  why: the weights and the config belong to different models\n  fix: check the checkpoint's origin"
             )
         if name not in tied:
-            state[name] = tensor.detach().to("cpu", dtype).contiguous()
+            state[name] = tensor.detach().to("cpu", dtypes[name]).contiguous()
     missing = sorted(set(shapes) - set(tied) - set(state))
     if missing:
         raise ConfigError(

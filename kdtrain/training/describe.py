@@ -8,6 +8,7 @@ from typing import Any
 from kdtrain.config.ranks import num_teachers, student_ranks, teacher_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
 from kdtrain.dist.mesh import Mesh
+from kdtrain.engine.mixed import refuse_float32_at_stage_3
 from kdtrain.log import LOGGER
 from kdtrain.models.facts import ModelFacts
 from kdtrain.models.load import ModelSpec, check_architecture, model_facts
@@ -109,7 +110,7 @@ def _size(spec: ModelSpec, inputs: Inputs, *, trainable: bool = True) -> ModelSi
     facts = model_facts(spec, inputs.vocab_size, trainable=trainable)
     return ModelSize(
         facts.num_parameters, _int(facts.config, "hidden_size"), _int(facts.config, "num_hidden_layers"),
-        inputs.total_rows, facts.num_expert_parameters,
+        inputs.total_rows, facts.num_expert_parameters, facts.num_float32_parameters,
     )  # fmt: skip
 
 
@@ -127,6 +128,8 @@ def print_check(cfg: RunConfig, inputs: Inputs, *, world_size: int, trains: bool
         mesh = replace(mesh, tp_size=teacher_tp(cfg))
         quantize = cfg.teacher.quantize
         check_architecture(spec, vocab_size, mesh, packed=packed, trainable=False, quantize=quantize)
+    if trains:
+        refuse_float32_at_stage_3(model_facts(build.student_spec(cfg), vocab_size).float32, cfg)
     if cfg.teacher.quantize is not None:
         require_torchao(cfg.teacher.quantize)
     students = student_ranks(cfg, world_size)
