@@ -37,7 +37,7 @@ GPT = {**SMALL, "model_type": "openai-gpt", "n_embd": 32, "n_layer": 2, "n_head"
 XGLM = {
     **SMALL,
     "model_type": "xglm",
-    "d_model": 64,
+    "d_model": 48,
     "ffn_dim": 44,
     "num_layers": 2,
     "attention_heads": 4,
