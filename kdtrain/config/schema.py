@@ -44,7 +44,8 @@ class StudentSection:
     """A name from `kdtrain.models.architectures`, or a folder or file with a Hugging Face config.json. The
     vocabulary size always comes from the tokenizer of the training store."""
     dtype: Dtype = "bfloat16"
-    """Dtype of weights and activations. Master weights and optimizer states are always float32."""
+    """Dtype of weights and activations, but for tensors that transformers keeps in float32 (refused at zero.stage 3).
+    Master weights and optimizer states are always float32."""
     attention: Attention = "auto"
     """Attention implementation; auto takes flash_attention_2 on CUDA when flash-attn is installed, else sdpa."""
     activation_checkpointing: bool = False
@@ -58,7 +59,7 @@ class TeacherSection:
     weights: str | None = None
     """Hugging Face model folder. Needed by objective distill, optional (for evaluation only) with pretrain."""
     dtype: Dtype = "bfloat16"
-    """Dtype of weights and activations."""
+    """Dtype of weights and activations, but for tensors that transformers keeps in float32 (routers of mixtures)."""
     attention: Attention = "auto"
     """As student.attention."""
     layout: Literal["plain", "tp", "dedicated"] = "plain"
