@@ -6,7 +6,7 @@ import json
 import re
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import Any
 
 import torch
@@ -52,7 +52,8 @@ class SafetensorsFolder:
 
         Everything by default. Raises ConfigError when the file has no such tensor or it has another shape.
         """
-        stop = shape[dim] if stop is None else stop
+        if stop is None:
+            stop = shape[dim] if shape else 1
         if name in self._grouped:
             self._used.add(name)
             return self._grouped[name].read(self._slice, shape, dim, start, stop)
@@ -63,9 +64,10 @@ class SafetensorsFolder:
                 "  fix: fetch the folder again"
             )
         self._used.add(name)
-        return self._slice(self._place[name], shape, (slice(None),) * dim + (slice(start, stop),))
+        index = (*(slice(None),) * dim, slice(start, stop)) if shape else ...  # of a number, e.g. Apertus' beta
+        return self._slice(self._place[name], shape, index)
 
-    def _slice(self, place: tuple[str, str], shape: tuple[int, ...], index: tuple[slice, ...]) -> Tensor:
+    def _slice(self, place: tuple[str, str], shape: tuple[int, ...], index: tuple[slice, ...] | EllipsisType) -> Tensor:
         file, key = place
         view = self._reader(file).get_slice(key)
         found = tuple(view.get_shape())

@@ -48,7 +48,10 @@ XGLM = {
     "activation_dropout": 0.0,
 }
 MAMBA = {**SMALL, "model_type": "falcon_mamba", "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
-DENSE = {config["model_type"]: config for config in (tiny_config("qwen3"), tiny_config("gemma3"), GPT, XGLM, MAMBA)}
+APERTUS = tiny_config("llama", model_type="apertus")  # keeps numbers, tensors without a dimension, in its files
+DENSE = {
+    config["model_type"]: config for config in (tiny_config("qwen3"), tiny_config("gemma3"), GPT, XGLM, MAMBA, APERTUS)
+}
 
 
 def write(folder, config, **changes):
