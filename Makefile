@@ -1,5 +1,5 @@
 # Shortcuts; every line can also be typed by hand. `make demo` and `make test` need nothing installed before.
-.PHONY: demo test install lint types layouts architectures bench soak ci
+.PHONY: demo test install lint types layouts architectures bench soak newest ci
 BIN := .venv/bin
 
 demo:            ## the quick start: distil a real teacher on two CPU ranks
@@ -31,6 +31,9 @@ bench: install   ## every CPU benchmark; results go to benchmarks/results
 
 soak: install    ## 200 kills at random moments -> docs/results/soak.md; goes on where it stopped; ARGS="--kills 50 --behind"
 	$(BIN)/python benchmarks/soak.py $(ARGS)
+
+newest: install  ## models, mixtures, kernels and wandb on the newest releases that setup.py allows, 4 minutes
+	sh .ci/newest
 
 ci:              ## what runs on every submission
 	bash .ci/run

@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "kdtrain/__init__.py").read_text()).group(1)
 
+# Upper bounds are the release series that all tests passed on; patch releases inside them are tried by .ci/newest. To
+# raise one: change it here and in constraints-*.txt, run `make newest`, `make test` and `make architectures`, and read
+# what moved in the tables. triton stays below 3.8: 3.9 spills registers of two kernels on sm_90.
 setup(
     name="kdtrain",
     version=VERSION,
@@ -27,14 +30,14 @@ setup(
         "tokenizers>=0.21",
         "omegaconf>=2.4",
         "rich>=13",
-        "transformers>=5.17",
-        "deepspeed>=0.19.8",
+        "transformers>=5.23,<5.25",
+        "deepspeed>=0.19.8,<0.20",
     ],
     extras_require={
-        "wandb": ["wandb>=0.26"],
-        "quantize": ["torchao>=0.18"],
+        "wandb": ["wandb>=0.26,<0.32"],
+        "quantize": ["torchao>=0.18,<0.19"],
         "gguf": ["gguf>=0.10", "accelerate>=1.0"],
-        "gpu": ["triton>=3.6; platform_system == 'Linux'", "flash-attn>=2.7; platform_system == 'Linux'"],
+        "gpu": ["triton>=3.6,<3.8; platform_system == 'Linux'", "flash-attn>=2.7; platform_system == 'Linux'"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -43,9 +46,9 @@ setup(
             "import-linter>=2.1",
             "codespell>=2.3",
             "types-PyYAML",
-            "torchao>=0.18",
+            "torchao>=0.18,<0.19",
             # its interpreter and compilers prove the kernels on machines without a GPU
-            "triton>=3.6; platform_system == 'Linux' and platform_machine == 'x86_64'",
+            "triton>=3.6,<3.8; platform_system == 'Linux' and platform_machine == 'x86_64'",
         ],
     },
 )

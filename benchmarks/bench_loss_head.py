@@ -155,6 +155,15 @@ def run_all() -> None:
     common.write_csv(RESULTS, common.with_ratios(rows))
 
 
+def notes_on(rows: list[dict]) -> list[str]:
+    """What to know of the providers in these rows, one line each."""
+    import loss_providers as providers
+
+    named = dict.fromkeys((row["task"], row["provider"]) for row in rows)
+    found = [providers.find(task, name) for task, name in named]
+    return [f"`{provider.name}`: {provider.note}." for provider in found if provider.note]
+
+
 def table_of(rows: list[dict]) -> str:
     """Markdown of the CSV, as it was measured."""
     first = rows[0]
@@ -169,6 +178,8 @@ def table_of(rows: list[dict]) -> str:
         f"Commit {first['commit']}, {first['date']}, {first['device']}; {'; '.join(packages)}.",
         "",
         *common.markdown_rows(rows),
+        "",
+        *notes_on(rows),
     ]
     return "\n".join(lines) + "\n"
 

@@ -139,7 +139,12 @@ def compared(
     loss = provider.loss(*small)
     errors = providers.errors_of(provider, loss, list(torch.autograd.grad(loss, small[:2])), expected)
     row = timed(setting, provider.task, shape, provider.name, step(provider.loss, whole), rate)
-    return {**row, **{name: f"{error:.1e}" for name, error in errors.items()}, "packages": provider.versions()}
+    return {
+        **row,
+        **{name: f"{error:.1e}" for name, error in errors.items()},
+        "packages": provider.versions(),
+        "note": provider.note,
+    }
 
 
 def main() -> None:

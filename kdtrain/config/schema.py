@@ -49,7 +49,8 @@ class StudentSection:
     """A name from `kdtrain.models.architectures`, or a folder or file with a Hugging Face config.json. The
     vocabulary size always comes from the tokenizer of the training store."""
     dtype: Dtype = "bfloat16"
-    """Dtype of weights and activations. Master weights and optimizer states are always float32."""
+    """Dtype of weights and activations, but for tensors that transformers keeps in float32 (refused at zero.stage 3).
+    Master weights and optimizer states are always float32."""
     attention: Attention = "auto"
     """Attention implementation; auto takes flash_attention_2 on CUDA when flash-attn is installed, else sdpa."""
     activation_checkpointing: bool = False
@@ -67,7 +68,7 @@ class TeacherSection:
     """Hugging Face model folder. Needed by objective distill, optional (for evaluation only) with pretrain. Its
     tokenizer may differ from the data's in added tokens that the data does not hold."""
     dtype: Dtype = "bfloat16"
-    """Dtype of weights and activations."""
+    """Dtype of weights and activations, but for tensors that transformers keeps in float32 (routers of mixtures)."""
     attention: Attention = "auto"
     """As student.attention."""
     allow_unused_weights: bool = False

@@ -36,12 +36,17 @@ def learning_rate(tokens_seen: int, cfg: RunConfig) -> float:
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms, biases and other vectors do not. Order within a group is the model's."""
-    pairs = [(name, p) for name, p in named if p.requires_grad]
+    """Matrices decay; norms, biases and other vectors do not. Order within a group is the model's.
+
+    Parameters of one group have one dtype, which DeepSpeed takes for granted; bfloat16 comes before float32.
+    """
     # Dimensions are read from the live tensor: this must happen before ZeRO-3 flattens it away.
-    matrices = [p for _, p in pairs if p.dim() >= 2]
-    vectors = [p for _, p in pairs if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    parameters = [p for _, p in named if p.requires_grad]
+    groups: list[dict[str, Any]] = []
+    for dtype in sorted({p.dtype for p in parameters}, key=lambda dtype: dtype.itemsize):
+        matrices = [p for p in parameters if p.dtype == dtype and p.dim() >= 2]
+        vectors = [p for p in parameters if p.dtype == dtype and p.dim() < 2]
+        groups += [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 

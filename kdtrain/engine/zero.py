@@ -23,6 +23,7 @@ from kdtrain.data.batch import Batch
 from kdtrain.dist.collectives import reduce_sum_
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import HeadShard
+from kdtrain.engine.mixed import float32_beside_bfloat16, putting_back, refuse_float32_at_stage_3
 from kdtrain.engine.optim import build_adamw
 from kdtrain.errors import DataError, ParallelError
 from kdtrain.log import LOGGER
@@ -43,7 +44,8 @@ class StudentEngine:
     """A trainable Backbone under ZeRO 0-3 with our AdamW, our schedule and our token-count normalisation.
 
     backbone: already cut over mesh. Build it last: other engines and groups must exist before. Every rank must
-    construct it. Communicates as DeepSpeed does: gradients over dp, norms over tp and dp.
+    construct it. Communicates as DeepSpeed does: gradients over dp, norms over tp and dp. Raises ConfigError at stage 3
+    for a bfloat16 student some of whose parameters stay in float32.
     """
 
     def __init__(self, backbone: Backbone, mesh: Mesh, cfg: RunConfig, *, device: torch.device) -> None:
@@ -54,15 +56,18 @@ class StudentEngine:
         self._grad_clip = cfg.optim.grad_clip
         self._norm = math.nan
         self._offloads = cfg.zero.offload_optimizer
+        float32 = float32_beside_bfloat16(backbone, cfg)
+        refuse_float32_at_stage_3(list(float32), cfg)
         self.optimizer = build_adamw(backbone.hf_parameters(), cfg.optim, device, offload=self._offloads)
         settings = copy.deepcopy(deepspeed_config(cfg, on_cuda=device.type == "cuda"))
         if self.zero_stage == 0:
             # DeepSpeed reports no norm without ZeRO, and averages it over stale groups: ours is taken in a hook.
             settings["gradient_clipping"] = 0.0
             self.optimizer.register_step_pre_hook(self._clip_without_zero)
+        optimizer = putting_back(self.optimizer, float32.values()) if float32 else self.optimizer
         with redirect_stdout(io.StringIO()) as said:  # its bfloat16 optimizer prints memory tables, unasked
             self.deepspeed: Any = deepspeed.initialize(
-                model=backbone, optimizer=self.optimizer, config=settings, mpu=mesh, dist_init_required=False
+                model=backbone, optimizer=optimizer, config=settings, mpu=mesh, dist_init_required=False
             )[0]
         LOGGER.debug("DeepSpeed said while starting: %s", said.getvalue())
         if F.linear is zero3_linear_wrap:

@@ -52,7 +52,6 @@ class Backbone(nn.Module):
             name: cuts[name].full_shape(tuple(param.shape)) if name in cuts else tuple(param.shape)
             for name, param in self.hf_parameters()
         }
-        self._facts = facts_of(model, self._full_shapes)
 
     @property
     def lm_head_module(self) -> LmHead:
@@ -114,7 +113,7 @@ class Backbone(nn.Module):
 
     def facts(self) -> ModelFacts:
         """Config and size of the full model."""
-        return self._facts
+        return facts_of(self.model, self._full_shapes, {name: param.dtype for name, param in self.hf_parameters()})
 
     def _attention_arguments(self, batch: Batch) -> dict[str, Any]:
         """What attention must know of whole sequences when ranks hold parts, and explicit document boundaries for

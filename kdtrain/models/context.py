@@ -63,10 +63,8 @@ class Context:
             config: Any = SimpleNamespace(_attn_implementation=implementation, is_causal=True, sliding_window=window)
             embeddings = torch.empty(*self.position_ids.shape, 0, dtype=dtype, device=self.position_ids.device)
             create: Callable[..., Any] = create_causal_mask if window is None else create_sliding_window_causal_mask
-            self._masks[key] = create(
-                config=config, inputs_embeds=embeddings, attention_mask=None, past_key_values=None,
-                position_ids=self.position_ids,
-            )  # fmt: skip
+            # by place: the fourth, a cache, is past_key_values in transformers 5.23 and cache since 5.24
+            self._masks[key] = create(config, embeddings, None, None, self.position_ids)
         return self._masks[key]
 
 

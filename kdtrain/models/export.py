@@ -18,6 +18,7 @@ from kdtrain.data.tokenizer import TOKENIZER_FILES
 from kdtrain.errors import ConfigError
 from kdtrain.files import is_running, sync
 from kdtrain.log import LOGGER
+from kdtrain.models.dtypes import dtypes_of
 from kdtrain.models.load import parameters_on_meta
 from kdtrain.models.special_tokens import read_json, special_token_ids
 from kdtrain.models.stock import stock_settings
@@ -39,10 +40,11 @@ def export_hf(
 ) -> Path:
     """Write config, safetensors and tokenizer to `folder`, which appears complete or not at all; returns it.
 
-    full_state: every full, unpadded parameter by its Hugging Face name, tied ones once or twice; tensors are cast to
-    `dtype` one by one, so an iterator keeps memory low. config: the model's Hugging Face config, or the content of its
-    config.json; not changed. notes: further small files, name -> text. When the config names no special token at all,
-    as that of a model trained from scratch, those of the tokenizer are written, and where generation stops.
+    full_state: every full, unpadded parameter by its Hugging Face name, tied ones once or twice; tensors are cast one
+    by one, so an iterator keeps memory low, to `dtype` or to what transformers keeps them in beside it. config: the
+    model's Hugging Face config, or the content of its config.json; not changed. notes: further small files, name ->
+    text. When the config names no special token at all, as that of a model trained from scratch, those of the tokenizer
+    are written, and where generation stops.
     vocab_size: ids of the softmax that the model was trained with. Rows past it are left out, of embedding, head and
     its bias, since nothing but rounding and z-loss decided their logits; special ids past it are left out, too.
     None: all rows are written. Marks of code that is not written along (`kdtrain.models.stock`) are left out.
@@ -57,7 +59,7 @@ def export_hf(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     if stops:
         model.generation_config.eos_token_id = stops
-    state = _checked_state(model, _first_rows(full_state, model, rows, config.vocab_size), dtype)
+    state = _checked_state(model, _first_rows(full_state, model, rows, config.vocab_size))
     with replacing_folder(folder) as temporary:
         model.save_pretrained(temporary, state_dict=state)
         for file in tokenizer:
@@ -187,10 +189,10 @@ def _first_rows(
         yield name, tensor[:kept] if is_cut else tensor
 
 
-def _checked_state(model: Any, pairs: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state as `save_pretrained` wants it: dtype, contiguous, every parameter once; ConfigError otherwise."""
+def _checked_state(model: Any, pairs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The state as `save_pretrained` wants it: `model`'s dtypes, contiguous, every parameter once; else ConfigError."""
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
-    tied = tied_names(model)
+    tied, dtypes = tied_names(model), dtypes_of(model)
     state: dict[str, Tensor] = {}
     for name, tensor in pairs:
         if shapes.get(name) != tuple(tensor.shape):
@@ -199,7 +201,7 @@ def _checked_state(model: Any, pairs: Iterable[tuple[str, Tensor]], dtype: torch
                 "  why: the weights and the config belong to different models\n  fix: check the checkpoint's origin"
             )
         if name not in tied:
-            state[name] = tensor.detach().to("cpu", dtype).contiguous()
+            state[name] = tensor.detach().to("cpu", dtypes[name]).contiguous()
     missing = sorted(set(shapes) - set(tied) - set(state))
     if missing:
         raise ConfigError(

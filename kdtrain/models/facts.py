@@ -18,17 +18,29 @@ class ModelFacts:
 
     num_parameters: tied ones once, padding not counted. num_active_parameters: those that a token passes, without the
     experts it is not sent to; as many in a dense model. num_expert_parameters: those packed into tensors of experts.
+    float32: names of those that stay in float32 although the model is in bfloat16. num_float32_parameters: how many.
     """
 
     config: Any
     num_parameters: int
     num_active_parameters: int
     num_expert_parameters: int
+    float32: tuple[str, ...]
+    num_float32_parameters: int
 
 
-def facts_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> ModelFacts:
-    """Of a stock model, perhaps cut or on meta, whose full parameters, tied ones once, have `shapes`."""
+def facts_of(model: Any, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> ModelFacts:
+    """Of a stock model, perhaps cut or on meta, whose full parameters, tied ones once, have `shapes` and `dtypes`."""
     sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     experts = [f"{name}.{key}" for name, module in expert_modules(model) for key, _ in module.named_parameters()]
     count = sum(sizes.values())
-    return ModelFacts(model.config, count, count - idle_parameters(model, shapes), sum(sizes[name] for name in experts))
+    mixed = model.config.dtype == torch.bfloat16
+    float32 = tuple(name for name in sizes if mixed and dtypes[name] == torch.float32)
+    return ModelFacts(
+        config=model.config,
+        num_parameters=count,
+        num_active_parameters=count - idle_parameters(model, shapes),
+        num_expert_parameters=sum(sizes[name] for name in experts),
+        float32=float32,
+        num_float32_parameters=sum(sizes[name] for name in float32),
+    )

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
+from kdtrain.models.dtypes import stock_dtypes
 from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.load import DTYPES, ModelSpec, build_config, parameters_on_meta
 from kdtrain.models.safetensors_reader import SafetensorsFolder
@@ -30,7 +31,7 @@ class LoadedHead:
 
 
 def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str = "cpu") -> LoadedHead:
-    """The rows `shard` of the head of spec.weights, in spec.dtype; rows that the model has not are zeros.
+    """The rows `shard` of the head of spec.weights, as `load_backbone` has them; rows that the model has not are zeros.
 
     Checks the headers of all files, and reads those rows alone. Does not communicate. Raises ConfigError or
     ParallelError as `load_backbone`.
@@ -42,6 +43,8 @@ def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str 
             build_config(spec, shard.vocab_size, trainable=False), dtype=torch.float32
         )
     check_stored(model, Path(spec.weights), allow_unused=spec.allow_unused_weights)
+    dtypes = stock_dtypes(model, DTYPES[spec.dtype])
+    model.config.dtype = DTYPES[spec.dtype]
     name = vocabulary_modules(model)[1]
     module, (scale, softcap) = model.get_submodule(name), head_scaling(model.config)
     with SafetensorsFolder(Path(spec.weights), model) as files:
@@ -49,11 +52,11 @@ def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str 
         def rows(parameter: str) -> torch.Tensor:
             shape = tuple(model.get_parameter(parameter).shape)
             start, stop = min(shard.start, shape[0]), min(shard.stop, shape[0])
-            value = torch.zeros((shard.rows, *shape[1:]), dtype=DTYPES[spec.dtype], device=device)
+            value = torch.zeros((shard.rows, *shape[1:]), dtype=dtypes[parameter], device=device)
             value[: stop - start] = files.read(kept_name(model, parameter), shape, 0, start, stop)
             return value
 
         bias = None if getattr(module, "bias", None) is None else rows(f"{name}.bias")
         head = HeadShard(rows(f"{name}.weight"), bias, scale, softcap)
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-        return LoadedHead(head, facts_of(model, shapes), files.elements_read)
+        return LoadedHead(head, facts_of(model, shapes, dtypes), files.elements_read)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +26,7 @@ from kdtrain.models.backbone import Backbone
 from kdtrain.models.composite import refuse_composite
 from kdtrain.models.context import use_context
 from kdtrain.models.context_probe import check_context
+from kdtrain.models.dtypes import cast_buffers, dtypes_of, stock_dtypes
 from kdtrain.models.experts import choose_products, refuse_mixture
 from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.probe import check_model
@@ -95,7 +96,8 @@ def load_backbone(
     packed: bool = True,
     sequence: bool = False,
 ) -> Backbone:
-    """The model of `spec`, cut for this rank of `mesh`, on `device`, parameters in spec.dtype, RoPE in float32.
+    """The model of `spec`, cut for this rank of `mesh`, on `device`, tensors in spec.dtype but for those that
+    transformers keeps in another (`kdtrain.models.dtypes`: RoPE, routers of mixtures).
 
     vocab_size: tokens of the tokenizer. total_rows: rows to make room for on all ranks together (default: the
     model's own). trainable False freezes it and sets eval mode. seed: of the random initialisation, which is the
@@ -109,12 +111,14 @@ def load_backbone(
     shard = VocabShard.of(vocab_size, mesh.tp_rank, mesh.tp_size, total_rows=total)
     device = torch.device(device)
     model = _build(spec, vocab_size, device, seed, trainable=trainable)
+    dtypes = stock_dtypes(model, DTYPES[spec.dtype])
     backbone = _checked_and_cut(spec, model, mesh, shard, packed=packed, trainable=trainable, sequence=sequence)
+    cast_buffers(model, dtypes)
     if spec.weights is not None:
-        _read_weights(backbone, Path(spec.weights), mesh, device, DTYPES[spec.dtype])
+        _read_weights(backbone, Path(spec.weights), mesh, device, dtypes)
     else:
         for name, param in list(backbone.hf_parameters()):
-            materialize_parameter(model, name, param.detach().to(device, DTYPES[spec.dtype]), mesh)
+            materialize_parameter(model, name, param.detach().to(device, dtypes[name]), mesh)
     move_buffers(model, device)
     model.config.dtype = DTYPES[spec.dtype]
     return backbone.train(trainable)
@@ -213,8 +217,8 @@ def model_facts(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> 
     """Config and size of `spec`, without reading or making a weight. Raises ConfigError as `build_config`."""
     config = build_config(spec, vocab_size, trainable=trainable)
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    return facts_of(model, {name: tuple(param.shape) for name, param in model.named_parameters()})
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype])  # type: ignore[no-untyped-call]
+    return facts_of(model, {name: tuple(param.shape) for name, param in model.named_parameters()}, dtypes_of(model))
 
 
 def check_architecture(
@@ -343,8 +347,13 @@ def _refuse_dropout(model: Any) -> None:
         )
 
 
-def _read_weights(backbone: Backbone, folder: Path, mesh: Mesh, device: torch.device, dtype: torch.dtype) -> None:
-    """Fill every parameter from this rank's slice of the files, which `check_stored` has seen."""
+def _read_weights(
+    backbone: Backbone, folder: Path, mesh: Mesh, device: torch.device, dtypes: Mapping[str, torch.dtype]
+) -> None:
+    """Fill every parameter from this rank's slice of the files, which `check_stored` has seen.
+
+    dtypes: by name, of what they become.
+    """
     model = backbone.model
     with SafetensorsFolder(folder, model) as files:
         for name, shape in backbone.full_shapes().items():
@@ -353,7 +362,7 @@ def _read_weights(backbone: Backbone, folder: Path, mesh: Mesh, device: torch.de
                 value = files.read(name, shape)
             else:
                 value = read_piece(partial(files.read, name, shape, cut.dim), cut, mesh.tp_rank)
-            materialize_parameter(model, name, value.to(device, dtype), mesh)
+            materialize_parameter(model, name, value.to(device, dtypes[name]), mesh)
         for name, buffer in persistent_buffers(model):
             buffer.copy_(files.read(name, tuple(buffer.shape)))
         backbone.elements_read = files.elements_read

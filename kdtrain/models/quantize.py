@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kdtrain.dist.collectives import gather_ranks
 from kdtrain.errors import ConfigError
 from kdtrain.models.backbone import Backbone
+from kdtrain.models.dtypes import listed_in_float32
 from kdtrain.parallel.blocks import is_conv1d
 from kdtrain.parallel.experts import expert_modules
 from kdtrain.parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -57,10 +58,17 @@ def quantize_decoder_(backbone: Backbone, kind: str) -> tuple[int, int]:
 def quantizable_layers(model: Any, kind: str) -> list[Any]:
     """The decoder's linear layers, of a stock model, whole or cut, perhaps on meta. ConfigError as `quantize_decoder_`.
 
+    Without those that the model's class lists to stay in float32: what bfloat16 is too coarse for, 8 bits are too.
     The same in every layout: what is nn.Linear in the whole model has one of these classes in a cut one.
     """
     decoder, classes = model.base_model, (nn.Linear, ColumnParallelLinear, RowParallelLinear, LatentLinear)
-    found = [module for module in decoder.modules() if isinstance(module, classes)]
+    named = decoder.named_modules(prefix=model.base_model_prefix)
+    float32 = listed_in_float32(model)
+    found = [
+        module
+        for name, module in named
+        if isinstance(module, classes) and not (float32 and float32.search(f"{name}.weight"))
+    ]
     if next(expert_modules(model), None) is not None:
         what, why = "is a mixture of experts", "packed experts, nearly all of a mixture's weights, are not"
     elif any(_is_transposed(module) for module in decoder.modules()):

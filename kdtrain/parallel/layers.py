@@ -74,8 +74,8 @@ class VocabParallelEmbedding(nn.Module):
     """Rows [start, stop) of an embedding; ids of other ranks contribute zero and the sum over ranks is the answer.
 
     Communicates: one all-reduce forward, nothing backward. `padding_idx` (global id) keeps torch's meaning: that row
-    gets no gradient from the lookup. `scale` keeps what Gemma multiplies embeddings with; it is a float rather than
-    a buffer so that no cast of the model can round it twice.
+    gets no gradient from the lookup. `scale` keeps what embeddings are multiplied with; it is a float rather than a
+    buffer so that no cast of the model can round it twice. rounds_scale: to the weight's dtype, once, as Gemma does.
     """
 
     def __init__(
@@ -86,12 +86,14 @@ class VocabParallelEmbedding(nn.Module):
         *,
         padding_idx: int | None = None,
         scale: float | None = None,
+        rounds_scale: bool = False,
     ) -> None:
         super().__init__()
         self.weight = weight
         self.shard = shard
         self.group = group
         self.scale = scale
+        self.rounds_scale = rounds_scale
         self.padding_idx = padding_idx
         is_local = padding_idx is not None and shard.start <= padding_idx < shard.stop
         self._local_padding_idx = padding_idx - shard.start if is_local and padding_idx is not None else None
@@ -111,7 +113,9 @@ class VocabParallelEmbedding(nn.Module):
             outside = (local < 0) | (local >= self.shard.rows)
             embedded = F.embedding(local.masked_fill(outside, 0), self.weight, self._local_padding_idx)
             embedded = reduce_from_tp(embedded.masked_fill(outside.unsqueeze(-1), 0.0), self.group)
-        return embedded if self.scale is None else embedded * torch.tensor(self.scale, dtype=embedded.dtype)
+        if self.scale is None:
+            return embedded
+        return embedded * (torch.tensor(self.scale, dtype=embedded.dtype) if self.rounds_scale else self.scale)
 
     def _check(self, input_ids: Tensor) -> None:
         bad = input_ids[(input_ids < 0) | (input_ids >= self.shard.vocab_size)]

@@ -80,7 +80,12 @@ def _replace_vocabulary(model: Any, cuts: Mapping[str, Cut], mesh: Mesh, shard: 
     model.set_submodule(
         embedding_name,
         VocabParallelEmbedding(
-            weight, shard, mesh.tp_group, padding_idx=embedding.padding_idx, scale=_embedding_scale(embedding)
+            weight,
+            shard,
+            mesh.tp_group,
+            padding_idx=embedding.padding_idx,
+            scale=_embedding_scale(embedding),
+            rounds_scale=isinstance(getattr(embedding, "embed_scale", None), Tensor),  # else a number
         ),
     )
     model.set_submodule(head_name, LmHead(head_weight, head_bias, shard, logit_scale=scale, softcap=softcap))

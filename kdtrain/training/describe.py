@@ -11,6 +11,7 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.data.loader import StepLoader, sequence_prefix_of
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import checkpoint
+from kdtrain.engine.mixed import refuse_float32_at_stage_3
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.facts import ModelFacts
@@ -133,7 +134,7 @@ def _size(spec: ModelSpec, inputs: Inputs, *, trainable: bool = True) -> ModelSi
     facts = model_facts(spec, inputs.vocab_size, trainable=trainable)
     return ModelSize(
         facts.num_parameters, _int(facts.config, "hidden_size"), _int(facts.config, "num_hidden_layers"),
-        inputs.total_rows, facts.num_expert_parameters,
+        inputs.total_rows, facts.num_expert_parameters, facts.num_float32_parameters,
     )  # fmt: skip
 
 
@@ -170,6 +171,8 @@ def _check_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, trains: bool) -
     student = check_architecture(
         build.student_spec(cfg), vocab_size, mesh, packed=packed, sequence=cfg.parallel.sequence, trainable=trains
     )
+    if trains:
+        refuse_float32_at_stage_3(model_facts(build.student_spec(cfg), vocab_size).float32, cfg)
     if (spec := build.teacher_spec(cfg)) is not None:
         mesh = replace(mesh, tp_size=teacher_tp(cfg))
         check_architecture(spec, vocab_size, mesh, packed=packed, trainable=False, quantize=quantize)

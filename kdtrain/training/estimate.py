@@ -18,7 +18,8 @@ HOST_BYTES_PER_ELEMENT = 20
 class ModelSize:
     """What the estimate needs of a model: parameters of the full model, width, layers, rows of its head.
 
-    num_expert_parameters: those of num_parameters that are packed into tensors of experts.
+    num_expert_parameters: those of num_parameters that are packed into tensors of experts. num_float32_parameters:
+    those that stay in float32 in a bfloat16 run.
     """
 
     num_parameters: int
@@ -26,6 +27,11 @@ class ModelSize:
     num_layers: int
     vocab_rows: int
     num_expert_parameters: int = 0
+    num_float32_parameters: int = 0
+
+    def weight_bytes(self, dtype: str) -> int:
+        """Of all weights in a run's dtype."""
+        return self.num_parameters * BYTES[dtype] + self.num_float32_parameters * (4 - BYTES[dtype])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | Non
         else (layers * per_layer)
     )
     parts = {
-        "weights": local * item / (zero_size if stage == 3 else 1),
+        "weights": student.weight_bytes(cfg.student.dtype) / tp / (zero_size if stage == 3 else 1),
         "gradients": 0 if offload and stage == 3 else local * 4 / (zero_size if stage >= 2 else 1),
         "optimizer": 0 if offload else local * 12 / (zero_size if stage >= 1 else 1),
         "activations": activations,
@@ -99,7 +105,7 @@ def estimate_teacher_rank(cfg: RunConfig, teacher: ModelSize, *, dp_size: int) -
     item, tokens = BYTES[cfg.teacher.dtype], cfg.data.sequences_per_micro_batch * cfg.data.seq_len
     tokens = min(tokens, cfg.teacher.max_tokens_per_forward or tokens)
     parts = {
-        "weights": teacher.num_parameters * item // teacher_tp(cfg),
+        "weights": teacher.weight_bytes(cfg.teacher.dtype) // teacher_tp(cfg),
         "activations": 16 * tokens * teacher.width * item,
     }
     return MemoryEstimate(parts, int(dp_size * _answers(cfg, teacher)))
@@ -139,13 +145,13 @@ def _teacher_bytes(cfg: RunConfig, teacher: ModelSize) -> float:
     """
     item = BYTES[cfg.teacher.dtype]
     if cfg.teacher.quantize is None:
-        return float(teacher.num_parameters * item)
-    kept = 2 * teacher.vocab_rows * teacher.width + teacher.num_expert_parameters
+        return float(teacher.weight_bytes(cfg.teacher.dtype))
+    kept = 2 * teacher.vocab_rows * teacher.width + teacher.num_expert_parameters + teacher.num_float32_parameters
     decoder = max(0, teacher.num_parameters - kept)
-    return float(decoder + (teacher.num_parameters - decoder) * item)
+    return float(teacher.weight_bytes(cfg.teacher.dtype) - decoder * (item - 1))
 
 
 def _teacher_on_host(cfg: RunConfig, teacher: ModelSize, dp_size: int) -> float:
     """This rank's pieces, which are the same part of the weights however the teacher is cut besides."""
     t = cfg.teacher
-    return teacher.num_parameters * BYTES[t.dtype] / (dp_size * cfg.parallel.tp) if t.offload else 0.0
+    return teacher.weight_bytes(t.dtype) / (dp_size * cfg.parallel.tp) if t.offload else 0.0

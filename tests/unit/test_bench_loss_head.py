@@ -47,6 +47,24 @@ def test_every_provider_that_runs_here_has_float64s_value_and_gradients(task):
     assert {"streamed-128MiB", "naive", "chunked"} <= set(compared)
 
 
+def test_torchs_fused_cross_entropy_is_an_oracle_in_float32_and_none_in_bfloat16():
+    providers = import_module("loss_providers")
+    provider = providers.find("ce", "torch-linear-ce")
+    normal = [torch.randn(size, 64, generator=torch.Generator().manual_seed(size)) for size in (4096, 8192)]
+    labels = torch.randint(8192, (4096,), generator=torch.Generator().manual_seed(1))
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        hidden, head = (x.mul(0.4).to(dtype).requires_grad_() for x in normal)
+        arguments = (hidden, head, hidden.detach(), head.detach(), labels)
+        loss = provider.loss(*arguments)
+        gradients = list(torch.autograd.grad(loss, arguments[:2]))
+        errors[dtype] = providers.errors_of(provider, loss, gradients, providers.float64_answer("ce", arguments, 1024))
+    assert max(errors[torch.float32].values()) < 1e-5
+    assert errors[torch.bfloat16]["value_error"] > 0.01, "torch has mended it: take the note off its row"
+    assert errors[torch.bfloat16]["gradient_error"] > 0.01
+    assert "no oracle in bfloat16" in provider.note
+
+
 def test_float64s_answer_does_not_depend_on_its_chunks():
     bench, providers = import_module("bench_loss_head"), import_module("loss_providers")
     arguments = bench.inputs(10, 50, True)

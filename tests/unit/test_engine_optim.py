@@ -92,6 +92,18 @@ def test_matrices_decay_and_vectors_do_not():
     assert len(parameter_groups([("1.bias", named["1.bias"])], 0.3)) == 1, "an empty group would stop DeepSpeed"
 
 
+def test_a_parameter_group_has_one_dtype_and_bfloat16_comes_first():
+    named = {
+        "a": nn.Parameter(torch.zeros(2)),
+        "b": nn.Parameter(torch.zeros(2, 3, dtype=torch.bfloat16)),
+        "c": nn.Parameter(torch.zeros(2, 2)),
+        "d": nn.Parameter(torch.zeros(2, dtype=torch.bfloat16)),
+    }
+    groups = [(group["params"], group["weight_decay"]) for group in parameter_groups(named.items(), 0.3)]
+    want = [("b", 0.3), ("d", 0.0), ("c", 0.3), ("a", 0.0)]
+    assert [([id(p) for p in params], decay) for params, decay in groups] == [([id(named[n])], d) for n, d in want]
+
+
 def test_adamw_takes_its_settings_from_the_configuration():
     cfg = RunConfig()
     cfg.optim.betas, cfg.optim.eps, cfg.optim.weight_decay = (0.8, 0.7), 1e-3, 0.2

@@ -25,7 +25,7 @@ def tracked_files():
         git = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
         if git.returncode == 0:
             return [ROOT / name for name in git.stdout.split("\0") if name and (ROOT / name).is_file()]
-    skip = {".venv", ".quickstart", "runs", "build", "__pycache__"}
+    skip = {".venv", ".quickstart", ".newest", "runs", "build", "__pycache__"}
     return [p for p in ROOT.rglob("*") if p.is_file() and not skip & set(p.relative_to(ROOT).parts)]
 
 
