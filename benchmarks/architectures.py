@@ -23,6 +23,7 @@ import argparse
 import json
 import logging
 import math
+import re
 import sys
 import tempfile
 import time
@@ -111,7 +112,9 @@ def is_dropout(key: str) -> bool:
 
 
 def first_line(error: BaseException | str) -> str:
-    return str(error).splitlines()[0].replace("|", "/")[:200] if str(error) else type(error).__name__
+    """Without the place of a copy, which is another in every run."""
+    text = re.sub(r"^(architecture|model) '[^']*': ", "", str(error))
+    return text.splitlines()[0].replace("|", "/")[:200] if text else type(error).__name__
 
 
 def write_copy(folder: Path, model_type: str) -> tuple[Path | None, str]:

@@ -76,6 +76,7 @@ OWN_PLANS: Mapping[str, OwnPlan] = {
     "glm4": OwnPlan(_GATE_UP),
     # xIELU has two learned scalars, which see only this rank's features.
     "apertus": OwnPlan({"model.layers.*.mlp.act_fn": PARTIAL_GRAD}),
+    "apertus1p5_text": OwnPlan({"model.layers.*.mlp.act_fn": PARTIAL_GRAD}),
     "lfm2": OwnPlan(
         {
             **_separate(
