@@ -22,6 +22,7 @@ from kdtrain.training import build
 from kdtrain.training.describe import print_check
 from kdtrain.training.estimate import ModelSize, estimate_memory
 from kdtrain.training.inputs import open_inputs
+from kdtrain.training.sequence_prefix import prefix_choice
 
 HYBRID = tiny_config(
     "olmo2",
@@ -160,7 +161,7 @@ def test_the_check_refuses_stage_3_for_a_student_that_keeps_float32_beside_bfloa
     cfg.data.train, cfg.train.total_tokens, cfg.data.reset_positions = [str(tmp_path / "store")], 2048, False
     inputs = open_inputs(cfg, build.specs(cfg))
     with pytest.raises(ConfigError, match=r"zero.stage = 3 (.|\n)*A_log'(.|\n)*set zero.stage=2"):
-        print_check(cfg, inputs, world_size=1)
+        print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1)
     for stage, dtype in ((2, "bfloat16"), (3, "float32")):
         cfg.zero.stage, cfg.student.dtype = stage, dtype
-        print_check(cfg, inputs, world_size=1)
+        print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1)

@@ -226,8 +226,9 @@ def test_an_unknown_type_that_depends_on_length_is_refused_with_the_measurement(
 
 
 def test_a_model_that_cannot_be_packed_may_depend_on_the_length_of_its_one_document():
-    settings = {**config_of("llama", dynamic()), "new_decoder_architecture": True}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**settings, "model_type": "falcon"}))
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "layer_types": ["full_attention"] * 2}
+    settings = {**config_of("llama", dynamic()), **experts, "model_type": "gpt_oss"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings))
     with pytest.raises(ConfigError, match=r"type dynamic, which depends on length.*packed documents differ"):
         check_neighbours(model, "it")  # not for its rotary embeddings: it does not separate packed documents
     check_neighbours(model, "it", packed=False)
