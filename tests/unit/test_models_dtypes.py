@@ -159,6 +159,8 @@ def test_the_check_refuses_stage_3_for_a_student_that_keeps_float32_beside_bfloa
     cfg = RunConfig()
     cfg.student.architecture, cfg.student.dtype, cfg.zero.stage = str(tmp_path / "config.json"), "bfloat16", 3
     cfg.data.train, cfg.train.total_tokens, cfg.data.reset_positions = [str(tmp_path / "store")], 2048, False
+    cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 2, 64
+    cfg.run.output_dir, cfg.run.name = str(tmp_path / "runs"), "x"
     inputs = open_inputs(cfg, build.specs(cfg))
     with pytest.raises(ConfigError, match=r"zero.stage = 3 (.|\n)*A_log'(.|\n)*set zero.stage=2"):
         print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1)
