@@ -56,7 +56,8 @@ def join():
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
 
 
-def build(folder, mesh, stage, dtype, architecture, vocab, *, seed=1):
+def build(folder, mesh, stage, dtype, architecture, vocab, *, seed=1, nudged=False):
+    """nudged: every weight goes up or down by one unit in its last place."""
     from kdtrain.engine.zero import StudentEngine
 
     cfg = RunConfig()
@@ -65,6 +66,11 @@ def build(folder, mesh, stage, dtype, architecture, vocab, *, seed=1):
     cfg.optim.eps, cfg.optim.grad_clip = 1e-4, 0.5
     spec = ModelSpec(architecture=str(folder / architecture / "config.json"), dtype=dtype, attention="sdpa")
     backbone = load_backbone(spec, mesh, vocab_size=vocab, trainable=True, seed=seed)
+    if nudged:
+        generator = torch.Generator().manual_seed(0)
+        for param in backbone.parameters():
+            up = torch.rand(param.shape, generator=generator) < 0.5
+            param.data = torch.nextafter(param.data, torch.where(up, torch.inf, -torch.inf))
     return StudentEngine(backbone, mesh, cfg, device=torch.device("cpu"))
 
 
@@ -166,13 +172,16 @@ def test_stop_and_resume_is_bitwise_the_uninterrupted_run(fresh_pool, architectu
             assert any(saved[key] != end[key] for key in saved), "nothing was trained"
 
 
-def relay(rank, world_size, folder, legs, root):
-    """Train two steps in each layout (tp, stage) of `legs`, handing over by checkpoint; the last checkpoint."""
+def relay(rank, world_size, folder, legs, root, nudged=False):
+    """Train two steps in each layout (tp, stage) of `legs`, handing over by checkpoint; the last checkpoint.
+
+    nudged: as in `build`, of the first leg.
+    """
     join()
     last = None
     for number, (tp, stage) in enumerate(legs):
         mesh = Mesh.build(tp)
-        engine = build(folder, mesh, stage, "float32", "smollm", 299, seed=number + 1)
+        engine = build(folder, mesh, stage, "float32", "smollm", 299, seed=number + 1, nudged=nudged and not number)
         if number:
             assert checkpoint.load(checkpoint.find_latest(folder / root), engine) == {"leg": number - 1}
         for step in (2 * number + 1, 2 * number + 2):
@@ -188,11 +197,15 @@ def test_a_run_continues_in_any_other_layout(fresh_pool, architectures):
 
     pool = fresh_pool(2)
     moved = pool.run(relay, folder=architectures, legs=[(2, 2), (1, 1), (1, 3), (2, 0), (2, 3)], root="moved")[0]
-    stayed = fresh_pool(1).run(relay, folder=architectures, legs=[(1, 1)] * 5, root="stayed")[0]
+    alone = fresh_pool(1)
+    stayed = alone.run(relay, folder=architectures, legs=[(1, 1)] * 5, root="stayed")[0]
+    # what rounding is worth after ten steps, which differs between processors
+    nudged = alone.run(relay, folder=architectures, legs=[(1, 1)] * 5, root="nudged", nudged=True)[0]
     assert moved.name == stayed.name == "step_000010"
     with (
         CheckpointReader(moved) as got,
         CheckpointReader(stayed) as want,
+        CheckpointReader(nudged) as rounded,
         CheckpointReader(stayed.with_name("step_000008")) as before,
     ):
         assert got.manifest.layout == {"tp": 2, "dp": 1, "cp": 1, "zero_stage": 3, "dtype": "float32"}
@@ -203,7 +216,9 @@ def test_a_run_continues_in_any_other_layout(fresh_pool, architectures):
             assert got.manifest.parameters[name].adam_step == 10
             for kind in ("master", "exp_avg", "exp_avg_sq"):
                 value = want.read_full(name, kind)
-                assert (got.read_full(name, kind) - value).abs().max() < 1e-6, (name, kind)
+                noise = (rounded.read_full(name, kind) - value).abs().max()
+                assert noise < 1e-4, (name, kind)
+                assert (got.read_full(name, kind) - value).abs().max() < 1e-6 + 3 * noise, (name, kind)
             moved_by = (want.read_full(name, "master") - before.read_full(name, "master")).abs().max()
             assert moved_by > 1e-3, f"{name} hardly moved, so that equality would say little"
 
