@@ -41,7 +41,7 @@ from kdtrain.training.quantized import quantize_teacher
 from kdtrain.training.report import Reporter, Sink
 from kdtrain.training.resume import ResumePoint
 from kdtrain.training.self_check import check_alignment
-from kdtrain.training.sequence_prefix import Prefix, PrefixChoice, decide_prefix, prefix_choice
+from kdtrain.training.sequence_prefix import Prefix, PrefixChoice, decide_prefix, prefix_choice, require_shared
 from kdtrain.training.start import find_start
 from kdtrain.training.timing import PhaseTimer
 from kdtrain.training.trainer import Trainer
@@ -126,6 +126,7 @@ def _evaluation_prefix(
     assert cfg.student.weights is not None
     trained = on_main(mesh, lambda: exported_prefix(Path(cfg.student.weights or "")))
     if trained is not None and choice.configured in (None, trained):
+        require_shared(trained, inputs, f"the run that made student.weights = {cfg.student.weights}")
         if trained or choice.usual:
             LOGGER.info("prefix   %s, as in the run that made student.weights", choice.name(trained))
         return trained
