@@ -4,14 +4,16 @@ import json
 
 import pytest
 
+from kdtrain.config.cli import parse
 from kdtrain.config.load import load_run
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.data.used_ids import scan_ids
-from kdtrain.errors import DataError, StoreMismatch
+from kdtrain.errors import ConfigError, DataError, StoreMismatch
 from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.testing.tiny_data import random_documents, write_tokenizer
 from kdtrain.training import build
 from kdtrain.training.inputs import open_inputs
+from kdtrain.training.run import run_evaluation
 from kdtrain.training.sequence_prefix import prefix_choice
 
 FEW, MANY = ["<a>"], ["<a>", "<tool>", "<think>"]
@@ -192,3 +194,26 @@ def test_a_sequence_prefix_that_teacher_and_student_do_not_share_is_refused(tmp_
     assert prefix_choice(cfg, inputs).rivals == [()], "a prefix that cannot be used is not measured either"
     cfg.data.sequence_prefix = "<a>"
     assert prefix_choice(cfg, inputs).likely == (257,)
+
+
+@pytest.mark.parametrize(
+    ("note", "kind", "why"),
+    [
+        ("{", ConfigError, r"kdtrain\.json is damaged"),
+        ('{"sequence_prefix": [259]}', StoreMismatch, "the run that made student.weights = .* puts the id 259 before"),
+    ],
+    ids=["damaged", "not shared"],
+)
+def test_the_check_of_an_evaluation_refuses_the_prefix_of_an_export_that_cannot_be_used(tmp_path, note, kind, why):
+    teacher, student = model(tmp_path / "teacher", FEW, 264), model(tmp_path / "student", MANY, 264)
+    data = store(tmp_path / "data", teacher)
+    held_out = store(tmp_path / "held_out", teacher, seed=1)
+    (student / "kdtrain.json").write_text(note)
+    configured(tmp_path, data, teacher=teacher, student=student, validation=held_out)
+    words = ["data.seq_len=16", "data.sequences_per_micro_batch=2", "data.tokens_per_step=64", "--check"]
+    names = [f"student.weights={student}", f"teacher.weights={teacher}", f"data.train=[{data}]"]
+    words = [str(tmp_path / "run.yaml"), *names, f"data.validation={held_out}", *words]
+    with pytest.raises(kind, match=why):
+        run_evaluation(parse(words, None))
+    (student / "kdtrain.json").write_text('{"sequence_prefix": [257]}')
+    assert run_evaluation(parse(words, None)) == 0
