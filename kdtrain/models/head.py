@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
@@ -15,6 +13,7 @@ from kdtrain.models.dtypes import stock_dtypes
 from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.load import DTYPES, ModelSpec, build_config, parameters_on_meta
 from kdtrain.models.safetensors_reader import SafetensorsFolder
+from kdtrain.models.stock import stock_model
 from kdtrain.models.stored_weights import check_stored
 from kdtrain.models.ties import kept_name
 from kdtrain.parallel.plan import vocabulary_modules
@@ -39,9 +38,8 @@ def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str 
     if spec.weights is None:
         raise ConfigError("only a model with weights has a head to read\n  fix: set teacher.weights to a model folder")
     with parameters_on_meta():
-        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            build_config(spec, shard.vocab_size, trainable=False), dtype=torch.float32
-        )
+        config = build_config(spec, shard.vocab_size, trainable=False)
+        model = stock_model(config, f"model {spec.weights!r}", dtype=torch.float32)
     check_stored(model, Path(spec.weights), allow_unused=spec.allow_unused_weights)
     dtypes = stock_dtypes(model, DTYPES[spec.dtype])
     model.config.dtype = DTYPES[spec.dtype]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
@@ -34,7 +33,7 @@ from kdtrain.models.quantize import quantizable_layers
 from kdtrain.models.rotary import say_document_lengths, use_document_lengths
 from kdtrain.models.rotary_probe import check_neighbours
 from kdtrain.models.safetensors_reader import SafetensorsFolder
-from kdtrain.models.stock import stock_settings
+from kdtrain.models.stock import BUILD_ERRORS, refused, stock_model, stock_settings
 from kdtrain.models.stored_weights import check_stored, persistent_buffers, quantised_mark
 from kdtrain.models.ties import kept_name
 from kdtrain.parallel.cut import Cut
@@ -202,8 +201,8 @@ def build_config(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) ->
     settings = stock_settings(settings)
     try:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ConfigError(f"{_source(spec)}: transformers refuses its config.json: {error}") from error
+    except BUILD_ERRORS as error:
+        raise refused(_source(spec), error) from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(
             f"{_source(spec)} has model_type {config.model_type!r}, which is not a causal language model\n"
@@ -217,7 +216,7 @@ def model_facts(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> 
     """Config and size of `spec`, without reading or making a weight. Raises ConfigError as `build_config`."""
     config = build_config(spec, vocab_size, trainable=trainable)
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[spec.dtype])  # type: ignore[no-untyped-call]
+        model = stock_model(config, _source(spec), dtype=DTYPES[spec.dtype])
     return facts_of(model, {name: tuple(param.shape) for name, param in model.named_parameters()}, dtypes_of(model))
 
 
@@ -239,7 +238,7 @@ def check_architecture(
     shard = VocabShard.of(vocab_size, mesh.tp_rank, mesh.tp_size, total_rows=model_rows(spec, vocab_size))
     config = build_config(spec, vocab_size, trainable=trainable)
     with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, **_arguments(spec, config, None))  # type: ignore[no-untyped-call]
+        model = stock_model(config, _source(spec), **_arguments(spec, config, None))
     backbone = _checked_and_cut(spec, model, mesh, shard, packed=packed, trainable=trainable, sequence=sequence)
     if quantize is not None:
         quantizable_layers(backbone.model, quantize)
@@ -296,10 +295,10 @@ def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int, *,
     arguments = _arguments(spec, config, device)
     if spec.weights is not None:
         with parameters_on_meta():
-            return AutoModelForCausalLM.from_config(config, **arguments)  # type: ignore[no-untyped-call]
+            return stock_model(config, _source(spec), **arguments)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, **arguments)  # type: ignore[no-untyped-call]
+        return stock_model(config, _source(spec), **arguments)
 
 
 def _arguments(spec: ModelSpec, config: Any, device: torch.device | None) -> dict[str, Any]:

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
 from kdtrain.models.load import ModelSpec, build_config, parameters_on_meta
-from kdtrain.models.probe import BUILD_ERRORS, run_on_copy
+from kdtrain.models.probe import run_on_copy
 from kdtrain.models.shrink import VOCAB_SIZE
+from kdtrain.models.stock import BUILD_ERRORS, stock_model
 
 DECLARED = (
     "max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "max_seq_length",
@@ -51,7 +51,7 @@ def check_positions(spec: ModelSpec, role: str, *, vocab_size: int, seq_len: int
     source = f"the {role} {(spec.weights or spec.architecture)!r}"
     with parameters_on_meta():
         config = build_config(spec, vocab_size, trainable=trainable)
-        model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+        model = stock_model(config, source)
     found = positions_of(model, source, seq_len)
     if found.end is not None:
         raise ConfigError(

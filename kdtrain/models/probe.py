@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,6 +22,7 @@ from kdtrain.dist.vocab import VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.shrink import FULL_WIDTH, VOCAB_SIZE, num_layers, tiny_settings
+from kdtrain.models.stock import BUILD_ERRORS
 from kdtrain.parallel.plan import plan_cuts
 from kdtrain.parallel.shard import shard_model
 
@@ -33,12 +33,6 @@ LARGEST_COPY = 30_000_000
 
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest value, that is still rounding in float32."""
-
-BUILD_ERRORS = (
-    ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, ArithmeticError,
-    ImportError, StrictDataclassError,
-)  # fmt: skip
-"""What stock code raises for a config whose settings do not fit each other."""
 
 
 @dataclass(frozen=True, slots=True)

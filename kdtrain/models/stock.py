@@ -1,14 +1,58 @@
-"""Settings of a model's or a tokenizer's folder without those that lead away from the stock classes."""
+"""Stock classes of transformers, and settings of a folder without those that lead away from them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM
+
+from kdtrain.errors import ConfigError
+
 FOREIGN = ("auto_map", "custom_pipelines", "_name_or_path", "name_or_path", "_commit_hash", "quantization_config")
 """Keys that name code beside the file, a place where the model once was, or another form of its weights."""
 
+FLOAT_TAG = "__float__"
+"""The only key of an object that stands for a number JSON does not have, as transformers 5 writes it."""
+
+BUILD_ERRORS = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, ArithmeticError,
+    ImportError, StrictDataclassError,
+)  # fmt: skip
+"""What stock code raises for a config whose settings do not fit each other."""
+
 
 def stock_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy without FOREIGN keys: what kdtrain runs and writes are the classes of transformers with plain weights."""
-    return {key: value for key, value in settings.items() if key not in FOREIGN}
+    """A copy without FOREIGN keys: what kdtrain runs and writes are the classes of transformers with plain weights.
+
+    Infinite numbers, which config.json and checkpoints keep as {"__float__": "Infinity"} (Mamba-2's time_step_limit),
+    are numbers again.
+    """
+    return {key: _numbers(value) for key, value in settings.items() if key not in FOREIGN}
+
+
+def stock_model(config: Any, source: str, **arguments: Any) -> Any:
+    """`AutoModelForCausalLM.from_config`. Raises ConfigError, naming `source`, when the class cannot be built."""
+    try:
+        return AutoModelForCausalLM.from_config(config, **arguments)  # type: ignore[no-untyped-call]
+    except BUILD_ERRORS as error:
+        raise refused(source, error) from error
+
+
+def refused(source: str, error: Exception) -> ConfigError:
+    """For settings from which stock code makes no model. source: the model, in words."""
+    return ConfigError(
+        f"{source}: transformers refuses its config.json: {str(error) or type(error).__name__}\n"
+        "  why: its settings do not fit each other (such as pad_token_id past the last of vocab_size rows), or one "
+        "has a value that transformers does not know\n"
+        "  fix: restore config.json from its source, or correct the setting"
+    )
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        if value.keys() == {FLOAT_TAG} and value[FLOAT_TAG] in ("Infinity", "-Infinity", "NaN"):
+            return float(value[FLOAT_TAG])
+        return {key: _numbers(part) for key, part in value.items()}
+    return [_numbers(part) for part in value] if isinstance(value, list) else value

@@ -21,6 +21,7 @@ from kdtrain.telemetry.jsonl_sink import read_records
 from kdtrain.telemetry.wandb_sink import require_wandb
 from kdtrain.training import build
 from kdtrain.training.estimate import MemoryEstimate, ModelSize, estimate_memory, estimate_teacher_rank
+from kdtrain.training.export import model_files
 from kdtrain.training.inputs import Inputs
 from kdtrain.training.sequence_prefix import PrefixChoice
 from kdtrain.training.start import find_start
@@ -180,7 +181,7 @@ def _check_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, trains: bool) -
 
 
 def _check_start(cfg: RunConfig, inputs: Inputs, choice: PrefixChoice, mesh: Mesh, student: Backbone) -> StepLoader:
-    """Raise what a run would between its models and its first step: of the data's order, a resume, its records.
+    """Raise what a run would between its models and its first step: of data order, resume, files, records.
 
     The order of a new run's sequences is that with the likelier prefix; nothing is measured here.
     """
@@ -193,6 +194,7 @@ def _check_start(cfg: RunConfig, inputs: Inputs, choice: PrefixChoice, mesh: Mes
         checkpoint.check_model(point.path, student)
     if resumed is not None:
         loader.check_state(resumed)
+    model_files(inputs.tokenizer_dir, cfg.student.weights)
     read_records(folder / "metrics.jsonl")
     require_wandb(cfg.log.wandb)
     return loader

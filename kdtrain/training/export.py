@@ -30,23 +30,32 @@ ORIGIN_FILE = "kdtrain.json"
 """Inside an export: which checkpoint it is, and the ids that began every sequence of its run."""
 
 
-def write_model_files(run_folder: Path, tokenizer_dir: Path, weights: str | None = None) -> None:
-    """Keep next to the checkpoints what an export needs besides them. Each file is replaced whole.
+def model_files(tokenizer_dir: Path, weights: str | None = None) -> list[Path]:
+    """The files that an export needs besides checkpoints: of the student's tokenizer, and its generation_config.json.
 
     A student that began as the model folder `weights` keeps its own tokenizer, with chat template and special tokens,
     and its generation_config.json, where that folder has them. Else it gets `tokenizer_dir`, the tokenizer of the data.
-    Files of these names that an earlier version of the run left are removed. ConfigError for one that is no JSON.
+    ConfigError for one of those an export reads that is no JSON: it would fail after all the training.
     """
-    folder = run_folder / MODEL_FOLDER
-    folder.mkdir(exist_ok=True)
     own = None if weights is None else Path(weights)
     source = own if own is not None and (own / "tokenizer.json").is_file() else tokenizer_dir
     files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     if own is not None and (own / GENERATION).is_file():
         files.append(own / GENERATION)
     for file in files:
-        if file.name in (GENERATION, "tokenizer_config.json"):
-            read_json(file)  # an export would fail on it, after all the training
+        if file.name in (GENERATION, "tokenizer_config.json", "special_tokens_map.json"):
+            read_json(file)
+    return files
+
+
+def write_model_files(run_folder: Path, tokenizer_dir: Path, weights: str | None = None) -> None:
+    """Keep `model_files` next to the checkpoints, each replaced whole; raises as it does.
+
+    Files of these names that an earlier version of the run left are removed.
+    """
+    files, folder = model_files(tokenizer_dir, weights), run_folder / MODEL_FOLDER
+    folder.mkdir(exist_ok=True)
+    for file in files:
         temporary = folder / f".{file.name}.writing"
         shutil.copy2(file, temporary)
         os.replace(temporary, folder / file.name)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdtrain.config.schema import RunConfig
@@ -20,12 +20,14 @@ class Inputs:
     """Stores that agree on the meaning of their ids and on what borders documents, and the vocabulary of both models.
 
     vocab_size: ids of the softmax, those that stores and models share; total_rows: rows of the larger model's head.
+    unshared: ids that do not mean one token to all stores and models, with the reason; no store holds one.
     """
 
     train: tuple[TokenStore, ...]
     validation: TokenStore | None
     vocab_size: int
     total_rows: int
+    unshared: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def stores(self) -> tuple[TokenStore, ...]:
@@ -66,7 +68,8 @@ def open_inputs(cfg: RunConfig, specs: Sequence[ModelSpec]) -> Inputs:
         vocabulary.add_rows(count, f"model {folder!r}")
     vocabulary.check(stores)
     vocabulary.report(stores, models.get("student", train[0].path / "tokenizer"))
-    return Inputs(train, validation, vocabulary.size, max([vocabulary.size, *rows.values()]))
+    total_rows = max([vocabulary.size, *rows.values()])
+    return Inputs(train, validation, vocabulary.size, total_rows, vocabulary.unshared)
 
 
 def _same_borders(first: TokenStore, other: TokenStore) -> None:

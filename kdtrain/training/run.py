@@ -41,7 +41,7 @@ from kdtrain.training.quantized import quantize_teacher
 from kdtrain.training.report import Reporter, Sink
 from kdtrain.training.resume import ResumePoint
 from kdtrain.training.self_check import check_alignment
-from kdtrain.training.sequence_prefix import Prefix, PrefixChoice, decide_prefix, prefix_choice
+from kdtrain.training.sequence_prefix import Prefix, PrefixChoice, decide_prefix, prefix_choice, require_shared
 from kdtrain.training.start import find_start
 from kdtrain.training.timing import PhaseTimer
 from kdtrain.training.trainer import Trainer
@@ -95,6 +95,7 @@ def run_evaluation(request: Request) -> int:
     choice = prefix_choice(cfg, inputs)
     if request.check_only:
         build.evaluation_batches(cfg, inputs, Mesh())  # refuses what has nothing to evaluate on
+        _trained_prefix(cfg, inputs, choice)
         describing.print_check(cfg, inputs, choice, world_size=request.world_size, trains=False)
         return 0
     with bootstrap.runtime(teacher_ranks(cfg)) as rank:
@@ -123,8 +124,7 @@ def _evaluation_prefix(
     cfg: RunConfig, inputs: Inputs, choice: PrefixChoice, models: build.Models, mesh: Mesh, rank: bootstrap.Runtime
 ) -> Prefix:
     """What student.weights was trained with, if it is an export of kdtrain and the configuration names no other."""
-    assert cfg.student.weights is not None
-    trained = on_main(mesh, lambda: exported_prefix(Path(cfg.student.weights or "")))
+    trained = on_main(mesh, lambda: _trained_prefix(cfg, inputs, choice))
     if trained is not None and choice.configured in (None, trained):
         if trained or choice.usual:
             LOGGER.info("prefix   %s, as in the run that made student.weights", choice.name(trained))
@@ -136,6 +136,17 @@ def _evaluation_prefix(
             choice.name(trained),
         )
     return decide_prefix(cfg, choice, inputs, models, mesh, rank.device)
+
+
+def _trained_prefix(cfg: RunConfig, inputs: Inputs, choice: PrefixChoice) -> Prefix | None:
+    """What the note of the export student.weights says; None for another folder. Reads the note alone.
+
+    Raises ConfigError for a damaged one, StoreMismatch for a prefix that would be used and is not in the softmax.
+    """
+    trained = exported_prefix(Path(cfg.student.weights or ""))
+    if trained is not None and choice.configured in (None, trained):
+        require_shared(trained, inputs, f"the run that made student.weights = {cfg.student.weights}")
+    return trained
 
 
 def _train(

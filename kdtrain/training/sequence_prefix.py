@@ -86,8 +86,8 @@ def prefix_choice(cfg: RunConfig, inputs: Inputs) -> PrefixChoice:
     """Read data.sequence_prefix and the tokenizer of the model that a new run will measure.
 
     That is the teacher, or else a student that begins with weights; auto means none without either. Reads files only.
-    Raises ConfigError for a token that the tokenizer has not or a prefix as long as a sequence, StoreMismatch for a
-    model's prefix outside the vocabulary of the stores.
+    Raises ConfigError for a token that the tokenizer has not or a prefix as long as a sequence, StoreMismatch for one
+    that not all models know as the same tokens.
     """
     named, folder = cfg.data.sequence_prefix, inputs.tokenizer_dir
     tokenizer = load_tokenizer(folder)
@@ -100,21 +100,36 @@ def prefix_choice(cfg: RunConfig, inputs: Inputs) -> PrefixChoice:
                 "  fix: name a token of the tokenizer, or auto (the teacher's own, measured), or none"
             )
         configured = (token,)
+        require_shared(configured, inputs, f"data.sequence_prefix = {named}")
     weights = cfg.teacher.weights or cfg.student.weights
     model = None if weights is None else "teacher" if cfg.teacher.weights is not None else "student"
     usual = () if weights is None else tuple(document_prefix(weights))
-    beyond = [token for token in usual if token >= inputs.vocab_size]
-    if beyond and configured is None:
-        raise StoreMismatch(
-            f"the tokenizer of {model}.weights = {weights} puts the ids {list(usual)} before every text; {beyond} are "
-            f"not in the vocabulary of {folder}, which has {inputs.vocab_size} tokens\n"
-            "  why: data.sequence_prefix = auto would begin sequences with them where the model needs it\n"
-            "  fix: prepare the corpus with that model's tokenizer, or set data.sequence_prefix=none"
-        )
-    found = PrefixChoice(configured, () if beyond else usual, model, tokenizer)
+    if configured is None:
+        require_shared(usual, inputs, f"data.sequence_prefix = auto: the tokenizer of {model}.weights = {weights}")
+    elif any(_why_not(token, inputs) for token in usual):
+        usual = ()
+    found = PrefixChoice(configured, usual, model, tokenizer)
     for prefix in (found.likely, *found.rivals):
         Packing(cfg.data.seq_len, cfg.data.reset_positions, prefix)
     return found
+
+
+def require_shared(prefix: Prefix, inputs: Inputs, what: str) -> None:
+    """Raise StoreMismatch for ids of `prefix` that are not in the softmax or are not one token to all; what: its
+    origin. In the embedding of a GPU such an id would be an untrained row, or another token, without a word."""
+    for token in prefix:
+        if (why := _why_not(token, inputs)) is not None:
+            raise StoreMismatch(
+                f"{what} puts the id {token} before sequences: {why}\n"
+                "  why: an id must mean one token to teacher and student and have a row in both\n"
+                "  fix: prepare the corpus with a tokenizer whose prefix all models have, use a model that has it, or "
+                "set data.sequence_prefix=none"
+            )
+
+
+def _why_not(token: int, inputs: Inputs) -> str | None:
+    outside = f"the softmax of the run has {inputs.vocab_size} ids" if token >= inputs.vocab_size else None
+    return inputs.unshared.get(token, outside)
 
 
 @dataclass(frozen=True, slots=True)

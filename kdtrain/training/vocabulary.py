@@ -64,6 +64,11 @@ class SharedVocabulary:
             self._barred.setdefault(number, f"{source} has rows for the ids below {rows:,} only")
         self.size = min(self.size, rows)
 
+    @property
+    def unshared(self) -> dict[int, str]:
+        """Ids that do not mean one token to all, or have no row somewhere, with the reason."""
+        return dict(self._barred)
+
     def check(self, stores: Sequence[TokenStore]) -> None:
         """Raises StoreMismatch when a store holds an id that is not shared. Reads it if its manifest does not say."""
         for store in stores:

@@ -21,6 +21,7 @@ from kdtrain.testing.model_folders import check_and_load, edit_json, edit_tensor
 from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 from kdtrain.training import build
 from kdtrain.training.describe import print_check
+from kdtrain.training.export import write_model_files
 from kdtrain.training.inputs import open_inputs
 from kdtrain.training.quantized import quantize_teacher
 from kdtrain.training.sequence_prefix import prefix_choice
@@ -54,8 +55,10 @@ def begin(cfg):
     if resume_from is not None:
         checkpoint.check_model(resume_from.path, models.student)  # as checkpoint.load does
         loader.load_state_dict(checkpoint.read_state(resume_from.path)["loader"])
-    (Path(cfg.run.output_dir) / cfg.run.name).mkdir(parents=True, exist_ok=True)
-    JsonlSink(Path(cfg.run.output_dir) / cfg.run.name / "metrics.jsonl").close()
+    folder = Path(cfg.run.output_dir) / cfg.run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model_files(folder, inputs.tokenizer_dir, cfg.student.weights)
+    JsonlSink(folder / "metrics.jsonl").close()
     return models
 
 
@@ -259,6 +262,12 @@ def test_records_that_a_run_cannot_continue_are_refused_by_the_check(cfg):
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("{\n")
     refused(cfg, "is not a JSON record", DataError)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
+def test_a_student_whose_files_would_spoil_the_export_is_refused_by_the_check(cfg, name):
+    (Path(cfg.student.weights) / name).write_text("{")
+    refused(cfg, rf"student/{name} is not valid JSON")
 
 
 @pytest.mark.parametrize(

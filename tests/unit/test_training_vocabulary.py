@@ -4,14 +4,17 @@ import json
 
 import pytest
 
+from kdtrain.config.cli import parse
 from kdtrain.config.load import load_run
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.data.used_ids import scan_ids
-from kdtrain.errors import DataError, StoreMismatch
+from kdtrain.errors import ConfigError, DataError, StoreMismatch
 from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.testing.tiny_data import random_documents, write_tokenizer
 from kdtrain.training import build
 from kdtrain.training.inputs import open_inputs
+from kdtrain.training.run import run_evaluation
+from kdtrain.training.sequence_prefix import prefix_choice
 
 FEW, MANY = ["<a>"], ["<a>", "<tool>", "<think>"]
 TOOL, THINK = 258, 259
@@ -37,13 +40,17 @@ def store(folder, tokenizer, *, ids=(), seed=0, recorded=True):
     return folder
 
 
-def opened(tmp_path, train, *, teacher, student=None, validation=None):
+def configured(tmp_path, train, *, teacher, student=None, validation=None, prefix="auto"):
     (tmp_path / "student.json").write_text(json.dumps(tiny_config("qwen3")))
     (tmp_path / "run.yaml").write_text("run: {name: x}\ntrain: {total_tokens: 1024}\n")
     words = [f"data.train=[{train}]", f"teacher.weights={teacher}"]
     words += [f"student.architecture={tmp_path / 'student.json'}" if student is None else f"student.weights={student}"]
     words += [] if validation is None else [f"data.validation={validation}"]
-    cfg = load_run([str(tmp_path / "run.yaml"), *words]).config
+    return load_run([str(tmp_path / "run.yaml"), *words, f"data.sequence_prefix={prefix}"]).config
+
+
+def opened(*args, **kwargs):
+    cfg = configured(*args, **kwargs)
     return open_inputs(cfg, build.specs(cfg))
 
 
@@ -150,3 +157,63 @@ def test_a_store_says_which_added_tokens_occur_and_verify_reads_them_again(tmp_p
     file.write_text(json.dumps({**content, "added_ids": 5}))
     with pytest.raises(DataError, match="is damaged"):
         TokenStore.open(made.path)
+
+
+def begins_with(folder, name, number):
+    """Let the folder's tokenizer put a token before every text."""
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    prefix, text = {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    tokens = {name: {"id": name, "ids": [number], "tokens": [name]}}
+    pair = [text, {"Sequence": {"id": "B", "type_id": 1}}]
+    how = {"type": "TemplateProcessing", "single": [prefix, text], "pair": pair, "special_tokens": tokens}
+    file.write_text(json.dumps({**content, "post_processor": how}))
+
+
+@pytest.mark.parametrize(
+    ("student", "rows", "prefix", "why"),
+    [
+        (FEW, 264, "<think>", "259 before sequences: the tokenizer of student.weights = .* does not have it"),
+        (MANY, 259, "<think>", "259 before sequences: model '.*student' has rows for the ids below 259 only"),
+        (["<a>", "<x>"], 272, "<tool>", "258 before sequences: the tokenizer of student.weights = .* calls it '<x>'"),
+        (["<a>", "<x>"], 272, "auto", "258 before sequences: the tokenizer of student.weights = .* calls it '<x>'"),
+    ],
+    ids=["no such token", "no row", "named, another token", "the teacher's own, another token"],
+)
+def test_a_sequence_prefix_that_teacher_and_student_do_not_share_is_refused(tmp_path, student, rows, prefix, why):
+    """On a GPU its embedding would be an untrained row, or that of another token, without a word."""
+    teacher, student = model(tmp_path / "teacher", MANY, 272), model(tmp_path / "student", student, rows)
+    if prefix == "auto":
+        begins_with(teacher, "<tool>", TOOL)
+    data = store(tmp_path / "data", teacher)
+    cfg = configured(tmp_path, data, teacher=teacher, student=student, prefix=prefix)
+    inputs = open_inputs(cfg, build.specs(cfg))
+    with pytest.raises(StoreMismatch, match=why):
+        prefix_choice(cfg, inputs)
+    cfg.data.sequence_prefix = "none"
+    assert prefix_choice(cfg, inputs).rivals == [()], "a prefix that cannot be used is not measured either"
+    cfg.data.sequence_prefix = "<a>"
+    assert prefix_choice(cfg, inputs).likely == (257,)
+
+
+@pytest.mark.parametrize(
+    ("note", "kind", "why"),
+    [
+        ("{", ConfigError, r"kdtrain\.json is damaged"),
+        ('{"sequence_prefix": [259]}', StoreMismatch, "the run that made student.weights = .* puts the id 259 before"),
+    ],
+    ids=["damaged", "not shared"],
+)
+def test_the_check_of_an_evaluation_refuses_the_prefix_of_an_export_that_cannot_be_used(tmp_path, note, kind, why):
+    teacher, student = model(tmp_path / "teacher", FEW, 264), model(tmp_path / "student", MANY, 264)
+    data = store(tmp_path / "data", teacher)
+    held_out = store(tmp_path / "held_out", teacher, seed=1)
+    (student / "kdtrain.json").write_text(note)
+    configured(tmp_path, data, teacher=teacher, student=student, validation=held_out)
+    words = ["data.seq_len=16", "data.sequences_per_micro_batch=2", "data.tokens_per_step=64", "--check"]
+    names = [f"student.weights={student}", f"teacher.weights={teacher}", f"data.train=[{data}]"]
+    words = [str(tmp_path / "run.yaml"), *names, f"data.validation={held_out}", *words]
+    with pytest.raises(kind, match=why):
+        run_evaluation(parse(words, None))
+    (student / "kdtrain.json").write_text('{"sequence_prefix": [257]}')
+    assert run_evaluation(parse(words, None)) == 0
