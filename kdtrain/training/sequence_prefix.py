@@ -87,7 +87,7 @@ def prefix_choice(cfg: RunConfig, inputs: Inputs) -> PrefixChoice:
 
     That is the teacher, or else a student that begins with weights; auto means none without either. Reads files only.
     Raises ConfigError for a token that the tokenizer has not or a prefix as long as a sequence, StoreMismatch for a
-    model's prefix outside the vocabulary of the stores.
+    prefix that stores and models do not share.
     """
     named, folder = cfg.data.sequence_prefix, inputs.tokenizer_dir
     tokenizer = load_tokenizer(folder)
@@ -100,21 +100,34 @@ def prefix_choice(cfg: RunConfig, inputs: Inputs) -> PrefixChoice:
                 "  fix: name a token of the tokenizer, or auto (the teacher's own, measured), or none"
             )
         configured = (token,)
+        if unshared := _unshared(configured, inputs):
+            raise _not_shared(f"data.sequence_prefix = {named}", unshared)
     weights = cfg.teacher.weights or cfg.student.weights
     model = None if weights is None else "teacher" if cfg.teacher.weights is not None else "student"
     usual = () if weights is None else tuple(document_prefix(weights))
-    beyond = [token for token in usual if token >= inputs.vocab_size]
-    if beyond and configured is None:
-        raise StoreMismatch(
-            f"the tokenizer of {model}.weights = {weights} puts the ids {list(usual)} before every text; {beyond} are "
-            f"not in the vocabulary of {folder}, which has {inputs.vocab_size} tokens\n"
-            "  why: data.sequence_prefix = auto would begin sequences with them where the model needs it\n"
-            "  fix: prepare the corpus with that model's tokenizer, or set data.sequence_prefix=none"
-        )
-    found = PrefixChoice(configured, () if beyond else usual, model, tokenizer)
+    unshared = _unshared(usual, inputs)
+    if unshared and configured is None:
+        raise _not_shared(f"the tokenizer of {model}.weights = {weights} puts {list(usual)} before texts", unshared)
+    found = PrefixChoice(configured, () if unshared else usual, model, tokenizer)
     for prefix in (found.likely, *found.rivals):
         Packing(cfg.data.seq_len, cfg.data.reset_positions, prefix)
     return found
+
+
+def _unshared(prefix: Prefix, inputs: Inputs) -> dict[int, str]:
+    """Ids of a prefix that have no row in a model, or mean another token to one, with the reason."""
+    beyond = f"stores and models share the ids below {inputs.vocab_size} only"
+    return {t: inputs.barred.get(t, beyond) for t in prefix if t in inputs.barred or t >= inputs.vocab_size}
+
+
+def _not_shared(what: str, unshared: dict[int, str]) -> StoreMismatch:
+    token, reason = next(iter(unshared.items()))
+    return StoreMismatch(
+        f"{what}: id {token} cannot begin a sequence: {reason}\n"
+        "  why: an id must mean one token in all data and have a row in every model\n"
+        "  fix: set data.sequence_prefix to another token or to none, or prepare the corpus with a tokenizer whose "
+        "token every model has"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,11 @@ class SharedVocabulary:
         self._barred: dict[int, str] = {}
 
     @property
+    def barred(self) -> dict[int, str]:
+        """Ids that no input may hold, with the reason."""
+        return dict(self._barred)
+
+    @property
     def _tokenizer(self) -> Path:
         return self._first.path / TOKENIZER
 
