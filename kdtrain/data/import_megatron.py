@@ -91,6 +91,12 @@ def _marks_and_target(folder: Path, settings: MegatronSettings) -> tuple[Marks, 
     ):
         if value is not None and value not in known:
             raise ConfigError(f"{name} = {value!r} is not known\n  fix: use one of {', '.join(known)}")
+    if settings.documents_from == "stream" and settings.inner_separators == "keep":
+        raise ConfigError(
+            "documents_from = 'stream' does not go with inner_separators = 'keep'\n"
+            "  why: documents of a stream end at separators, so none is inside\n"
+            "  fix: leave out --inner-separators, or take documents from the index or sequences"
+        )
     tokenizer, file = load_tokenizer(folder), tokenizer_file(folder)
     separator, found = document_borders(folder, tokenizer, settings.separator, settings.bos)
     size, prefix = size_of(tokenizer, file), tuple(found)

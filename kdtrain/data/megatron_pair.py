@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from kdtrain.data.megatron_index import DTYPES, MegatronIndex, read_index
-from kdtrain.errors import DataError
+from kdtrain.errors import ConfigError, DataError
 
 DOCUMENTS_FROM, INNER = ("index", "sequences", "stream"), ("split", "keep")
 SCANNED_AT_ONCE = 1 << 22
@@ -69,8 +69,8 @@ class Marks:
 
 
 def open_pair(prefix: Path) -> Pair:
-    """Map a pair and check its index and sizes. Raises DataError."""
-    path = prefix.with_name(prefix.name + ".idx")
+    """Map a pair and check its index and sizes. Raises DataError, ConfigError if there is no such pair."""
+    path = _index_of(prefix)
     index = read_index(path)
     index.check(path)
     if index.dtype.kind not in "iu":
@@ -88,6 +88,16 @@ def open_pair(prefix: Path) -> Pair:
     tokens = np.asarray(np.memmap(data, mode="r", dtype=index.dtype)) if expected else np.zeros(0, index.dtype)
     edges = np.append(np.asarray(index.pointers), expected) // index.dtype.itemsize
     return Pair(prefix, index, tokens, edges, modified)
+
+
+def _index_of(prefix: Path) -> Path:
+    if prefix.name and (found := prefix.with_name(prefix.name + ".idx")).exists():
+        return found
+    is_file = prefix.suffix in (".bin", ".idx") and prefix.with_suffix(".idx").exists()
+    raise ConfigError(
+        f"{prefix} is not the prefix of a Megatron pair: {prefix}.idx does not exist\n"
+        f"  fix: name {prefix.with_suffix('') if is_file else 'the path of a .bin and its .idx'} without either suffix"
+    )
 
 
 def find_documents(pair: Pair, marks: Marks, documents_from: str | None, inner: str | None) -> Documents:

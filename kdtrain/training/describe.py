@@ -8,7 +8,7 @@ from typing import Any
 
 from kdtrain.config.ranks import num_teachers, student_ranks, teacher_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
-from kdtrain.data.loader import StepLoader, sequence_prefix_of
+from kdtrain.data.loader import StepLoader
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.mixed import refuse_float32_at_stage_3
@@ -24,7 +24,7 @@ from kdtrain.training.estimate import MemoryEstimate, ModelSize, estimate_memory
 from kdtrain.training.export import model_files
 from kdtrain.training.inputs import Inputs
 from kdtrain.training.sequence_prefix import PrefixChoice
-from kdtrain.training.start import find_start
+from kdtrain.training.start import find_start, kept_prefix
 
 
 def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh) -> None:
@@ -188,7 +188,8 @@ def _check_start(cfg: RunConfig, inputs: Inputs, choice: PrefixChoice, mesh: Mes
     folder = Path(cfg.run.output_dir) / cfg.run.name
     point = find_start(cfg, inputs, folder)
     resumed = None if point is None or point.is_stage else checkpoint.read_state(point.path)["loader"]
-    prefix = choice.likely if resumed is None or choice.configured is not None else sequence_prefix_of(resumed)
+    kept = kept_prefix(point, choice)
+    prefix = choice.likely if kept is None or choice.configured is not None else kept
     loader = build.build_loader(cfg, inputs, mesh, prefix, prefetch=0)
     if point is not None:
         checkpoint.check_model(point.path, student)

@@ -43,7 +43,7 @@ class Inputs:
 def open_inputs(cfg: RunConfig, specs: Sequence[ModelSpec]) -> Inputs:
     """Open every store and hold them, the teacher's and the student's tokenizers against each other.
 
-    No store may stand twice in data.train, nor in data.validation what is trained on.
+    No store may stand twice in data.train, nor a shard of data.train in data.validation.
 
     Warns of documents that do not begin as a model's tokenizer begins a text.
     Reads headers and tokenizers, and all tokens of a store only when a model lacks an id of its tokenizer and the store
@@ -96,14 +96,18 @@ def _all_different(train: Sequence[TokenStore], validation: TokenStore | None) -
                 f"{store.manifest.fingerprint[:16]}\n  fix: name it once, and use data.train_weights to draw from it "
                 "more often"
             )
-    twin = None if validation is None else seen.get(validation.manifest.fingerprint)
-    if validation is not None and twin is not None:
-        raise StoreMismatch(
-            f"data.validation = {validation.path} holds the tokens of {twin.path}, which is in data.train "
-            f"(fingerprint {twin.manifest.fingerprint[:16]})\n"
-            "  why: what was trained on says nothing of held-out text\n"
-            "  fix: hold out a share with launch/prepare_corpus.py --validation-share, and name that store"
-        )
+    if validation is None:
+        return
+    held_out = {shard.bin_sha256: shard.name for shard in validation.manifest.shards}
+    for store in train:
+        for shard in store.manifest.shards:
+            if shard.bin_sha256 in held_out:
+                raise StoreMismatch(
+                    f"data.validation = {validation.path} holds the tokens of {store.path}, which is in data.train: "
+                    f"{held_out[shard.bin_sha256]}.bin and {shard.name}.bin have the sha256 {shard.bin_sha256[:16]}\n"
+                    "  why: what was trained on says nothing of held-out text\n"
+                    "  fix: hold out a share with launch/prepare_corpus.py --validation-share, and name that store"
+                )
 
 
 def _compare_prefix(store: TokenStore, role: str, folder: Path) -> None:

@@ -33,7 +33,7 @@ from kdtrain.training import describe as describing
 from kdtrain.training.cadence import Cadence, StopRequest
 from kdtrain.training.checkpoints import Checkpoints
 from kdtrain.training.evaluator import Evaluator
-from kdtrain.training.export import export_checkpoint, exported_prefix, stored_prefix, write_model_files
+from kdtrain.training.export import export_checkpoint, exported_prefix, write_model_files
 from kdtrain.training.guards import Events, Guards
 from kdtrain.training.inputs import Inputs, open_inputs
 from kdtrain.training.progress import Progress
@@ -42,7 +42,7 @@ from kdtrain.training.report import Reporter, Sink
 from kdtrain.training.resume import ResumePoint
 from kdtrain.training.self_check import check_alignment
 from kdtrain.training.sequence_prefix import Prefix, PrefixChoice, decide_prefix, prefix_choice, require_shared
-from kdtrain.training.start import find_start
+from kdtrain.training.start import find_start, kept_prefix
 from kdtrain.training.timing import PhaseTimer
 from kdtrain.training.trainer import Trainer
 
@@ -214,11 +214,10 @@ def _prepare_teacher(
 ) -> Prefix:
     """Quantise the teacher, find the run's sequence prefix and, in a new run, check that the teacher knows the data.
 
-    A resumed run has the prefix of its checkpoint, and the loader refuses a configuration that names another one. A new
-    stage (run.continue_from) reads other data, perhaps beside another teacher: it decides anew.
+    A resumed run has the prefix of its checkpoint, and the loader refuses a configuration that names another one; of a
+    new stage see `kept_prefix`.
     """
-    is_new = resume_from is None or resume_from.is_stage
-    stored = on_main(mesh, lambda: None if is_new or resume_from is None else stored_prefix(resume_from.path))
+    stored = on_main(mesh, lambda: kept_prefix(resume_from, choice))
 
     def first(prefix: Prefix) -> Batch:
         return next(build.build_loader(cfg, inputs, mesh, prefix, prefetch=0))[0].to(rank.device)
@@ -226,6 +225,8 @@ def _prepare_teacher(
     if cfg.teacher.quantize is not None:
         quantize_teacher(cfg, models, first(choice.likely if stored is None else stored), mesh)
     if stored is not None:
+        if resume_from is not None and resume_from.is_stage and stored:
+            LOGGER.info("prefix   %s, as in the run that goes on", choice.name(stored))
         return stored if choice.configured is None else choice.configured
     prefix = decide_prefix(cfg, choice, inputs, models, mesh, rank.device)
     if models.teacher is not None and cfg.debug.self_check:

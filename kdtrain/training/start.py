@@ -11,9 +11,10 @@ from kdtrain.engine import checkpoint
 from kdtrain.errors import StoreMismatch
 from kdtrain.models.load import model_facts
 from kdtrain.training import build
-from kdtrain.training.export import MODEL_FOLDER
+from kdtrain.training.export import MODEL_FOLDER, stored_prefix
 from kdtrain.training.inputs import Inputs
 from kdtrain.training.resume import ResumePoint, find_resume_point
+from kdtrain.training.sequence_prefix import Prefix, PrefixChoice
 
 
 def find_start(cfg: RunConfig, inputs: Inputs, run_folder: Path) -> ResumePoint | None:
@@ -27,6 +28,17 @@ def find_start(cfg: RunConfig, inputs: Inputs, run_folder: Path) -> ResumePoint 
         config = model_facts(build.student_spec(cfg), inputs.vocab_size).config
         checkpoint.check_config(point.path, json.loads(config.to_json_string(use_diff=False)))
     return point
+
+
+def kept_prefix(point: ResumePoint | None, choice: PrefixChoice) -> Prefix | None:
+    """The sequence prefix of the run that this one goes on with; None where it is decided anew.
+
+    A new stage reads other data, perhaps beside another teacher: a teacher is measured again. Without one nothing that
+    could be measured is the student that goes on, so auto keeps what it was trained with. Reads the checkpoint's state.
+    """
+    if point is None or (point.is_stage and (choice.configured is not None or choice.model == "teacher")):
+        return None
+    return stored_prefix(point.path)
 
 
 def _same_tokenizer(source: Path, inputs: Inputs) -> None:

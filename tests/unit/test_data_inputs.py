@@ -5,11 +5,12 @@ import json
 import pytest
 
 from kdtrain.config.load import load_run
+from kdtrain.data.import_megatron import MegatronSettings, import_megatron
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.errors import StoreMismatch
 from kdtrain.models.load import ModelSpec
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_data import random_documents, write_tokenizer
+from kdtrain.testing.tiny_data import random_documents, write_pair, write_tokenizer
 from kdtrain.training.inputs import open_inputs
 
 
@@ -65,6 +66,18 @@ def test_validating_on_what_is_trained_on_is_refused_with_both_paths(world, twin
     message = refused(world, train, validation)
     assert f"data.validation = {validation} holds the tokens of {train[1]}" in message
     assert "--validation-share" in message
+
+
+def test_validating_on_one_of_several_pairs_that_are_trained_on_is_refused(world, tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
+    pairs = [write_pair(tmp_path / name, [[first, 6, 0], [7, 8, 0]]) for name, first in (("a", 4), ("b", 5), ("c", 6))]
+    for name, used in (("train", pairs[:2]), ("twin", pairs[1:2]), ("other", pairs[2:])):
+        import_megatron(used, tokenizer, tmp_path / name, MegatronSettings(in_place=True))
+    train, twin, other = (tmp_path / name / "train" for name in ("train", "twin", "other"))
+    message = refused(world, [train], twin)
+    assert f"data.validation = {twin} holds the tokens of {train}" in message
+    assert "shard_00000.bin and shard_00001.bin have the sha256" in message
+    assert len(world.open([train], other).validation) == 2
 
 
 def test_training_twice_on_the_same_tokens_is_refused_for_weights(world):

@@ -244,3 +244,25 @@ def test_options_of_pairs_and_of_text_are_not_mixed(tmp_path, tokenizer, script,
     for name in ("documents_from", "inner_separators"):
         with pytest.raises(ConfigError, match=f"{name} = 'x' is not known\n  fix: use one of "):
             import_megatron([tmp_path / "p"], tokenizer, tmp_path / "out", MegatronSettings(**{name: "x"}))
+    both = MegatronSettings(documents_from="stream", inner_separators="keep")
+    with pytest.raises(ConfigError, match=r"'stream' does not go with inner_separators = 'keep'(.|\n)*fix: "):
+        import_megatron([tmp_path / "p"], tokenizer, tmp_path / "out", both)
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("v1.2.bin", "v1.2 without either suffix"),
+        ("v1.2.idx", "v1.2 without either suffix"),
+        ("v1.3", "the path of a .bin and its .idx without either suffix"),
+        ("", "the path of a .bin and its .idx without either suffix"),
+        ("/", "the path of a .bin and its .idx without either suffix"),
+    ],
+)
+def test_what_is_no_prefix_of_a_pair_is_refused_by_name(tmp_path, tokenizer, monkeypatch, name, fix):
+    write_pair(tmp_path / "v1.2", [[5, 6, 0]])
+    monkeypatch.chdir(tmp_path)
+    assert imported(tmp_path, Path("v1.2"), tokenizer, "good") == [[5, 6, 0]]
+    with pytest.raises(ConfigError, match=f"{Path(name)} is not the prefix of a Megatron pair: (.|\n)*fix: name {fix}"):
+        import_megatron([name], tokenizer, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []

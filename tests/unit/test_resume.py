@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kdtrain.config.schema import RunConfig
+from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
@@ -17,12 +18,13 @@ from kdtrain.training.cadence import Cadence
 from kdtrain.training.inputs import Inputs
 from kdtrain.training.progress import Progress
 from kdtrain.training.resume import config_changes, find_resume_point, saved_config
-from kdtrain.training.start import find_start
+from kdtrain.training.sequence_prefix import PrefixChoice
+from kdtrain.training.start import find_start, kept_prefix
 from kdtrain.training.trainer import step_seed
 
 
-def write(run, step, origin=None):
-    state = {"origin": origin, "progress": {"tokens_seen": 10 * step}}
+def write(run, step, origin=None, **more):
+    state = {"origin": origin, "progress": {"tokens_seen": 10 * step}, **more}
     about = checkpoint.Description(step, {"norm.weight": (2,)}, {}, {"tp": 1}, {"model_type": "none"}, state)
     fragments = [Fragment("norm.weight", kind, 0, 0, torch.full((2,), float(step))) for kind in KINDS]
     return checkpoint.write_checkpoint(run / "checkpoints", Mesh(), about, fragments, {"norm.weight": step})
@@ -140,6 +142,21 @@ def test_a_stage_on_tokens_of_another_tokenizer_is_refused(tmp_path):
         StoreMismatch, match=r"was trained on another tokenizer than that of .*store1: .* is \[(.|\n)*fix"
     ):
         find_start(cfg, different, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("configured", "model", "kept"),
+    [(None, None, (7,)), (None, "student", (7,)), (None, "teacher", None), ((), None, None), ((9,), "teacher", None)],
+)
+def test_a_stage_keeps_the_sequence_prefix_unless_a_teacher_is_measured_or_one_is_named(
+    tmp_path, configured, model, kept
+):
+    source = write(tmp_path / "source", 5, loader={"sequence_prefix": [7]})
+    choice = PrefixChoice(configured, (), model, load_tokenizer(write_tokenizer(tmp_path / "tokenizer")))
+    stage = resume(tmp_path / "run", stage=source)
+    assert kept_prefix(stage, choice) == kept
+    assert kept_prefix(resume(tmp_path / "source"), choice) == (7,), "a resumed run is held against it in any case"
+    assert kept_prefix(None, choice) is None
 
 
 def test_a_path_that_is_not_where_this_run_began_is_refused_with_both(tmp_path):

@@ -16,6 +16,7 @@ from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError, DataError, StoreMismatch
+from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.testing.bos_models import BOS, EOS, VOCAB, write_bos_run, write_counting_store
 from kdtrain.testing.tiny_data import write_store, write_tokenizer
 from kdtrain.training import build, sequence_prefix
@@ -243,6 +244,27 @@ def test_a_prefix_that_the_stores_do_not_know_is_refused_unless_one_is_chosen(wo
     monkeypatch.setattr(sequence_prefix, "document_prefix", lambda folder: [BOS] * 16)
     with pytest.raises(ConfigError, match=r"data.seq_len = 16 leaves no room"):
         choice(world)
+
+
+def test_a_prefix_without_a_row_or_with_another_meaning_is_refused_by_the_check_and_the_run(
+    world, tmp_path, monkeypatch
+):
+    folder = tmp_path / "teacher"
+    shutil.copytree(world / "needs", folder)
+    words = [f"teacher.weights={folder}", "run.name=b", "data.sequence_prefix=<eos>"]
+    told = json.loads((folder / "tokenizer.json").read_text())
+    next(token for token in told["added_tokens"] if token["content"] == "<eos>")["content"] = "<tool>"
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    with pytest.raises(StoreMismatch, match=rf"sequence_prefix = <eos>: id {EOS} .* calls it '<tool>'\n  why"):
+        choice(world, *words)
+    (folder / "tokenizer.json").write_text((world / "needs/tokenizer.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    save_random(folder, tiny_config("qwen3", vocab_size=EOS))  # one row less than its tokenizer has ids
+    for command in (["--check"], []):
+        with pytest.raises(
+            StoreMismatch, match=rf"sequence_prefix = <eos>: id {EOS} .* has rows for the ids below {EOS}"
+        ):
+            run_training(parse([str(world / "run.yaml"), *words, *command], ""))
 
 
 @pytest.mark.parametrize(
