@@ -91,6 +91,12 @@ def _marks_and_target(folder: Path, settings: MegatronSettings) -> tuple[Marks, 
     ):
         if value is not None and value not in known:
             raise ConfigError(f"{name} = {value!r} is not known\n  fix: use one of {', '.join(known)}")
+    if (settings.documents_from, settings.inner_separators) == ("stream", "keep"):
+        raise ConfigError(
+            "inner_separators = 'keep' does not go with documents_from = 'stream'\n"
+            "  why: in a stream only separators say where documents end\n"
+            "  fix: leave out --inner-separators, or take documents from the index or the sequences"
+        )
     tokenizer, file = load_tokenizer(folder), tokenizer_file(folder)
     separator, found = document_borders(folder, tokenizer, settings.separator, settings.bos)
     size, prefix = size_of(tokenizer, file), tuple(found)
@@ -242,7 +248,7 @@ def _check_in_place(pair: Pair, documents: Documents, target: _Target) -> None:
     if problems:
         raise DataError(
             f"{pair.bin} cannot be used in place: {'; '.join(problems)}\n"
-            "  why: every document of a store begins with its prefix and ends with its separator\n"
+            "  why: in place no token changes, and each document of a store has one prefix, one separator, one dtype\n"
             "  fix: leave out --in-place, then the pair is copied with these changes"
         )
 

@@ -18,8 +18,8 @@ INDEX_PROBES = 4096
 TIME_UNITS_NS = (1, 100, 1000, 10**6, 10**9)
 """File systems cut times off at one of these, some only once a file has left the memory of the host that wrote it."""
 LINKED_FIX = (
-    "  fix: restore the pair, or make the store again (launch/prepare_corpus.py --from-megatron --in-place); the same "
-    "tokens give a store with the same fingerprint"
+    "  fix: restore the pair with its date (cp -p, rsync -t), or make the store again (launch/prepare_corpus.py "
+    "--from-megatron --in-place); the same tokens give a store with the same fingerprint"
 )
 
 
