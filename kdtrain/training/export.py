@@ -58,7 +58,8 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str | None = None, r
     """Write the Hugging Face folder `output` from a run folder's newest checkpoint, or from one checkpoint folder.
 
     dtype: "float32" or "bfloat16"; None: the student's in its run. replace: an export of an older checkpoint may be
-    replaced; one of the same checkpoint is left as it is. Needs neither DeepSpeed nor a process group; one parameter is in memory at a time.
+    replaced; one of the same checkpoint is left as it is. Needs neither DeepSpeed nor a process group; one parameter
+    is in memory at a time.
     Raises CheckpointError when `source` holds no complete checkpoint, ConfigError when `output` exists already.
     """
     source = Path(os.path.realpath(source))  # unlike resolve() it takes a loop of links for a path that is not there
