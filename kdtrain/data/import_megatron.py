@@ -248,7 +248,7 @@ def _check_in_place(pair: Pair, documents: Documents, target: _Target) -> None:
     if problems:
         raise DataError(
             f"{pair.bin} cannot be used in place: {'; '.join(problems)}\n"
-            "  why: every document of a store begins with its prefix and ends with its separator\n"
+            "  why: in place no token changes, and each document of a store has one prefix, one separator, one dtype\n"
             "  fix: leave out --in-place, then the pair is copied with these changes"
         )
 

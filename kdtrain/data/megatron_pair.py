@@ -16,6 +16,12 @@ from kdtrain.errors import ConfigError, DataError
 
 DOCUMENTS_FROM, INNER = ("index", "sequences", "stream"), ("split", "keep")
 SCANNED_AT_ONCE = 1 << 22
+SPLIT = (
+    "cut documents after each separator inside with --inner-separators split, or keep them whole with "
+    "--inner-separators keep"
+)
+JOIN = "join rows cut from a stream of texts with --documents-from stream"
+WHOLE = "if each entry of the document index is a document as it is, say so with --documents-from index"
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,9 +129,9 @@ def find_documents(pair: Pair, marks: Marks, documents_from: str | None, inner: 
             raise _no_separator(pair, marks)
         return _cut(starts, stops, separators, empty)
     inside = np.setdiff1d(separators, stops[ended] - 1, assume_unique=True)
-    problems = _inner_problem(starts, inside, marks) if inner is None and len(inside) else []
-    if documents_from is None:
-        problems += _piece_problems(pair, marks, starts, stops, ended)
+    problems = _piece_problems(pair, marks, starts, stops, ended) if documents_from is None else []
+    if inner is None and len(inside):
+        problems.append(_inner_problem(starts, inside, marks, documents_from))
     if problems:
         raise _ambiguous(pair, problems)
     if inner == "split" and len(inside):
@@ -175,34 +181,47 @@ def _cut(starts: np.ndarray, stops: np.ndarray, separators: np.ndarray, empty: i
     return Documents(begins[kept], ends[kept], ended[kept], empty + int(np.count_nonzero(~kept)))
 
 
-def _inner_problem(starts: np.ndarray, inside: np.ndarray, marks: Marks) -> list[str]:
+def _inner_problem(
+    starts: np.ndarray, inside: np.ndarray, marks: Marks, documents_from: str | None
+) -> tuple[str, list[str]]:
+    """What is wrong, and the options that decide it."""
     holders = np.unique(np.searchsorted(starts, inside, side="right") - 1)
-    return [
+    what = (
         f"{len(holders):,} of {len(starts):,} documents hold the separator {marks.separator_name} (token "
         f"{marks.separator}) inside, {len(inside):,} times; the first is document {holders[0]}"
-    ]
+    )
+    return what, [SPLIT] if documents_from else [SPLIT, JOIN]
 
 
-def _piece_problems(pair: Pair, marks: Marks, starts: np.ndarray, stops: np.ndarray, ended: np.ndarray) -> list[str]:
-    """Why entries of the document index may be no whole texts, from where they begin and end."""
+def _piece_problems(
+    pair: Pair, marks: Marks, starts: np.ndarray, stops: np.ndarray, ended: np.ndarray
+) -> list[tuple[str, list[str]]]:
+    """Why entries of the document index may be no whole texts, from where they begin and end, and what decides each."""
     continued = ~ended[:-1] & ~_begin_with(pair.tokens, starts[1:], stops[1:], marks.usual_prefix)
     sizes = stops - starts
     if ended.any():
         if not continued.any():
             return []
-        return [
+        what = (
             f"{np.count_nonzero(~ended):,} of {len(starts):,} documents do not end with the separator "
             f"{marks.separator_name} though others do; the first is document {int(np.argmin(ended))}"
-        ]
+        )
+        return [(what, [JOIN, WHOLE])]
     if len(starts) >= 3 and (sizes[:-1] == sizes[0]).all() and sizes[-1] <= sizes[0] and continued.any():
-        return [f"none ends with the separator {marks.separator_name}, and all but the last have {sizes[0]} tokens"]
+        what = f"none ends with the separator {marks.separator_name}, and all but the last have {sizes[0]} tokens"
+        return [(what, [JOIN, WHOLE])]
     last = int(pair.tokens[stops[-1] - 1])
     same_end = len(starts) >= 2 and bool((pair.tokens[stops - 1] == last).all())
     if same_end and last in marks.special and not marks.separator_named:
-        return [
+        what = (
             f"every document ends with {marks.special[last]} (token {last}), none with the separator "
-            f"{marks.separator_name}: --separator {marks.special[last]!r} takes the former"
-        ]
+            f"{marks.separator_name}"
+        )
+        fix = (
+            f"take the former as the separator with --separator {marks.special[last]!r}, or add the latter behind it "
+            f"with --separator {marks.separator_name!r}"
+        )
+        return [(what, [fix])]
     return []
 
 
@@ -229,11 +248,10 @@ def _no_separator(pair: Pair, marks: Marks) -> DataError:
     )
 
 
-def _ambiguous(pair: Pair, problems: list[str]) -> DataError:
+def _ambiguous(pair: Pair, problems: list[tuple[str, list[str]]]) -> DataError:
+    fixes = dict.fromkeys(part for _, fix in problems for part in fix)
     return DataError(
-        f"{pair.prefix}: its documents may be no single texts: {'; '.join(problems)}\n"
+        f"{pair.prefix}: its documents may be no single texts: {'; '.join(what for what, _ in problems)}\n"
         "  why: texts in one document see each other, and a text cut anywhere is learned to end there\n"
-        "  fix: cut documents after each separator inside with --inner-separators split (or keep them with "
-        "--inner-separators keep); for rows cut from a stream of texts join them with --documents-from stream; if each "
-        "entry of the document index is a document as it is, say so with --documents-from index"
+        f"  fix: {'; '.join(fixes)}"
     )

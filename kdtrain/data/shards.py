@@ -18,8 +18,8 @@ INDEX_PROBES = 4096
 TIME_UNITS_NS = (1, 100, 1000, 10**6, 10**9)
 """File systems cut times off at one of these, some only once a file has left the memory of the host that wrote it."""
 LINKED_FIX = (
-    "  fix: restore the pair, or make the store again (launch/prepare_corpus.py --from-megatron --in-place); the same "
-    "tokens give a store with the same fingerprint"
+    "  fix: restore the pair with its date (cp -p, rsync -t), or make the store again (launch/prepare_corpus.py "
+    "--from-megatron --in-place); the same tokens give a store with the same fingerprint"
 )
 
 
@@ -74,7 +74,7 @@ def _check_size(path: Path, expected: int, manifest: Manifest) -> None:
 
 
 def _check_unchanged(path: Path, manifest: Manifest) -> None:
-    """A file used in place belongs to others, who may write it anew with the same size."""
+    """A file used in place is not the store's own and may be written anew with the same size."""
     linked = _linked(path, manifest)
     if linked is None or any(path.stat().st_mtime_ns == linked.mtime_ns // unit * unit for unit in TIME_UNITS_NS):
         return

@@ -84,7 +84,8 @@ class Backbone(nn.Module):
             use_cache=False,
             **self._attention_arguments(batch),
         )
-        if getattr(out, "past_key_values", None) is not None:
+        # transformers 5.23 has past_key_values; 5.24 has cache, and warns of any look at the other name
+        if any(vars(out).get(name) is not None for name in ("cache", "past_key_values")):
             raise ConfigError(
                 f"{type(self.model).__name__} keeps a cache although it was asked not to\n"
                 "  why: a cache switches off the separation of packed documents\n  fix: use another architecture"

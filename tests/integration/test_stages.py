@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from kdtrain.config.load import load_run
 from kdtrain.data.loader import StepLoader
+from kdtrain.data.packing import Packing
 from kdtrain.data.token_store import TokenStore
 from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
@@ -119,9 +120,10 @@ def adamw_by_hand(folder, params, cfg):
 
 def first_batch(cfg, position=0):
     sequences = cfg.data.tokens_per_step // cfg.data.seq_len
-    sizes = {"seq_len": cfg.data.seq_len, "sequences_per_step": sequences, "sequences_per_micro_batch": sequences}
+    sizes = {"sequences_per_step": sequences, "sequences_per_micro_batch": sequences}
+    packing = Packing(cfg.data.seq_len, reset_positions=False)
     stores = [TokenStore.open(path) for path in cfg.data.train]
-    loader = StepLoader(stores, **sizes, seed=cfg.run.seed, reset_positions=False, prefetch=0, start_sequence=position)
+    loader = StepLoader(stores, **sizes, packing=packing, seed=cfg.run.seed, prefetch=0, start_sequence=position)
     return next(loader)[0]
 
 

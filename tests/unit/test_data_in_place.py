@@ -178,7 +178,7 @@ def test_a_pair_that_is_gone_or_changed_is_refused_by_name(used, change, why):
         os.utime(file, ns=(before + 10**9, before + 10**9))
     with pytest.raises(DataError, match=rf"^{file} \(used in place as {store}/shard_00000\.bin\) {why}") as caught:
         TokenStore.open(store)
-    assert "fix: restore the pair, or make the store again" in str(caught.value)
+    assert "fix: restore the pair with its date (cp -p, rsync -t), or make the store again" in str(caught.value)
 
 
 @pytest.mark.parametrize("unit", [100, 1000, 10**6, 10**9])

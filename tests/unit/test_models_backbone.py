@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import generic
 
 from kdtrain.data.batch import Batch
 from kdtrain.dist.mesh import Mesh
@@ -156,6 +157,13 @@ def test_a_model_that_keeps_a_cache_is_refused(monkeypatch):
     monkeypatch.setattr(base, "forward", with_cache)
     with pytest.raises(ConfigError, match="keeps a cache although"):
         backbone.hidden_states(batch_of(random_ids()))
+
+
+def test_looking_for_a_cache_warns_of_no_old_name(monkeypatch):
+    said = []
+    monkeypatch.setattr(generic.logger, "warning_once", lambda message, *_: said.append(message))
+    backbone_of(stock("llama")).hidden_states(batch_of(random_ids()))
+    assert said == []
 
 
 @pytest.mark.parametrize("bad", [-1, 99, 101, 127, 128])
