@@ -1,4 +1,7 @@
-"""Evaluate student.weights on data.validation.   deepspeed launch/eval_model.py CONFIG.yaml student.weights=FOLDER"""
+"""Evaluate student.weights on data.validation.   deepspeed launch/eval_model.py CONFIG.yaml student.weights=FOLDER
+
+With the CONFIG.yaml of a run from scratch, student.architecture=null too. The last line is JSON.
+"""
 
 import sys
 

@@ -14,7 +14,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="a run folder (its newest checkpoint) or one checkpoint folder")
     parser.add_argument("output", type=Path, help="folder to create")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="dtype of the weights")
+    help_ = "dtype of the weights (default: student.dtype of the run)"
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=help_)
     request = parser.parse_args(argv)
     from kdtrain.training.export import export_checkpoint
 

@@ -117,6 +117,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return Manifest.read(folder).config
 
 
+def read_dtype(folder: Path) -> str:
+    """The dtype of the student that wrote `folder`: "float32" or "bfloat16". Raises CheckpointError."""
+    return str(Manifest.read(folder).layout["dtype"])
+
+
 def read_full_parameters(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, full float32 weight on the CPU), one at a time, after checking every file's sha256.
 

@@ -54,11 +54,12 @@ def write_model_files(run_folder: Path, tokenizer_dir: Path, weights: str | None
         (folder / name).unlink(missing_ok=True)
 
 
-def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool = False) -> Path:
+def export_checkpoint(source: Path, output: Path, *, dtype: str | None = None, replace: bool = False) -> Path:
     """Write the Hugging Face folder `output` from a run folder's newest checkpoint, or from one checkpoint folder.
 
-    dtype: "float32" or "bfloat16". replace: an export of an older checkpoint may be replaced; one of the same
-    checkpoint is left as it is. Needs neither DeepSpeed nor a process group; one parameter is in memory at a time.
+    dtype: "float32" or "bfloat16"; None: the student's in its run. replace: an export of an older checkpoint may be
+    replaced; one of the same checkpoint is left as it is. Needs neither DeepSpeed nor a process group; one parameter
+    is in memory at a time.
     Raises CheckpointError when `source` holds no complete checkpoint, ConfigError when `output` exists already.
     """
     source = Path(os.path.realpath(source))  # unlike resolve() it takes a loop of links for a path that is not there
@@ -75,6 +76,7 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str, replace: bool =
             f"{tokenizer} is missing\n  why: a run keeps its student's tokenizer there\n"
             "  fix: put the tokenizer's files there"
         )
+    dtype = checkpoint.read_dtype(folder) if dtype is None else dtype
     about: dict[str, Any] = {
         "step": checkpoint.step_of(folder),
         "checkpoint": checkpoint.identity(folder),

@@ -120,5 +120,5 @@ def test_an_export_of_a_student_under_a_teacher_with_more_tokens_is_read_as_eith
         assert found[key] == pytest.approx(wanted[key], abs=1e-4), key
     found = json.loads(launch("eval_model.py", *settings(world, world / "tied", export, store)).splitlines()[-1])
     assert found["eval/teacher_nll"] == pytest.approx(wanted["eval/val_nll"], abs=1e-4)
-    launch("export_hf.py", run, world / f"by_script_{store}", "--dtype", "float32")
+    launch("export_hf.py", run, world / f"by_script_{store}")  # in the dtype of the run, as RUN/export
     assert (world / f"by_script_{store}/model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()
