@@ -74,7 +74,7 @@ def _check_size(path: Path, expected: int, manifest: Manifest) -> None:
 
 
 def _check_unchanged(path: Path, manifest: Manifest) -> None:
-    """A file used in place belongs to others, who may write it anew with the same size."""
+    """A file used in place is not the store's own and may be written anew with the same size."""
     linked = _linked(path, manifest)
     if linked is None or any(path.stat().st_mtime_ns == linked.mtime_ns // unit * unit for unit in TIME_UNITS_NS):
         return

@@ -1,4 +1,4 @@
-"""Parameters of a bfloat16 student that its class keeps in float32: what DeepSpeed has to be told of them.
+"""Parameters of a bfloat16 student that its class keeps in float32: how DeepSpeed keeps them so.
 
 DeepSpeed 0.19.8 rounds every parameter to bfloat16 when its engine starts, just before it calls the function that makes
 the optimizer; values put back in that call stay, in parameter groups of their own. The gradients of those groups are

@@ -148,8 +148,8 @@ class WeightFiles:
                 if key not in mine or not self.equal(mine[key], (file, key)):
                     raise ConfigError(
                         f"{self.folder} holds two sets of weights: {SINGLE} and {file} differ in {key!r}\n"
-                        f"  why: transformers reads {SINGLE} even when it is older, other tools what {INDEX} names\n"
-                        f"  fix: remove {SINGLE}, or {INDEX} and its files, whichever is not meant"
+                        f"  why: transformers reads {SINGLE} even when it is older, other tools the shards\n"
+                        f"  fix: remove {SINGLE}, or the shards and any {INDEX}, whichever is not meant"
                     )
         return places
 

@@ -163,7 +163,7 @@ def _run_id(folder: Path, *, anew: bool) -> str:
 def _last_step(part: Path) -> int | None:
     """The last optimizer step that a wandb folder holds, -1 for one without records; None where wandb cannot read it.
 
-    Asks wandb's own reader, which stops at a record that was cut off by a kill.
+    Uses wandb's own reader, which stops at a record that was cut off by a kill.
     """
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
     with subprocess.Popen(

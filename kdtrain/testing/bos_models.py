@@ -99,7 +99,7 @@ def write_bos_run(folder: Path) -> Path:
 
 
 def _lesson(generator: torch.Generator, needs_bos: bool, size: int = 12) -> Batch:
-    """Eight sequences that count, every other one behind a <bos>: nothing else tells what is to be said."""
+    """Eight sequences that count, every other one behind a <bos>: nothing else decides the rest."""
     start = torch.randint(LETTERS, (8, 1), generator=generator)
     with_bos = torch.arange(8)[:, None] % 2 == 0
     letters = 1 + (start + torch.arange(size + 1)) % LETTERS

@@ -45,7 +45,7 @@ class WandbServer(ThreadingHTTPServer):
             return {"upsertBucket": {"bucket": self._bucket(run), "inserted": is_new}}
         if "createRunFiles" in query:
             return {"createRunFiles": {"runID": "x", "uploadHeaders": [], "files": []}}
-        if "historyLineCount" in query:  # what a resumed online run asks
+        if "historyLineCount" in query:  # the query of a resumed online run
             return {"model": {"id": "p", "name": run[0], "entity": {"id": "e", "name": "e"}, "bucket": self._tail(run)}}
         return {}
 
