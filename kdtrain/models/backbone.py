@@ -46,6 +46,7 @@ class Backbone(nn.Module):
         self.cp_group = cp_group
         self.elements_read = 0
         """Elements of weight files that this rank read to fill the model."""
+        self._facts: ModelFacts | None = None
         self._head_name = vocabulary_modules(model)[1]
         # Taken now: under ZeRO-3 the parameters lose their shapes.
         self._full_shapes = {
@@ -113,8 +114,11 @@ class Backbone(nn.Module):
         return sum(torch.Size(shape).numel() for shape in self._full_shapes.values())
 
     def facts(self) -> ModelFacts:
-        """Config and size of the full model."""
-        return facts_of(self.model, self._full_shapes, {name: param.dtype for name, param in self.hf_parameters()})
+        """Config and size of the full model, from the first call on those of then: ZeRO-3 takes shapes away."""
+        if self._facts is None:
+            dtypes = {name: param.dtype for name, param in self.hf_parameters()}
+            self._facts = facts_of(self.model, self._full_shapes, dtypes)
+        return self._facts
 
     def _attention_arguments(self, batch: Batch) -> dict[str, Any]:
         """What attention must know of whole sequences when ranks hold parts, and explicit document boundaries for

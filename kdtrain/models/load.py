@@ -120,6 +120,7 @@ def load_backbone(
             materialize_parameter(model, name, param.detach().to(device, dtypes[name]), mesh)
     move_buffers(model, device)
     model.config.dtype = DTYPES[spec.dtype]
+    backbone.facts()  # once parameters have their dtypes, and before ZeRO-3 takes their shapes
     return backbone.train(trainable)
 
 

@@ -96,21 +96,6 @@ def test_a_refusal_offers_only_options_that_decide_it(tmp_path, tokenizer, choic
     assert fix.count("--") == fix.count("--separator") == 2
 
 
-def test_a_stream_whose_inner_separators_are_to_be_kept_is_a_contradiction(tmp_path, tokenizer):
-    pair = write_pair(tmp_path / "pair", rows_of(STREAM, 5))
-    with pytest.raises(ConfigError, match="only separators say where documents end"):
-        imported(tmp_path, pair, tokenizer, documents_from="stream", inner_separators="keep")
-    assert imported(tmp_path, pair, tokenizer, documents_from="stream", inner_separators="split") == TEXTS
-
-
-@pytest.mark.parametrize("named", ["pair.bin", "pair.idx", "pear"])
-def test_a_pair_that_is_not_there_says_how_a_pair_is_named(tmp_path, tokenizer, named):
-    write_pair(tmp_path / "pair", [[5, 0]])
-    said = refusal(tmp_path, tmp_path / named, tokenizer)
-    assert said.startswith(f"{tmp_path / named}.idx does not exist\n")
-    assert f"without .bin and .idx; {tmp_path / named} was named" in said
-
-
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 18])
 @pytest.mark.parametrize("index", [None, [0]])
 def test_rows_cut_from_a_stream_are_refused_and_joined_on_request(tmp_path, tokenizer, logged, size, index):

@@ -255,14 +255,14 @@ def test_a_prefix_without_a_row_or_with_another_meaning_is_refused_by_the_check_
     told = json.loads((folder / "tokenizer.json").read_text())
     next(token for token in told["added_tokens"] if token["content"] == "<eos>")["content"] = "<tool>"
     (folder / "tokenizer.json").write_text(json.dumps(told))
-    with pytest.raises(StoreMismatch, match=rf"sequence_prefix = <eos>: id {EOS} .* calls it '<tool>'\n  why"):
+    with pytest.raises(StoreMismatch, match=rf"sequence_prefix = <eos> puts the id {EOS} .* calls it '<tool>'\n  why"):
         choice(world, *words)
     (folder / "tokenizer.json").write_text((world / "needs/tokenizer.json").read_text())
     monkeypatch.chdir(tmp_path)
     save_random(folder, tiny_config("qwen3", vocab_size=EOS))  # one row less than its tokenizer has ids
     for command in (["--check"], []):
         with pytest.raises(
-            StoreMismatch, match=rf"sequence_prefix = <eos>: id {EOS} .* has rows for the ids below {EOS}"
+            StoreMismatch, match=rf"sequence_prefix = <eos> puts the id {EOS} .* has rows for the ids below {EOS}"
         ):
             run_training(parse([str(world / "run.yaml"), *words, *command], ""))
 
