@@ -13,8 +13,8 @@ blocks     import_megatron, in threads
 naive      one document at a time in one process, decoded to measure its text (what kdtrain did up to 8dc14f3)
 
 Before times count, the copied stores must equal the naive one byte for byte, and the store in place must have the same
-fingerprint and manifest but for its link. peak_bytes: growth of resident memory, the mapped pair included. load: before
-anything was measured. The speed-up is that of tokens per second: blocks at the size of the naive row.
+fingerprint and manifest but for its link. peak_bytes: growth of resident memory, the mapped pair included. load: when
+the script began. The speed-up is that of tokens per second: blocks at the size of the naive row.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def row_of(job: dict, answer: dict, commit: str, load: float) -> dict:
 
 def measure_all(folder: Path, open_tokens: int, copy_tokens: int) -> list[dict]:
     """Rows: all three at the smaller size, side by side and compared, then in place and blocks at the larger."""
+    commit, load, rows = common.current_commit(), os.getloadavg()[0], []  # before this script itself makes any
     ids = write_tokenizer(folder / "tokenizer")
-    commit, load, rows = common.current_commit(), os.getloadavg()[0], []
     for tokens, providers in ((copy_tokens, ("naive", "blocks", "in place")), (open_tokens, ("blocks", "in place"))):
         prefix = folder / f"pair_{tokens}" / "pair"
         prefix.parent.mkdir(exist_ok=True)
