@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
             split_on=a.split_on,
             bos=a.bos,
             skip_invalid=bool(a.skip_invalid),
+            inner_separators=a.inner_separators,
         )
         made = prepare_corpus(a.inputs, a.tokenizer, a.output, settings)
     for name, manifest in made.items():

@@ -16,6 +16,8 @@ def parse_prepare(description: str | None, argv: Sequence[str]) -> argparse.Name
     parser.add_argument("--separator", metavar="TOKEN", help=help_)
     help_ = "before each document what the tokenizer puts before a text, or nothing (default: %(default)s)"
     parser.add_argument("--bos", choices=["auto", "never"], default="auto", help=help_)
+    help_ = "cut a document after each separator inside it, or keep it whole (default: refused)"
+    parser.add_argument("--inner-separators", choices=["split", "keep"], help=help_)
     of_text = _add_text(parser)
     of_pairs = _add_megatron(parser)
     a = parser.parse_args(argv)
@@ -55,11 +57,9 @@ def _add_megatron(parser: argparse.ArgumentParser) -> list[str]:
         "stream of all sequences (default: index, refused where the tokens speak against it)"
     )
     group.add_argument("--documents-from", choices=["index", "sequences", "stream"], help=help_)
-    help_ = "cut a document after each separator inside it, or keep it whole (default: refused)"
-    group.add_argument("--inner-separators", choices=["split", "keep"], help=help_)
     help_ = "read every token but copy none: the store refers to the pairs' .bin files (refused if one needs a change)"
     group.add_argument("--in-place", action="store_true", default=None, help=help_)
-    return ["--documents-from", "--inner-separators", "--in-place"]
+    return ["--documents-from", "--in-place"]
 
 
 def _given(options: argparse.Namespace, names: Sequence[str]) -> str:

@@ -66,6 +66,9 @@ def import_megatron(
     vocabulary, or, in place, pairs that need a change.
     """
     settings = MegatronSettings() if settings is None else settings
+    twice = [name for name, count in Counter(os.path.realpath(path) for path in prefixes).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{twice[0]} is named twice\n  why: every document would be there twice\n  fix: name it once")
     marks, target = _marks_and_target(Path(tokenizer_dir), settings)
     left_out: Counter[str] = Counter()
     folder, source = Path(output) / "train", "Megatron " + ", ".join(Path(name).name for name in prefixes)

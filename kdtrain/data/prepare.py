@@ -19,7 +19,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kdtrain.data.manifest import Manifest
-from kdtrain.data.separator import document_borders
+from kdtrain.data.megatron_pair import INNER
+from kdtrain.data.separator import Separator, document_borders
 from kdtrain.data.text import find_files, read_documents
 from kdtrain.data.token_store import TokenStoreWriter
 from kdtrain.data.tokenizer import load_tokenizer
@@ -41,7 +42,8 @@ class PrepareSettings:
     workers: processes; None: one per core this process may use. split_on: line between documents of a text file
     (`kdtrain.data.text.read_documents`), None: a text file is one document. bos: "auto" puts before each document what
     the tokenizer's post-processor puts there, "never" nothing. skip_invalid: leave out, and count by reason, documents
-    that cannot be read.
+    that cannot be read. inner_separators: of a text that holds the separator inside, "split" cuts after each, "keep"
+    leaves it one document, None is an error; one at the end is that of the document.
     """
 
     field: str = "text"
@@ -52,6 +54,7 @@ class PrepareSettings:
     split_on: str | None = None
     bos: str = "auto"
     skip_invalid: bool = False
+    inner_separators: str | None = None
 
 
 def is_validation(text: str, share: float) -> bool:
@@ -72,7 +75,12 @@ def prepare_corpus(
     """
     if not 0 <= settings.validation_share < 1:
         raise ConfigError(f"validation_share = {settings.validation_share} is not in [0, 1)\n  fix: for example 0.01")
-    separator, prefix = document_borders(tokenizer_dir, load_tokenizer(tokenizer_dir), settings.separator, settings.bos)
+    if settings.inner_separators not in (None, *INNER):
+        raise ConfigError(
+            f"inner_separators = {settings.inner_separators!r} is not known\n  fix: use one of {', '.join(INNER)}"
+        )
+    tokenizer = load_tokenizer(tokenizer_dir)
+    separator, prefix = document_borders(tokenizer_dir, tokenizer, settings.separator, settings.bos)
     ignored: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     files = find_files(inputs, ignored)
@@ -85,27 +93,46 @@ def prepare_corpus(
             writer = TokenStoreWriter(folder, tokenizer_dir, separator.id, source=source, document_prefix=prefix)
             writers[name] = stack.enter_context(writer)
         report = stack.enter_context(progress())
-        with_separator = 0
         for text, ids in _documents(files, Path(tokenizer_dir), settings, left_out):
             held_out = len(names) > 1 and is_validation(text, settings.validation_share)
-            writers["validation" if held_out else "train"].add(_bare(ids, prefix), len(text.encode()))
-            with_separator += bool((ids == separator.id).any())
-            report(len(ids) + 1, 1)
+            for part, text_bytes in _parts(text, ids, separator, tokenizer, settings.inner_separators):
+                bare = _bare(part, prefix)
+                if len(bare) == 0:
+                    left_out["texts without tokens"] += 1
+                    continue
+                writers["validation" if held_out else "train"].add(bare, text_bytes)
+                report(len(bare) + 1, 1)
         report_left_out(left_out + Counter({f"files ({name})": count for name, count in ignored.items()}))
         for writer in writers.values():  # all of them can still fail here, so none appears yet
             writer.finish(left_out)
         # train last: whoever finds it finds the text held out from it too
         made = {name: writers[name].commit() for name in reversed(names)}
-    if with_separator:
-        _warn_of_separators(with_separator, separator.id)
     return {name: made[name] for name in names}
 
 
-def _warn_of_separators(documents: int, separator: int) -> None:
-    found = f"{documents:,} documents hold the separator (token {separator}) inside their text"
-    LOGGER.warning(
-        "prepare  %s, which keeps them one document; if it marks borders in a text file, use --split-on", found
-    )
+def _parts(
+    text: str, ids: np.ndarray, separator: Separator, tokenizer: Tokenizer, inner: str | None
+) -> list[tuple[np.ndarray, int]]:
+    """The documents of a text: (tokens without their separator, UTF-8 bytes of their text) of each.
+
+    inner: as PrepareSettings.inner_separators. Raises DataError for a separator inside if that is None.
+    """
+    places = np.flatnonzero(ids == separator.id)
+    if len(places) == 0:
+        return [(ids, len(text.encode()))]
+    ids = ids[:-1] if places[-1] == len(ids) - 1 else ids
+    places = places[places < len(ids)]
+    if len(places) and inner is None:
+        raise DataError(
+            f"a text holds the separator {separator.token} (token {separator.id}) inside, {len(places):,} times; it "
+            f"begins with {text[:60]!r}\n"
+            "  why: as one document, the texts it stands between would see each other\n"
+            "  fix: --inner-separators split cuts after each, keep leaves such texts one document (where they speak of "
+            "the token); --split-on if it stands on lines of its own in text files"
+        )
+    first, *rest = np.split(ids, places) if inner == "split" else [ids]
+    parts = [first, *(part[1:] for part in rest)]  # each of the rest begins with a separator
+    return [(part, len(tokenizer.decode(part.tolist(), skip_special_tokens=False).encode())) for part in parts]
 
 
 def _documents(

@@ -249,7 +249,7 @@ def test_a_copy_in_blocks_is_the_copy_document_by_document_byte_for_byte(
 
 def test_options_of_pairs_and_of_text_are_not_mixed(tmp_path, tokenizer, script, capsys):
     base = ["--tokenizer", str(tokenizer), "--output", str(tmp_path / "out"), "x"]
-    for words in (["--documents-from", "stream"], ["--inner-separators", "split"], ["--in-place"]):
+    for words in (["--documents-from", "stream"], ["--in-place"]):
         with pytest.raises(SystemExit) as caught:
             run_script(script.main, [*base, *words])
         assert caught.value.code == EXIT_CONFIG
@@ -263,6 +263,13 @@ def test_options_of_pairs_and_of_text_are_not_mixed(tmp_path, tokenizer, script,
     both = MegatronSettings(documents_from="stream", inner_separators="keep")
     with pytest.raises(ConfigError, match=r"'stream' does not go with inner_separators = 'keep'(.|\n)*fix: "):
         import_megatron([tmp_path / "p"], tokenizer, tmp_path / "out", both)
+
+
+def test_a_pair_that_is_named_twice_is_refused(tmp_path, tokenizer, monkeypatch):
+    pair = write_pair(tmp_path / "pair", [[5, 0]])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="pair is named twice\n  why: every document would be there twice"):
+        import_megatron([pair, Path("pair")], tokenizer, tmp_path / "out", MegatronSettings())
 
 
 @pytest.mark.parametrize(

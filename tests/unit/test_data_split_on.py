@@ -12,7 +12,7 @@ from kdtrain.data.prepare import PrepareSettings, prepare_corpus
 from kdtrain.data.text import read_documents
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
-from kdtrain.errors import EXIT_DONE, DataError
+from kdtrain.errors import EXIT_DONE, ConfigError, DataError
 from kdtrain.testing.ranks import load_file
 from kdtrain.testing.tiny_data import SEPARATOR, SEPARATOR_ID, write_store, write_tokenizer
 
@@ -63,17 +63,40 @@ def test_the_script_splits_on_the_line_it_is_given(tmp_path, tokenizer, capsys):
     assert "2 documents, 10 tokens" in capsys.readouterr().out
 
 
-def test_a_separator_inside_a_text_is_pointed_out_and_does_not_end_the_document(tmp_path, tokenizer, logged):
-    (tmp_path / "a.txt").write_text(f"one\n{SEPARATOR}\ntwo\n")
-    (tmp_path / "b.txt").write_text("three")
-    settings = PrepareSettings(workers=1)
-    prepare_corpus([tmp_path / "a.txt", tmp_path / "b.txt"], tokenizer, tmp_path / "out", settings)
-    assert "1 documents hold the separator (token 0)" in logged.text
-    assert "--split-on" in logged.text
-    assert len(TokenStore.open(tmp_path / "out/train")) == 2
-    logged.clear()
-    prepare_corpus([tmp_path / "b.txt"], tokenizer, tmp_path / "again", settings)
-    assert "hold the separator" not in logged.text
+def prepared(tmp_path, tokenizer, name, inner, text, more=("three",)):
+    """The documents of a store made of these texts, as text, and its manifest."""
+    for number, content in enumerate([text, *more]):
+        (tmp_path / f"{number}.txt").write_text(content)
+    files = [tmp_path / f"{number}.txt" for number in range(1 + len(more))]
+    settings = PrepareSettings(workers=1, inner_separators=inner)
+    made = prepare_corpus(files, tokenizer, tmp_path / name, settings)["train"]
+    store, decode = TokenStore.open(tmp_path / name / "train"), load_tokenizer(tokenizer).decode
+    assert all(store[n][-1] == SEPARATOR_ID for n in range(len(store)))
+    return [decode(store[n][:-1].tolist(), skip_special_tokens=False) for n in range(len(store))], made
+
+
+def test_a_separator_inside_a_text_is_refused_and_cut_or_kept_on_request(tmp_path, tokenizer):
+    text = f"one\n{SEPARATOR}\ntwo{SEPARATOR}{SEPARATOR}\u00fc"
+    with pytest.raises(DataError, match=r"holds the separator <\|endoftext\|> \(token 0\) inside, 3 times(.|\n)*'one"):
+        prepared(tmp_path, tokenizer, "refused", None, text)
+    assert not (tmp_path / "refused/train").exists()
+    documents, made = prepared(tmp_path, tokenizer, "split", "split", text)
+    assert documents == ["one\n", "\ntwo", "\u00fc", "three"]
+    assert (made.left_out, made.text_bytes) == ({"texts without tokens": 1}, 4 + 4 + 2 + 5)
+    documents, made = prepared(tmp_path, tokenizer, "kept", "keep", text)
+    assert (documents, made.left_out) == ([text, "three"], {})
+    with pytest.raises(ConfigError, match="inner_separators = 'x' is not known\n  fix: use one of split, keep"):
+        prepared(tmp_path, tokenizer, "unknown", "x", text)
+
+
+def test_a_separator_at_the_end_of_a_text_is_the_one_of_its_document(tmp_path, tokenizer):
+    documents, made = prepared(tmp_path, tokenizer, "out", None, f"one{SEPARATOR}")
+    assert (documents, made.num_tokens, made.text_bytes) == (["one", "three"], 4 + 6, 3 + 5)
+
+
+def test_a_text_without_tokens_is_left_out_and_counted(tmp_path, tokenizer):
+    documents, made = prepared(tmp_path, tokenizer, "out", None, SEPARATOR)
+    assert (documents, made.left_out) == (["three"], {"texts without tokens": 1})
 
 
 def test_train_appears_only_after_the_text_held_out_from_it(tmp_path, tokenizer, monkeypatch):
@@ -92,7 +115,8 @@ def test_ids_are_those_of_the_tokenizer_one_text_at_a_time(tmp_path, tokenizer):
     texts = ["a b", "\u6771\u4eac na\u00efve \U0001f642", f"x{SEPARATOR}y", "  two  spaces\t"]
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
-    prepare_corpus(sorted(tmp_path.glob("*.txt")), tokenizer, tmp_path / "out", PrepareSettings(workers=1))
+    settings = PrepareSettings(workers=1, inner_separators="keep")
+    prepare_corpus(sorted(tmp_path.glob("*.txt")), tokenizer, tmp_path / "out", settings)
     store, encode = TokenStore.open(tmp_path / "out/train"), load_tokenizer(tokenizer).encode
     for number, text in enumerate(texts):
         assert store[number].tolist() == [*encode(text, add_special_tokens=False).ids, SEPARATOR_ID]
