@@ -14,8 +14,8 @@ def parse_prepare(description: str | None, argv: Sequence[str]) -> argparse.Name
     parser.add_argument("--output", required=True, metavar="DIR", help="will hold train/ and validation/")
     help_ = "after each document (default: <|endoftext|>, else the tokenizer's document end; which one is logged)"
     parser.add_argument("--separator", metavar="TOKEN", help=help_)
-    help_ = "before each document what the tokenizer puts before a text, or nothing (default: %(default)s)"
-    parser.add_argument("--bos", choices=["auto", "never"], default="auto", help=help_)
+    help_ = "before each document what the tokenizer puts before a text (auto), nothing (never), or this token"
+    parser.add_argument("--bos", metavar="auto|never|TOKEN", default="auto", help=f"{help_} (default: auto)")
     help_ = "cut a document after each separator inside it, or keep it whole (default: refused)"
     parser.add_argument("--inner-separators", choices=["split", "keep"], help=help_)
     of_text = _add_text(parser)

@@ -41,9 +41,9 @@ class PrepareSettings:
     hash of their text. separator: token after each document, None as `kdtrain.data.separator.choose_separator` does.
     workers: processes; None: one per core this process may use. split_on: line between documents of a text file
     (`kdtrain.data.text.read_documents`), None: a text file is one document. bos: "auto" puts before each document what
-    the tokenizer's post-processor puts there, "never" nothing. skip_invalid: leave out, and count by reason, documents
-    that cannot be read. inner_separators: of a text that holds the separator inside, "split" cuts after each, "keep"
-    leaves it one document, None is an error; one at the end is that of the document.
+    the tokenizer's post-processor puts there, "never" nothing, else it is a token. skip_invalid: leave out, and count
+    by reason, documents that cannot be read. inner_separators: of a text that holds the separator inside, "split" cuts
+    after each, "keep" leaves it one document, None is an error; one at the end is that of the document.
     """
 
     field: str = "text"

@@ -20,7 +20,6 @@ from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
 
 DEFAULT_SEPARATOR = "<|endoftext|>"
-BOS = ("auto", "never")
 _DOCUMENT_END = re.compile(
     r"</s>|(?<![a-z])eo[sd](?![a-z])|end[^a-z]?of[^a-z]?(text|sentence|document|doc)(?![a-z])", re.IGNORECASE
 )
@@ -84,20 +83,49 @@ def separator_id(folder: str | Path, name: str | None = None) -> int:
 def document_borders(
     folder: str | Path, tokenizer: Tokenizer, name: str | None, bos: str
 ) -> tuple[Separator, list[int]]:
-    """What ends and what begins every document (bos: "auto" as the tokenizer has it, "never" nothing); logs both.
+    """What ends and what begins every document, both logged.
 
-    Raises ConfigError as `choose_separator` and for an unknown `bos`.
+    bos: "auto" for what the tokenizer's post-processor puts before a text, "never" for nothing, or a token. Raises
+    ConfigError as `choose_separator`, for an unknown `bos`, and where the tokenizer's files contradict each other.
     """
-    if bos not in BOS:
-        raise ConfigError(f"bos = {bos!r} is not known\n  fix: use one of {', '.join(BOS)}")
     separator = choose_separator(folder, name, tokenizer)
     LOGGER.info("prepare  each document ends with %s (token %d): %s", separator.token, separator.id, separator.why)
-    prefix = prefix_of(tokenizer, tokenizer_file(folder)) if bos == "auto" else []
+    prefix, why = _beginning(Path(folder), tokenizer, bos)
     if prefix:
         names = " ".join(str(tokenizer.id_to_token(token)) for token in prefix)
-        found = f"{names} (tokens {prefix}), as the tokenizer's post-processor has it"
-        LOGGER.info("prepare  each document begins with %s; --bos never leaves that out", found)
+        LOGGER.info("prepare  each document begins with %s (tokens %s), %s", names, prefix, why)
     return separator, prefix
+
+
+def _beginning(folder: Path, tokenizer: Tokenizer, bos: str) -> tuple[list[int], str]:
+    """The ids before every document, and why these."""
+    if bos == "never":
+        return [], ""
+    if bos != "auto":
+        found = tokenizer.token_to_id(bos)
+        if found is None:
+            raise ConfigError(f"bos = {bos!r} is no token of {folder}\n  fix: name one of its tokens, auto or never")
+        return [found], "named by --bos"
+    prefix = prefix_of(tokenizer, tokenizer_file(folder))
+    token = None if prefix else _promised_bos(folder)
+    if token is not None and tokenizer.token_to_id(token) is not None:
+        raise ConfigError(
+            f"{folder}: tokenizer_config.json sets add_bos_token = true, and the post-processor of tokenizer.json puts "
+            "nothing before a text\n"
+            f"  why: transformers 4 put {token} there for Llama's and other classes of tokenizers, transformers 5 does "
+            "not; a model that was trained with it predicts badly without\n"
+            f"  fix: --bos {token!r} puts it before every document, --bos never puts nothing there"
+        )
+    return prefix, "as the tokenizer's post-processor has it; --bos never leaves that out"
+
+
+def _promised_bos(folder: Path) -> str | None:
+    """bos_token of tokenizer_config.json if that file says that texts begin with it."""
+    path = folder / "tokenizer_config.json"
+    settings = read_object(path) if path.is_file() else {}
+    bos = settings.get("bos_token")
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    return bos if settings.get("add_bos_token") is True and isinstance(bos, str) else None
 
 
 def _named(path: Path, tokenizer: Tokenizer, name: str) -> Separator:

@@ -273,7 +273,7 @@ def _json_text(where: str, line: str, field: str, errors: str) -> str | InvalidD
             "  fix: write one JSON object per line, or leave such lines out with --skip-invalid",
         )
     if not isinstance(record, dict) or field not in record:
-        keys = sorted(record) if isinstance(record, dict) else type(record).__name__
+        keys = sorted(record) if isinstance(record, dict) else f"{line.strip()[:60]}, which is no object"
         return InvalidDocument(
             f"lines without {field!r}",
             f"{where}: no text under {field!r} (found {keys})\n"

@@ -48,7 +48,8 @@ class PrefixChoice:
     """What data.sequence_prefix says, and what there is to choose from.
 
     configured: the ids that it names; None: auto. usual: ids that the tokenizer of the measured model puts before a
-    text. model: which one that is, "teacher" or "student"; None: nothing to measure. tokenizer: of the stores.
+    text, or else those before the stores' documents. model: which one that is, "teacher" or "student"; None: nothing to
+    measure. tokenizer: of the stores.
     """
 
     configured: Prefix | None
@@ -103,7 +104,9 @@ def prefix_choice(cfg: RunConfig, inputs: Inputs) -> PrefixChoice:
         require_shared(configured, inputs, f"data.sequence_prefix = {named}")
     weights = cfg.teacher.weights or cfg.student.weights
     model = None if weights is None else "teacher" if cfg.teacher.weights is not None else "student"
-    usual = () if weights is None else tuple(document_prefix(weights))
+    usual: Prefix = () if weights is None else tuple(document_prefix(weights))
+    if weights is not None and not usual:  # a tokenizer that adds nothing, before which `--bos TOKEN` put something
+        usual = tuple(inputs.train[0].manifest.document_prefix)
     if configured is None:
         require_shared(usual, inputs, f"data.sequence_prefix = auto: the tokenizer of {model}.weights = {weights}")
     elif any(_why_not(token, inputs) for token in usual):

@@ -98,7 +98,7 @@ def test_never_leaves_it_out_and_the_text_has_the_same_size(tmp_path):
     assert tokens["never"] == [*load_tokenizer(tokenizer).encode("text", add_special_tokens=False).ids, SEPARATOR_ID]
     assert made["never"]["train"].document_prefix == ()
     assert made["never"]["train"].text_bytes == made["auto"]["train"].text_bytes == 4
-    with pytest.raises(ConfigError, match=r"bos = 'always' is not known\n  fix: use one of auto, never"):
+    with pytest.raises(ConfigError, match=r"bos = 'always' is no token of .*\n  fix: name one of its"):
         prepare_corpus([tmp_path / "a.txt"], tokenizer, tmp_path / "x", PrepareSettings(bos="always"))
 
 
@@ -197,3 +197,25 @@ def test_a_run_says_when_text_begins_otherwise_than_its_model_is_used_to(tmp_pat
         cfg = load_run([str(config), *words, f"data.train=[{tmp_path / 'store' / 'train'}]"]).config
         open_inputs(cfg, [ModelSpec(weights=str(model))])
     assert (f"puts the ids [{BOS}] before every text" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("bos", ["<bos>", {"content": "<bos>", "lstrip": False}])
+def test_a_promised_bos_that_the_post_processor_does_not_put_has_to_be_chosen(tmp_path, bos):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer", more=["<bos>"])
+    config, text = tokenizer / "tokenizer_config.json", tmp_path / "a.txt"
+    text.write_text("ab")
+    config.write_text(json.dumps({"add_bos_token": True, "bos_token": bos}))
+    with pytest.raises(ConfigError, match=r"add_bos_token = true(.|\n)*fix: --bos '<bos>' puts it(.|\n)*--bos never"):
+        prepare_corpus([text], tokenizer, tmp_path / "x", PrepareSettings(workers=1))
+    for chosen, prefix in (("<bos>", [BOS]), ("never", [])):
+        prepare_corpus([text], tokenizer, tmp_path / chosen, PrepareSettings(workers=1, bos=chosen))
+        store = TokenStore.open(tmp_path / chosen / "train")
+        assert list(store.manifest.document_prefix) == prefix
+        assert store[0].tolist()[: len(prefix)] == prefix
+        assert len(store[0]) == len(prefix) + 3
+    for settings in ({"add_bos_token": False, "bos_token": bos}, {"add_bos_token": True, "bos_token": None}, {}):
+        config.write_text(json.dumps(settings))
+        made = prepare_corpus(
+            [text], tokenizer, tmp_path / str(len(settings)) / str(settings), PrepareSettings(workers=1)
+        )
+        assert made["train"].document_prefix == ()

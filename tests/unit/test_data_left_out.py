@@ -25,7 +25,7 @@ INVALID = [
     (b'{"text": ["a"]}', "lines whose 'text' is an array", "no text under 'text': its value is an array"),
     (b'{"text": {"a": 1}}', "lines whose 'text' is an object", "no text under 'text': its value is an object"),
     (b'{"body": "x"}', "lines without 'text'", "no text under 'text' (found ['body'])"),
-    (b'["x"]', "lines without 'text'", "no text under 'text' (found list)"),
+    (b'["x"]', "lines without 'text'", "no text under 'text' (found [\"x\"], which is no object)"),
     (b'{"text": "x"', "lines of invalid JSON", "not valid JSON"),
     (b'{"text": "\xe9"}', "documents of invalid UTF-8", "invalid UTF-8 at byte 26"),
     (b'{"text": "\\ud83d"}', "texts with half a surrogate pair", "character 0 is half a surrogate pair"),

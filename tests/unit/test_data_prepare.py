@@ -97,7 +97,7 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
             json_lines("ok") + b"\n" + json_lines("x", key="body"),
             "a.jsonl:3: no text under 'text' (found ['body'])",
         ),
-        ("a.jsonl", b'["text"]\n', "a.jsonl:1: no text under 'text' (found list)"),
+        ("a.jsonl", b'["text"]\n', "a.jsonl:1: no text under 'text' (found [\"text\"], which is no object)"),
         ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: no text under 'text'"),
         ("a.jsonl", b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n", "a.jsonl:1: not valid JSON: Exceeds the limit"),
         ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "a.jsonl:1: not valid JSON"),

@@ -18,7 +18,7 @@ from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError, DataError, StoreMismatch
 from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.testing.bos_models import BOS, EOS, VOCAB, write_bos_run, write_counting_store
-from kdtrain.testing.tiny_data import write_store, write_tokenizer
+from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 from kdtrain.training import build, sequence_prefix
 from kdtrain.training.export import exported_prefix
 from kdtrain.training.inputs import open_inputs
@@ -143,13 +143,28 @@ def test_measuring_a_student_leaves_it_in_training_mode(world):
     assert all(p.grad is None for p in models.student.parameters())
 
 
-def test_a_tokenizer_without_prefix_is_neither_measured_nor_mentioned(world, tmp_path, logged, monkeypatch):
+@pytest.fixture
+def plain_teacher(world, tmp_path):
+    """The teacher that needs <bos>, with a tokenizer that puts nothing before a text."""
     teacher = shutil.copytree(world / "needs", tmp_path / "teacher")
     tokenizer = write_tokenizer(tmp_path / "tokenizer", more=["<bos>", "<eos>"])
     shutil.copy(tokenizer / "tokenizer.json", teacher / "tokenizer.json")
+    return teacher
+
+
+def test_where_nothing_begins_texts_nothing_is_measured_or_mentioned(
+    world, plain_teacher, tmp_path, logged, monkeypatch
+):
+    write_store(tmp_path / "plain", random_documents(40, seed=5), plain_teacher)
     monkeypatch.setattr(sequence_prefix, "measure_prefixes", lambda *_: pytest.fail("was measured"))
-    assert decide(world, f"teacher.weights={teacher}") == ()
+    words = [f"teacher.weights={plain_teacher}", f"data.train=[{tmp_path / 'plain'}]"]
+    assert decide(world, *words) == ()
     assert not [m for m in logged.messages if m.startswith("prefix ")]
+
+
+def test_what_begins_the_documents_is_measured_where_the_tokenizer_puts_nothing(world, plain_teacher, logged):
+    assert decide(world, f"teacher.weights={plain_teacher}") == (BOS,)
+    assert any(m.startswith("prefix   '<bos>' (id 257): teacher's nll ") for m in logged.messages)
 
 
 def test_a_corpus_whose_sequences_all_begin_documents_has_nothing_to_measure(world, tmp_path, logged):
