@@ -157,7 +157,7 @@ def test_where_nothing_begins_texts_nothing_is_measured_or_mentioned(
 ):
     write_store(tmp_path / "plain", random_documents(40, seed=5), plain_teacher)
     monkeypatch.setattr(sequence_prefix, "measure_prefixes", lambda *_: pytest.fail("was measured"))
-    words = [f"teacher.weights={plain_teacher}", f"data.train=[{tmp_path / 'plain'}]"]
+    words = [f"teacher.weights={plain_teacher}", f"data.train=[{tmp_path / 'plain'}]", "data.validation=null"]
     assert decide(world, *words) == ()
     assert not [m for m in logged.messages if m.startswith("prefix ")]
 
