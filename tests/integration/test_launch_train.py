@@ -79,7 +79,7 @@ def world(tmp_path_factory):
     student.write_text(json.dumps(tiny_config("qwen3", max_position_embeddings=64, tie_word_embeddings=True)))
     done = script(
         "prepare_corpus.py", "--tokenizer", teacher, "--output", folder / "data", "--validation-share", 0.1,
-        "--workers", 1, folder / "text.jsonl",
+        "--workers", 1, "--inner-separators", "keep", folder / "text.jsonl",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     (folder / "config.yaml").write_text(
