@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from kdtrain.data.documents import Documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +21,8 @@ class Batch:
     position_ids  [B, S] int64, restarting at 0 with every document; attention never crosses a restart
     sample_ids    [B] int64, key of each sequence in the (blended) token store; with the position in the
                   sequence it is the key of every cached record and of every random draw
+    documents     those of the whole sequences, also where this rank holds parts of them; None: to be read from the
+                  position_ids where they are needed, which synchronises the device
     """
 
     input_ids: Tensor
@@ -26,6 +30,15 @@ class Batch:
     loss_mask: Tensor
     position_ids: Tensor
     sample_ids: Tensor
+    documents: Documents | None = None
+
+    @classmethod
+    def cat(cls, batches: Sequence[Batch]) -> Batch:
+        """The sequences of all, in order; the documents of the answer are not known."""
+        ids, labels, mask, positions, keys = (
+            torch.cat(same) for same in zip(*(batch.tensors() for batch in batches), strict=True)
+        )
+        return cls(ids, labels, mask, positions, keys)
 
     @property
     def num_tokens(self) -> int:
@@ -38,7 +51,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device (asynchronous from pinned memory)."""
-        return self.map(lambda values: values.to(device, non_blocking=True))
+        moved = self.map(lambda values: values.to(device, non_blocking=True))
+        return replace(moved, documents=None if self.documents is None else self.documents.to(device))
 
     def rows(self, start: int, stop: int) -> Batch:
         """Sequences [start, stop) of this batch."""
@@ -51,5 +65,10 @@ class Batch:
         return [self.rows(start, min(start + at_once, num_sequences)) for start in range(0, num_sequences, at_once)]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """change(field) of every field."""
-        return Batch(*(change(getattr(self, f.name)) for f in fields(self)))
+        """change(tensor) of every tensor; the documents of the answer are not known."""
+        ids, labels, mask, positions, keys = (change(values) for values in self.tensors())
+        return Batch(ids, labels, mask, positions, keys)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every field that is a tensor, in order."""
+        return self.input_ids, self.labels, self.loss_mask, self.position_ids, self.sample_ids

@@ -9,7 +9,10 @@ from kdtrain.errors import ConfigError
 FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 """Implementation -> the module it needs. Without the module transformers would fetch kernels from a hub."""
 
-IMPLEMENTATIONS = ("eager", "sdpa", *FLASH_PACKAGES)
+PACKED = "packed"
+"""Our own: torch's attention document by document, without a mask (`kdtrain.models.packed`)."""
+
+IMPLEMENTATIONS = ("eager", "sdpa", PACKED, *FLASH_PACKAGES)
 
 
 def resolve_attention(

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdtrain.data.batch import Batch
+from kdtrain.data.documents import Documents
 from kdtrain.dist.collectives import Group
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
@@ -121,21 +121,27 @@ class Backbone(nn.Module):
         return self._facts
 
     def _attention_arguments(self, batch: Batch) -> dict[str, Any]:
-        """What attention must know of whole sequences when ranks hold parts, and explicit document boundaries for
-        flash-attention, which would detect packing only in batches of one."""
-        position_ids, found = batch.position_ids, {}
+        """What attention must know of whole sequences: a `Context` where the attention function is ours, explicit
+        document boundaries for flash-attention, which would detect packing only in batches of one."""
+        attention = str(self.config._attn_implementation)
+        stock = attention.removeprefix(PREFIX)
+        flash = stock.startswith("flash")
+        if attention == "sdpa" or attention == "eager":
+            return {}
+        position_ids = batch.position_ids
         if self.cp_group is not None:
             position_ids = whole_sequences(position_ids, self.cp_group)
-            found[ARGUMENT] = Context(self.cp_group, position_ids)
-        if not str(self.config._attn_implementation).removeprefix(PREFIX).startswith("flash"):
+        documents = batch.documents or Documents.of(position_ids)
+        found: dict[str, Any] = {}
+        if not flash or attention != stock:
+            found[ARGUMENT] = Context(self.cp_group, position_ids, documents)
+        if not flash:
             return found
-        boundaries = document_boundaries(position_ids)
-        longest = int((boundaries[1:] - boundaries[:-1]).max())
         return found | {
-            "cu_seq_lens_q": boundaries,
-            "cu_seq_lens_k": boundaries,
-            "max_length_q": longest,
-            "max_length_k": longest,
+            "cu_seq_lens_q": documents.offsets,
+            "cu_seq_lens_k": documents.offsets,
+            "max_length_q": documents.longest,
+            "max_length_k": documents.longest,
         }
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
@@ -147,22 +153,6 @@ class Backbone(nn.Module):
             if before.dtype == torch.float32 and after is not None and after.dtype != before.dtype:
                 module._buffers[key] = before.to(after.device)
         return self
-
-
-def document_boundaries(position_ids: Tensor) -> Tensor:
-    """[B, S] -> int32 [documents + 1], offsets into the T = B * S flattened tokens where documents begin, then T.
-
-    Synchronises the device.
-    """
-    starts = document_begins(position_ids).flatten().nonzero().flatten()
-    return F.pad(starts, (0, 1), value=position_ids.numel()).to(torch.int32)
-
-
-def document_begins(position_ids: Tensor) -> Tensor:
-    """[B, S] -> bool [B, S]: a document begins with every row and wherever position_ids do not go up by one."""
-    begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids.diff(dim=1) != 1
-    return begins
 
 
 def call_with_head(model: Callable[..., Any], batch: Batch, head_fn: HeadFn[R]) -> R:

@@ -24,10 +24,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kdtrain.data.documents import Documents
 from kdtrain.dist.collectives import Group, gather_ranks, group_size
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError
-from kdtrain.models.attention import IMPLEMENTATIONS
+from kdtrain.models.attention import IMPLEMENTATIONS, PACKED
+from kdtrain.models.packed import attend_documents
 from kdtrain.parallel.heads import HeadCut, largest_tp
 from kdtrain.parallel.ulysses import check_heads, gather_sequence, scatter_sequence
 
@@ -43,19 +45,23 @@ PER_HEAD = ("s_aux", "position_bias", "cache")
 
 @dataclass(slots=True)
 class Context:
-    """What attention must know of one forward pass. group: the cp group. position_ids [B, S]: of whole sequences."""
+    """What attention must know of one forward pass.
+
+    group: the cp group. position_ids [B, S]: of whole sequences. documents: theirs.
+    """
 
     group: Group
     position_ids: Tensor
+    documents: Documents
     _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
 
     def mask(self, implementation: str, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """transformers' mask for whole sequences: causal, documents apart, perhaps in a sliding window of tokens.
 
-        [B, 1, S, S], made once per window; None where the implementation needs none (flash-attention is told the
+        [B, 1, S, S], made once per window; None where the implementation needs none (flash-attention and ours take the
         documents' boundaries instead). Does not communicate.
         """
-        if implementation.startswith("flash"):
+        if implementation.startswith("flash") or implementation == PACKED:
             return None
         key = (implementation, window, dtype)
         if key not in self._masks:
@@ -112,6 +118,8 @@ def ulysses_attention(
     query, key, value = gather_sequence(query, key, value, context.group, what=name)
     settings["position_ids"] = context.position_ids
     mask = context.mask(implementation, settings.get("sliding_window"), query.dtype)
+    if implementation == PACKED:
+        settings[ARGUMENT] = context
     local = _View(
         module,
         num_key_value_groups=query.shape[1] // key.shape[1],
@@ -119,6 +127,24 @@ def ulysses_attention(
     )
     output = _stock(module, implementation)(local, query, key, value, mask, **settings)[0]
     return scatter_sequence(output, context.group), None
+
+
+def packed_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **settings: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention function: causal attention within each document, without a mask (`models.packed`).
+
+    query [B, H, S, d], key and value perhaps with fewer heads -> [B, S, H, d]. Does not communicate. Raises ConfigError
+    when the model's own code does what cannot be followed.
+    """
+    context = settings.pop(ARGUMENT, None)
+    if not isinstance(context, Context) or attention_mask is not None:
+        problem = "passes a mask of its own" if attention_mask is not None else "does not pass its keyword arguments on"
+        raise ConfigError(
+            f"{type(module).__name__} {problem} to attention, which attention=packed cannot follow\n"
+            "  why: attention must know where documents begin\n  fix: set attention=sdpa"
+        )
+    return attend_documents(query, key, value, context.documents, **settings), None
 
 
 class _View:
@@ -145,5 +171,6 @@ def _stock(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor
     return found  # type: ignore[no-any-return]
 
 
+AttentionInterface.register(PACKED, packed_attention)
 for _implementation in IMPLEMENTATIONS:
     AttentionInterface.register(PREFIX + _implementation, partial(ulysses_attention, implementation=_implementation))

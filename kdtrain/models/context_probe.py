@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from kdtrain.data.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models.context import ARGUMENT, PREFIX, Context
 from kdtrain.models.probe import TOLERANCE, difference, run_on_copy
@@ -68,7 +69,7 @@ def _measure(copy: Any, *, packed: bool) -> tuple[float, float]:
         return found
 
     everything, second = slice(None), slice(6, None)
-    context = {ARGUMENT: Context(None, positions)}
+    context = {ARGUMENT: Context(None, positions, Documents.of(positions))}
     masks = difference(hidden(everything, PREFIX + implementation, **context), hidden(everything, implementation))
     whole = hidden(everything, POINTWISE)[:, second]
     return difference(hidden(second, POINTWISE), whole), masks

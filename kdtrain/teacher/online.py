@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from functools import partial
 
 import torch
@@ -101,7 +100,7 @@ class OnlineTeacher:
     def _run_together(self, micro_batches: Sequence[Batch]) -> None:
         if len({batch.input_ids.shape for batch in micro_batches}) != 1:
             return
-        merged = Batch(*(torch.cat([getattr(b, f.name) for b in micro_batches]) for f in fields(Batch)))
+        merged = Batch.cat(micro_batches)
         # [tokens of all, E], or replica by replica the tokens of all
         hidden = self._hidden(self._gathered(merged))
         num_replicas = 1 if self._spread is None else self._spread.num_replicas
@@ -114,8 +113,7 @@ class OnlineTeacher:
             return
         batch = self._waiting.popleft()
         whole = self._gathered(batch)  # here, because replicas use their group in the loss, too
-        inputs = [getattr(whole, f.name) for f in fields(whole)]
-        self._ahead[id(batch)] = side.start(lambda: self._hidden(whole), inputs)
+        self._ahead[id(batch)] = side.start(lambda: self._hidden(whole), whole.tensors())
 
     def _gathered(self, batch: Batch) -> Batch:
         return batch if self._spread is None else self._spread.gather_batch(batch)

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from kdtrain.data.context import cut_sequences
+from kdtrain.data.documents import Documents
 from kdtrain.data.loader import validation_batches
 from kdtrain.data.packing import Packing, num_sequences, pack
 from kdtrain.errors import ConfigError
-from kdtrain.models.backbone import document_boundaries
 from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 
 B, C = 200, 201  # of the byte-level vocabulary; no document below holds them
@@ -142,7 +142,7 @@ def test_attention_takes_the_prefix_as_a_part_of_the_document_that_goes_on(tmp_p
     for sequence in range(num_sequences(store, packing)):
         start, size = sequence * packing.stride, len(prefix)
         positions = torch.from_numpy(pack(store, sequence, packing)[3])[None]
-        borders = document_boundaries(positions).tolist()[:-1]
+        borders = Documents.of(positions).offsets.tolist()[:-1]
         inside = (store.document_starts(start, start + packing.stride) - start + size).tolist()
         since = start - int(store.document_starts(0, start + 1)[-1])
         apart = size - min(since, size)

@@ -8,10 +8,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import generic
 
 from kdtrain.data.batch import Batch
+from kdtrain.data.documents import Documents
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import VocabShard
 from kdtrain.errors import ConfigError, ParallelError
-from kdtrain.models.backbone import Backbone, call_with_head, document_boundaries
+from kdtrain.models.backbone import Backbone, call_with_head
 from kdtrain.models.tiny import TINY, tiny_config
 from kdtrain.parallel import plan_cuts, shard_model
 
@@ -76,7 +77,7 @@ def test_a_packed_document_gets_the_hidden_states_it_gets_alone(name):
 
 def test_document_boundaries_are_found_in_every_row():
     positions = torch.tensor([[0, 1, 2, 0, 0, 1], [3, 4, 0, 1, 2, 3]])
-    boundaries = document_boundaries(positions)
+    boundaries = Documents.of(positions).offsets
     assert boundaries.dtype == torch.int32
     assert boundaries.tolist() == [0, 3, 4, 6, 8, 12]
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kdtrain.data.batch import Batch
+from kdtrain.data.documents import Documents
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import VocabShard
 from kdtrain.errors import ConfigError, ParallelError
@@ -20,6 +21,7 @@ from kdtrain.parallel.shard import shard_model
 
 WINDOW = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"]}
 POSITIONS = torch.tensor([[*range(5), *range(7)], [*range(12)]])
+STRAIGHT = torch.arange(12).expand(2, -1)
 
 
 def stock(attention="sdpa", **config):
@@ -48,9 +50,9 @@ def test_over_one_rank_our_attention_is_the_models_own(attention, config):
     want = hidden(model)
     use_context(model, Mesh(), "it")
     assert model.config._attn_implementation == f"ulysses_{attention}"
-    found = hidden(model, **{ARGUMENT: Context(None, POSITIONS)})
+    found = hidden(model, **{ARGUMENT: Context(None, POSITIONS, Documents.of(POSITIONS))})
     assert torch.equal(found, want)
-    together = hidden(model, **{ARGUMENT: Context(None, torch.arange(12).expand(2, -1))})
+    together = hidden(model, **{ARGUMENT: Context(None, STRAIGHT, Documents.of(STRAIGHT))})
     assert (together - want)[0].abs().max() > 1e-3, "the documents of the first sequence were not apart"
 
 
@@ -115,7 +117,7 @@ def test_loading_asks_all_of_it(tmp_path):
 def test_arguments_made_for_other_heads_are_refused(name):
     model = stock(**TINY["llama"])
     use_context(model, Mesh(), "it")
-    context = {ARGUMENT: Context(None, POSITIONS)}
+    context = {ARGUMENT: Context(None, POSITIONS, Documents.of(POSITIONS))}
     with pytest.raises(ConfigError, match=f"LlamaAttention passes {name} to attention"):
         hidden(model, **context, **{name: torch.zeros(8)})
     with pytest.raises(ConfigError, match="LlamaAttention passes a mask of its own"):
@@ -139,7 +141,7 @@ def test_flash_attention_is_told_the_whole_sequences(monkeypatch):
         use_context(model, Mesh(), "it")
         backbone = Backbone(shard_model(model, Mesh(), VocabShard.of(101)), VocabShard.of(101), {})
         batch = Batch(POSITIONS, POSITIONS, torch.ones(2, 12), POSITIONS, torch.arange(2))
-        hidden(model, **{ARGUMENT: Context(None, POSITIONS)}, **backbone._attention_arguments(batch))
+        hidden(model, **backbone._attention_arguments(batch))
         windows = []
         for module, mask, settings in calls:
             assert mask is None
