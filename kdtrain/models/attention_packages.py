@@ -59,7 +59,7 @@ def flash_obstacle(implementation: str) -> str | None:
     an installation is not expected to change while a process runs. Does not communicate.
     """
     package = FLASH_PACKAGES[implementation]
-    version = _installed_version(package.distribution)
+    version = installed_version(implementation)
     owners = {name.replace("_", "-") for name in metadata.packages_distributions().get(package.folder, ())}
     if version is None:
         others = f" ({package.folder} belongs to {', '.join(sorted(owners))})" if owners else ""
@@ -78,15 +78,13 @@ def attention_packages() -> list[tuple[str, str]]:
 
     Imports every package that is installed.
     """
-    return [
-        (name, flash_obstacle(name) or str(_installed_version(package.distribution)))
-        for name, package in FLASH_PACKAGES.items()
-    ]
+    return [(name, flash_obstacle(name) or str(installed_version(name))) for name in FLASH_PACKAGES]
 
 
-def _installed_version(distribution: str) -> str | None:
+def installed_version(implementation: str) -> str | None:
+    """Version of the distribution that `implementation` needs, usable or not; None if it is not installed."""
     try:
-        return metadata.version(distribution) or "of unknown version"
+        return metadata.version(FLASH_PACKAGES[implementation].distribution) or "of unknown version"
     except metadata.PackageNotFoundError:
         return None
 
