@@ -4,6 +4,8 @@ Every case is a process of its own, whose path begins with a folder of small pac
 RECORD) whose modules hold what transformers imports, or what breaks when it does.
 """
 
+import base64
+import hashlib
 import json
 import os
 import shutil
@@ -30,6 +32,7 @@ FLASH_2 = {
 }
 FLASH_3 = {"flash_attn_interface.py": FUNCTIONS + CACHE}
 FLASH_4 = {"flash_attn/cute/__init__.py": FUNCTIONS}
+OTHER_4 = {"flash_attn/cute/__init__.py": "# early\n" + FUNCTIONS}
 EXTENSION = f"flash_attn_2_cuda{EXTENSION_SUFFIXES[0]}"
 NEEDS_EXTENSION = {**FLASH_2, "flash_attn/__init__.py": "import flash_attn_2_cuda\n" + FUNCTIONS + CACHE}
 
@@ -44,13 +47,16 @@ print(json.dumps([{name: flash_obstacle(name) for name in FLASH_PACKAGES}, their
 
 
 def install(folder, distribution, version, files):
-    """What pip leaves of a wheel: the files, METADATA and RECORD."""
+    """What pip leaves of a wheel: the files, METADATA, and RECORD with their hashes."""
     info = f"{distribution.replace('-', '_')}-{version}.dist-info"
     about = {f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"}
+    record = [f"{info}/RECORD,,"]
     for name, text in {**files, **about}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    (folder / info / "RECORD").write_text("".join(f"{name},,\n" for name in (*files, *about, f"{info}/RECORD")))
+        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=")
+        record.append(f"{name},sha256={digest},{len(text)}")
+    (folder / info / "RECORD").write_text("\n".join(record) + "\n")
 
 
 def run(code, folder):
@@ -89,6 +95,18 @@ CASES = {
     "4 alone": ([("flash-attn-4", "4.0.0b36", FLASH_4)], {**ABSENT, FOUR: None, TWO: BESIDE_4}),
     "2 and 4": (
         [("flash-attn", "2.8.3", FLASH_2), ("flash-attn-4", "4.0.0b36", FLASH_4)],
+        {**ABSENT, TWO: None, FOUR: None},
+    ),
+    "4, and then 2 with a cute of its own": (
+        [("flash-attn-4", "4.0.0b36", FLASH_4), ("flash-attn", "2.8.3", {**FLASH_2, **OTHER_4})],
+        {
+            **ABSENT,
+            TWO: None,
+            FOUR: "flash-attn-4 4.0.0b36 is installed, but flash_attn/cute/__init__.py has been replaced: install it",
+        },
+    ),
+    "2 with a cute of its own, and then 4": (
+        [("flash-attn", "2.8.3", {**FLASH_2, **OTHER_4}), ("flash-attn-4", "4.0.0b36", FLASH_4)],
         {**ABSENT, TWO: None, FOUR: None},
     ),
     "2 too old": (
@@ -139,10 +157,19 @@ def test_installed_packages_are_judged_by_distribution_version_and_import(tmp_pa
     for name, reason in expected.items():
         assert found[name] == reason or (reason and found[name] and found[name].startswith(reason)), found[name]
     # transformers imports nothing to decide: it sees broken packages as usable ones, and else what we see
-    seen = [reason is None or "cannot be imported" in reason for reason in found.values()]
+    seen = [reason is None or "cannot be imported" in reason or "replaced" in reason for reason in found.values()]
     assert seen == theirs
     versions = {OWNERS[distribution.replace("_", "-")]: version for distribution, version, _ in installed}
     assert reported == [[name, found[name] or versions[name]] for name in (TWO, THREE, FOUR)]
+
+
+def test_files_of_flash_attn_4_that_went_with_flash_attn_are_missed(tmp_path):
+    """pip uninstall flash-attn removes flash_attn/cute/__init__.py, which flash-attn-4 has installed over its own."""
+    install(tmp_path, "flash-attn-4", "4.0.0b36", {**FLASH_4, "flash_attn/cute/mask.py": ""})
+    (tmp_path / "flash_attn/cute/__init__.py").unlink()
+    found, theirs, _ = run(LOOK, tmp_path)
+    assert found[FOUR].startswith("flash-attn-4 4.0.0b36 is installed, but flash_attn/cute/__init__.py is gone: ")
+    assert theirs == [False, False, True], "transformers looks at the distribution alone"
 
 
 def test_modules_without_a_distribution_do_not_count(tmp_path):
