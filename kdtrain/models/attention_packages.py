@@ -54,8 +54,11 @@ FLASH_PACKAGES = {
 says nothing; flash-attn even holds files of the names of flash-attn-4's. Where transformers does not see the right
 distribution, it fetches kernels from a hub."""
 
-BROKEN = (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError, AssertionError)
-"""What the import of a package raises that was built for another torch, Python or CUDA."""
+BROKEN = (
+    ImportError, OSError, RuntimeError, AttributeError, NameError, LookupError, TypeError, ValueError, SyntaxError,
+    AssertionError,
+)  # fmt: skip
+"""What the import of a package raises that was made for another torch, Python or CUDA."""
 
 
 @functools.cache
@@ -69,7 +72,7 @@ def flash_obstacle(implementation: str) -> str | None:
     """
     package = FLASH_PACKAGES[implementation]
     version = installed_version(implementation)
-    owners = {name.replace("_", "-") for name in metadata.packages_distributions().get(package.folder, ())}
+    owners = {str(name).replace("_", "-") for name in metadata.packages_distributions().get(package.folder, ())}
     if version is None:
         others = f" ({package.folder} belongs to {', '.join(sorted(owners))})" if owners else ""
         return f"needs the distribution {package.distribution}, which is not installed{others}"

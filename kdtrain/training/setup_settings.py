@@ -144,10 +144,10 @@ def nccl_files(environ: Mapping[str, str], files: Sequence[str]) -> dict[str, st
     """Settings of NCCL's configuration files; the first line that names a variable counts, as NCCL reads them."""
     first, *others = files
     found: dict[str, str] = {}
-    for name in (environ.get("NCCL_CONF_FILE") or first, *others):
+    for name in (environ.get("NCCL_CONF_FILE") or os.path.expanduser(first), *others):
         try:
-            lines = Path(name).expanduser().read_text(encoding="utf-8", errors="replace").splitlines()
-        except (OSError, RuntimeError):  # not there, or no home
+            lines = Path(name).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:  # as a rule there is none
             continue
         for line in lines:
             key, equals, value = line.partition("=")
@@ -160,13 +160,15 @@ def float32_row(device: torch.device, environ: Mapping[str, str]) -> Row:
     """Whether products of float32 keep all bits on `device`, by one whose TF32 result is another, and what says so."""
     factor = torch.full((SIDE, SIDE), 1 + 2.0**-12, device=device)
     exact = bool((factor @ torch.ones_like(factor) == SIDE * (1 + 2.0**-12)).all())
-    precision = torch.get_float32_matmul_precision()
-    set_here = [f"{name}={environ[name]}" for name in TF32_VARIABLES if name in environ]
-    about = ", ".join([f"torch's precision is {precision}", *set_here])
+    precision, override = torch.get_float32_matmul_precision(), environ.get("NVIDIA_TF32_OVERRIDE")
+    about = ", ".join([
+        f"torch's precision is {precision}",
+        *(f"{name}={environ[name]}" for name in TF32_VARIABLES if name in environ),
+        *(["convolutions may use TF32"] if torch.backends.cudnn.allow_tf32 and override != "0" else []),
+    ])  # fmt: skip
     if not exact:
         return Row("float32 products", "warn", f"rounded to TF32 or less ({about})")
-    forced = environ.get("NVIDIA_TF32_OVERRIDE", "0") != "0"
-    if precision != "highest" or forced:
+    if override not in (None, "0") or (precision != "highest" and override is None):
         return Row("float32 products", "warn", f"exact here, but a CUDA device may round them to TF32 ({about})")
     return Row("float32 products", "ok", f"exact ({about})")
 

@@ -133,7 +133,9 @@ def test_the_environment_comes_before_files_of_nccl(tmp_path):
 
 
 def test_products_of_float32_are_exact_here():
-    assert float32_row(CPU, {}) == Row("float32 products", "ok", "exact (torch's precision is highest)")
+    assert float32_row(CPU, {}) == Row(
+        "float32 products", "ok", "exact (torch's precision is highest, convolutions may use TF32)"
+    )
 
 
 def test_products_of_factors_rounded_to_tf32_are_seen(monkeypatch):
@@ -144,8 +146,11 @@ def test_products_of_factors_rounded_to_tf32_are_seen(monkeypatch):
         return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: exact(rounded(a), rounded(b)))
-    about = "rounded to TF32 or less (torch's precision is highest, NVIDIA_TF32_OVERRIDE=1)"
-    assert float32_row(CPU, {"NVIDIA_TF32_OVERRIDE": "1"}) == Row("float32 products", "warn", about)
+    row = float32_row(CPU, {"NVIDIA_TF32_OVERRIDE": "1"})
+    assert row.result == "warn"
+    assert row.found.startswith(
+        "rounded to TF32 or less (torch's precision is highest, NVIDIA_TF32_OVERRIDE=1, convolutions"
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,6 +159,7 @@ def test_products_of_factors_rounded_to_tf32_are_seen(monkeypatch):
         ("high", {}, "warn"),
         ("highest", {"NVIDIA_TF32_OVERRIDE": "1"}, "warn"),
         ("highest", {"NVIDIA_TF32_OVERRIDE": "0"}, "ok"),
+        ("high", {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}, "ok"),
     ],
 )
 def test_settings_that_only_a_cuda_device_obeys_warn_on_a_cpu(precision, environ, result):
@@ -166,6 +172,7 @@ def test_settings_that_only_a_cuda_device_obeys_warn_on_a_cpu(precision, environ
     assert row.result == result
     assert f"torch's precision is {precision}" in row.found
     assert all(f"{name}={value}" in row.found for name, value in environ.items())
+    assert ("convolutions" in row.found) == (environ.get("NVIDIA_TF32_OVERRIDE") != "0")
 
 
 def shares(threads, *masks, host="a"):
@@ -199,3 +206,7 @@ def test_a_rank_knows_its_own_share():
     assert mine.cpus
     row = threads_row(mine, [mine], {"OMP_NUM_THREADS": "3"}, offload=False)
     assert f"(OMP_NUM_THREADS: 3), 1 rank on {len(mine.cpus)} CPUs" in row.found
+
+
+def test_the_kernels_that_auto_takes_are_named_with_the_reason():
+    assert setup_settings.kernels_row(CPU) == Row("kernels auto", "-", "torch: the device is not CUDA")
