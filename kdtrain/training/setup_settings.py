@@ -89,6 +89,7 @@ def _build_problem(compiler: str) -> str:
 def kernels_row(device: torch.device) -> Row:
     """What train.kernels=auto takes on this device, and why."""
     name, reason = choice(device)
+    reason = reason.replace(str(device), device.type)  # not its number: ranks that found the same share a line
     return Row("kernels auto", "-" if name == "triton" else _bad_on_cuda(device), f"{name}: {reason}")
 
 

@@ -208,5 +208,8 @@ def test_a_rank_knows_its_own_share():
     assert f"(OMP_NUM_THREADS: 3), 1 rank on {len(mine.cpus)} CPUs" in row.found
 
 
-def test_the_kernels_that_auto_takes_are_named_with_the_reason():
+def test_the_kernels_that_auto_takes_are_named_with_the_reason(monkeypatch):
     assert setup_settings.kernels_row(CPU) == Row("kernels auto", "-", "torch: the device is not CUDA")
+    monkeypatch.setattr(setup_settings, "choice", lambda device: ("torch", f"a launch on {device} fails"))
+    rows = {setup_settings.kernels_row(torch.device("cuda", index)) for index in range(2)}
+    assert rows == {Row("kernels auto", "warn", "torch: a launch on cuda fails")}
