@@ -28,9 +28,11 @@ ENTRYPOINT ["sh", "launch/quickstart.sh"]
 CMD ["demo"]
 
 # The CUDA toolkit is here for flash-attn, which is compiled, and for DeepSpeed's fused operators, built at first use.
+# gcc and python3-dev are needed when a run starts, too: Triton compiles a launcher for each kernel.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04 AS gpu
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 DEBIAN_FRONTEND=noninteractive
-RUN apt-get update && apt-get install -y --no-install-recommends python3 python3-dev python3-venv git pdsh openssh-client \
+RUN apt-get update && apt-get install -y --no-install-recommends \
+        build-essential python3 python3-dev python3-venv git pdsh openssh-client \
     && rm -rf /var/lib/apt/lists/* \
     && (userdel --remove ubuntu || true) && useradd --create-home --uid 1000 kdtrain && mkdir /app && chown kdtrain /app
 WORKDIR /app
@@ -47,6 +49,8 @@ RUN python3 -m venv .venv \
     && DS_BUILD_OPS=0 MAX_JOBS=$JOBS pip install -c constraints-gpu.txt --no-build-isolation deepspeed flash-attn \
     && pip install -c constraints-gpu.txt --no-build-isolation -e '.[dev,gguf,gpu,wandb]'
 COPY --chown=kdtrain . .
+# An image whose flash-attn was built for another torch ends here, not in a run: attention=auto would pass it by.
+RUN python -c "import sys; from kdtrain.models.attention_packages import flash_obstacle as why; sys.exit(why('flash_attention_2'))"
 ARG COMMIT=unknown
 LABEL org.opencontainers.image.revision=$COMMIT org.opencontainers.image.licenses=Apache-2.0
 CMD ["python", "-m", "pytest", "-m", "gpu"]

@@ -8,11 +8,13 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import kdtrain
 
@@ -26,14 +28,19 @@ PACKAGES = (
     "safetensors",
     "triton",
     "flash-attn",
+    "flash-attn-3",
+    "flash-attn-4",
     "wandb",
 )
+TF32_VARIABLES = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
+"""What containers and job scripts set to have float32 products rounded to TF32, or never."""
 
 
 def describe(*, world_size: int = 1) -> dict[str, Any]:
     """Versions, git commit, devices, host, command and time, as plain values for JSON.
 
-    Describes this rank's host only. Holds no environment variables: they may carry secrets. Does not communicate.
+    Describes this rank's host only. Of environment variables it holds those of `settings` alone: others may carry
+    secrets. Does not communicate.
     """
     return {
         "kdtrain": kdtrain.__version__,
@@ -41,6 +48,9 @@ def describe(*, world_size: int = 1) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name)) is not None},
         "cuda": torch.version.cuda,
+        "nccl": nccl_version(),
+        "settings": settings(os.environ),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -50,6 +60,20 @@ def describe(*, world_size: int = 1) -> dict[str, Any]:
         "command": sys.argv,
         "folder": str(Path.cwd()),
     }
+
+
+def nccl_version() -> str | None:
+    """Version of the NCCL that torch loads; None without a CUDA device."""
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        return None
+    return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+def settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables of `environ` that change NCCL, TF32 or the number of threads, by name."""
+    named = (*TF32_VARIABLES, "OMP_NUM_THREADS")
+    chosen = (name for name in environ if name.startswith(("NCCL_", "TORCH_NCCL_")) or name in named)
+    return {name: environ[name] for name in sorted(chosen)}
 
 
 def headline(found: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Does this machine, with these ranks, do what a run will ask of it?   What `launch/check_setup.py` does.
 
-Every check is a row of one table: what was looked at, ok or FAIL (or - where it does not apply), and what was found.
+Every check is a row of one table: what was looked at, ok, warn or FAIL (or - where it does not apply), and what was
+found.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.dist.collectives import gather_objects
@@ -24,36 +24,50 @@ from kdtrain.errors import EXIT_DONE, EXIT_OTHER, KdtrainError
 from kdtrain.telemetry.console import format_table
 from kdtrain.telemetry.environment import describe, headline
 from kdtrain.training.setup_probes import Row, collective_rows, kernel_rows
+from kdtrain.training.setup_settings import Share, settings_rows
 
 TIMEOUT_MIN = "2"
 """Minutes for a collective of a check, unless DEEPSPEED_TIMEOUT says otherwise: a run's hour is long to wait."""
 
+ALIKE = ("version", "attention")
+"""Checks that fail where ranks differ: one model would be computed in two ways, without a word."""
+BETTER_ALIKE = ("kernels auto", "float32 products", "nccl settings", "compiler")
+
 
 def run_checks(cfg: RunConfig) -> int:
     """Print the table on rank 0; 0 if nothing failed, else 1, on every rank. Reads run.output_dir, parallel,
-    teacher.layout and train.kernels.
+    teacher.layout, train.kernels, zero.offload_optimizer, and attention and dtype of both models.
 
-    Communicates: process groups, collectives along all axes, one gather of all findings. Raises KdtrainError on a
-    rank that cannot find the others.
+    Communicates: process groups, collectives along all axes, gathers of hosts, threads and all findings. Raises
+    KdtrainError on a rank that cannot find the others.
     """
     _find_others(os.environ.get("MASTER_ADDR"))
     os.environ.setdefault("DEEPSPEED_TIMEOUT", TIMEOUT_MIN)
     with bootstrap.runtime() as rank:
         mesh = Mesh.build(*axes(cfg, rank.world_size))
         # every rank makes the same rows in the same order, so that they can be laid side by side
+        world = mesh.world_group
+        share = Share.of_this_rank(socket.gethostname())
+        shares = gather_objects(share, world)
         mine = [
             *versions(), device_row(rank.device), mesh_row(cfg, mesh),
+            *settings_rows(cfg, mesh, rank.device, share, shares, os.environ),
             *kernel_rows(mesh, rank.device, cfg.train.kernels), *collective_rows(mesh, rank.device),
             *disk_rows(Path(cfg.run.output_dir), mesh),
         ]  # fmt: skip
-        world = mesh.world_group
-        rows = merge(gather_objects(mine, world), gather_objects(socket.gethostname(), world))
+        rows = merge(gather_objects(mine, world), [share.host for share in shares])
         if mesh.is_main:
             print(headline(describe(world_size=mesh.world_size)))
             print(format_table([{"check": r.check, "result": r.result, "found": r.found} for r in rows]))
-            failed = sum(row.result == "FAIL" for row in rows)
-            print(f"{failed} of {len(rows)} checks failed" if failed else "setup    every check passed", flush=True)
+            print(verdict(rows), flush=True)
     return EXIT_OTHER if any(row.result == "FAIL" for row in rows) else EXIT_DONE
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """The last line: how many checks failed, and how many rows warn."""
+    failed, warned = (sum(row.result == result for row in rows) for result in ("FAIL", "warn"))
+    text = f"{failed} of {len(rows)} checks failed" if failed else "setup    every check passed"
+    return f"{text}, {warned} {'warning' if warned == 1 else 'warnings'}" if warned else text
 
 
 def axes(cfg: RunConfig, world_size: int) -> tuple[int, int]:
@@ -89,7 +103,7 @@ def _find_others(address: str | None) -> None:
 def merge(ranks: Sequence[Sequence[Row]], hosts: Sequence[str]) -> list[Row]:
     """Rows of all ranks, which all have the same checks, as one table: ranks that found the same share a line.
 
-    A version must be the same everywhere.
+    hosts: of each rank. What ALIKE names must be the same everywhere, what BETTER_ALIKE names had better be.
     """
     merged = [Row("ranks", "-", f"{len(ranks)} on {len(set(hosts))} hosts: {_listed(list(dict.fromkeys(hosts)))}")]
     for rows in zip(*ranks, strict=True):
@@ -97,10 +111,29 @@ def merge(ranks: Sequence[Sequence[Row]], hosts: Sequence[str]) -> list[Row]:
         for rank, row in enumerate(rows):
             groups.setdefault(row, []).append(rank)
         for row, members in groups.items():
-            differs = len(groups) > 1 and row.check.startswith("version")
-            where = f"   [ranks {_listed(members)}]" if len(groups) > 1 else ""
-            merged.append(Row(row.check, "FAIL" if differs else row.result, row.found + where))
+            result, where = row.result, ""
+            if len(groups) > 1:
+                where = f"   [{_members(members, hosts)}]"
+                if row.check.startswith(ALIKE):
+                    result = "FAIL"
+                elif row.check.startswith(BETTER_ALIKE) and result != "FAIL":
+                    result = "warn"
+            merged.append(Row(row.check, result, row.found + where))
     return merged
+
+
+def _members(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """`rank 3` or `ranks 0-7, 9`, and of which hosts if the job has several."""
+    spans: list[list[int]] = []
+    for rank in ranks:
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    text = ("rank " if len(ranks) == 1 else "ranks ") + _listed([str(a) if a == b else f"{a}-{b}" for a, b in spans])
+    if len(set(hosts)) > 1:
+        text += " on " + _listed(list(dict.fromkeys(hosts[rank] for rank in ranks)))
+    return text
 
 
 def _listed(items: Sequence[object], most: int = 8) -> str:
@@ -112,10 +145,9 @@ def versions() -> list[Row]:
     """Python, packages, driver, CUDA and NCCL. Does not communicate."""
     about = describe()
     found = {"python": about["python"], **dict.fromkeys(("torch", "deepspeed", "transformers", "numpy"), "missing")}
-    found |= {"triton": "none", "flash-attn": "none", "cuda": about["cuda"] or "none", "driver": _driver()}
+    found |= {"triton": "none", "cuda": about["cuda"] or "none", "driver": _driver()}
     found |= {name: version for name, version in about["packages"].items() if name in found}
-    nccl = torch.cuda.nccl.version() if torch.cuda.is_available() and dist.is_nccl_available() else None
-    found["nccl"] = "none" if nccl is None else ".".join(map(str, nccl))
+    found["nccl"] = about["nccl"] or "none"
     return [Row.judged(f"version {name}", version != "missing", version) for name, version in found.items()]
 
 
@@ -134,7 +166,7 @@ def _driver() -> str:
 def device_row(device: torch.device) -> Row:
     """This rank's device and its memory."""
     if device.type != "cuda":
-        return Row("device", "-", f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads per rank")
+        return Row("device", "-", f"cpu, {os.cpu_count()} cores")
     free, total = torch.cuda.mem_get_info(device)
     properties = torch.cuda.get_device_properties(device)
     # in tens of a percent: ranks with like devices share a line

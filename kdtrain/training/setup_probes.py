@@ -37,12 +37,16 @@ CPU_BYTES, CUDA_BYTES = 1 << 23, 1 << 28
 REPEATS = 3
 
 
+Result = Literal["ok", "FAIL", "warn", "-"]
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. result: "-" for what does not apply or only informs."""
+    """One line of the table. result: "-" for what does not apply or only informs; a run works, but perhaps not as it
+    was meant to, with "warn"."""
 
     check: str
-    result: Literal["ok", "FAIL", "-"]
+    result: Result
     found: str
 
     @classmethod

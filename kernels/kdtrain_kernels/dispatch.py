@@ -40,6 +40,11 @@ def row_kernels(backend: str, device: torch.device, work: torch.dtype = torch.fl
     return torch_rows if backend == "torch" else importlib.import_module("kdtrain_kernels.triton.rows")
 
 
+def choice(device: torch.device) -> tuple[str, str]:
+    """(backend, reason): what auto takes for float32 slabs on `device`, and why."""
+    return _chosen(device.type, torch.float32)
+
+
 def _problem(device_type: str, work: torch.dtype) -> str:
     """Why triton cannot run; empty if it can."""
     if importlib.util.find_spec("triton") is None:

@@ -1,10 +1,13 @@
 """What can be said of the images without building them: no container engine is needed."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from kdtrain.models.attention_packages import flash_obstacle
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,3 +71,30 @@ def test_the_gpu_image_has_what_building_flash_attn_without_isolation_imports():
     for package in ("torch", "ninja", "packaging", "psutil", "einops"):
         assert re.search(rf"\b{package}\b", before), package
     assert "MAX_JOBS=" in before
+
+
+def test_the_gpu_image_has_what_runs_and_benchmarks_call():
+    """gcc and Python's headers for Triton's launchers, git for the commit of a measurement."""
+    (line,) = (rest for word, rest in stage("gpu") if word == "RUN" and "apt-get install" in rest)
+    for package in ("build-essential", "python3-dev", "git"):
+        assert re.search(rf"\s{package}\s", line), package
+
+
+def test_the_gpu_images_cuda_is_that_of_the_pinned_torch():
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints-gpu.txt").read_text(), re.MULTILINE))
+    (image,) = (rest for word, rest in instructions() if word == "FROM" and rest.endswith(" AS gpu"))
+    toolkit = re.search(r"cuda:(\d+\.\d+)\.\d+-devel", image)
+    assert toolkit, "flash-attn is compiled: the image must hold nvcc"
+    assert pins["cuda-toolkit"].startswith(f"{toolkit.group(1)}."), "compiled against another CUDA than torch loads"
+
+
+def test_building_the_gpu_image_ends_where_its_flash_attn_cannot_be_imported():
+    (line,) = (rest for word, rest in stage("gpu") if word == "RUN" and "flash_obstacle" in rest)
+    words = shlex.split(line)
+    done = subprocess.run(
+        [sys.executable, *words[1:]], cwd=ROOT, env={"PYTHONPATH": f"{ROOT}"}, capture_output=True, text=True,
+        timeout=100, check=False,
+    )  # fmt: skip
+    obstacle = flash_obstacle("flash_attention_2")
+    assert (done.returncode, done.stderr.strip()) == ((0, "") if obstacle is None else (1, obstacle))
+    assert stage("gpu").index(("RUN", line)) > stage("gpu").index(("COPY", "--chown=kdtrain . ."))

@@ -31,7 +31,7 @@ def launch(*command, **variables):
 def table(text):
     """check -> (result, found) of the printed table."""
     rows = [re.split(r"  +", line, maxsplit=2) for line in text.splitlines()]
-    return {row[0]: tuple(row[1:]) for row in rows if len(row) == 3 and row[1] in ("ok", "FAIL", "-")}
+    return {row[0]: tuple(row[1:]) for row in rows if len(row) == 3 and row[1] in ("ok", "FAIL", "warn", "-")}
 
 
 @pytest.mark.deepspeed
@@ -42,7 +42,7 @@ def test_two_ranks_under_the_launcher_try_every_axis_and_leave_nothing_behind(tm
     done = launch(
         Path(sys.executable).with_name("deepspeed"), "--num_accelerators", 2, "--master_port", port,
         ROOT / "launch/check_setup.py", ROOT / "configs/demo/distill_cpu.yaml", "parallel.tp=2",
-        f"run.output_dir={tmp_path}/runs",
+        f"run.output_dir={tmp_path}/runs", NCCL_DEBUG="WARN",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = table(done.stdout)
@@ -50,6 +50,9 @@ def test_two_ranks_under_the_launcher_try_every_axis_and_leave_nothing_behind(tm
     assert found["version torch"] == ("ok", torch.__version__)
     assert found["kernels torch float32"] == ("ok", "8 divergences over tp 2: gradients within 0.0002 of float64")
     assert found["mesh"] == ("-", "dp 1 x cp 1 x tp 2")
+    assert found["attention auto bfloat16"] == ("-", "sdpa: flash_attention_2 needs a CUDA device, this is cpu")
+    assert "NCCL_DEBUG=WARN" in found["nccl settings"][1]
+    assert re.match(r"1 per rank \(OMP_NUM_THREADS: 1\), \d ranks? on \d+ CPUs", found["threads"][1])
     assert found["collectives dp"] == ("-", "one rank")
     for name in ("all-reduce tp", "all-gather tp", "all-to-all tp", "all-reduce world", "all-to-all world"):
         assert re.fullmatch(r"2 ranks, 8 MiB in [\d.]+ ms: [\d.]+ GB/s", found[name][1])
@@ -65,7 +68,7 @@ def test_a_backend_that_the_run_asks_for_and_is_not_there_fails_with_1(tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     result, why = table(done.stdout)["kernels triton"]
     assert (result, why.split(":")[0]) == ("FAIL", "backend = 'triton' is not available for cpu")
-    assert "1 of 21 checks failed" in done.stdout
+    assert "1 of 30 checks failed" in done.stdout
 
 
 def test_help_and_mistakes_need_no_torch():
@@ -110,17 +113,56 @@ def test_a_loss_that_is_not_finite_is_infinitely_wrong():
     assert setup_probes._relative(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]).double()) == 0.25
 
 
+@pytest.mark.deepspeed
+def test_an_attention_that_cannot_be_had_fails_and_a_setting_of_tf32_warns(tmp_path):
+    done = launch(
+        ROOT / "launch/check_setup.py", "student.attention=flash_attention_4", "student.dtype=bfloat16",
+        f"run.output_dir={tmp_path}", TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1",
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    found = table(done.stdout)
+    assert found["attention student"] == (
+        "FAIL", "attention = 'flash_attention_4' cannot be used: flash_attention_4 needs a CUDA device, this is cpu"
+    )  # fmt: skip
+    assert found["float32 products"][0] == "warn"
+    assert "1 of 31 checks failed, 1 warning" in done.stdout
+
+
 def test_ranks_that_found_the_same_share_a_line_and_versions_must_agree():
     one = [Row("version torch", "ok", "2.13"), Row("device", "-", "cpu"), Row("disk", "ok", "70 GiB")]
     other = [Row("version torch", "ok", "2.12"), Row("device", "-", "cpu"), Row("disk", "FAIL", "read-only")]
     assert setup_check.merge([one, one, other], ["a", "a", "b"]) == [
         Row("ranks", "-", "3 on 2 hosts: a, b"),
-        Row("version torch", "FAIL", "2.13   [ranks 0, 1]"),
-        Row("version torch", "FAIL", "2.12   [ranks 2]"),
+        Row("version torch", "FAIL", "2.13   [ranks 0-1 on a]"),
+        Row("version torch", "FAIL", "2.12   [rank 2 on b]"),
         Row("device", "-", "cpu"),
-        Row("disk", "ok", "70 GiB   [ranks 0, 1]"),
-        Row("disk", "FAIL", "read-only   [ranks 2]"),
+        Row("disk", "ok", "70 GiB   [ranks 0-1 on a]"),
+        Row("disk", "FAIL", "read-only   [rank 2 on b]"),
     ]
+
+
+def test_ranks_that_would_choose_otherwise_are_named():
+    one = [Row("attention auto bfloat16", "-", "flash_attention_2"), Row("nccl settings", "-", "none set"),
+           Row("threads", "ok", "8 per rank")]  # fmt: skip
+    other = [Row("attention auto bfloat16", "-", "sdpa"), Row("nccl settings", "ok", "NCCL_DEBUG=INFO"),
+             Row("threads", "ok", "4 per rank")]  # fmt: skip
+    ranks = [one, other, one, one, other]
+    assert setup_check.merge(ranks, ["a"] * 5)[1:] == [
+        Row("attention auto bfloat16", "FAIL", "flash_attention_2   [ranks 0, 2-3]"),
+        Row("attention auto bfloat16", "FAIL", "sdpa   [ranks 1, 4]"),
+        Row("nccl settings", "warn", "none set   [ranks 0, 2-3]"),
+        Row("nccl settings", "warn", "NCCL_DEBUG=INFO   [ranks 1, 4]"),
+        Row("threads", "ok", "8 per rank   [ranks 0, 2-3]"),
+        Row("threads", "ok", "4 per rank   [ranks 1, 4]"),
+    ]
+
+
+def test_the_last_line_counts_failures_and_warnings():
+    ok, warned, failed = (Row("a", result, "") for result in ("ok", "warn", "FAIL"))
+    assert setup_check.verdict([ok]) == "setup    every check passed"
+    assert setup_check.verdict([ok, warned]) == "setup    every check passed, 1 warning"
+    assert setup_check.verdict([ok, failed]) == "1 of 2 checks failed"
+    assert setup_check.verdict([failed, warned, warned]) == "1 of 3 checks failed, 2 warnings"
 
 
 def test_many_hosts_are_cut_short():

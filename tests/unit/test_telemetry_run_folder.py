@@ -186,12 +186,18 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path, monkeypatch):
     assert path.read_text() == "running\n"
 
 
-def test_environment_names_versions_source_and_devices_but_no_variables(tmp_path, monkeypatch):
+def test_environment_names_versions_source_devices_and_settings_but_no_other_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("KDTRAIN_TEST_SECRET", "hunter2")
+    for name, value in {"NCCL_DEBUG": "INFO", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0", "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
     found = environment.describe(world_size=3)
     assert found["world_size"] == 3
     assert found["packages"]["torch"].startswith("2.")
     assert found["devices"]
+    assert {"NCCL_DEBUG": "INFO", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0", "OMP_NUM_THREADS": "1"}.items() <= (
+        found["settings"].items()
+    )
+    assert found["float32_matmul_precision"] == "highest"
     with RunFolder.open(tmp_path, "a") as folder:
         folder.write_environment(found)
     text = (folder.path / "environment.json").read_text()

@@ -1,0 +1,214 @@
+"""What a run will choose and be subject to on this machine: compiler, kernels, attention, NCCL, TF32, threads."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from kdtrain_kernels.dispatch import choice
+
+from kdtrain.config.schema import RunConfig, StudentSection, TeacherSection
+from kdtrain.dist.mesh import Mesh
+from kdtrain.errors import ConfigError
+from kdtrain.models.attention import resolve_attention
+from kdtrain.models.attention_packages import attention_packages, installed_version
+from kdtrain.telemetry.environment import TF32_VARIABLES, nccl_version, settings
+from kdtrain.training.setup_probes import Result, Row
+
+LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
+FIRST_WITH_LAUNCH_ORDER = (2, 26)
+NCCL_FILES = ("~/.nccl.conf", "/etc/nccl.conf")
+"""Where NCCL reads what the environment does not set; NCCL_CONF_FILE takes the place of the first."""
+SIDE = 256
+"""Of the product that shows TF32: the exact result needs 21 of float32's 24 bits in any order of summation."""
+
+
+def settings_rows(
+    cfg: RunConfig, mesh: Mesh, device: torch.device, mine: Share, ranks: Sequence[Share], environ: Mapping[str, str]
+) -> list[Row]:
+    """What a run's choices depend on besides versions; the same checks on every rank.
+
+    mine: this rank's share of its host; ranks: those of all. Does not communicate.
+    """
+    return [
+        compiler_row(device, environ),
+        kernels_row(device),
+        *attention_rows(cfg, device),
+        float32_row(device, environ),
+        nccl_row(mesh, {**nccl_files(environ, NCCL_FILES), **settings(environ)}, nccl_version()),
+        threads_row(mine, ranks, environ, offload=cfg.zero.offload_optimizer),
+    ]
+
+
+def compiler_row(device: torch.device, environ: Mapping[str, str]) -> Row:
+    """Whether the compiler that Triton would take (CC, else gcc, else clang) builds a module with Python's headers.
+
+    Triton compiles the launcher of each kernel at its first use. Writes into a temporary folder only.
+    """
+    path = environ.get("PATH")
+    compiler = environ.get("CC", shutil.which("gcc", path=path) or shutil.which("clang", path=path))
+    if compiler is None:
+        problem = "none: neither CC nor gcc nor clang"
+    elif not (problem := _build_problem(compiler)):
+        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60, check=False)
+        version = next(iter(done.stdout.splitlines()), compiler)
+        return Row("compiler", "ok", f"{version}: builds what Triton needs")
+    return Row("compiler", _bad_on_cuda(device), f"{problem}; Triton compiles a launcher for each kernel")
+
+
+def _build_problem(compiler: str) -> str:
+    """What stops `compiler` from building an extension module; empty if nothing does."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's name for the same
+    include = sysconfig.get_paths(scheme=scheme)["include"]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "launcher.c"
+            source.write_text("#include <Python.h>\nPyObject *none(void) { Py_RETURN_NONE; }\n")
+            done = subprocess.run(
+                [compiler, str(source), "-shared", "-fPIC", f"-I{include}", "-o", f"{folder}/launcher.so"],
+                capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "LC_ALL": "C"},
+            )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{compiler} cannot be run: {getattr(error, 'strerror', None) or type(error).__name__}"
+    if done.returncode == 0:
+        return ""
+    errors = [line for line in done.stderr.splitlines() if "error" in line] or ["it fails"]
+    # without the name of the temporary folder, which is another on every rank
+    text = errors[0].removeprefix(str(source)).lstrip(":0123456789 ")
+    return f"{compiler} cannot build with Python's headers: {text}"
+
+
+def kernels_row(device: torch.device) -> Row:
+    """What train.kernels=auto takes on this device, and why."""
+    name, reason = choice(device)
+    reason = reason.replace(str(device), device.type)  # not its number: ranks that found the same share a line
+    return Row("kernels auto", "-" if name == "triton" else _bad_on_cuda(device), f"{name}: {reason}")
+
+
+def attention_rows(cfg: RunConfig, device: torch.device) -> list[Row]:
+    """Packages for flash-attention, what attention=auto takes by dtype, and explicit choices of `cfg`, which fail if
+    they cannot hold. An architecture may rule out more: only loading it shows that."""
+    rows = []
+    for name, found in attention_packages():
+        version = installed_version(name)
+        result: Result = "-" if version is None else "ok" if found == version else "warn"
+        rows.append(Row(f"attention {name}", result, found))
+    for dtype in ("bfloat16", "float32"):
+        taken, reason = resolve_attention("auto", device_type=device.type, dtype=dtype)
+        rows.append(Row(f"attention auto {dtype}", "-", f"{taken}: {reason.removeprefix('auto: ')}"))
+    asked = (
+        _asked_row(role, section, device) for role, section in (("student", cfg.student), ("teacher", cfg.teacher))
+    )
+    return [*rows, *(row for row in asked if row is not None)]
+
+
+def _asked_row(role: str, section: StudentSection | TeacherSection, device: torch.device) -> Row | None:
+    if section.attention == "auto":
+        return None
+    try:
+        resolve_attention(section.attention, device_type=device.type, dtype=section.dtype)
+    except ConfigError as error:
+        return Row(f"attention {role}", "FAIL", str(error).partition("\n")[0])
+    return Row(f"attention {role}", "ok", f"{section.attention} in {section.dtype}, as asked for")
+
+
+def nccl_row(mesh: Mesh, found: Mapping[str, str], version: str | None) -> Row:
+    """NCCL's settings, and whether collectives start in the order of the host.
+
+    Where a run has several axes, two communicators work on a device at once, and may wait for each other unless every
+    rank starts them in one order. found: from the environment and NCCL's files; version: of NCCL, None without a CUDA
+    device, where nothing is judged.
+    """
+    listed = ", ".join(f"{name}={value}" for name, value in sorted(found.items()) if "NCCL_" in name) or "none set"
+    if version is None:
+        return Row("nccl settings", "-", f"{listed}; no CUDA device")
+    if not re.fullmatch(r"[+-]?0*[1-9][0-9]*", found.get(LAUNCH_ORDER, "0")):
+        state = f"{LAUNCH_ORDER} is off"
+    elif tuple(map(int, version.split(".")[:2])) < FIRST_WITH_LAUNCH_ORDER:
+        state = f"NCCL {version} does not know {LAUNCH_ORDER}"
+    else:
+        return Row("nccl settings", "ok", f"{listed}; collectives start in the order of the host")
+    several = sum(size > 1 for size in (mesh.dp_size, mesh.tp_size, mesh.cp_size)) > 1
+    risk = ": collectives of two axes may wait for each other" if several else ""
+    return Row("nccl settings", "warn" if several else "-", f"{listed}; {state}{risk}")
+
+
+def nccl_files(environ: Mapping[str, str], files: Sequence[str]) -> dict[str, str]:
+    """Settings of NCCL's configuration files; the first line that names a variable counts, as NCCL reads them."""
+    first, *others = files
+    found: dict[str, str] = {}
+    for name in (environ.get("NCCL_CONF_FILE") or os.path.expanduser(first), *others):
+        try:
+            lines = Path(name).read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:  # as a rule there is none
+            continue
+        for line in lines:
+            key, equals, value = line.partition("=")
+            if equals and not line.startswith("#"):
+                found.setdefault(key, value)
+    return found
+
+
+def float32_row(device: torch.device, environ: Mapping[str, str]) -> Row:
+    """Whether products of float32 keep all bits on `device`, by one whose TF32 result is another, and what says so."""
+    factor = torch.full((SIDE, SIDE), 1 + 2.0**-12, device=device)
+    exact = bool((factor @ torch.ones_like(factor) == SIDE * (1 + 2.0**-12)).all())
+    precision, override = torch.get_float32_matmul_precision(), environ.get("NVIDIA_TF32_OVERRIDE")
+    about = ", ".join([
+        f"torch's precision is {precision}",
+        *(f"{name}={environ[name]}" for name in TF32_VARIABLES if name in environ),
+        *(["convolutions may use TF32"] if torch.backends.cudnn.allow_tf32 and override != "0" else []),
+    ])  # fmt: skip
+    if not exact:
+        return Row("float32 products", "warn", f"rounded to TF32 or less ({about})")
+    if override not in (None, "0") or (precision != "highest" and override is None):
+        return Row("float32 products", "warn", f"exact here, but a CUDA device may round them to TF32 ({about})")
+    return Row("float32 products", "ok", f"exact ({about})")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """A rank's part of its host: torch's threads, and the logical CPUs that it may run on."""
+
+    host: str
+    threads: int
+    cpus: frozenset[int]
+
+    @classmethod
+    def of_this_rank(cls, host: str) -> Share:
+        """As the launcher and the scheduler left it. A quota of a container's CPU time does not show."""
+        has_mask = hasattr(os, "sched_getaffinity")  # Linux only
+        cpus = os.sched_getaffinity(0) if has_mask else range(os.cpu_count() or 1)
+        return cls(host, torch.get_num_threads(), frozenset(cpus))
+
+
+def threads_row(mine: Share, ranks: Sequence[Share], environ: Mapping[str, str], *, offload: bool) -> Row:
+    """Whether the ranks that share this rank's CPUs have no more threads than there are CPUs.
+
+    offload: the optimizer steps on the host (zero.offload_optimizer), where one thread is one core for all of AdamW.
+    """
+    sharing = [share for share in ranks if share.host == mine.host and share.cpus & mine.cpus]
+    cpus = len(frozenset[int]().union(*(share.cpus for share in sharing)))
+    wanted, fair = sum(share.threads for share in sharing), max(1, cpus // len(sharing))
+    value = environ.get("OMP_NUM_THREADS", "not set")
+    among = "1 rank" if len(sharing) == 1 else f"{len(sharing)} ranks"
+    text = f"{mine.threads} per rank (OMP_NUM_THREADS: {value}), {among} on {cpus} CPUs"
+    if wanted > cpus:
+        fix = f"set OMP_NUM_THREADS={fair}" if mine.threads > fair else "start fewer ranks, or give them more CPUs"
+        return Row("threads", "warn", f"{text}: too many; {fix}")
+    if offload and mine.threads == 1 < fair:
+        return Row("threads", "warn", f"{text}: one core steps the offloaded optimizer; set OMP_NUM_THREADS={fair}")
+    return Row("threads", "ok", text)
+
+
+def _bad_on_cuda(device: torch.device) -> Result:
+    """Result of what only costs a run on CUDA."""
+    return "warn" if device.type == "cuda" else "-"
