@@ -23,6 +23,9 @@ from kdtrain_kernels.divergences import divergence_spec
 from kdtrain_kernels.matmul import logits_into
 from kdtrain_kernels.torch_rows import LogitMap, RowWeights
 
+ROW_SIZES = (*((4096, columns) for columns in (32000, 50257, 128256, 262144)), (1024, 128256))
+"""(rows, columns) of the row kernels' slabs."""
+
 
 def figure(setting: Setting, what: str, case: str, run: Callable[[], object], work: float, unit: str) -> dict:
     """A timed row; work: FLOP or bytes of one call."""
@@ -35,15 +38,13 @@ def figure(setting: Setting, what: str, case: str, run: Callable[[], object], wo
 
 def products(setting: Setting) -> Iterator[dict]:
     """The matmul ceiling and the head's logits product."""
-    side = 64 if setting.is_small else 8192
+    side = setting.width(8192)
     a, b = (torch.randn(side, side, device=setting.device).to(setting.dtype) for _ in range(2))
     yield figure(setting, "matmul", f"{side}^3 {setting.dtype}", lambda: a @ b, 2 * side**3, "TFLOP/s")
     out = torch.empty(side, side, device=setting.device)
     yield figure(setting, "matmul", f"{side}^3 to float32", lambda: logits_into(out, a, b), 2 * side**3, "TFLOP/s")
-    shapes = (
-        [(16, 32, 300)] if setting.is_small else [(4096, d, v) for d in (2048, 4096, 8192) for v in (32000, 128256)]
-    )
-    for tokens, width, vocab in shapes:
+    for width, vocab in itertools.product((2048, 4096, 8192), (32000, 128256)):
+        tokens, width = setting.rows(4096), setting.width(width)
         hidden = torch.randn(tokens, width, device=setting.device).to(setting.dtype)
         head = torch.randn(vocab, width, device=setting.device).to(setting.dtype)
         logits = torch.empty(tokens, vocab, device=setting.device)
@@ -54,7 +55,7 @@ def products(setting: Setting) -> Iterator[dict]:
 
 def copy(setting: Setting) -> dict:
     """Bandwidth of a large copy."""
-    size = 1 << (16 if setting.is_small else 30)
+    size = 1 << (16 if setting.is_cpu else 30)
     source = torch.randn(size, device=setting.device)
     target = torch.empty_like(source)
     return figure(setting, "copy", f"{4 * size} bytes", lambda: target.copy_(source), 8.0 * size, "TB/s")
@@ -62,8 +63,8 @@ def copy(setting: Setting) -> dict:
 
 def rows(setting: Setting) -> Iterator[dict]:
     """Every row kernel of a loss with one round (forward_kl) and of one with two (jsd)."""
-    sizes = [(8, 300)] if setting.is_small else [(4096, n) for n in (32000, 50257, 128256, 262144)] + [(1024, 128256)]
-    for size in sizes:
+    for count, columns in ROW_SIZES:
+        size = setting.rows(count), columns
         for backend in setting.backends():
             for name in ("forward_kl", "reverse_kl", "jsd"):
                 for kernel, run, touched in calls(setting, backend, size, name):

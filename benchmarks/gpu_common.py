@@ -1,18 +1,23 @@
 """What the scripts of benchmarks/gpu_suite.sh share: device, clock, shapes, problems, CSV files.
 
-Every script takes --out FOLDER; --small: tiny shapes, for compute-sanitizer; and --cpu: tiny shapes on the CPU with the
-torch kernels, the same control flow, for continuous integration. Figures of tiny shapes mean nothing.
+Every script takes --out FOLDER and --cpu: the torch kernels on the CPU, for continuous integration. --cpu goes through
+the same list of sizes as a GPU, reduced by one rule (`Setting.rows`, `Setting.width`): at most 5 rows, widths divided
+by 256, vocabularies as they are, so that no size reaches a GPU whose columns never ran. Figures of reduced or tiny
+shapes mean nothing; their files are dry_NAME.csv and small_NAME.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -23,6 +28,13 @@ from torch import Tensor
 from kdtrain.dist.vocab import VocabShard
 
 WARM_UP, RUNS = 3, 20
+PAIR_SECONDS, MOST_CALLS = 2e-3, 50
+"""Between two CUDA events lie as many calls as take PAIR_SECONDS, at most MOST_CALLS: an event costs microseconds."""
+CYCLES_PER_SECOND, MOST_AHEAD = 2e9, 2e-2
+"""Of torch.cuda._sleep, at most; and the seconds that the host is given to queue what is measured, at most."""
+CPU_ROWS, CPU_WIDTH_SHARE = 5, 256
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,22 +59,43 @@ class Setting:
     is_cpu: bool
     is_small: bool
 
-    @classmethod
-    def parse(cls, description: str | None) -> Setting:
-        """From the command line. SystemExit without a GPU unless --cpu."""
+    @staticmethod
+    def parser(description: str | None) -> argparse.ArgumentParser:
+        """What every script takes; some add to it."""
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--out", type=Path, default=common.ROOT / "benchmarks/results")
-        parser.add_argument("--cpu", action="store_true", help="tiny shapes on the CPU, to test the control flow")
-        parser.add_argument("--small", action="store_true", help="tiny shapes on the GPU, for compute-sanitizer")
-        arguments = parser.parse_args()
+        parser.add_argument("--cpu", action="store_true", help="reduced shapes on the CPU, to test the control flow")
+        return parser
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace) -> Setting:
+        """From what `parser` parsed; `small` if the script added it. SystemExit without a GPU unless --cpu."""
         if not arguments.cpu and not torch.cuda.is_available():
-            raise SystemExit("no CUDA device; --cpu runs tiny shapes on the CPU")
-        return cls(
-            torch.device("cpu" if arguments.cpu else "cuda"),
-            arguments.out,
-            arguments.cpu,
-            arguments.cpu or arguments.small,
-        )
+            raise SystemExit("no CUDA device; --cpu runs reduced shapes on the CPU")
+        device = torch.device("cpu" if arguments.cpu else "cuda")
+        return cls(device, arguments.out, arguments.cpu, getattr(arguments, "small", False))
+
+    @classmethod
+    def parse(cls, description: str | None) -> Setting:
+        """From the command line of a script that adds nothing to it."""
+        return cls.of(cls.parser(description).parse_args())
+
+    def rows(self, count: int) -> int:
+        """`count` on a GPU, at most CPU_ROWS of them on the CPU."""
+        return min(count, CPU_ROWS) if self.is_cpu else count
+
+    def width(self, size: int) -> int:
+        """`size` on a GPU, a CPU_WIDTH_SHARE-th of it but at least 8 on the CPU."""
+        return max(min(size, 8), size // CPU_WIDTH_SHARE) if self.is_cpu else size
+
+    def shape(self, shape: Shape) -> Shape:
+        """`shape` with rows and widths as this setting has them, and its own vocabulary."""
+        return Shape(self.rows(shape.tokens), shape.vocab, self.width(shape.width_s), self.width(shape.width_t))
+
+    @property
+    def prefix(self) -> str:
+        """Of the names of files: gpu, or small or dry where figures mean nothing."""
+        return "small" if self.is_small else "dry" if self.is_cpu else "gpu"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,33 +118,52 @@ class Setting:
             "versions": f"python {platform.python_version()} torch {torch.__version__}{triton}",
         }
 
-    def write(self, name: str, found: Iterable[dict]) -> list[dict]:
-        """Rows as they come -> OUT/gpu_NAME.csv (dry_NAME.csv of tiny shapes); all of them.
+    def write(self, name: str, found: Iterable[dict], kept: Sequence[dict] = ()) -> list[dict]:
+        """Rows as they come -> OUT/gpu_NAME.csv (`prefix`); all of them.
 
-        The file is whole after every row: what a time limit cuts off is only what was not measured.
+        kept: rows of an earlier run that stay in front, with their own provenance. The file is whole before the first
+        row and after every row: what a time limit cuts off is only what was not measured.
         """
-        path, rows = self.out / f"{'dry' if self.is_small else 'gpu'}_{name}.csv", []
-        provenance = self.provenance()
+        path, rows, provenance = self.out / f"{self.prefix}_{name}.csv", [], self.provenance()
+
+        def save() -> None:
+            every = [*kept, *rows]
+            common.write_csv(path, every, list(dict.fromkeys(column for row in every for column in row)))
+
+        save()
         for row in found:
             rows.append({**provenance, **row})
-            common.write_csv(path, rows, list(dict.fromkeys(column for row in rows for column in row)))
+            save()
         print(f"wrote {path}: {len(rows)} rows", flush=True)
         return rows
 
     def seconds(self, run: Callable[[], object], runs: int = RUNS) -> list[float]:
-        """Times of `runs` calls after a warm-up: CUDA events on a GPU, the wall clock on the CPU."""
-        runs, warm_up = (2, 1) if self.is_cpu else (runs, WARM_UP)
+        """Times per call of `runs` measurements after a warm-up: CUDA events on a GPU, the wall clock on the CPU.
+
+        On a GPU a measurement is several calls of a short `run` between two events, and the device sleeps until the
+        host has queued them all: gaps between launches, of which a loss alone makes ten, are not in the figure.
+        """
+        runs, warm_up = (1, 1) if self.is_cpu else (runs, WARM_UP)
         for _ in range(warm_up):
             run()
         if self.is_cpu:
             return [_wall(run) for _ in range(runs)]
-        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
-        for start, stop in events:
-            start.record()
-            run()
-            stop.record()
         torch.cuda.synchronize()
-        return [start.elapsed_time(stop) / 1000 for start, stop in events]
+        queued = _wall(run)
+        calls = calls_per_pair(self._between_events(run, 1, 0.0))
+        ahead = min(MOST_AHEAD, 2 * calls * queued)
+        return [self._between_events(run, calls, ahead) for _ in range(runs)]
+
+    def _between_events(self, run: Callable[[], object], calls: int, ahead: float) -> float:
+        """Seconds per call of `calls` calls, queued while the device sleeps for about `ahead` seconds. Synchronises."""
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int(ahead * CYCLES_PER_SECOND))
+        start.record()
+        for _ in range(calls):
+            run()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1000 / calls
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
         """Growth of allocated memory during one call; on the CPU of resident memory."""
@@ -125,6 +177,36 @@ class Setting:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+
+
+def calls_per_pair(seconds: float) -> int:
+    """How many calls of `seconds` each fill PAIR_SECONDS."""
+    return max(1, min(MOST_CALLS, math.ceil(PAIR_SECONDS / max(seconds, 1e-9))))
+
+
+def attempt(run: Callable[[], T]) -> tuple[T | None, str]:
+    """(what `run` returns, "") or (None, why it failed, in one line): a failure is a row, and the rest goes on."""
+    try:
+        return run(), ""
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # whatever a package or a kernel raises
+        print(traceback.format_exc(), file=sys.stderr, flush=True)
+        return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def check(name: str, shape: str, value: float, tolerance: float, note: str = "") -> dict:
+    """A row of a check that passes if value <= tolerance; nan does not."""
+    verdict = "ok" if value <= tolerance else "FAIL"
+    print(verdict.ljust(4), name, shape, f"{value:.3g} / {tolerance:.3g}", note, flush=True)
+    row = {"name": name, "shape": shape, "verdict": verdict, "value": f"{value:.4g}", "tolerance": f"{tolerance:.4g}"}
+    return {**row, "note": note}
+
+
+def not_checked(name: str, shape: str, reason: str, verdict: str = "absent") -> dict:
+    """A row of a check that did not run, or ended early (verdict FAIL)."""
+    print(verdict.ljust(4), name, shape, reason, flush=True)
+    return {"name": name, "shape": shape, "verdict": verdict, "value": "", "tolerance": "", "note": reason}
 
 
 def _wall(run: Callable[[], object]) -> float:

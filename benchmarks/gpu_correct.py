@@ -1,6 +1,6 @@
 """Every operation and every row kernel against float64 of the same inputs, at real shapes.
 
-    python benchmarks/gpu_correct.py [--out FOLDER] [--small | --cpu]
+    python benchmarks/gpu_correct.py [--out FOLDER] [--small] [--cpu]
 
 Operations: loss and gradients of linear_kd_loss (every divergence, temperatures 1 and 2), linear_sparse_kd_loss and
 linear_cross_entropy, and lists of linear_topk, by every backend, from bfloat16 inputs. Row kernels: those of
@@ -29,12 +29,16 @@ VALUE_BOUND, GRADIENT_BOUND = 1e-5, 5e-3
 """Of operations. Gradients are rounded to bfloat16 on their way into the products, and as results."""
 ROW_BOUND, ROUNDED_BOUND = 2e-5, 5e-3
 """Of row kernels in float32, and of gradients they store in bfloat16."""
+SMALL_COLUMNS = 6145
+"""Of --small: three blocks of the Triton kernels and one column more, so that the last block reaches past the row."""
+ROW_SIZES, SMALL_ROW_SIZES = ((64, 128256), (64, 50257), (64, 4097), (7, 1)), ((6, SMALL_COLUMNS), (7, 1))
+"""(rows, columns) of the row kernels' slabs."""
 
 
 def shapes(setting: Setting) -> list[Shape]:
     if setting.is_small:
-        return [Shape(24, 300, 16, 24)]
-    return [Shape(512, vocab, 2048, 4096) for vocab in (32000, 50257, 128256, 151936, 262144)]
+        return [Shape(24, SMALL_COLUMNS, 16, 24)]
+    return [setting.shape(Shape(512, vocab, 2048, 4096)) for vocab in (32000, 50257, 128256, 151936, 262144)]
 
 
 def relative(got: Tensor, expected: Tensor) -> float:
@@ -139,11 +143,15 @@ def lists(setting: Setting, shape: Shape) -> Iterator[dict]:
 
 
 def slabs(setting: Setting, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Student's and teacher's logits [C, n], rows apart by a multiple of 128, a masked column, and labels."""
+    """Student's and teacher's logits [C, n], rows apart by a multiple of 128, and labels; a masked column in row 1.
+
+    A row of one column keeps it: with nothing above -inf no gradient is defined.
+    """
     rng = torch.Generator(setting.device).manual_seed(1)
     stride = -(-columns // 128) * 128
     memory = 3 * torch.randn(2, rows, stride, generator=rng, device=setting.device)
-    memory[:, 1, 0] = -torch.inf
+    if columns > 1:
+        memory[:, 1, 0] = -torch.inf
     labels = torch.randint(columns, (rows,), generator=rng, device=setting.device)
     labels[::5] = -1
     student, teacher = memory.to(dtype)[:, :, :columns]
@@ -180,8 +188,8 @@ def row_answers(
 
 def rows(setting: Setting) -> Iterator[dict]:
     """Every row kernel of every backend."""
-    sizes = [(6, 257)] if setting.is_small else [(64, 128256), (64, 50257), (64, 4097), (7, 1)]
-    for size in sizes:
+    for count, columns in SMALL_ROW_SIZES if setting.is_small else ROW_SIZES:
+        size = setting.rows(count), columns
         for name in PLUG_INS:
             for temperature in (1.0, 2.0):
                 expected = row_answers(setting, "torch", size, name, temperature, torch.float64)
@@ -205,7 +213,9 @@ def row_error(kernel: str, got: Tensor, expected: Tensor, is_rounded: bool) -> t
 
 
 def main() -> None:
-    setting = Setting.parse(__doc__)
+    parser = Setting.parser(__doc__)
+    parser.add_argument("--small", action="store_true", help="tiny shapes, for compute-sanitizer")
+    setting = Setting.of(parser.parse_args())
     stages: list[Callable[[], Iterator[dict]]] = [lambda: rows(setting)]
     for shape in shapes(setting):
         for operation in (losses, sparse_losses, lists):

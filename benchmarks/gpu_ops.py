@@ -6,35 +6,38 @@ Useful work is counted alike for everybody: 2 T V E for a teacher's product and 
 an implementation computes again is not credited. Slabs of 5 GiB and 1 GiB. Without --peers: linear_kd_loss (forward
 KL, jsd), linear_sparse_kd_loss, linear_cross_entropy, linear_topk at the shapes of the plan, every backend. With
 --peers: every provider of benchmarks/loss_providers.py at a few shapes, in turn; before one is timed its value and
-gradients are compared with float64 at fewer tokens, and the error is in its row. One that cannot run has the reason in
-its row.
+gradients are compared with float64 at fewer tokens, and the error is in its row. One that cannot run, or raises
+whatever it raises, has the reason in its row, and the others go on. Ends with 1 if an operation of ours raised.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable, Iterator
 
 import loss_providers as providers
 import measuring as common
 import torch
-from gpu_common import Setting, Shape, problem, whole_shard
+from gpu_common import Setting, Shape, attempt, problem, whole_shard
 
 from kdtrain.losses import SparseTarget, linear_sparse_kd_loss
 from kdtrain.teacher.topk import linear_topk
 
 CHECKED_TOKENS = 512
+OURS = ("streamed", "sparse", "linear_topk")
+"""What the names of our providers begin with."""
 SLABS = {"5GiB": 5 << 30, "1GiB": 1 << 30}
 
 
 def shapes(setting: Setting) -> list[Shape]:
     """Section by section: vocabularies, widths, then more tokens."""
-    if setting.is_small:
-        return [Shape(16, 300, 16, 24)]
     pairs = ((2048, 4096), (2048, 8192), (4096, 4096))
     found = [Shape(8192, vocab, *pair) for vocab in (32000, 128256, 151936, 262144) for pair in pairs]
-    return [*found, Shape(32768, 128256, 2048, 4096)]
+    return [setting.shape(shape) for shape in (*found, Shape(32768, 128256, 2048, 4096))]
+
+
+def peer_shapes(setting: Setting) -> list[Shape]:
+    """A large vocabulary, then a wide student."""
+    return [setting.shape(shape) for shape in (Shape(8192, 128256, 2048, 4096), Shape(8192, 32000, 4096, 4096))]
 
 
 def work_of(task: str, shape: Shape) -> int:
@@ -46,19 +49,18 @@ def work_of(task: str, shape: Shape) -> int:
 
 def peak_rate(setting: Setting) -> float:
     """FLOP/s of a large matrix product, measured now."""
-    side = 64 if setting.is_small else 8192
+    side = setting.width(8192)
     a, b = (torch.randn(side, side, device=setting.device).to(setting.dtype) for _ in range(2))
     return 2 * side**3 / (float(common.percentiles(setting.seconds(lambda: a @ b))["median_ms"]) / 1000)
 
 
 def timed(setting: Setting, task: str, shape: Shape, name: str, run: Callable[[], object], rate: float) -> dict:
-    """A row; running out of memory is a result."""
+    """A row; running out of memory is a result, and so is any other failure."""
     row = {"task": task, "shape": str(shape), "provider": name}
-    try:
-        peak = setting.peak_bytes(run)
-        times = common.percentiles(setting.seconds(run, runs=10))
-    except torch.OutOfMemoryError:
-        return {**row, "absent": "out of memory"}
+    measured, reason = attempt(lambda: (setting.peak_bytes(run), setting.seconds(run, runs=10)))
+    if measured is None:
+        return {**row, "absent": "out of memory" if reason.startswith("OutOfMemoryError") else f"FAILED: {reason}"}
+    peak, times = measured[0], common.percentiles(measured[1])
     useful = work_of(task, shape) / (float(times["median_ms"]) / 1000)
     print(task, shape, name, times["median_ms"], "ms", f"{useful / rate:.3f} of matmul", flush=True)
     figures = {"useful_tflops": f"{useful / 1e12:.4g}", "share_of_matmul": f"{useful / rate:.3f}"}
@@ -72,11 +74,12 @@ def step(loss: Callable, inputs: tuple) -> Callable[[], object]:
 
 def whole_operations(setting: Setting) -> Iterator[dict]:
     """Ours, every backend and slab."""
+    widths = setting.width(2048), setting.width(4096)
     for shape in shapes(setting):
         rate, inputs = peak_rate(setting), problem(setting, shape)
         shard = whole_shard(shape.vocab)
         for backend in setting.backends():
-            if backend == "torch" and (shape.width_s, shape.width_t) != (2048, 4096) and not setting.is_small:
+            if backend == "torch" and (shape.width_s, shape.width_t) != widths:
                 continue  # slow, and the widths change only the products
             for slab, size in SLABS.items():
                 for task in ("kl", "jsd", "ce"):
@@ -115,8 +118,7 @@ def torch_list(inputs: tuple, k: int) -> object:
 
 def peers(setting: Setting) -> Iterator[dict]:
     """All providers of every task, in turn."""
-    few = shapes(setting)[:1] if setting.is_small else [Shape(8192, 128256, 2048, 4096), Shape(8192, 32000, 4096, 4096)]
-    for shape in few:
+    for shape in peer_shapes(setting):
         inputs = problem(setting, shape)
         small = problem(setting, Shape(min(shape.tokens, CHECKED_TOKENS), shape.vocab, shape.width_s, shape.width_t))
         for task in ("kl", "jsd", "ce"):
@@ -136,8 +138,14 @@ def compared(
     if reason:
         return {**head, "absent": reason}
     small, whole = inputs
-    loss = provider.loss(*small)
-    errors = providers.errors_of(provider, loss, list(torch.autograd.grad(loss, small[:2])), expected)
+
+    def compare() -> dict[str, float]:
+        loss = provider.loss(*small)
+        return providers.errors_of(provider, loss, list(torch.autograd.grad(loss, small[:2])), expected)
+
+    errors, reason = attempt(compare)
+    if errors is None:
+        return {**head, "absent": f"FAILED: {reason}"}
     row = timed(setting, provider.task, shape, provider.name, step(provider.loss, whole), rate)
     return {
         **row,
@@ -148,15 +156,17 @@ def compared(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--peers", action="store_true")
-    found, rest = parser.parse_known_args()
-    sys.argv[1:] = rest
-    setting = Setting.parse(__doc__)
-    if found.peers:
-        setting.write("peers", peers(setting))
+    parser = Setting.parser(__doc__)
+    parser.add_argument("--peers", action="store_true", help="other packages too, at fewer shapes")
+    arguments = parser.parse_args()
+    setting = Setting.of(arguments)
+    if arguments.peers:
+        found = setting.write("peers", peers(setting))
     else:
-        setting.write("ops", whole_operations(setting))
+        found = setting.write("ops", whole_operations(setting))
+    failed = [row for row in found if row["absent"].startswith("FAILED") and row["provider"].startswith(OURS)]
+    if failed:
+        raise SystemExit(f"{len(failed)} of our operations raised")
 
 
 if __name__ == "__main__":

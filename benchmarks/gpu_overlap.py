@@ -1,12 +1,13 @@
 """A teacher one micro-batch ahead on a second stream: same answers as without, time of a step, memory.
 
-    python benchmarks/gpu_overlap.py [--out FOLDER] [--cpu] [--small]
+    python benchmarks/gpu_overlap.py [--out FOLDER] [--cpu]
 
 Stacks of torch's own transformer layers stand in for both models, so that nothing but torch is needed. A step is four
 micro-batches through OnlineTeacher, linear_kd_loss and backward, with teacher.overlap on and off in turn. `same`:
 losses of ten steps and the head's gradient are bitwise equal; a missing wait between streams shows as a difference.
-Memory that was freed is overwritten between steps on purpose. Exits with 1 if they differ. On the CPU nothing
-overlaps, and only the control flow is tested.
+Memory freed by the main stream is overwritten between steps; that tensors outlive their use on the other stream is
+what `streams` of gpu_probe.py checks. Exits with 1 if they differ. On the CPU nothing overlaps, and only the control
+flow is tested, with two steps of models of one layer.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from kdtrain.losses import linear_kd_loss
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.side_stream import SideStream
 
-STEPS, MICRO_BATCHES = 10, 4
+STEPS, CPU_STEPS, MICRO_BATCHES = 10, 2, 4
 
 
 class Stack(nn.Module):
@@ -97,7 +98,7 @@ def answers(setting: Setting, student: Stack, teacher: OnlineTeacher, batches: l
     """Losses of some steps and the head's gradient, which no kernel here adds up in an order of its own."""
     student.zero_grad(set_to_none=True)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(CPU_STEPS if setting.is_cpu else STEPS):
         losses += step(student, teacher, batches)
         overwrite(setting, batches[0].num_tokens * teacher.backbone.head.shape[1])
     assert student.head.grad is not None
@@ -106,22 +107,28 @@ def answers(setting: Setting, student: Stack, teacher: OnlineTeacher, batches: l
 
 def cases(setting: Setting) -> list[tuple[int, tuple, tuple, int, int]]:
     """(vocabulary, student's and teacher's width and layers, sequences, tokens of each), from busy to idle devices."""
-    if setting.is_small:
-        return [(300, (64, 1), (128, 2), 2, 8)]
-    return [
+    found = [
         (32000, (1024, 8), (2048, 8), 4, 1024),
         (128256, (2048, 8), (4096, 8), 8, 1024),
         (32000, (512, 4), (1024, 8), 1, 512),
     ]
+    if not setting.is_cpu:
+        return found
+    return [
+        (vocab, *((setting.width(width), 1) for width, _ in models), setting.rows(sequences), setting.rows(length))
+        for vocab, *models, sequences, length in found
+    ]
 
 
-def compared(setting: Setting, vocab: int, student: tuple, teacher: tuple, sequences: int, seq_len: int) -> list[dict]:
+def compared(
+    setting: Setting, vocab: int, student: tuple, teacher: tuple, sequences: int, seq_len: int
+) -> Iterator[dict]:
     """Rows without and with overlap."""
     learner, backbone = (
         Stack(setting, vocab, *student, trainable=True),
         Stack(setting, vocab, *teacher, trainable=False),
     )
-    batches, found = micro_batches(setting, vocab, sequences, seq_len), []
+    batches = micro_batches(setting, vocab, sequences, seq_len)
     shape = f"V={vocab} D={student[0]}x{student[1]} E={teacher[0]}x{teacher[1]} T={MICRO_BATCHES}x{sequences}x{seq_len}"
     sides = {"off": None, "on": SideStream(setting.device)}
     teachers = {name: OnlineTeacher(backbone, Mesh(), learner.shard, Mesh(), side=side) for name, side in sides.items()}
@@ -131,9 +138,9 @@ def compared(setting: Setting, vocab: int, student: tuple, teacher: tuple, seque
         same = all(torch.equal(one, other) for one, other in zip(got, want, strict=True))
         run = partial(step, learner, source, batches)
         row = {"shape": shape, "overlap": name, "same": same, "peak_bytes": setting.peak_bytes(run)}
-        found.append({**row, **common.percentiles(setting.seconds(run, runs=10))})
-        print(shape, "overlap", name, "same" if same else "DIFFERENT", found[-1]["median_ms"], "ms", flush=True)
-    return found
+        times = common.percentiles(setting.seconds(run, runs=10))
+        print(shape, "overlap", name, "same" if same else "DIFFERENT", times["median_ms"], "ms", flush=True)
+        yield {**row, **times}
 
 
 def main() -> None:

@@ -1,49 +1,110 @@
 #!/bin/sh
-# Correctness, ceilings, whole operations, peers, an overlapping teacher on one GPU; no network, deepspeed or omegaconf.
+# The first hour on one GPU: three commands of at most ten minutes, no network. docs/gpu.md says what each proves.
 #
-#   sh benchmarks/gpu_suite.sh STAGE [OUT]      STAGE: correct | sanitize | ceilings | ops | peers | overlap | all
+#   sh benchmarks/gpu_suite.sh gpu-1|gpu-2|gpu-3|STAGE [OUT]
 #
-# Each stage ends within ten minutes. CSV files go to OUT (default benchmarks/results). PYTHON names the interpreter,
-# ARGS=--cpu runs tiny shapes on the CPU to test the control flow. Peers are used where they are installed
-# (pip install liger-kernel cut-cross-entropy, or their wheels); others are listed as absent.
-set -eu
-cd "$(dirname -- "$0")/.."
-stage=${1:?"STAGE: correct | sanitize | ceilings | ops | peers | overlap | all"}
+# Every stage is a process of its own under a limit of its own, in seconds:
+#   gpu-1   products 40, streams 30, snapshot 30, packed 60, inplace 140 (gpu_probe.py), train 240 (gpu_train.py)   540
+#   gpu-2   correct 230, memcheck 110, racecheck 70, overlap 60                                                     470
+#   gpu-3   ceilings 150, ops 250, peers 180                                                                        580
+# A stage that fails or does not end leaves the rows it wrote, the next one runs, and the group ends with a table of
+# stages, verdicts and seconds (also in OUT/GROUP.txt) and with 1 unless all are ok. CSV files go to OUT (default
+# benchmarks/results). Environment: PYTHON, the interpreter (default: python3, else python); ARGS=--cpu, reduced shapes
+# on the CPU, to test the control flow; RUNS, names of training runs (default: all of gpu_train.py --list);
+# KDTRAIN_COMMIT, the commit of files that were copied without git. train needs deepspeed (gpu_train.py --wheels says
+# how to bring it); peers are used where they are installed, and absent in the CSV where not.
+set -u
+cd "$(dirname -- "$0")/.." || exit 2
+gpu_1="products streams snapshot packed inplace train"
+gpu_2="correct memcheck racecheck overlap"
+gpu_3="ceilings ops peers"
+usage="gpu-1, gpu-2, gpu-3, or one stage of $gpu_1 $gpu_2 $gpu_3"
+group=${1:?"need $usage"}
 out=${2:-benchmarks/results}
-python=${PYTHON:-python}
-export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
-mkdir -p "$out"
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    command -v python3 >/dev/null || PYTHON=python
+fi
+export PYTHON PYTHONUNBUFFERED=1 PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}"
 
-run() {
-    # shellcheck disable=SC2086
-    timeout 590 "$python" "$@" --out "$out" ${ARGS:-}
-}
-
-sanitize() {
-    if ! command -v compute-sanitizer >/dev/null; then
-        echo "compute-sanitizer: absent" | tee "$out/gpu_sanitize.txt"
-        return
-    fi
-    for tool in memcheck racecheck; do
-        timeout 290 compute-sanitizer --tool "$tool" --error-exitcode 1 --log-file "$out/gpu_sanitize_$tool.txt" \
-            "$python" benchmarks/gpu_correct.py --small --out "$out"
-    done
-}
-
-case $stage in
-correct) run benchmarks/gpu_correct.py ;;
-sanitize) sanitize ;;
-ceilings) run benchmarks/gpu_ceilings.py ;;
-ops) run benchmarks/gpu_ops.py ;;
-peers) run benchmarks/gpu_ops.py --peers ;;
-overlap) run benchmarks/gpu_overlap.py ;;
-all)
-    for each in correct sanitize ceilings ops peers overlap; do
-        sh benchmarks/gpu_suite.sh "$each" "$out"
-    done
-    ;;
+case " gpu-1 gpu-2 gpu-3 $gpu_1 $gpu_2 $gpu_3 " in
+*" $group "*) ;;
 *)
-    echo "unknown stage $stage: correct | sanitize | ceilings | ops | peers | overlap | all" >&2
+    echo "unknown stage $group; need $usage" >&2
     exit 2
     ;;
 esac
+case $group in
+gpu-1) stages=$gpu_1 ;;
+gpu-2) stages=$gpu_2 ;;
+gpu-3) stages=$gpu_3 ;;
+*) stages=$group ;;
+esac
+mkdir -p "$out" || exit 2
+
+script() { # SECONDS SCRIPT WORD...
+    limit=$1 name=$2
+    shift 2
+    # shellcheck disable=SC2086
+    timeout -k 10 "$limit" "$PYTHON" "benchmarks/$name.py" "$@" --out "$out" ${ARGS:-}
+}
+
+sanitizer() { # SECONDS TOOL: without the caching allocator, or reads past a tensor stay inside the allocator's block
+    case " ${ARGS:-} " in
+    *" --cpu "*)
+        script "$1" gpu_correct --small # compute-sanitizer sees nothing on a CPU
+        return
+        ;;
+    esac
+    if ! command -v compute-sanitizer >/dev/null; then
+        echo "compute-sanitizer: absent"
+        return 3
+    fi
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout -k 10 "$1" compute-sanitizer --tool "$2" --error-exitcode 1 \
+        --log-file "$out/gpu_$2.txt" "$PYTHON" benchmarks/gpu_correct.py --small --out "$out"
+}
+
+stage() {
+    case $1 in
+    products) script 40 gpu_probe products ;;
+    streams) script 30 gpu_probe streams ;;
+    snapshot) script 30 gpu_probe snapshot ;;
+    packed) script 60 gpu_probe packed ;;
+    inplace) script 140 gpu_probe inplace ;;
+    # shellcheck disable=SC2086
+    train) script 240 gpu_train ${RUNS:-} ;;
+    correct) script 230 gpu_correct ;;
+    memcheck) sanitizer 110 memcheck ;;
+    racecheck) sanitizer 70 racecheck ;; # of shared memory only
+    overlap) script 60 gpu_overlap ;;
+    ceilings) script 150 gpu_ceilings ;;
+    ops) script 250 gpu_ops ;;
+    peers) script 180 gpu_ops --peers ;;
+    esac
+}
+
+echo "PYTHON=$PYTHON ARGS=${ARGS:-}"
+nvidia-smi -L 2>/dev/null || echo "nvidia-smi: absent"
+for tool in git gcc compute-sanitizer; do
+    command -v "$tool" || echo "$tool: absent"
+done
+
+table="$out/$group.txt"
+printf '%-10s %-10s %s\n' stage verdict seconds >"$table"
+failed=0
+for each in $stages; do
+    echo "== $each"
+    began=$(date +%s)
+    stage "$each"
+    code=$?
+    case $code in
+    0) verdict=ok ;;
+    3) verdict=absent ;;
+    124 | 137) verdict=timeout ;;
+    *) verdict="FAIL($code)" ;;
+    esac
+    [ "$code" = 0 ] || failed=1
+    printf '%-10s %-10s %s\n' "$each" "$verdict" "$(($(date +%s) - began))" >>"$table"
+done
+cat "$table"
+exit $failed

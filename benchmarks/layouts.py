@@ -2,6 +2,7 @@
 
     python benchmarks/layouts.py            # a few minutes -> docs/results/layouts.md, and prints it
     python benchmarks/layouts.py --match tp4     # only the layouts whose name contains it; writes nothing
+    python benchmarks/layouts.py --device cuda --ranks 1 2   # a GPU per rank, NCCL -> docs/results/layouts_cuda.md
 
 The steps are those of kdtrain/testing/layout_steps.py: whole logits, autograd and torch's AdamW on one side, kdtrain
 under DeepSpeed on the other; eight sequences with 11, 0, 1, ... valid tokens, rates that change, clipping that bites,
@@ -38,7 +39,7 @@ from kdtrain.testing.layout_oracle import ERRORS, LIMITS, Oracle, errors_of, ora
 from kdtrain.testing.layout_steps import SEQUENCES, Case, run_cases
 from kdtrain.testing.ranks import ENGINE_MODULES, RankPool
 
-TABLE = common.ROOT / "docs/results/layouts.md"
+TABLE, CUDA_TABLE = (common.ROOT / f"docs/results/{name}.md" for name in ("layouts", "layouts_cuda"))
 GROUP, TIMEOUT_S = 16, 300
 FAMILIES = ("llama", "llama_untied", "qwen3", "qwen3_tied", "gpt_neox", "gpt_neox_tied", "qwen2", "gemma3")
 
@@ -141,22 +142,27 @@ class Row:
         return f"WRONG: {', '.join(wrong)}" if wrong else "right"
 
 
-def run_group(world: int, chosen: list[Case], folder: Path) -> list[tuple[list[Any] | None, str]]:
+def run_group(
+    world: int, chosen: list[Case], folder: Path, device_type: str = "cpu"
+) -> list[tuple[list[Any] | None, str]]:
     """(each rank's answer, or None, and why) per layout. A layout that fails may not hide the others."""
     try:
-        return [(answers, "") for answers in attempt(world, chosen, folder)]
+        return [(answers, "") for answers in attempt(world, chosen, folder, device_type)]
     except (AssertionError, TimeoutError) as error:
         if len(chosen) == 1:
             return [(None, f"FAILED: {first_line(error)}")]
         print(f"{world} ranks: {first_line(error)}; one layout at a time now", flush=True)
-    return [answer for case in chosen for answer in run_group(world, [case], folder)]
+    return [answer for case in chosen for answer in run_group(world, [case], folder, device_type)]
 
 
-def attempt(world: int, chosen: list[Case], folder: Path) -> list[list[Any]]:
+def attempt(world: int, chosen: list[Case], folder: Path, device_type: str) -> list[list[Any]]:
     """Per layout each rank's answer, from fresh ranks. Raises AssertionError and TimeoutError."""
-    pool = RankPool(world, preload=ENGINE_MODULES)
+    if device_type == "cuda":
+        pool = RankPool(world, {"DS_ACCELERATOR": "cuda"}, fresh=True, backend="nccl")
+    else:
+        pool = RankPool(world, preload=ENGINE_MODULES)
     try:
-        answers = pool.run(run_cases, timeout_s=TIMEOUT_S, folder=folder, cases=chosen)
+        answers = pool.run(run_cases, timeout_s=TIMEOUT_S, folder=folder, cases=chosen, device_type=device_type)
     finally:
         pool.close()
     return [list(of_ranks) for of_ranks in zip(*answers, strict=True)]
@@ -176,15 +182,31 @@ def row_of(world: int, case: Case, answers: list[Any] | None, problem: str, want
     return Row(world, case, loss, norm, errors, want.limits(case.dtype), problem)
 
 
-def measure(folder: Path, chosen: dict[int, list[Case]]) -> list[Row]:
+def refuse_too_few_devices(chosen: dict[int, list[Case]], device_type: str) -> None:
+    """SystemExit unless every rank of the largest world has a CUDA device of its own."""
+    import torch
+
+    ranks, there = max((world for world, some in chosen.items() if some), default=0), torch.cuda.device_count()
+    if device_type == "cuda" and ranks > there:
+        enough = [str(world) for world in sorted(cases()) if world <= there]
+        raise SystemExit(
+            f"--device cuda: layouts of {ranks} ranks, but this machine has {there} CUDA devices\n"
+            "  why: every rank needs one of its own; NCCL refuses two ranks on a device\n"
+            f"  fix: {'--ranks ' + ' '.join(enough) if enough else 'use a machine with GPUs, or --device cpu'}"
+        )
+
+
+def measure(folder: Path, chosen: dict[int, list[Case]], device_type: str = "cpu") -> list[Row]:
     """Every layout's row, in order."""
+    import torch
+
     rows: list[Row] = []
     everything = {case.what for some in chosen.values() for case in some}
-    oracles = {what: oracle(folder, *what) for what in sorted(everything)}
+    oracles = {what: oracle(folder, *what, device=torch.device(device_type)) for what in sorted(everything)}
     for world, case_list in chosen.items():
         for start in range(0, len(case_list), GROUP):
             some, started = case_list[start : start + GROUP], time.monotonic()
-            for case, (answers, problem) in zip(some, run_group(world, some, folder), strict=True):
+            for case, (answers, problem) in zip(some, run_group(world, some, folder, device_type), strict=True):
                 rows.append(row_of(world, case, answers, problem, oracles[case.what], folder / case.name))
             print(f"{len(some)} layouts on {world} ranks in {time.monotonic() - started:.0f} s", flush=True)
     return rows
@@ -212,7 +234,16 @@ def line_of(row: Row) -> str:
     )
 
 
-def table_of(rows: list[Row], more: list[str]) -> str:
+def made_where(device_type: str) -> tuple[str, str]:
+    """By which command, and on what."""
+    import torch
+
+    if device_type == "cuda":
+        return "`--device cuda`", f"nccl, a {torch.cuda.get_device_name()} per rank"
+    return "`make layouts`", "gloo on a CPU"
+
+
+def table_of(rows: list[Row], more: list[str], device_type: str = "cpu") -> str:
     """Markdown; `more` stands after the table."""
     import deepspeed
     import torch
@@ -221,13 +252,14 @@ def table_of(rows: list[Row], more: list[str]) -> str:
     worst = {name: max((row.errors[name] for row in exact), default=float("nan")) for name in ERRORS}
     right = sum(row.verdict == "right" for row in rows)
     half = LIMITS["bfloat16"]
+    made, where = made_where(device_type)
     return "\n".join(
         [
             "# Layouts against plain torch in one process",
             "",
-            "Made by `make layouts` (`benchmarks/layouts.py`, which says what the columns mean).",
+            f"Made by {made} (`benchmarks/layouts.py`, which says what the columns mean).",
             f"Commit {common.current_commit()}, {common.today()}, torch {torch.__version__}, deepspeed "
-            f"{deepspeed.__version__}, gloo on a CPU.",
+            f"{deepspeed.__version__}, {where}.",
             "",
             f"**{right} of {len(rows)} layouts are right** (all errors within 1e-5 in float32). Worst in float32: "
             + ", ".join(f"{name} {value:.1e}" for name, value in worst.items())
@@ -254,16 +286,22 @@ def table_of(rows: list[Row], more: list[str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--match", metavar="TEXT", help="only layouts whose name contains TEXT; writes nothing")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: a GPU per rank, NCCL; unproven")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", choices=(1, 2, 4), help="some worlds; writes nothing on the CPU"
+    )
     arguments = parser.parse_args()
-    chosen = cases()
+    device_type, is_whole = arguments.device, not arguments.match
+    chosen = {world: some for world, some in cases().items() if arguments.ranks is None or world in arguments.ranks}
     if arguments.match:
         chosen = {world: [case for case in some if arguments.match in case.name] for world, some in chosen.items()}
+    refuse_too_few_devices(chosen, device_type)
     with tempfile.TemporaryDirectory(prefix="layouts_") as folder:
-        rows = measure(Path(folder), chosen)
-        more = [] if arguments.match else second_opinion(Path(folder))
-    text = table_of(rows, more)
-    if not arguments.match:
-        common.write_whole(TABLE, text)
+        rows = measure(Path(folder), chosen, device_type)
+        more = second_opinion(Path(folder)) if is_whole and device_type == "cpu" else []
+    text = table_of(rows, more, device_type)
+    if is_whole and (device_type == "cuda" or arguments.ranks is None):
+        common.write_whole(CUDA_TABLE if device_type == "cuda" else TABLE, text)
     print(text, end="")
     return int(any(row.verdict != "right" for row in rows))
 

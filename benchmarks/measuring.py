@@ -96,14 +96,22 @@ def cpu_name() -> str:
 
 
 def current_commit() -> str:
-    """Short hash; + where code that is measured differs from it; unknown outside a git checkout."""
+    """Short hash; + where code that is measured differs from it.
+
+    Without git, or outside a checkout: KDTRAIN_COMMIT of the environment, which whoever copied the files knows, else
+    unknown.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:  # not installed
+            return ""
 
     changed = git("status", "--porcelain", "--", *MEASURED, ":!benchmarks/results")
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+    known = git("rev-parse", "--short", "HEAD") or os.environ.get("KDTRAIN_COMMIT") or "unknown"
+    return known + ("+" if changed else "")
 
 
 def today() -> str:

@@ -77,21 +77,28 @@ def loss_of(backbone: Backbone, teacher: Backbone | None, batch: Batch) -> Tenso
     return (losses * batch.loss_mask.flatten()).sum() / batch.loss_mask.sum()
 
 
-def rounding_error(folder: Path, family: str, teacher: Backbone | None, grads: dict[str, Tensor]) -> float:
+def rounding_error(
+    folder: Path, family: str, teacher: Backbone | None, grads: dict[str, Tensor], device: torch.device = given.CPU
+) -> float:
     """Worst relative error of a gradient, in the 2-norm, of one process of plain torch in bfloat16."""
-    backbone = given.build_backbone(folder, family, Mesh(), dtype="bfloat16")
-    loss_of(backbone, teacher, given.step_batch(1)).backward()
+    backbone = given.build_backbone(folder, family, Mesh(), dtype="bfloat16", device=device)
+    loss_of(backbone, teacher, given.step_batch(1).to(device)).backward()
     torch.nn.utils.clip_grad_norm_(backbone.parameters(), given.MAX_NORM)
-    errors = [(name, relative_error(p.grad, grads[name])) for name, p in backbone.hf_parameters()]
+    named = backbone.hf_parameters()
+    errors = [(name, relative_error(p.grad if p.grad is None else p.grad.cpu(), grads[name])) for name, p in named]
     return worst(errors)[0]
 
 
 def oracle(
-    folder: Path, family: str, distils: bool, teacher_of: Callable[[Path], Backbone] = given.whole_teacher
+    folder: Path,
+    family: str,
+    distils: bool,
+    teacher_of: Callable[[Path], Backbone] = given.whole_teacher,
+    device: torch.device = given.CPU,
 ) -> Oracle:
-    """The three steps of a student of this family, with a teacher or without one."""
-    teacher = teacher_of(folder) if distils else None
-    backbone = given.build_backbone(folder, family, Mesh())
+    """The three steps of a student of this family, with a teacher or without one, on `device`; tensors on the CPU."""
+    teacher = teacher_of(folder).to(device) if distils else None
+    backbone = given.build_backbone(folder, family, Mesh(), device=device)
     named = dict(backbone.hf_parameters())
     matrices = [p for p in named.values() if p.dim() > 1]
     vectors = [p for p in named.values() if p.dim() == 1]
@@ -100,20 +107,20 @@ def oracle(
     found = Oracle([], {}, {}, 0.0, 0.0)
     for step, rate in enumerate(given.RATES, 1):
         adam.zero_grad()
-        loss = loss_of(backbone, teacher, given.step_batch(step))
+        loss = loss_of(backbone, teacher, given.step_batch(step).to(device))
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(named.values(), given.MAX_NORM)
         assert norm > 1.2 * given.MAX_NORM, "clipping would not be tested"
         found.steps.append((loss.item(), norm.item()))
         if step == 1:
-            found.grads = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+            found.grads = {name: p.grad.clone().cpu() for name, p in named.items() if p.grad is not None}
         for group in adam.param_groups:
             group["lr"] = rate
         adam.step()
     with torch.no_grad():
-        found.evaluation = float(loss_of(backbone, teacher, given.step_batch(9)))
-    found.weights = {name: param.detach().clone() for name, param in named.items()}
-    found.rounding = rounding_error(folder, family, teacher, found.grads)
+        found.evaluation = float(loss_of(backbone, teacher, given.step_batch(9).to(device)))
+    found.weights = {name: param.detach().clone().cpu() for name, param in named.items()}
+    found.rounding = rounding_error(folder, family, teacher, found.grads, device)
     return found
 
 

@@ -30,6 +30,7 @@ from kdtrain.objectives.pretrain import Pretrain
 from kdtrain.parallel.pieces import split_tensor
 from kdtrain.training import build
 
+CPU = torch.device("cpu")
 VOCAB, SEQUENCES, SEQ_LEN = 299, 8, 12
 TEACHER, KD = "qwen3_tied", DistillObjective(divergence="skew_kl", temperature=2.0, kd_weight=0.7, skew=0.3)
 Z_LOSS = 1e-3
@@ -122,11 +123,14 @@ def build_backbone(
     recompute: bool = False,
     teacher: str | None = None,
     sequence: bool = False,
+    device: torch.device = CPU,
 ) -> Backbone:
-    """The student, cut for this rank. The mesh of one process: plain torch's."""
+    """The student, cut for this rank, on `device`. The mesh of one process: plain torch's."""
     spec = model_spec(folder, family, dtype=dtype, activation_checkpointing=recompute)
     rows = None if teacher is None else build.head_rows(teacher_settings(mesh, teacher), 301)
-    backbone = load_backbone(spec, mesh, vocab_size=VOCAB, total_rows=rows, trainable=True, seed=3, sequence=sequence)
+    backbone = load_backbone(
+        spec, mesh, vocab_size=VOCAB, total_rows=rows, device=device, trainable=True, seed=3, sequence=sequence
+    )
     shift_vectors(backbone)
     return backbone
 
@@ -148,10 +152,15 @@ def whole_teacher(folder: Path) -> Backbone:
 
 
 def build_teacher(folder: Path, student: Backbone, mesh: Mesh, words: str) -> Any:
-    """The same teacher in a layout of its own beside the student."""
+    """The same teacher in a layout of its own beside the student, on its device."""
     cfg, spec = teacher_settings(mesh, words), model_spec(folder, TEACHER, dtype="float32")
     models = build.Models(student, None, HeadLayout(student.shard, mesh.tp_group, 1 << 20), None)
-    return build.add_teacher(cfg, spec, models, mesh, torch.device("cpu")).teacher
+    return build.add_teacher(cfg, spec, models, mesh, device_of(student)).teacher
+
+
+def device_of(backbone: Backbone) -> torch.device:
+    """Where its weights are, or under ZeRO-3 were."""
+    return next(backbone.parameters()).device
 
 
 def shift_vectors(backbone: Backbone) -> None:
@@ -162,7 +171,7 @@ def shift_vectors(backbone: Backbone) -> None:
             size = backbone.full_shapes()[name][0]
             full = 0.3 * torch.sin(torch.arange(size) + len(name))
             tp_rank = backbone.shard.start // backbone.shard.rows
-            param.data += split_tensor(full, cut and replace(cut, padded=None), tp_rank).to(param.dtype)
+            param.data += split_tensor(full, cut and replace(cut, padded=None), tp_rank).to(param)
 
 
 def step_batch(step: int) -> Batch:
@@ -198,7 +207,7 @@ def objective_of(engine: Any, teacher: Any = None) -> Pretrain | Distill:
 
 def make_step(engine: Any, step: int, micro: int, *, teacher: Any = None) -> tuple[float, Any]:
     """(loss per valid token over all ranks with different tokens, StepResult). step counts from 1."""
-    batch = step_batch(step)
+    batch = step_batch(step).to(device_of(engine.backbone))
     total = float(batch.num_valid_tokens())
     loss = 0.0
     objective, parts = objective_of(engine, teacher), micro_batches(batch, engine.mesh, micro)
@@ -218,53 +227,62 @@ def make_step(engine: Any, step: int, micro: int, *, teacher: Any = None) -> tup
 def evaluate(engine: Any, teacher: Any = None) -> float:
     """Nats per valid token of other data, by the whole batch on every data rank."""
     with torch.no_grad(), engine.eval_mode():
-        batch, mesh = step_batch(9), engine.mesh
+        batch, mesh = step_batch(9).to(device_of(engine.backbone)), engine.mesh
         loss_sum = objective_of(engine, teacher)(cut_sequences(batch, mesh.cp_rank, mesh.cp_size)).loss_sum
         assert not loss_sum.requires_grad
         return float(reduce_sum_(loss_sum.clone(), mesh.cp_group)) / float(batch.num_valid_tokens())
 
 
-def join(world_size: int) -> dict[int, Mesh]:
-    """The meshes to train on, by tp."""
+def join(world_size: int, device_type: str = "cpu") -> dict[int, Mesh]:
+    """The meshes to train on, by tp. device_type: what this rank's device has to be."""
     from kdtrain.engine import bootstrap
 
-    assert bootstrap.start().world_size == world_size
+    runtime = bootstrap.start()
+    assert (runtime.world_size, runtime.device.type) == (world_size, device_type)
     return {tp: Mesh.build(tp) for tp in (1, 2, 4) if world_size % tp == 0}
 
 
-def student_of(folder: Path, mesh: Mesh, case: Case) -> Backbone:
-    """The case's student, cut for this rank."""
+def student_of(folder: Path, mesh: Mesh, case: Case, device: torch.device = CPU) -> Backbone:
+    """The case's student, cut for this rank, on `device`."""
     return build_backbone(
         folder, case.family, mesh, dtype=case.dtype, recompute=case.recompute, teacher=case.teacher,
-        sequence=case.sequence,
+        sequence=case.sequence, device=device,
     )  # fmt: skip
 
 
 def engine_of(
     backbone: Backbone, mesh: Mesh, case: Case, *, clip: float | None = MAX_NORM, offload: bool = False
 ) -> Any:
-    """A StudentEngine. A teacher in a layout of its own must exist by now. offload: of the optimizer."""
+    """A StudentEngine on the backbone's device. A teacher in a layout of its own must exist by now. offload: of the
+    optimizer."""
     from kdtrain.engine.zero import StudentEngine  # deepspeed takes seconds to import, and most tests need none
 
     cfg = configuration(case.stage, dtype=case.dtype, clip=clip)
     cfg.zero.offload_optimizer = offload
-    return StudentEngine(backbone, mesh, cfg, device=torch.device("cpu"))
+    return StudentEngine(backbone, mesh, cfg, device=device_of(backbone))
 
 
 def run_cases(
-    rank: int, world_size: int, folder: Path, cases: list[Case], teacher_of: Callable[..., Any] = build_teacher
+    rank: int,
+    world_size: int,
+    folder: Path,
+    cases: list[Case],
+    teacher_of: Callable[..., Any] = build_teacher,
+    device_type: str = "cpu",
 ) -> list[tuple[list[tuple[float, float]], float]]:
     """Per case (loss and gradient norm of each step, an evaluation); a function for `RankPool.run`.
 
-    Checkpoints after steps 1 and 3, in folder/case.name, hold what else there is to compare.
+    Checkpoints after steps 1 and 3, in folder/case.name, hold what else there is to compare. device_type: cpu, or cuda
+    in ranks of a pool whose backend is nccl, each with the device of its number.
     """
-    meshes = {(tp, 1): mesh for tp, mesh in join(world_size).items()}
+    meshes = {(tp, 1): mesh for tp, mesh in join(world_size, device_type).items()}
+    device = CPU if device_type == "cpu" else torch.device(device_type, rank)
     answers = []
     for case in cases:
         if (case.tp, case.cp) not in meshes:
             meshes[case.tp, case.cp] = Mesh.build(case.tp, case.cp)
         mesh = meshes[case.tp, case.cp]
-        backbone = student_of(folder, mesh, case)
+        backbone = student_of(folder, mesh, case, device)
         teacher = case.teacher and teacher_of(folder, backbone, mesh, case.teacher)
         engine = engine_of(backbone, mesh, case)
         answers.append(three_steps(engine, teacher, case, folder / case.name))

@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that lives for a whole test session, so that a multi-rank test costs milliseconds.
+"""A pool of ranks (gloo's by default) that lives for a whole test session: a multi-rank test costs milliseconds.
 
 Workers come from a forkserver that has torch (and, for engine tests, deepspeed) imported already. Jobs are sent as
 (file, function name, kwargs); a worker loads the file by path and calls function(rank, world_size, **kwargs).
@@ -51,13 +51,15 @@ def load_file(path: str | Path) -> ModuleType:
     return sys.modules[name]
 
 
-def _worker(rank: int, world_size: int, store: str, jobs: Any, results: Any, env: dict[str, str]) -> None:
+def _worker(rank: int, world_size: int, store: str, jobs: Any, results: Any, env: dict[str, str], backend: str) -> None:
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)  # before NCCL's first communicator
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world_size)
     while (job := jobs.get()) is not None:
         path, name, kwargs = job
         try:
@@ -81,7 +83,8 @@ class RankPool:
 
     env: set in every rank before a test's file is loaded there. preload: imported once by the fork server that all
     pools of this process share, unless it is running already. fresh: new interpreters instead, which have imported
-    nothing before env is set.
+    nothing before env is set. backend: of torch.distributed; nccl gives rank i the CUDA device i, and needs fresh, as
+    CUDA cannot be used in a fork of a process that has initialised it.
     """
 
     def __init__(
@@ -91,8 +94,12 @@ class RankPool:
         preload: tuple[str, ...] = ("torch",),
         *,
         fresh: bool = False,
+        backend: str = "gloo",
     ) -> None:
+        if backend == "nccl" and not fresh:
+            raise ValueError("backend = 'nccl' needs fresh = True: CUDA does not survive a fork")
         self.world_size = world_size
+        self._backend = backend
         self._env = env or {}
         self._context: Any = mp.get_context("spawn" if fresh else "forkserver")
         if not fresh:
@@ -106,7 +113,9 @@ class RankPool:
         self._jobs = [self._context.Queue() for _ in range(self.world_size)]
         self._processes = [
             self._context.Process(
-                target=_worker, args=(r, self.world_size, store, self._jobs[r], self._results, self._env), daemon=True
+                target=_worker,
+                args=(r, self.world_size, store, self._jobs[r], self._results, self._env, self._backend),
+                daemon=True,
             )
             for r in range(self.world_size)
         ]

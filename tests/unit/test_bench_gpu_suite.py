@@ -1,7 +1,8 @@
-"""The GPU suite's whole control flow at tiny shapes on the CPU; only its figures need the device."""
+"""The GPU suite's control flow on the CPU, through the sizes of a GPU; only its figures need the device."""
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -16,6 +17,7 @@ ROW_KERNELS = (
     *("pair_value", "pair_round2", "pair_grad_value", "pair_grad"),
 )
 FOREIGN = ("deepspeed", "omegaconf", "transformers", "wandb")
+TOOLS = ("sh", "dirname", "mkdir", "date", "cat", "timeout", "env")
 
 
 def rows_of(path):
@@ -27,6 +29,16 @@ def suite(stage, out, **environment):
     command = ["sh", str(BENCHMARKS / "gpu_suite.sh"), stage, str(out)]
     environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+
+
+def script(path, *lines):
+    path.write_text("\n".join(("#!/bin/sh", *lines, "")), encoding="utf-8")
+    path.chmod(0o755)
+    return str(path)
+
+
+def setting(device, out=Path(), small=False):
+    return import_module("gpu_common").Setting(import_module("torch").device(device), out, device == "cpu", small)
 
 
 def test_correctness_covers_every_kernel_and_operation_without_the_training_stack(tmp_path):
@@ -41,6 +53,38 @@ def test_correctness_covers_every_kernel_and_operation_without_the_training_stac
     assert {row["op"] for row in rows} == {"row kernels", *losses, "linear_topk"}
     named = " ".join(row["errors"] for row in rows)
     assert all(f"{kernel}=" in named for kernel in ROW_KERNELS)
+    assert sum(" n=1 " in row["case"] for row in rows) == 16  # a masked column there would leave none
+
+
+def test_the_cpu_goes_through_the_sizes_of_a_gpu():
+    """Fewer rows and narrower models, but every vocabulary: no rule about columns stays hidden until a GPU runs."""
+    cpu, gpu = setting("cpu"), setting("cuda")
+    for name, listed in (("gpu_correct", "shapes"), ("gpu_ops", "shapes"), ("gpu_ops", "peer_shapes")):
+        of = getattr(import_module(name), listed)
+        assert [shape.vocab for shape in of(cpu)] == [shape.vocab for shape in of(gpu)]
+        assert all(shape == cpu.shape(real) for shape, real in zip(of(cpu), of(gpu), strict=True))
+    overlap = import_module("gpu_overlap").cases
+    assert [case[0] for case in overlap(cpu)] == [case[0] for case in overlap(gpu)]
+    assert [cpu.rows(count) for count in (1, 4, 4096)] == [1, 4, 5]
+    assert [cpu.width(size) for size in (1, 64, 2048, 8192)] == [1, 8, 8, 32]
+    assert gpu.shape(import_module("gpu_common").Shape(512, 7, 2048, 4096)).width_t == 4096
+
+
+def test_rows_are_in_the_file_before_the_next_one_is_measured(tmp_path):
+    def found():
+        yield {"a": 1}
+        assert [row["a"] for row in rows_of(tmp_path / "dry_x.csv")] == ["0", "1"]
+        yield {"b": 2}
+        raise KeyError("stopped here")
+
+    with pytest.raises(KeyError, match="stopped here"):
+        setting("cpu", tmp_path).write("x", found(), kept=[{"a": 0}])
+    assert [(row["a"], row["b"]) for row in rows_of(tmp_path / "dry_x.csv")] == [("0", ""), ("1", ""), ("", "2")]
+
+
+def test_short_calls_share_a_pair_of_events():
+    calls = import_module("gpu_common").calls_per_pair
+    assert [calls(seconds) for seconds in (0.0, 1e-5, 1e-4, 1.9e-3, 2e-3, 1.0)] == [50, 50, 20, 2, 1, 1]
 
 
 def test_a_wrong_kernel_fails_the_correctness_stage(tmp_path, monkeypatch, capsys):
@@ -54,12 +98,14 @@ def test_a_wrong_kernel_fails_the_correctness_stage(tmp_path, monkeypatch, capsy
         return answers
 
     monkeypatch.setattr(correct, "row_answers", wrong)
+    monkeypatch.setattr(correct, "ROW_SIZES", ((6, 257),))
+    monkeypatch.setattr(correct, "shapes", lambda setting: [correct.Shape(5, 300, 16, 24)])
     monkeypatch.setattr(correct, "losses", lambda setting, shape: iter(()))
     monkeypatch.setattr(correct, "sparse_losses", lambda setting, shape: iter(()))
     monkeypatch.setattr(sys, "argv", ["gpu_correct.py", "--cpu", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="2 of 19 further off than their bound"):
         correct.main()
-    assert capsys.readouterr().out.count("FAIL row kernels C=6 n=257 tvd") == 2
+    assert capsys.readouterr().out.count("FAIL row kernels C=5 n=257 tvd") == 2
 
 
 def test_ceilings_time_products_the_copy_and_every_row_kernel(tmp_path, monkeypatch):
@@ -89,9 +135,9 @@ def test_peers_are_compared_or_absent_with_a_reason(tmp_path, monkeypatch):
     import_module("gpu_ops").main()
     rows = rows_of(tmp_path / "dry_peers.csv")
     providers = import_module("loss_providers")
-    assert len(rows) == sum(len(providers.providers(task)) for task in ("kl", "jsd", "ce"))
+    assert len(rows) == 2 * sum(len(providers.providers(task)) for task in ("kl", "jsd", "ce"))
     for row in rows:
-        assert row["absent"] or float(row["gradient_error"]) <= 1e-5, row
+        assert row["absent"] or float(row["gradient_error"]) <= 1e-4, row
     absent = {(row["task"], row["provider"]): row["absent"] for row in rows if row["absent"]}
     assert absent["ce", "cut-ce"] == "needs cuda"
 
@@ -103,11 +149,12 @@ def test_a_teacher_on_a_second_stream_is_compared_with_one_that_waits(tmp_path):
     done = suite("overlap", tmp_path / "out", ARGS="--cpu", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path / "out/dry_overlap.csv")
-    assert [(row["overlap"], row["same"]) for row in rows] == [("off", "True"), ("on", "True")]
+    assert [(row["overlap"], row["same"]) for row in rows] == [("off", "True"), ("on", "True")] * 3
 
 
 def test_an_overlapping_teacher_with_other_answers_fails_its_stage(tmp_path, monkeypatch):
     overlap = import_module("gpu_overlap")
+    monkeypatch.setattr(overlap, "cases", lambda setting: [(300, (8, 1), (16, 1), 1, 5)])
     right, number = overlap.answers, iter(range(9))
     monkeypatch.setattr(overlap, "answers", lambda *case: [right(*case)[-1] + (next(number) == 2)])
     monkeypatch.setattr(sys, "argv", ["gpu_overlap.py", "--cpu", "--out", str(tmp_path)])
@@ -115,15 +162,45 @@ def test_an_overlapping_teacher_with_other_answers_fails_its_stage(tmp_path, mon
         overlap.main()
 
 
-def test_running_out_of_memory_is_a_result():
+@pytest.mark.parametrize(
+    ("error", "absent"), [("OutOfMemoryError", "out of memory"), ("LookupError", "FAILED: LookupError: too large")]
+)
+def test_running_out_of_memory_and_any_other_failure_are_results(error, absent):
     ops = import_module("gpu_ops")
-    setting = import_module("gpu_common").Setting(ops.torch.device("cpu"), Path(), True, True)
 
     def run():
-        raise ops.torch.OutOfMemoryError("too large")
+        raise getattr(ops.torch, error, LookupError)("too large")
 
-    row = ops.timed(setting, "kl", ops.Shape(1, 2, 3, 4), "a", run, 1.0)
-    assert row["absent"] == "out of memory"
+    row = ops.timed(setting("cpu"), "kl", ops.Shape(1, 2, 3, 4), "a", run, 1.0)
+    assert row["absent"] == absent
+
+
+def test_a_peer_that_raises_is_a_row_and_the_next_one_is_measured(tmp_path, monkeypatch):
+    ops = import_module("gpu_ops")
+
+    def raises(*inputs):
+        raise ValueError("not for\nthis shape")
+
+    def two(task):
+        peer = ops.providers.Provider
+        return [peer("broken", task, raises), peer("naive", task, ops.providers.naive(task))]
+
+    monkeypatch.setattr(ops.providers, "providers", two)
+    monkeypatch.setattr(sys, "argv", ["gpu_ops.py", "--cpu", "--peers", "--out", str(tmp_path)])
+    ops.main()
+    rows = rows_of(tmp_path / "dry_peers.csv")
+    assert [row["absent"] for row in rows] == ["FAILED: ValueError: not for this shape", ""] * 6
+
+
+def test_an_operation_of_ours_that_raises_fails_its_stage(tmp_path, monkeypatch):
+    ops = import_module("gpu_ops")
+    monkeypatch.setattr(ops, "shapes", lambda setting: [ops.Shape(2, 300, 8, 16)])
+    monkeypatch.setattr(ops, "linear_topk", None)
+    monkeypatch.setattr(sys, "argv", ["gpu_ops.py", "--cpu", "--out", str(tmp_path)])
+    monkeypatch.setattr(ops, "sparse", lambda inputs, backend: lambda *five: five[0].sum() + five[1].sum())
+    with pytest.raises(SystemExit, match="2 of our operations raised"):
+        ops.main()
+    assert len(rows_of(tmp_path / "dry_ops.csv")) == 10
 
 
 def test_useful_work_counts_the_teachers_product_and_the_students_three():
@@ -132,12 +209,59 @@ def test_useful_work_counts_the_teachers_product_and_the_students_three():
     assert [ops.work_of(task, shape) for task in ("kl", "ce", "topk")] == [28_000, 18_000, 10_000]
 
 
-def test_the_suite_refuses_an_unknown_stage_and_says_that_the_sanitizer_is_absent(tmp_path):
+def test_the_suite_refuses_an_unknown_stage_and_notices_that_the_sanitizer_is_absent(tmp_path):
     done = suite("fast", tmp_path)
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (
-        2,
-        "unknown stage fast: correct | sanitize | ceilings | ops | peers | overlap | all",
+    assert done.returncode == 2
+    assert done.stderr.startswith("unknown stage fast; need gpu-1, gpu-2, gpu-3, or one stage of products ")
+    done = suite("memcheck", tmp_path, PATH="/usr/bin:/bin")
+    assert done.returncode == 1, done.stdout
+    assert (tmp_path / "memcheck.txt").read_text(encoding="utf-8").splitlines()[1].split()[:2] == ["memcheck", "absent"]
+
+
+def test_the_sanitizer_runs_without_the_caching_allocator(tmp_path):
+    """A stand-in writes how it was called; the tool itself needs a GPU."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    script(tools / "compute-sanitizer", f'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >>"{tmp_path}/called"')
+    for tool in ("memcheck", "racecheck"):
+        done = suite(tool, tmp_path / "out", PATH=f"{tools}:{os.environ['PATH']}")
+        assert done.returncode == 0, done.stdout + done.stderr
+    for line, tool in zip((tmp_path / "called").read_text().splitlines(), ("memcheck", "racecheck"), strict=True):
+        assert line.startswith(f"1 --tool {tool} --error-exitcode 1 ")
+        assert " benchmarks/gpu_correct.py --small " in line
+
+
+def test_a_stage_that_fails_in_the_middle_leaves_the_others_and_a_table(tmp_path):
+    python = script(
+        tmp_path / "python",
+        'case "$*" in *--small*) exit 124 ;; *gpu_correct*) exit 7 ;; esac',
+        f'exec "{sys.executable}" "$@"',
     )
-    done = suite("sanitize", tmp_path, PATH="/usr/bin:/bin")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "gpu_sanitize.txt").read_text(encoding="utf-8") == "compute-sanitizer: absent\n"
+    done = suite("gpu-2", tmp_path / "out", ARGS="--cpu", PYTHON=python)
+    assert done.returncode == 1, done.stdout + done.stderr
+    table = (tmp_path / "out/gpu-2.txt").read_text(encoding="utf-8")
+    assert done.stdout.endswith(table)
+    assert [line.split()[:2] for line in table.splitlines()] == [
+        *(["stage", "verdict"], ["correct", "FAIL(7)"], ["memcheck", "timeout"], ["racecheck", "timeout"]),
+        ["overlap", "ok"],
+    ]
+    assert len(rows_of(tmp_path / "out/dry_overlap.csv")) == 6
+
+
+def test_a_machine_without_git_and_without_a_command_called_python_runs_it_all_the_same(tmp_path):
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    for tool in TOOLS:
+        (bare / tool).symlink_to(shutil.which(tool))
+    script(bare / "python3", f'exec "{sys.executable}" "$@"')
+    names = {"ARGS": "--cpu", "PYTHON": "", "PATH": str(bare), "KDTRAIN_COMMIT": "abc1234"}
+    done = suite("snapshot", tmp_path / "out", **names)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"git: absent", "gcc: absent", "nvidia-smi: absent"} <= set(done.stdout.splitlines())
+    assert {row["commit"] for row in rows_of(tmp_path / "out/dry_probe.csv")} == {"abc1234"}
+
+
+def test_a_commit_is_unknown_without_git_unless_it_is_given(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("KDTRAIN_COMMIT", raising=False)
+    assert import_module("measuring").current_commit() == "unknown"

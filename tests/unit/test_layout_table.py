@@ -1,6 +1,7 @@
 """The table of layouts: complete, all right as published, and made by a verdict that sees what is wrong."""
 
 import math
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -55,3 +56,24 @@ def test_the_worst_error_is_the_one_that_is_no_number():
         error, where = layout_oracle.worst([(f"number {value}", value) for value in found])
         assert math.isnan(error)
         assert where == "number nan"
+
+
+def test_a_gpu_per_rank_is_demanded_before_anything_runs(layouts, monkeypatch):
+    import torch
+
+    for there, fix in ((0, "use a machine with GPUs, or --device cpu"), (2, "--ranks 1 2")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda there=there: there)
+        monkeypatch.setattr(sys, "argv", ["layouts.py", "--device", "cuda"])
+        with pytest.raises(SystemExit) as refused:
+            layouts.main()
+        first, why, last = str(refused.value).splitlines()
+        assert first == f"--device cuda: layouts of 4 ranks, but this machine has {there} CUDA devices"
+        assert "NCCL refuses two ranks on a device" in why
+        assert last == f"  fix: {fix}"
+    layouts.refuse_too_few_devices({1: layouts.cases()[1], 2: layouts.cases()[2], 4: []}, "cuda")
+    layouts.refuse_too_few_devices(layouts.cases(), "cpu")
+
+
+def test_ranks_with_gpus_are_never_forked(layouts):
+    with pytest.raises(ValueError, match="needs fresh = True"):
+        layouts.RankPool(2, backend="nccl")
