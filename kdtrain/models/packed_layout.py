@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from kdtrain.data.documents import Documents
 
-SHORT = 256
+SHORT = 128
 """Tokens from which on a run of documents gets a call of its own: gathering short ones saves calls, costs copies."""
 
 FEW = 4

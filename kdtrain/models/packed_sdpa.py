@@ -15,7 +15,7 @@ from torch import Tensor
 from kdtrain.models.attention_limits import sequences_per_call
 from kdtrain.models.packed_layout import Packing
 
-SMALL_BLOCK, LARGE_BLOCK = 256, 1024
+SMALL_BLOCK, LARGE_BLOCK = 128, 1024
 """Bounds of the queries in a block of a sliding window; between them, a quarter of the window."""
 
 
@@ -32,9 +32,7 @@ class Sdpa:
         """query [n, H, L, d], key [n, K, L, d], value [n, K, L, e] -> [n, L, H, e], causal."""
         length, width = query.shape[2], value.shape[-1]
         widest = max(query.shape[-1], width)
-        query, key, value = (
-            F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in (query, key, value)
-        )
+        query, key, value = (padded(x, widest) for x in (query, key, value))
         if query.device.type != "cpu" and key.shape[1] < query.shape[1]:
             # the memory-efficient kernel knows no groups of heads
             key, value = (repeated(x, query.shape[1] // key.shape[1]) for x in (key, value))
@@ -87,3 +85,8 @@ class Sdpa:
 def repeated(heads: Tensor, times: int) -> Tensor:
     """[n, K, L, d] -> [n, K * times, L, d], each head `times` times in a row."""
     return heads[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
+
+
+def padded(heads: Tensor, width: int) -> Tensor:
+    """[..., d] -> [..., width], zeros behind; the tensor itself where it has that width."""
+    return F.pad(heads, (0, width - heads.shape[-1])) if heads.shape[-1] < width else heads

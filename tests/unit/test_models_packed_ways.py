@@ -1,6 +1,7 @@
 """attention=packed, the function: which calls it makes, what it holds in memory, what it refuses."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +78,21 @@ def test_the_variable_length_call_is_given_what_it_documents(cut, window, heads)
     compare(packing, tensors, function, sliding_window=window)
 
 
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 6}, {"sliding_window": 500, "scaling": 0.7}], ids=str)
+def test_attention_hands_its_settings_to_the_variable_length_call(settings, monkeypatch):
+    packing = packing_of(CUTS["rows differ"])
+    calls = []
+
+    def call(*arguments, **more):
+        calls.append(more["window_size"])
+        return varlen_by_definition(*arguments, **more)
+
+    monkeypatch.setattr(packed, "plan", lambda **_: ("varlen", "as on CUDA"))
+    monkeypatch.setattr(packed, "by_varlen", partial(by_varlen, call=call))
+    compare(packing, inputs(packing, width=12, value_width=20), **settings)
+    assert calls[0] == ((5, 0) if settings.get("sliding_window") == 6 else (-1, 0))
+
+
 def test_this_torch_has_the_variable_length_call_and_takes_our_arguments():
     assert packed.HAS_VARLEN
     assert "the device is cpu" in packed.varlen_obstacle(torch.device("cpu"))
@@ -131,6 +147,20 @@ def test_calls_are_cut_where_kernels_cannot_count(monkeypatch):
         assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 40}, {"softcap": 2.0}, {"dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("cut", ["long and tiny", "one per row"])
+def test_another_device_than_the_cpu_gets_tensors_of_the_right_shape(cut, settings):
+    # torch's meta device computes shapes alone, by the lines that CUDA takes where there is no variable-length call
+    packing = packing_of(CUTS[cut])
+    tensors = [x.detach().to("meta").requires_grad_() for x in inputs(packing, value_width=20)]
+    output = attend_documents(*tensors, packing, **settings)
+    assert output.device.type == "meta"
+    batch, _, seq_len, _ = tensors[0].shape
+    assert output.shape == (batch, seq_len, 4, 20)
+    output.sum().backward()
+    assert all(x.grad.shape == x.shape for x in tensors)
+
+
 def test_heads_are_repeated_as_groups_are():
     kv = torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 2, 4)
     assert repeated(kv, 2)[0, :, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
@@ -149,9 +179,9 @@ def test_what_one_layer_made_serves_the_next():
 
 def peak_of(function, seq_len, **settings):
     """Most bytes alive beyond inputs, their gradients and the output, in forward and backward."""
-    length = settings.pop("document")
+    length, value_width = settings.pop("document"), settings.pop("value_width", None)
     packing = packing_of([[length] * (seq_len // length)])
-    tensors = inputs(packing, heads=2, kv_heads=1, width=8)
+    tensors = inputs(packing, heads=2, kv_heads=1, width=8, value_width=value_width)
     leaves = [x.detach().requires_grad_() for x in tensors]
     with LiveBytes(*leaves) as live:
         function(*leaves, packing, **settings).sum().backward()
@@ -162,7 +192,7 @@ LINEAR = {
     "plain, short": {"document": 32},
     "plain, one": {"document": None},
     "window, one": {"document": None, "sliding_window": 100},
-    "other widths": {"document": None},
+    "other widths": {"document": None, "value_width": 12},
     "softcap, one": {"document": None, "softcap": 2.0},
     "sinks, one": {"document": None, "s_aux": torch.zeros(2)},
     "softcap, tiny window": {"document": None, "softcap": 2.0, "sliding_window": 4},
