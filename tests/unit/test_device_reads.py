@@ -39,6 +39,7 @@ from kdtrain.telemetry.metrics import Metrics
 from kdtrain.testing.ranks import load_file
 from kdtrain.training.guards import Guards, poisoned
 
+aten = torch.ops.aten
 META = torch.device("meta")
 VOCAB, SEQ_LEN = 299, 8
 HELPERS = Path(__file__).with_name("test_trainer_guards.py")
@@ -70,6 +71,31 @@ def backbone_of(
     return load_backbone(spec, mesh, vocab_size=VOCAB, total_rows=rows, trainable=trainable).to(device)
 
 
+def test_copies_that_the_host_waits_for_are_noticed():
+    for copy in (lambda x: x.to(META), lambda x: torch.empty(3, device=META).copy_(x)):
+        with NoWaiting(), pytest.raises(AssertionError, match="waits for"):
+            copy(torch.ones(3))
+    with NoWaiting():
+        torch.ones(3).to(META, non_blocking=True)
+        torch.empty(3, device=META).copy_(torch.ones(3), non_blocking=True)
+        torch.ones(3, device=META).to(META)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses copies to the device that the host waits for: on CUDA they wait for all that is queued there."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is aten._to_copy.default:
+            waits = args[0].is_cpu and not kwargs.get("non_blocking", False) and kwargs.get("device") == META
+        elif func is aten.copy_.default:
+            waits = args[1].is_cpu and not (args[2:] or (kwargs.get("non_blocking", False),))[0] and args[0].is_meta
+        else:
+            waits = False
+        assert not waits, "a copy to the device that the host waits for"
+        return func(*args, **kwargs)
+
+
 @pytest.fixture
 def ranks():
     """ranks(n): the first of n ranks, all of whose collectives are complete at once and move nothing."""
@@ -91,7 +117,8 @@ def no_autocast(monkeypatch):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_neox"])
 def test_a_forward_pass_with_documents_that_are_known_reads_nothing(tmp_path, family):
     backbone, batch = backbone_of(tmp_path, family), moved(1)[0]
-    assert backbone.hidden_states(batch).shape[0] == batch.num_tokens
+    with NoWaiting():
+        assert backbone.hidden_states(batch).shape[0] == batch.num_tokens
     with pytest.raises(RuntimeError, match="meta"):
         backbone.hidden_states(Batch(*batch.tensors()))
 
@@ -143,11 +170,12 @@ def test_a_step_of_distillation_reads_nothing_between_its_first_and_last_micro_b
     student = backbone_of(tmp_path, "llama", trainable=True)
     teacher = teacher_of(backbone_of(tmp_path), Mesh(), student.shard, Mesh(), how)
     step = moved()
-    teacher.begin_step(step)
-    for batch in step:
-        assert student_step(student, batch, teacher).loss_sum.device == META
-    assert all(param.grad is not None for _, param in student.hf_parameters())
-    student_step(student, moved(1, rows=2)[0])  # plain cross-entropy
+    with NoWaiting():
+        teacher.begin_step(step)
+        for batch in step:
+            assert student_step(student, batch, teacher).loss_sum.device == META
+        assert all(param.grad is not None for _, param in student.hf_parameters())
+        student_step(student, moved(1, rows=2)[0])  # plain cross-entropy
 
 
 @pytest.mark.parametrize("how", TEACHERS)
@@ -157,9 +185,10 @@ def test_ranks_that_share_out_sequences_read_nothing(tmp_path, ranks, how):
     mesh = Mesh(world_size=2, tp_size=2, tp_group=dist.group.WORLD)
     teacher = teacher_of(backbone, mesh, VocabShard.of(VOCAB, 0, 2, total_rows=512), Mesh(), how)
     step = moved()
-    teacher.begin_step(step)
-    for batch in [*step, *moved(1, rows=1)]:
-        assert teacher.signal(batch).hidden_states.shape[0] == batch.num_tokens
+    with NoWaiting():
+        teacher.begin_step(step)
+        for batch in [*step, *moved(1, rows=1)]:
+            assert teacher.signal(batch).hidden_states.shape[0] == batch.num_tokens
 
 
 @pytest.mark.parametrize("how", ["one by one", "few tokens", "together", "ahead"])
@@ -179,8 +208,9 @@ def test_replicas_that_share_a_teacher_read_at_the_beginning_of_a_step_alone(tmp
     with monkeypatch.context() as patch:
         patch.setattr(Spread, "gather_documents", gathered)
         teacher.begin_step(step)
-    for batch in step:
-        assert teacher.signal(batch).hidden_states.shape[0] == 2 * batch.num_tokens
+    with NoWaiting():
+        for batch in step:
+            assert teacher.signal(batch).hidden_states.shape[0] == 2 * batch.num_tokens
 
 
 @pytest.mark.parametrize("attention", ["packed", "flash_attention_2"])
@@ -203,7 +233,8 @@ def test_ranks_that_share_sequences_neither_read_nor_gather_positions(tmp_path, 
     backbone.config._attn_implementation = f"ulysses_{attention}"
     (whole,) = batches(1)
     part = cut_sequences(whole, 0, 2).to(META)
-    assert backbone.hidden_states(part).shape[0] == part.num_tokens
+    with NoWaiting():
+        assert backbone.hidden_states(part).shape[0] == part.num_tokens
     assert gathers == []
     wanted = (whole.documents.offsets.shape, SEQ_LEN, None, None)
     assert boundaries == ([wanted] * 2 if attention.startswith("flash") else [])
@@ -247,11 +278,12 @@ def test_a_trainer_reads_no_value_of_a_micro_batch(tmp_path, no_autocast):
     trainer.objective = Pretrain(lambda batch, head_fn: call_with_head(student, batch, head_fn), layout)
     trainer.loader = iter([batches(2), batches(2, rows=1)])
     for rows in (3, 1):
-        step = trainer._next_micro_batches()
-        assert {batch.input_ids.device for batch in step} == {META}
-        assert trainer._agree(step) == (2.0 * rows * SEQ_LEN, False)
         metrics = Metrics(META)
-        assert trainer._optimizer_step(step, 2.0 * rows * SEQ_LEN, metrics, True, False)[0].applied
+        with NoWaiting():
+            step = trainer._next_micro_batches()
+            assert {batch.input_ids.device for batch in step} == {META}
+            assert trainer._agree(step) == (2.0 * rows * SEQ_LEN, False)
+            assert trainer._optimizer_step(step, 2.0 * rows * SEQ_LEN, metrics, True, False)[0].applied
         with pytest.raises(RuntimeError, match="meta"):
             metrics.reduce()
     with pytest.raises(RuntimeError, match="meta"):
@@ -289,12 +321,12 @@ def test_the_reads_that_are_left_are_those_of_masks_and_of_dynamic_rotary_embedd
             backbone.hidden_states(batch)
         return found.found
 
-    assert reads("packed") == set()
+    host = reads("packed")  # of tensors that are on the host on any device: it runs on `meta`
     assert reads("sdpa") == reads("eager") == reads("sdpa", name="flash_attention_2") == mask
     assert reads("sdpa", name="ulysses_sdpa") == mask, "its boundaries were read as well"
     rope = {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 10000.0}
     dynamic = reads("packed", max_position_embeddings=4, rope_parameters=rope)
-    assert dynamic
-    assert dynamic <= {("rotary.py", "_tables"), ("modeling_rope_utils.py", "dynamic_frequency_update")}
+    assert dynamic > host
+    assert dynamic - host <= {("rotary.py", "_tables"), ("modeling_rope_utils.py", "dynamic_frequency_update")}
     long = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0, 1.1], "long_factor": [2.0, 5.0]}
-    assert reads("packed", "phi3", original_max_position_embeddings=4, rope_parameters=long) == set()
+    assert reads("packed", "phi3", original_max_position_embeddings=4, rope_parameters=long) == host
