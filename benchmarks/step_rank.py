@@ -161,7 +161,7 @@ class Bench:
         student: Any = TimedHead(self.engine, self.timer)
         objective = build.build_objective(self.cfg, student, self.models, self.timer)
         nothing: Any = SimpleNamespace(save=lambda *given, **how: None, busy=False, advance=lambda: None)
-        loader = build.build_loader(self.cfg, self.inputs, self.mesh)
+        loader = build.build_loader(self.cfg, self.inputs, self.mesh, pin_memory=self.device.type == "cuda")
         watch: Any = Stopwatch()
         progress = Progress()
         trainer = Trainer(

@@ -23,6 +23,7 @@ class Batch:
                   sequence it is the key of every cached record and of every random draw
     documents     those of the whole sequences, also where this rank holds parts of them; None: to be read from the
                   position_ids where they are needed, which synchronises the device
+    host          the batch in host memory that this one was moved from; None: not known
     """
 
     input_ids: Tensor
@@ -31,14 +32,17 @@ class Batch:
     position_ids: Tensor
     sample_ids: Tensor
     documents: Documents | None = None
+    host: Batch | None = None
 
     @classmethod
     def cat(cls, batches: Sequence[Batch]) -> Batch:
-        """The sequences of all, in order; the documents of the answer are not known."""
+        """The sequences of all, in order; their documents, if all are known."""
+        known = [batch.documents for batch in batches if batch.documents is not None]
         ids, labels, mask, positions, keys = (
             torch.cat(same) for same in zip(*(batch.tensors() for batch in batches), strict=True)
         )
-        return cls(ids, labels, mask, positions, keys)
+        documents = Documents.cat(known) if len(known) == len(batches) else None
+        return cls(ids, labels, mask, positions, keys, documents)
 
     @property
     def num_tokens(self) -> int:
@@ -50,25 +54,48 @@ class Batch:
         return self.loss_mask.sum(dtype=torch.float64)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device (asynchronous from pinned memory)."""
-        moved = self.map(lambda values: values.to(device, non_blocking=True))
-        return replace(moved, documents=None if self.documents is None else self.documents.to(device))
+        """The same batch on another device; `host` is this one if it is on the host.
+
+        Asynchronous from pinned memory. A copy to the host waits: its values would be read before they are there.
+        """
+        is_host = self.input_ids.is_cpu
+        moved = self.map(lambda values: values.to(device, non_blocking=is_host))
+        documents = None if self.documents is None else self.documents.to(device)
+        return replace(moved, documents=documents, host=self if is_host else self.host)
+
+    def on_host(self) -> Batch:
+        """This batch in host memory: itself, or `host`; if that is not known a copy, which synchronises the device."""
+        if self.input_ids.is_cpu:
+            return self
+        return self.to("cpu") if self.host is None else self.host
+
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that a CUDA device copies from without the host. Needs such a device."""
+        pinned = self.map(Tensor.pin_memory)
+        return replace(pinned, documents=None if self.documents is None else self.documents.pin_memory())
 
     def rows(self, start: int, stop: int) -> Batch:
         """Sequences [start, stop) of this batch."""
-        return self.map(lambda values: values[start:stop])
+        part = self.map(lambda values: values[start:stop])
+        return replace(part, documents=None if self.documents is None else self.documents.sequences(start, stop))
 
     def portions(self, max_tokens: int | None) -> list[Batch]:
         """Consecutive sequences, at most max_tokens tokens at a time but never less than one; None: all at once."""
         num_sequences, seq_len = self.input_ids.shape
         at_once = num_sequences if max_tokens is None else max(1, max_tokens // seq_len)
+        if at_once >= num_sequences:
+            return [self]
         return [self.rows(start, min(start + at_once, num_sequences)) for start in range(0, num_sequences, at_once)]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """change(tensor) of every tensor; the documents of the answer are not known."""
+        """change(tensor) of every tensor; neither the documents nor the host's copy of the answer are known."""
         ids, labels, mask, positions, keys = (change(values) for values in self.tensors())
         return Batch(ids, labels, mask, positions, keys)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Every field that is a tensor, in order."""
         return self.input_ids, self.labels, self.loss_mask, self.position_ids, self.sample_ids
+
+    def memory(self) -> tuple[Tensor, ...]:
+        """Every tensor that a forward pass may read: the fields, and the documents' offsets where they are known."""
+        return self.tensors() if self.documents is None else (*self.tensors(), self.documents.offsets)

@@ -11,7 +11,8 @@ def cut_sequences(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
     """The positions [r S/cp, (r + 1) S/cp) of every sequence, r = cp_rank; at cp_size 1 the batch itself.
 
     Labels are shifted already, so the last label of a part is the first token of the next. position_ids stay those of
-    the whole sequence: a document may cross the cut. Does not communicate. Raises ValueError unless cp_size divides S.
+    the whole sequence, and so do the documents: one may cross the cut. The answer's `host` is not known. Does not
+    communicate. Raises ValueError unless cp_size divides S.
     """
     if cp_size == 1:
         return batch
@@ -21,4 +22,4 @@ def cut_sequences(batch: Batch, cp_rank: int, cp_size: int) -> Batch:
     part = slice(cp_rank * (seq_len // cp_size), (cp_rank + 1) * (seq_len // cp_size))
     # copies: a view would keep the whole sequence in memory
     cut = {name: getattr(batch, name)[:, part].clone() for name in ("input_ids", "labels", "loss_mask", "position_ids")}
-    return replace(batch, **cut)
+    return replace(batch, **cut, host=None)

@@ -35,7 +35,8 @@ class StepLoader:
     Step n takes positions [n G, (n + 1) G) of one order that depends on seed, stores and weights alone (G =
     sequences_per_step); each data rank takes a contiguous share of them, and of each sequence its part among cp ranks.
     So neither dp, cp, tp nor the micro-batch size changes what a step learns from. With prefetch > 0 a thread works
-    that many steps ahead. start_sequence: sequences the whole run consumed before. Does not communicate.
+    that many steps ahead. start_sequence: sequences the whole run consumed before. pin_memory: hand batches out in
+    memory that a CUDA device copies from while the host goes on; needs such a device. Does not communicate.
 
     Raises ValueError if a step cannot be divided over ranks and micro-batches, DataError as BlendOrder.
     """
@@ -55,6 +56,7 @@ class StepLoader:
         seed: int = 1,
         prefetch: int = 2,
         start_sequence: int = 0,
+        pin_memory: bool = False,
     ) -> None:
         share, odd = divmod(sequences_per_step, dp_size)
         if odd or share % sequences_per_micro_batch:
@@ -78,6 +80,7 @@ class StepLoader:
         }
         self._position = start_sequence
         self._prefetch = prefetch
+        self._pin_memory = pin_memory
         self._ahead: _Ahead | None = None
 
     def __iter__(self) -> StepLoader:
@@ -104,7 +107,9 @@ class StepLoader:
     def _micro_batch(self, start: int, stop: int) -> Batch:
         places = [self._order[position] for position in range(start, stop)]
         packed = [pack(self._stores[s], k, self._packing) for s, k in places]
-        return cut_sequences(stack(packed, [s << STORE_SHIFT | k for s, k in places]), *self._part)
+        batch = cut_sequences(stack(packed, [s << STORE_SHIFT | k for s, k in places]), *self._part)
+        # in the prefetching thread, where nothing waits for it; torch pins in the context of a device already in use
+        return batch.pin_memory() if self._pin_memory else batch
 
     def draws(self, sequences: int) -> list[tuple[int, int]]:
         """(sequences there are, sequences drawn) of each store in the first `sequences` of the order."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kdtrain.data.batch import Batch
+from kdtrain.data.documents import Documents
 from kdtrain.data.token_store import TokenStore
 from kdtrain.errors import ConfigError, DataError
 
@@ -120,6 +121,7 @@ def _joined(store: TokenStore, start: int, packing: Packing) -> int:
 
 
 def stack(packed: Sequence[Packed], sample_ids: Sequence[int]) -> Batch:
-    """Sequences of one length as a micro-batch on the CPU."""
+    """Sequences of one length as a micro-batch on the CPU, its documents known."""
     ids, labels, mask, positions = (torch.from_numpy(np.stack(part)) for part in zip(*packed, strict=True))
-    return Batch(ids, labels, mask, positions, torch.tensor(list(sample_ids), dtype=torch.int64))
+    keys = torch.tensor(list(sample_ids), dtype=torch.int64)
+    return Batch(ids, labels, mask, positions, keys, Documents.of(positions))

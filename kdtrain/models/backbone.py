@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from kdtrain.data.batch import Batch
 from kdtrain.data.documents import Documents
-from kdtrain.dist.collectives import Group
+from kdtrain.dist.collectives import Group, group_size
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
-from kdtrain.models.context import ARGUMENT, PREFIX, Context, whole_sequences
+from kdtrain.models.context import ARGUMENT, PREFIX, Context, needs_mask, whole_sequences
 from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.ties import kept_name
 from kdtrain.parallel.cut import Cut
@@ -70,9 +70,10 @@ class Backbone(nn.Module):
         Documents packed together do not see each other: position_ids restart, and neither a cache nor an attention
         mask is passed, because with either one transformers would silently let documents attend to each other.
         Whether that is enough for this architecture is measured by `kdtrain.models.probe` when it is loaded.
-        Raises ConfigError when the model keeps a cache all the same.
+        Raises ConfigError when the model keeps a cache all the same, ValueError for documents of another batch.
         Communicates over tp: one all-reduce for the embedding and two per layer; in backward two per layer. Over cp:
-        one all-gather of position_ids and two all-to-alls per layer; in backward two per layer.
+        two all-to-alls per layer, in backward two per layer; one all-gather of position_ids where attention needs masks
+        or batch.documents are not known. Where they are known, attention=packed does not synchronise the device.
         """
         if batch.position_ids.shape != batch.input_ids.shape:
             raise ValueError(
@@ -128,10 +129,13 @@ class Backbone(nn.Module):
         flash = stock.startswith("flash")
         if attention == "sdpa" or attention == "eager":
             return {}
-        position_ids = batch.position_ids
-        if self.cp_group is not None:
-            position_ids = whole_sequences(position_ids, self.cp_group)
-        documents = batch.documents or Documents.of(position_ids)
+        position_ids, documents = None, batch.documents
+        if documents is None or needs_mask(stock):
+            position_ids = whole_sequences(batch.position_ids, self.cp_group)
+            documents = Documents.of(position_ids) if documents is None else documents
+        whole = (batch.input_ids.shape[0], batch.input_ids.shape[1] * group_size(self.cp_group))
+        if documents.shape != whole:
+            raise ValueError(f"documents of sequences {documents.shape} in a batch of {whole}")
         found: dict[str, Any] = {}
         if not flash or attention != stock:
             found[ARGUMENT] = Context(self.cp_group, position_ids, documents)

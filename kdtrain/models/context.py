@@ -48,11 +48,11 @@ PER_HEAD = ("s_aux", "position_bias", "cache")
 class Context:
     """What attention must know of one forward pass.
 
-    group: the cp group. position_ids [B, S]: of whole sequences. documents: theirs.
+    group: the cp group. position_ids [B, S]: of whole sequences; None where no mask is made. documents: theirs.
     """
 
     group: Group
-    position_ids: Tensor
+    position_ids: Tensor | None
     documents: Documents
     _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
     _packing: Packing | None = None
@@ -70,8 +70,9 @@ class Context:
         [B, 1, S, S], made once per window; None where the implementation needs none (flash-attention and ours take the
         documents' boundaries instead). Does not communicate.
         """
-        if implementation.startswith("flash") or implementation == PACKED:
+        if not needs_mask(implementation):
             return None
+        assert self.position_ids is not None
         key = (implementation, window, dtype)
         if key not in self._masks:
             # of a model's config these functions read nothing else, of the embeddings only shape, dtype and device
@@ -81,6 +82,11 @@ class Context:
             # by place: the fourth, a cache, is past_key_values in transformers 5.23 and cache since 5.24
             self._masks[key] = create(config, embeddings, None, None, self.position_ids)
         return self._masks[key]
+
+
+def needs_mask(implementation: str) -> bool:
+    """Whether a stock implementation keeps documents apart by a mask; the others take the documents' boundaries."""
+    return not (implementation.startswith("flash") or implementation == PACKED)
 
 
 def whole_sequences(values: Tensor, group: Group) -> Tensor:

@@ -11,14 +11,15 @@ the teacher's head: the full-vocabulary distribution exists nowhere.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
+from kdtrain.data.documents import Documents
 from kdtrain.dist.collectives import Group, gather_ranks, group_size
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import HeadShard, VocabShard
@@ -29,6 +30,18 @@ from kdtrain.teacher.spread import Spread
 
 HiddenStates = Callable[[Batch], Tensor]
 """[B, S] sequences -> [B S, E]."""
+
+
+@dataclass(slots=True, eq=False)
+class _MicroBatch:
+    """One of the step under way: its documents, replicas' included, and the answer's call once the teacher works on it.
+
+    Found by the batch itself, which it keeps: an id alone could be that of a later batch.
+    """
+
+    batch: Batch
+    documents: Documents | None
+    finish: Callable[[], Tensor] | None = None
 
 
 class OnlineTeacher:
@@ -65,8 +78,7 @@ class OnlineTeacher:
         self._together = together
         self._side = side
         self._max_tokens = max_tokens
-        self._waiting: deque[Batch] = deque()
-        self._ahead: dict[int, Callable[[], Tensor]] = {}
+        self._step: list[_MicroBatch] = []
         wanted = shard if self._spread is None else self._spread.shard
         self._head = _local_rows(head or backbone.lm_head_shard, wanted, teacher_mesh, self._spread)
 
@@ -76,25 +88,34 @@ class OnlineTeacher:
         return self._mesh.tp_group if self._shares_sequences else None
 
     def begin_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Run the teacher over all micro-batches of a step, if that is cheaper, or start on the first of them."""
-        self._ahead.clear()
-        self._waiting.clear()
+        """Run the teacher over all micro-batches of a step, if that is cheaper, or start on the first of them.
+
+        Communicates where replicas share a teacher: one all-gather, which synchronises the device. To be called while
+        nothing is queued on it, as a trainer does that has just agreed on the step.
+        """
+        self._step.clear()
         if self._together:
             self._run_together(micro_batches)
-        elif self._side is not None:
-            self._waiting.extend(micro_batches)
-            self._start_next(self._side)
+        elif self._side is not None or self._spread is not None:
+            documents = self._documents(micro_batches)
+            self._step = [_MicroBatch(*pair) for pair in zip(micro_batches, documents, strict=True)]
+            self._start_next()
 
     def signal(self, batch: Batch) -> DenseSignal:
         """The teacher's view of `batch`; with a side stream, the next micro-batch of the step is then under way.
 
         Communicates over tp: nothing extra when the teacher is cut like the student; one all-gather of [T/tp, E]
-        when the ranks share out the sequences; one all-gather per field of the batch when replicas share a teacher.
+        when the ranks share out the sequences; one all-gather per field of the batch when replicas share a teacher,
+        and for a batch that `begin_step` was not given one more, which synchronises the device.
         """
-        finish = self._ahead.pop(id(batch), None)
-        hidden = self._hidden(self._gathered(batch)) if finish is None else finish()
-        if finish is not None and self._side is not None:
-            self._start_next(self._side)
+        known = next((each for each in self._step if each.batch is batch), None)
+        if known is None:
+            known = _MicroBatch(batch, self._documents([batch])[0])
+        else:
+            self._step.remove(known)
+        hidden = self._hidden(self._gathered(known)) if known.finish is None else known.finish()
+        if known.finish is not None:
+            self._start_next()
         return DenseSignal(hidden, self._head, self._spread)
 
     def _run_together(self, micro_batches: Sequence[Batch]) -> None:
@@ -102,21 +123,28 @@ class OnlineTeacher:
             return
         merged = Batch.cat(micro_batches)
         # [tokens of all, E], or replica by replica the tokens of all
-        hidden = self._hidden(self._gathered(merged))
+        hidden = self._hidden(self._gathered(_MicroBatch(merged, self._documents([merged])[0])))
         num_replicas = 1 if self._spread is None else self._spread.num_replicas
         parts = hidden.unflatten(0, (num_replicas, len(micro_batches), -1)).transpose(0, 1)
         for batch, part in zip(micro_batches, parts, strict=True):
-            self._ahead[id(batch)] = partial(part.flatten, 0, 1)
+            self._step.append(_MicroBatch(batch, None, partial(part.flatten, 0, 1)))
 
-    def _start_next(self, side: SideStream) -> None:
-        if not self._waiting:
+    def _start_next(self) -> None:
+        """Start on the first micro-batch of the step that is not under way, on the side stream if there is one."""
+        waiting = next((each for each in self._step if each.finish is None), None)
+        if self._side is None or waiting is None:
             return
-        batch = self._waiting.popleft()
-        whole = self._gathered(batch)  # here, because replicas use their group in the loss, too
-        self._ahead[id(batch)] = side.start(lambda: self._hidden(whole), whole.tensors())
+        whole = self._gathered(waiting)  # here, because replicas use their group in the loss, too
+        waiting.finish = self._side.start(lambda: self._hidden(whole), whole.memory())
 
-    def _gathered(self, batch: Batch) -> Batch:
-        return batch if self._spread is None else self._spread.gather_batch(batch)
+    def _documents(self, batches: Sequence[Batch]) -> Sequence[Documents | None]:
+        """Of each batch those of all sequences that a forward pass takes with it."""
+        if self._spread is None:
+            return [batch.documents for batch in batches]
+        return self._spread.gather_documents(batches)
+
+    def _gathered(self, one: _MicroBatch) -> Batch:
+        return one.batch if self._spread is None else self._spread.gather_batch(one.batch, one.documents)
 
     @torch.no_grad()
     def _hidden(self, batch: Batch) -> Tensor:
@@ -132,8 +160,8 @@ class OnlineTeacher:
         share = -(-num_sequences // self._mesh.tp_size)
         # The last ranks repeat the final sequence when the shares do not come out even: equal shapes for the gather.
         first = self._mesh.tp_rank * share
-        rows = torch.arange(first, first + share, device=batch.input_ids.device).clamp_(max=num_sequences - 1)
-        hidden = self._limited_forward(batch.map(lambda values: values[rows]))
+        rows = [min(row, num_sequences - 1) for row in range(first, first + share)]
+        hidden = self._limited_forward(Batch.cat([batch.rows(row, row + 1) for row in rows]))
         gathered = gather_ranks(hidden, self._mesh.tp_group)
         return gathered.reshape(-1, hidden.shape[-1])[: num_sequences * seq_len]
 

@@ -24,9 +24,9 @@ from kdtrain.teacher.protocol import ANSWER, ASK, HIDDEN, IDS, REQUEST, failure_
 from kdtrain.teacher.signal import DenseSignal
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Asked:
-    """A micro-batch under way. batch is kept so that its id stays its own; sent must live until it has arrived."""
+    """A micro-batch under way, found by the batch itself; sent must live until it has arrived."""
 
     batch: Batch
     server: int
@@ -61,22 +61,24 @@ class RemoteTeacher:
         self._servers, self._in_flight, self._timeout, self._on_stop = list(servers), in_flight, timeout, on_stop
         self._next_server = mesh.dp_rank  # data ranks begin with different teachers
         self._told: deque[Batch] = deque()
-        self._asked: dict[int, _Asked] = {}
+        self._asked: list[_Asked] = []
 
     def begin_step(self, micro_batches: Sequence[Batch]) -> None:
         """Ask for these, as far as `in_flight` allows, before they are needed. Those already known are passed over."""
         if self._mesh.tp_rank == 0:
-            known = {id(batch) for batch in self._told} | self._asked.keys()
-            self._told.extend(batch for batch in micro_batches if id(batch) not in known)
+            known = [*self._told, *(asked.batch for asked in self._asked)]
+            self._told.extend(batch for batch in micro_batches if all(batch is not other for other in known))
             self._ask_ahead()
 
     def signal(self, batch: Batch) -> DenseSignal:
         """The teacher's view of `batch`; waits for it if need be.
 
-        Communicates: with one teacher, on the first tp rank; one broadcast of [T, E] over tp. Raises PeerLost, with
-        the teacher's own words, if it has failed.
+        Communicates: with one teacher, on the first tp rank; one broadcast of [T, E] over tp. Does not synchronise the
+        device if the batch knows its `host`. Raises PeerLost, with the teacher's own words, if it has failed.
         """
         if self._mesh.tp_rank == 0:
+            # The answer is in pinned memory of torch's allocator, which gives it away again only once this copy, of
+            # which it keeps an event, is done: the tensor may be dropped before.
             hidden = self._arrived(batch).to(self._head.weight.device, non_blocking=True)
             self._ask_ahead()
         else:
@@ -84,8 +86,10 @@ class RemoteTeacher:
         return DenseSignal(broadcast_first_(hidden, self._mesh.tp_group), self._head)
 
     def _arrived(self, batch: Batch) -> Tensor:
-        asked = self._asked.pop(id(batch), None)
-        if asked is None:  # not told of, or more were told of than may be under way and this one is early
+        asked = next((other for other in self._asked if other.batch is batch), None)
+        if asked is not None:
+            self._asked.remove(asked)
+        else:  # not told of, or more were told of than may be under way and this one is early
             self._told = deque(other for other in self._told if other is not batch)
             asked = self._ask(batch)
         try:
@@ -102,7 +106,7 @@ class RemoteTeacher:
     def _ask_ahead(self) -> None:
         while self._told and len(self._asked) < self._in_flight:
             batch = self._told.popleft()
-            self._asked[id(batch)] = self._ask(batch)
+            self._asked.append(self._ask(batch))
 
     def _ask(self, batch: Batch) -> _Asked:
         server = self._servers[self._next_server % len(self._servers)]
@@ -111,7 +115,8 @@ class RemoteTeacher:
         room = torch.empty((batch.num_tokens, weight.shape[1]), dtype=weight.dtype, pin_memory=pin)
         answer = self._wire.receive(torch.empty(2, dtype=torch.int64), server, ANSWER)
         hidden = self._wire.receive(room, server, HIDDEN)
-        ids = torch.stack([batch.input_ids, batch.position_ids]).cpu()
+        host = batch.on_host()  # a copy back would wait for all that is queued on the device
+        ids = torch.stack([host.input_ids, host.position_ids])
         sent = (
             self._wire.send(torch.tensor([ASK, *batch.input_ids.shape, 0]), server, REQUEST),
             self._wire.send(ids, server, IDS),

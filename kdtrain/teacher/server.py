@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
+from kdtrain.data.documents import Documents
 from kdtrain.dist.collectives import reduce_sum_
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.wire import Message, Wire
@@ -178,7 +179,8 @@ class TeacherServer:
     def _answer(self, request: Request) -> None:
         input_ids, position_ids = request.ids.to(self._device).unbind(0)
         nothing = torch.zeros(input_ids.shape, device=self._device)
-        batch = Batch(input_ids, input_ids, nothing, position_ids, torch.zeros_like(input_ids[:, 0]))
+        documents = Documents.of(request.ids[1]).to(self._device)  # of the host's copy
+        batch = Batch(input_ids, input_ids, nothing, position_ids, torch.zeros_like(input_ids[:, 0]), documents)
         hidden = torch.cat([self._forward(part).cpu() for part in batch.portions(self._max_tokens)])
         self.num_answers += 1
         stop = self._asked_to_stop()

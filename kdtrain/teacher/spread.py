@@ -10,12 +10,15 @@ T tokens of one replica, D width of the student, v rows of the student's head on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
+from kdtrain.data.documents import Documents, document_begins
 from kdtrain.dist.collectives import Group, gather_ranks, group_rank, group_size, transfer
 from kdtrain.dist.mesh import Mesh, own_group
 from kdtrain.dist.vocab import HeadShard, VocabShard
@@ -68,9 +71,25 @@ class Spread:
         """
         return transfer(values, self.replicas, _all_replicas, _own_replica)
 
-    def gather_batch(self, batch: Batch) -> Batch:
-        """The sequences of all replicas, [R B, S]. One all-gather per field."""
-        return batch.map(lambda values: _all_replicas(values, self.replicas))
+    def gather_documents(self, batches: Sequence[Batch]) -> list[Documents | None]:
+        """Of each batch those of all replicas' sequences, [R B]; None where this replica does not know its own.
+
+        What other replicas know of theirs is on other hosts. Communicates: one all-gather of a byte per token, however
+        many batches. Synchronises the device: to be called where nothing is queued on it.
+        """
+        if not batches or any(batch.documents is None for batch in batches):
+            return [None] * len(batches)
+        begins = [document_begins(batch.position_ids) for batch in batches]
+        everyone = gather_ranks(torch.cat([rows.flatten() for rows in begins]), self.replicas).cpu()
+        parts = everyone.split([rows.numel() for rows in begins], dim=1)
+        return [
+            Documents.beginning(part.reshape(-1, rows.shape[1])).to(rows.device)
+            for part, rows in zip(parts, begins, strict=True)
+        ]
+
+    def gather_batch(self, batch: Batch, documents: Documents | None) -> Batch:
+        """The sequences of all replicas, [R B, S], with their `documents`. One all-gather per field."""
+        return replace(batch.map(lambda values: _all_replicas(values, self.replicas)), documents=documents)
 
     def head(self, head: HeadShard) -> HeadShard:
         """This rank's rows of the student's local head; differentiable, without communication."""

@@ -18,6 +18,7 @@ import torch
 from kdtrain.config.schema import DistillObjective, Dtype, RunConfig
 from kdtrain.data.batch import Batch
 from kdtrain.data.context import cut_sequences
+from kdtrain.data.documents import Documents
 from kdtrain.dist.collectives import reduce_sum_
 from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import checkpoint
@@ -187,6 +188,7 @@ def step_batch(step: int) -> Batch:
         loss_mask=(torch.arange(SEQ_LEN) < valid[:, None]).float(),
         position_ids=positions,
         sample_ids=torch.arange(SEQUENCES),
+        documents=Documents.of(positions),
     )
 
 

@@ -159,15 +159,19 @@ def packing_of(cfg: RunConfig, prefix: tuple[int, ...] = ()) -> Packing:
 
 
 def build_loader(
-    cfg: RunConfig, inputs: Inputs, mesh: Mesh, prefix: tuple[int, ...] = (), *, prefetch: int | None = None
-) -> StepLoader:
-    """This data rank's micro-batches; their global order depends on run.seed alone. prefetch: default data.prefetch."""
+    cfg: RunConfig, inputs: Inputs, mesh: Mesh, prefix: tuple[int, ...] = (), *, prefetch: int | None = None,
+    pin_memory: bool = False,
+) -> StepLoader:  # fmt: skip
+    """This data rank's micro-batches; their global order depends on run.seed alone. prefetch: default data.prefetch.
+
+    pin_memory: for a run on CUDA, as `StepLoader`.
+    """
     d = cfg.data
     return StepLoader(
         inputs.train, d.train_weights, packing=packing_of(cfg, prefix),
         sequences_per_step=d.tokens_per_step // d.seq_len, sequences_per_micro_batch=d.sequences_per_micro_batch,
         dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, cp_rank=mesh.cp_rank, cp_size=mesh.cp_size, seed=cfg.run.seed,
-        prefetch=d.prefetch if prefetch is None else prefetch,
+        prefetch=d.prefetch if prefetch is None else prefetch, pin_memory=pin_memory,
     )  # fmt: skip
 
 

@@ -20,8 +20,8 @@ def check_replicas(micro_batches: list[Batch], mesh: Mesh) -> None:
     device.
     """
     for number, batch in enumerate(micro_batches):
-        for field in fields(Batch):
-            everyone = gather_ranks(getattr(batch, field.name), mesh.tp_group)
+        for field, values in zip(fields(Batch), batch.tensors(), strict=False):  # the first fields are the tensors
+            everyone = gather_ranks(values, mesh.tp_group)
             odd = [rank for rank in range(1, len(everyone)) if not torch.equal(everyone[rank], everyone[0])]
             if odd:
                 raise ParallelError(

@@ -160,7 +160,7 @@ def _train(
     )  # fmt: skip
     resume_from = on_main(mesh, lambda: find_start(cfg, inputs, folder))
     prefix = _prepare_teacher(cfg, inputs, choice, models, mesh, rank, resume_from)
-    loader = build.build_loader(cfg, inputs, mesh, prefix)
+    loader = build.build_loader(cfg, inputs, mesh, prefix, pin_memory=device.type == "cuda")
     describing.log_header(cfg, inputs, models, mesh)
     describing.log_stores(cfg, inputs, loader)
     # Last: DeepSpeed keeps process-wide state that the most recent engine owns.

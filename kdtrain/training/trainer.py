@@ -116,10 +116,10 @@ class Trainer:
         """
         failure = self.reporter.failure or self.guards.failure
         flags = [float(self.stop.wanted), float(failure is not None), float(self.checkpoints.busy)]
-        table = torch.tensor([0.0, *flags], dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
-            table[0] += batch.num_valid_tokens()
+        count = sum(float(batch.on_host().num_valid_tokens()) for batch in micro_batches)
+        table = torch.tensor([count, *flags], dtype=torch.float64)
         if self.mesh.world_size > 1:
+            table = table.to(self.device)
             dist.all_reduce(table, group=self.mesh.world_group)
         valid, stop, failed, busy = table.tolist()
         if failed:

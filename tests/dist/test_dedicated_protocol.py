@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from kdtrain.data.batch import Batch
+from kdtrain.data.documents import Documents
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.roles import Roles
 from kdtrain.dist.vocab import HeadShard
@@ -28,6 +29,7 @@ WIDTH, TIMEOUT = 3, timedelta(seconds=20)
 def micro_batch(number, rows=2, columns=4):
     ids = torch.arange(rows * columns).reshape(rows, columns) + 100 * number
     positions = torch.arange(columns).expand(rows, -1).clone()
+    positions[rows // 2, number % columns :] -= number % columns
     return Batch(ids, ids, torch.ones(ids.shape), positions, torch.arange(rows))
 
 
@@ -54,8 +56,13 @@ def client(wire, rank, servers, num_clients=1, in_flight=4, **more):
 
 def serve(wire, clients, forward=hidden_of, in_flight=4, **more):
     inbox = Inbox(wire, clients)
+
+    def with_documents(batch):
+        assert batch.documents.lengths == Documents.of(batch.position_ids).lengths
+        return forward(batch)
+
     server = TeacherServer(
-        wire, Mesh(), inbox, clients, forward, device=torch.device("cpu"), in_flight=in_flight, **more
+        wire, Mesh(), inbox, clients, with_documents, device=torch.device("cpu"), in_flight=in_flight, **more
     )
     server.run()
     return server
@@ -96,6 +103,32 @@ def test_every_micro_batch_gets_its_own_answer_and_teachers_share_the_work(world
     answers = rank_pool(world_size).run(ask_many, folder=tmp_path, in_flight=in_flight)
     assert sum(answers[2:]) == 2 * (3 * 5 + 1), "each micro-batch is asked for once"
     assert max(answers[2:]) - min(answers[2:]) <= 2
+
+
+def asked_from_a_device(rank, world_size, folder):
+    """The client's device is `meta`, whose tensors cannot be read: what it sends is what the host has."""
+    wire = wire_of(folder, rank, world_size)
+    if rank == 1:
+        seen = []
+        serve(wire, [0], lambda batch: seen.append(batch.input_ids) or hidden_of(batch), in_flight=2)
+        return seen
+    batches = [micro_batch(i) for i in range(4)]
+    step, late = [batch.to("meta") for batch in batches[:3]], batches[3].to("meta")
+    with farewell(wire, [1]):
+        head = HeadShard(torch.zeros(5, WIDTH, device="meta"))
+        teacher = RemoteTeacher(wire, Mesh(), head, [1], in_flight=2, timeout=TIMEOUT)
+        teacher.begin_step(step)
+        for batch in [*step, late]:  # the last as an evaluation asks
+            assert teacher.signal(batch).hidden_states.shape == (batch.num_tokens, WIDTH)
+        with pytest.raises(RuntimeError, match="Cannot copy out of meta tensor"):
+            teacher.signal(Batch(*late.tensors()))
+    return [batch.input_ids for batch in batches]
+
+
+def test_a_client_reads_nothing_from_its_device(rank_pool, tmp_path):
+    asked, seen = rank_pool(2).run(asked_from_a_device, folder=tmp_path)
+    assert len(seen) == 4
+    assert all(torch.equal(*pair) for pair in zip(asked, seen, strict=True))
 
 
 def works_ahead(rank, world_size, folder):

@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from kdtrain.data.batch import Batch
+from kdtrain.data.documents import Documents
 from kdtrain.dist.mesh import Mesh
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
@@ -108,3 +110,31 @@ def test_an_answer_of_a_side_stream_is_that_of_its_work():
     finish = SideStream(CPU).start(lambda: value * 2, [value])
     value.zero_()
     assert finish().tolist() == [0, 2, 4, 6], "on the CPU work is done when it is started"
+
+
+def test_a_side_stream_is_given_all_memory_that_its_work_reads(backbone):
+    """What it is not given could be taken for something else while the work reads it."""
+    given = []
+
+    class Side:
+        def start(self, work, inputs):
+            given.extend(inputs)
+            answer = work()
+            return lambda: answer
+
+    batch = batches(1)[0]
+    batch = Batch(*batch.tensors(), Documents.of(batch.position_ids))
+    teacher = OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh(), side=Side())
+    teacher.begin_step([batch])
+    wanted = [batch.input_ids, batch.position_ids, batch.documents.offsets]
+    assert all(any(values is other for other in given) for values in wanted)
+    assert torch.equal(teacher.signal(batch).hidden_states, backbone.hidden_states(batch))
+
+
+def test_an_answer_is_never_that_of_an_earlier_batch_in_the_same_place(backbone):
+    """Batches that are dropped leave their ids to later ones."""
+    teacher = OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh(), together=True)
+    for _ in range(20):
+        teacher.begin_step(batches(2))  # taken by nobody
+        later = batches(1, sequences=2)[0]
+        assert teacher.signal(later).hidden_states.shape[0] == later.num_tokens
