@@ -68,7 +68,9 @@ class Layout:
             last = stretches.pop() if stretches and isinstance(stretches[-1], int) else 0
             stretches.append((last if isinstance(last, int) else 0) + run.tokens)
         buckets, there, padding, back = _buckets(short)
-        return cls(tuple(stretches), buckets, there.to(device), padding[:, None, None].to(device), back.to(device))
+        # non_blocking: a copy that is not waits for all that is queued on the device
+        tensors = (x.to(device, non_blocking=True) for x in (there, padding[:, None, None], back))
+        return cls(tuple(stretches), buckets, *tensors)
 
     @property
     def sizes(self) -> list[int]:
