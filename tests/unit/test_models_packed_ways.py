@@ -10,7 +10,7 @@ import torch
 from kdtrain.data.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models import packed
-from kdtrain.models.context import ARGUMENT, Context, packed_attention
+from kdtrain.models.context import ARGUMENT, Context, _View, packed_attention
 from kdtrain.models.packed import attend_documents, by_varlen, plan
 from kdtrain.models.packed_layout import SHORT, WASTE, Layout, Run
 from kdtrain.models.packed_sdpa import repeated
@@ -171,8 +171,16 @@ def test_what_one_layer_made_serves_the_next():
     cpu = torch.device("cpu")
     assert packing.layout(cpu) is packing.layout(cpu)
     like = torch.empty(0)
-    assert packing.band(4, 3, like) is packing.band(4, 3, like)
-    assert packing.band(4, 3, like.double()).dtype == torch.float64
+    band = packing.band(4, 2, 3, like)
+    assert packing.band(4, 2, 3, like) is band
+    assert packing.band(4, 2, 3, like.double()).dtype == torch.float64
+    assert band.isfinite().int().tolist() == [
+        [1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 1, 1, 1],
+    ]
+    assert band.stride() == (16, 1)
     context = Context(None, torch.arange(4)[None], Documents.of(torch.arange(4)[None]))
     assert context.packing is context.packing
 
@@ -236,6 +244,7 @@ def test_what_it_does_not_compute_is_refused_by_name():
     assert "passes tokens that see what follows them" in refused(is_causal=False)
     assert "passes 12 queries and 7 keys" in refused(key_length=7)
     assert "SimpleNamespace passes tokens that see" in refused(module=SimpleNamespace(is_causal=False))
+    assert "Linear passes indices" in refused(module=_View(torch.nn.Linear(1, 1)), indices=torch.zeros(1))
 
 
 def test_what_changes_nothing_is_let_through():
