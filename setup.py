@@ -30,6 +30,7 @@ setup(
         "tokenizers>=0.21",
         "omegaconf>=2.4",
         "rich>=13",
+        "packaging>=20",
         "transformers>=5.23,<5.25",
         "deepspeed>=0.19.8,<0.20",
     ],

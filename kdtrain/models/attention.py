@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from kdtrain.errors import ConfigError
-
-FLASH_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-"""Implementation -> the module it needs. Without the module transformers would fetch kernels from a hub."""
+from kdtrain.models.attention_packages import FLASH_PACKAGES, flash_obstacle
 
 PACKED = "packed"
 """Our own: torch's attention document by document, without a mask (`kdtrain.models.packed`)."""
@@ -22,14 +18,14 @@ def resolve_attention(
 
     device_type: "cuda" or "cpu"; dtype: "float32" or "bfloat16"; has_sdpa: False for an architecture that torch's
     scaled_dot_product_attention cannot do (Gemma 2 soft-caps its attention logits); has_flash: False for one that
-    flash-attention cannot do (Bloom adds biases to them). auto means flash_attention_2 on CUDA in bfloat16 when the
-    package is installed and the architecture can use it, else sdpa, else eager. Raises ConfigError when an explicit
+    flash-attention cannot do (Bloom adds biases to them). auto means flash_attention_2 on CUDA in bfloat16 when its
+    package can be imported and the architecture can use it, else sdpa, else eager. Raises ConfigError when an explicit
     choice cannot work here.
     """
     if wanted == "auto":
         obstacle = _obstacle("flash_attention_2", device_type, dtype, has_flash)
         if obstacle is None:
-            return "flash_attention_2", "auto: flash-attn is installed and the device is CUDA"
+            return "flash_attention_2", "auto: flash-attn can be imported and the device is CUDA"
         if not has_sdpa:
             return "eager", f"auto: {obstacle}, and this architecture cannot use sdpa"
         return "sdpa", f"auto: {obstacle}"
@@ -48,8 +44,7 @@ def resolve_attention(
 
 
 def _obstacle(implementation: str, device_type: str, dtype: str, has_flash: bool) -> str | None:
-    package = FLASH_PACKAGES.get(implementation)
-    if package is None:
+    if implementation not in FLASH_PACKAGES:
         return None
     if not has_flash:
         return "this architecture cannot use flash-attention"
@@ -57,6 +52,5 @@ def _obstacle(implementation: str, device_type: str, dtype: str, has_flash: bool
         return f"{implementation} needs a CUDA device, this is {device_type}"
     if dtype == "float32":
         return f"{implementation} needs bfloat16, this is float32"
-    if importlib.util.find_spec(package) is None:
-        return f"{implementation} needs the package {package}, which is not installed"
-    return None
+    problem = flash_obstacle(implementation)
+    return None if problem is None else f"{implementation}: {problem}"

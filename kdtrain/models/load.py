@@ -20,7 +20,8 @@ from kdtrain.dist.vocab import VocabShard
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.log import LOGGER
 from kdtrain.models.architectures import read_architecture, read_config_json
-from kdtrain.models.attention import FLASH_PACKAGES, resolve_attention
+from kdtrain.models.attention import resolve_attention
+from kdtrain.models.attention_packages import FLASH_PACKAGES
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.composite import refuse_composite
 from kdtrain.models.context import use_context
