@@ -30,7 +30,8 @@ from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import IMPLEMENTATIONS, PACKED
 from kdtrain.models.one_mask import additive
-from kdtrain.models.packed import attend_documents
+from kdtrain.models.packed import SETTINGS, UNIMPORTANT, attend_documents
+from kdtrain.models.packed_layout import Packing
 from kdtrain.parallel.heads import HeadCut, largest_tp
 from kdtrain.parallel.ulysses import check_heads, gather_sequence, scatter_sequence
 
@@ -55,6 +56,14 @@ class Context:
     position_ids: Tensor
     documents: Documents
     _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
+    _packing: Packing | None = None
+
+    @property
+    def packing(self) -> Packing:
+        """What attention=packed needs of the documents, made once for all layers."""
+        if self._packing is None:
+            self._packing = Packing(self.documents)
+        return self._packing
 
     def mask(self, implementation: str, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """transformers' mask for whole sequences: causal, documents apart, perhaps in a sliding window of tokens.
@@ -139,13 +148,31 @@ def packed_attention(
     when the model's own code does what cannot be followed.
     """
     context = settings.pop(ARGUMENT, None)
-    if not isinstance(context, Context) or attention_mask is not None:
-        problem = "passes a mask of its own" if attention_mask is not None else "does not pass its keyword arguments on"
+    problem = _not_packed(module, query, key, attention_mask, settings)
+    if not isinstance(context, Context) or problem is not None:
         raise ConfigError(
-            f"{type(module).__name__} {problem} to attention, which attention=packed cannot follow\n"
-            "  why: attention must know where documents begin\n  fix: set attention=sdpa"
+            f"{type(module).__name__} {problem or 'does not pass its keyword arguments on'} to attention, which "
+            "attention=packed cannot follow\n  why: it computes causal attention within documents and nothing else\n"
+            "  fix: set attention=sdpa or attention=eager"
         )
-    return attend_documents(query, key, value, context.documents, **settings), None
+    wanted = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
+    return attend_documents(query, key, value, context.packing, **wanted), None
+
+
+def _not_packed(
+    module: nn.Module, query: Tensor, key: Tensor, attention_mask: Any, settings: dict[str, Any]
+) -> str | None:
+    """What a call passes that `attend_documents` does not compute, or None."""
+    if attention_mask is not None:
+        return "passes a mask of its own"
+    causal = settings.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        return "passes tokens that see what follows them"
+    if query.shape[2] != key.shape[2]:
+        return f"passes {query.shape[2]} queries and {key.shape[2]} keys"
+    known = {*SETTINGS, *UNIMPORTANT, "is_causal"}
+    foreign = sorted(name for name, value in settings.items() if value is not None and name not in known)
+    return f"passes {', '.join(foreign)}" if foreign else None
 
 
 class _View:

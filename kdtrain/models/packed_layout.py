@@ -1,0 +1,172 @@
+"""Which documents share a call of attention: decided once per batch from their lengths, on the host.
+
+T tokens of all sequences one after the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from kdtrain.data.documents import Documents
+
+SHORT = 256
+"""Tokens from which on a run of documents gets a call of its own: gathering short ones saves calls, costs copies."""
+
+FEW = 4
+"""Fewer short runs than this are not worth gathering."""
+
+WASTE = 1.25
+"""A document shares a bucket with none longer than this many times its own length: a fifth is padding at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`count` documents of `length` tokens, one after the other; in a bucket some are padded to it."""
+
+    count: int
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all of them."""
+        return self.count * self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A cut of T tokens into calls.
+
+    stretches: in the order of the tokens, runs that are called as they lie, or a number of tokens of short documents;
+    buckets: those documents, shortest first, right-padded; there: int64 [slots of all buckets], the token among the
+    short ones that each slot holds; padding: bool [slots, 1, 1]; back: int64 [short tokens], the slot of each.
+    """
+
+    stretches: tuple[Run | int, ...]
+    buckets: tuple[Run, ...]
+    there: Tensor
+    padding: Tensor
+    back: Tensor
+
+    @classmethod
+    def of(cls, lengths: tuple[int, ...], device: torch.device | str = "cpu") -> Layout:
+        """For documents of these lengths; index tensors on `device`."""
+        runs = [Run(len(list(same)), length) for length, same in groupby(lengths)]
+        few = sum(run.tokens < SHORT for run in runs) < FEW
+        stretches: list[Run | int] = []
+        short: list[int] = []
+        for run in runs:
+            if few or run.tokens >= SHORT:
+                stretches.append(run)
+                continue
+            short += [run.length] * run.count
+            last = stretches.pop() if stretches and isinstance(stretches[-1], int) else 0
+            stretches.append((last if isinstance(last, int) else 0) + run.tokens)
+        buckets, there, padding, back = _buckets(short)
+        return cls(tuple(stretches), buckets, there.to(device), padding[:, None, None].to(device), back.to(device))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of every stretch."""
+        return [stretch if isinstance(stretch, int) else stretch.tokens for stretch in self.stretches]
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """[short tokens, H, d] -> [slots, H, d], zero where padded. Differentiable."""
+        return cast(Tensor, _Gather.apply(tokens, self.there, self.padding, self.back))  # type: ignore[no-untyped-call]
+
+    def scatter(self, slots: Tensor) -> Tensor:
+        """The inverse: [slots, H, d] -> [short tokens, H, d]. Differentiable."""
+        return cast(Tensor, _Scatter.apply(slots, self.there, self.padding, self.back))  # type: ignore[no-untyped-call]
+
+
+class Packing:
+    """How the documents of one batch are attended to: what every layer of a forward pass needs, made once."""
+
+    def __init__(self, documents: Documents) -> None:
+        self.documents = documents
+        self._layouts: dict[torch.device, Layout] = {}
+        self._bands: dict[tuple[Any, ...], Tensor] = {}
+
+    def layout(self, device: torch.device) -> Layout:
+        """The cut into calls, its index tensors on `device`."""
+        if device not in self._layouts:
+            self._layouts[device] = Layout.of(self.documents.lengths, device)
+        return self._layouts[device]
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """int32 [documents + 1] on `device`: where each begins, then T."""
+        if self.documents.offsets.device != device:
+            self.documents = self.documents.to(device)
+        return self.documents.offsets
+
+    def band(self, rows: int, window: int, like: Tensor) -> Tensor:
+        """[rows, window - 1 + rows] in the dtype and on the device of `like`, to be added to attention's logits.
+
+        Row i is zero where a query sees, which is columns i to i + window - 1, and -inf elsewhere.
+        """
+        key = (rows, window, like.dtype, like.device)
+        if key not in self._bands:
+            ahead = (
+                torch.arange(window - 1 + rows, device=like.device) - torch.arange(rows, device=like.device)[:, None]
+            )
+            hidden = (ahead < 0) | (ahead >= window)
+            self._bands[key] = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
+                hidden, -torch.inf
+            )
+        return self._bands[key]
+
+
+def _buckets(lengths: list[int]) -> tuple[tuple[Run, ...], Tensor, Tensor, Tensor]:
+    """(buckets, there, padding [slots], back) of documents of these lengths, one after the other."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    groups: list[list[int]] = []
+    for number in order:
+        if not groups or lengths[number] > WASTE * lengths[groups[-1][0]]:
+            groups.append([])
+        groups[-1].append(number)
+    buckets = tuple(Run(len(group), lengths[group[-1]]) for group in groups)
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    begins = sizes.cumsum(0) - sizes
+    places, real = [], []
+    for group, bucket in zip(groups, buckets, strict=True):
+        numbers, column = torch.tensor(group), torch.arange(bucket.length)
+        inside = column < sizes[numbers][:, None]
+        places.append(torch.where(inside, begins[numbers][:, None] + column, 0).flatten())
+        real.append(inside.flatten())
+    there = torch.cat(places) if places else torch.empty(0, dtype=torch.int64)
+    slots = torch.cat(real) if real else torch.empty(0, dtype=torch.bool)
+    back = torch.empty(int(sizes.sum()), dtype=torch.int64)
+    back[there[slots]] = slots.nonzero().flatten()
+    return buckets, there, ~slots, back
+
+
+class _Gather(Function):
+    """Every token has one slot, so the gradient is a gather too; that of padding is zero and dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, there: Tensor, padding: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return tokens.index_select(0, there).masked_fill_(padding, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0].index_select(0, ctx.saved_tensors[0]), None, None, None
+
+
+class _Scatter(Function):
+    """The transpose of `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, slots: Tensor, there: Tensor, padding: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(there, padding)
+        return slots.index_select(0, back)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        there, padding = ctx.saved_tensors
+        return grads[0].index_select(0, there).masked_fill_(padding, 0), None, None, None
