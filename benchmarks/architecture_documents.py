@@ -14,7 +14,7 @@ from typing import Any
 
 NO_COPY = "no tiny copy"
 NOT_MEASURED, NONE = "not measured", "none"
-LEAK = "documents see each other"
+LEAK = "documents see each other with masks, which the rest is held against"
 
 
 @dataclass(frozen=True, slots=True)
