@@ -3,6 +3,7 @@ is what was measured."""
 
 import copy
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +16,8 @@ from kdtrain.data.documents import Documents
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import VocabShard
 from kdtrain.errors import ConfigError
-from kdtrain.models import attention_probe
-from kdtrain.models.attention import FLASH, ONE_MASK, common_name
+from kdtrain.models import attention, attention_probe
+from kdtrain.models.attention import FLASH, ONE_MASK, common_name, resolve_attention
 from kdtrain.models.attention_choice import set_attention
 from kdtrain.models.attention_probe import attention_obstacle, head_width
 from kdtrain.models.backbone import Backbone
@@ -179,6 +180,28 @@ def test_the_heads_of_the_model_count_and_not_those_of_the_copy():
 
 def test_rules_of_a_class_of_its_own_are_not_guessed():
     assert "rules of its own" in obstacle("hrm_text", "flash_attention_2", **COMMON)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """As if the packages of flash-attention were there."""
+    monkeypatch.setattr(attention, "flash_obstacle", lambda name: None)
+
+
+@pytest.mark.parametrize(("name", "chosen"), [("llama", "flash_attention_2"), ("stablelm", "sdpa")])
+def test_what_auto_takes_on_a_gpu_is_decided_without_one(installed, name, chosen):
+    measured = partial(attention_obstacle, on_meta(name, **COMMON), name)
+    found, reason = resolve_attention("auto", device_type="cuda", dtype="bfloat16", measured=measured)
+    assert found == chosen
+    assert name == "llama" or "document boundaries do not reach StableLmAttention" in reason
+
+
+def test_the_check_refuses_flash_attention_that_would_join_documents(tmp_path, installed):
+    spec = spec_of(tmp_path, "stablelm", attention="flash_attention_2", dtype="bfloat16")
+    with pytest.raises(ConfigError, match="'flash_attention_2' cannot be used: document boundaries do not reach"):
+        check_architecture(spec, 99, Mesh())
+    check_architecture(spec, 99, Mesh(), packed=False)
+    check_architecture(spec_of(tmp_path, attention="flash_attention_2", dtype="bfloat16"), 99, Mesh())
 
 
 @pytest.mark.parametrize(("packed", "name"), [(True, "packed"), (False, "sdpa")])
