@@ -10,7 +10,6 @@ import torch
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
-from kdtrain.models import one_mask  # noqa: F401  registers ONE_MASK
 from kdtrain.models.attention import FLASH, ONE_MASK, Obstacle, common_name, resolve_attention
 from kdtrain.models.attention_limits import size_obstacle
 from kdtrain.models.attention_probe import attention_obstacle, head_width
@@ -22,9 +21,9 @@ def first_attention(wanted: str, kind: Any, *, dtype: str, device: torch.device 
     """With masks, sdpa or eager: what a model of the class `kind` is built with, whatever it will use.
 
     Some classes choose their code when they are built, and none may look for a flash-attention package then. device:
-    None: not known yet. Raises ConfigError where `wanted` could not work with any architecture.
+    None: not known yet, then as on CUDA. Raises ConfigError where `wanted` could not work with any architecture.
     """
-    resolve_attention(wanted, device_type=_device_type(wanted, device), dtype=dtype)
+    resolve_attention(wanted, device_type=_device_type(device), dtype=dtype)
     return "sdpa" if wanted != "eager" and getattr(kind, "_supports_sdpa", False) else "eager"
 
 
@@ -41,14 +40,14 @@ def use_attention(
 ) -> None:
     """Set in `model`, stock and whole, built with `first_attention`, the implementation that `wanted` comes to.
 
-    device: None: not known yet; then flash-attention is taken to find a GPU if it is asked for by name, and the model
-    keeps the attention it has. packed: whether documents share sequences and must not see each other. Builds and runs a
+    device: None: not known yet; then the choice is that on CUDA, and where it is flash-attention the model keeps the
+    attention it has. packed: whether documents share sequences and must not see each other. Builds and runs a
     tiny random copy on the CPU. Does not communicate. Raises ConfigError when a choice cannot hold.
     """
     measured = partial(attention_obstacle, model, source, packed=packed)
     implementation, reason = resolve_attention(
         wanted,
-        device_type=_device_type(wanted, device),
+        device_type=_device_type(device),
         dtype=dtype,
         packed=packed,
         measured=measured,
@@ -90,7 +89,7 @@ def run_size(
     heads = -(-declared_heads(model.config)[0] // mesh.tp_size)
     return partial(
         size_obstacle,
-        device_type="cuda" if device is None else device.type,
+        device_type=_device_type(device),
         packed=packed,
         seq_len=seq_len,
         sequences=sequences,
@@ -99,10 +98,8 @@ def run_size(
     )
 
 
-def _device_type(wanted: str, device: torch.device | None) -> str:
-    if device is not None:
-        return device.type
-    return "cuda" if wanted in FLASH else "cpu"
+def _device_type(device: torch.device | None) -> str:
+    return "cuda" if device is None else device.type
 
 
 def _not_set(name: str, source: str, problem: str) -> ConfigError:
