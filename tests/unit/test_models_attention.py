@@ -115,7 +115,10 @@ def _as(kind, facts):
 
 def test_sinks_need_an_implementation_that_takes_them():
     settings = {**COMMON, "head_dim": 8}
-    assert obstacle("granite_swa", "flash_attention_4", **settings) is None
+    model = on_meta("granite_swa", **settings)
+    assert attention_obstacle(model, "it", "flash_attention_4") is None
+    found = attention_probe._measured(model, "it", "flash_attention_2", True)  # as if the class listed it
+    assert "hidden states of a tiny copy differ by" in found
     query, key, value = (torch.randn(1, 4, 6, 8) for _ in range(3))
     module = torch.nn.Module()
     module.is_causal = True
