@@ -49,8 +49,8 @@ class ModelSpec:
 
     weights: Hugging Face folder with config.json and safetensors. architecture: a name or a path to a config.json,
     initialised at random. dtype: "float32" or "bfloat16". attention: "auto" or an implementation's name.
-    allow_unused_weights: as student.allow_unused_weights. seq_len, sequences: of the batches it will be trained on, or
-    run on (then sequences does not matter); without seq_len no attention is refused for its size.
+    allow_unused_weights: as student.allow_unused_weights. seq_len: tokens of the run's sequences; None: not known, so
+    no attention is refused for its size. sequences: of a micro-batch that it is trained on.
     """
 
     weights: str | None = None
