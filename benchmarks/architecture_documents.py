@@ -7,7 +7,7 @@ heads of the default config. This is what a run measures of its own models befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,25 +25,22 @@ class Apart:
     missing: str
 
 
-def documents_apart(model_type: str, hints: Mapping[str, Any]) -> Apart:
-    """What holds for the default config of `model_type`; hints: settings without which it has no tiny copy."""
+def documents_apart(model_type: str, copies: Sequence[Mapping[str, Any]]) -> Apart:
+    """What holds for the default config of `model_type`; copies: settings of tiny ones, the smallest first."""
     from kdtrain.models.attention import FLASH, PACKED
 
-    answers = []
-    for settings in ({}, hints) if hints else ({},):
-        found = {name: _tried(partial(_masked, model_type, settings, name)) for name in ("sdpa", "eager")}
-        more = {
-            name: _tried(partial(_in_place_of_masks, model_type, settings, name, found)) for name in (PACKED, *FLASH)
-        }
-        answers.append({PACKED: more.pop(PACKED), **found, **more})
-    # where the default config has no tiny copy, what it says without one (heads too wide) holds all the same
-    best = {
-        name: next((a[name] for a in answers if not str(a[name]).startswith(NO_COPY)), answers[-1][name])
-        for name in answers[0]
+    found: dict[str, str | None] = {"sdpa": f"{NO_COPY}: its config has no width", "eager": f"{NO_COPY}: the same"}
+    for settings in copies:
+        found = {name: _tried(partial(_masked, settings, name)) for name in ("sdpa", "eager")}
+        if not all(str(obstacle).startswith(NO_COPY) for obstacle in found.values()):
+            break
+    else:
+        return Apart(NOT_MEASURED, f"packed documents: {found['sdpa']}")
+    more = {
+        name: _declared(model_type, name) or _tried(partial(_in_place_of_masks, settings, name, found))
+        for name in (PACKED, *FLASH)
     }
-    if all(str(best[name]).startswith(NO_COPY) for name in ("sdpa", "eager")):
-        return Apart(NOT_MEASURED, f"packed documents: {best['eager']}")
-    return apart_of(best)
+    return apart_of({PACKED: more.pop(PACKED), **found, **more})
 
 
 def _tried(work: Callable[[], str | None]) -> str | None:
@@ -75,44 +72,50 @@ def _names(names: list[str]) -> str:
     return ", ".join(short)
 
 
-def _on_meta(model_type: str, settings: Mapping[str, Any], attention: str | None) -> Any:
+def _on_meta(settings: Mapping[str, Any], attention: str | None = None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from kdtrain.models.composite import refuse_composite
     from kdtrain.models.load import parameters_on_meta
 
-    config = AutoConfig.for_model(model_type)
-    for key, value in settings.items():
-        setattr(config, key, value)
-    refuse_composite(config.to_dict(), model_type)
+    config = AutoConfig.for_model(**settings)
+    refuse_composite(config.to_dict(), config.model_type)
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     attention = attention or ("sdpa" if kind._supports_sdpa else "eager")
     with parameters_on_meta():
         return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
-def _masked(model_type: str, settings: Mapping[str, Any], name: str) -> str | None:
-    from kdtrain.models.attention_probe import attention_obstacle
-    from kdtrain.models.probe import TOLERANCE, measure
+def _declared(model_type: str, name: str) -> str | None:
+    """What the class and the heads of its default config say, where that config makes a model at all."""
+    from kdtrain.models.attention_probe import declared_obstacle
 
-    model = _on_meta(model_type, settings, None)
-    if (found := attention_obstacle(model, model_type, name)) is not None:
+    found = _tried(lambda: declared_obstacle(_on_meta({"model_type": model_type}), name))
+    return None if str(found).startswith(NO_COPY) else found
+
+
+def _masked(settings: Mapping[str, Any], name: str) -> str | None:
+    from kdtrain.models.attention_probe import attention_obstacle
+    from kdtrain.models.probe import LARGEST_COPY, TOLERANCE, measure
+
+    model = _on_meta(settings)
+    if (size := sum(param.numel() for param in model.parameters())) > LARGEST_COPY:
+        return f"{NO_COPY}: the smallest one has {size:,} parameters"
+    if (found := attention_obstacle(model, settings["model_type"], name)) is not None:
         return found
     if model.config._attn_implementation != name:
-        model = _on_meta(model_type, settings, name)
-    findings = measure(model, model_type)
+        model = _on_meta(settings, name)
+    findings = measure(model, settings["model_type"])
     if findings.leak > TOLERANCE:
         return LEAK
     return None if findings.joined > TOLERANCE else "a tiny copy does not look back"
 
 
-def _in_place_of_masks(
-    model_type: str, settings: Mapping[str, Any], name: str, masked: Mapping[str, str | None]
-) -> str | None:
+def _in_place_of_masks(settings: Mapping[str, Any], name: str, masked: Mapping[str, str | None]) -> str | None:
     """What is equal to attention with masks is worth what that is."""
     from kdtrain.models.attention_probe import attention_obstacle
 
-    model = _on_meta(model_type, settings, None)
-    if masked[model.config._attn_implementation] == LEAK:
-        return LEAK
-    return attention_obstacle(model, model_type, name)
+    model = _on_meta(settings)
+    if masked[model.config._attn_implementation] is not None:
+        return masked[model.config._attn_implementation]
+    return attention_obstacle(model, settings["model_type"], name)

@@ -36,7 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measuring as common
-from architecture_documents import documents_apart
+from architecture_documents import NOT_MEASURED, Apart, documents_apart
 from architecture_table import EQUAL, FAILED, REFUSED, TOLERANCE, Row, counts_of, table_of
 
 TABLE = common.ROOT / "docs/results/architectures.md"
@@ -90,6 +90,15 @@ def tiny_copies(model_type: str) -> list[dict[str, Any]]:
         tokens = {key: VOCAB for key in settings if "vocab_size" in key and isinstance(settings[key], int)}
         copies.append({**settings, **quiet, **tokens, "model_type": model_type, "vocab_size": VOCAB})
     return copies
+
+
+def documents_of(model_type: str) -> Apart:
+    """Which attention keeps its packed documents apart."""
+    try:
+        copies = tiny_copies(model_type)
+    except build_errors() as error:
+        return Apart(NOT_MEASURED, f"packed documents: {UNBUILT}: {first_line(error)}")
+    return documents_apart(model_type, copies)
 
 
 def is_dropout(key: str) -> bool:
@@ -286,7 +295,7 @@ class Sweep:
 
     def row(self, model_type: str, name: str) -> Row:
         """Measure one model type."""
-        return replace(self.two_ranks(model_type, name), apart=documents_apart(model_type, HINTS.get(model_type, {})))
+        return replace(self.two_ranks(model_type, name), apart=documents_of(model_type))
 
     def two_ranks(self, model_type: str, name: str) -> Row:
         """The same without its packed documents."""

@@ -54,7 +54,7 @@ def attention_obstacle(model: Any, source: str, implementation: str, *, packed: 
     settings = model.config.to_json_string(use_diff=False)
     key = f"{implementation} {packed} {type(model).__name__} {base_attention(model)} {settings}"
     if key not in _KNOWN:
-        _KNOWN[key] = _declared_obstacle(model, implementation) or _measured(model, source, implementation, packed)
+        _KNOWN[key] = declared_obstacle(model, implementation) or _measured(model, source, implementation, packed)
     return _KNOWN[key]
 
 
@@ -71,8 +71,8 @@ def head_width(model: Any) -> int | None:
     return max(widths, default=declared_head_dim(model.config))
 
 
-def _declared_obstacle(model: Any, implementation: str) -> str | None:
-    """What the class of `model` and the width of its heads say, without running anything."""
+def declared_obstacle(model: Any, implementation: str) -> str | None:
+    """What the class of `model` and the width of its heads say of `implementation`; nothing is run. None: nothing."""
     if not type(model)._can_set_attn_implementation():
         return _OWN_CODE
     if implementation == ONE_MASK and not model._supports_sdpa:

@@ -41,7 +41,7 @@ def test_every_row_says_which_attention_keeps_documents_apart():
 
 @pytest.mark.parametrize("model_type", EXPECTED)
 def test_the_table_says_what_is_measured_here(model_type):
-    found = documents.documents_apart(model_type, bench.HINTS.get(model_type, {}))
+    found = bench.documents_of(model_type)
     assert found.names == EXPECTED[model_type]
     row = rows()[model_type]
     assert row[4] == found.names

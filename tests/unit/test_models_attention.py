@@ -101,7 +101,7 @@ def test_an_implementation_that_transformers_would_replace_is_not_used(name):
         config=AutoConfig.for_model(name), _supports_flash_attn=True, _compatible_flash_implementations=listed
     )
     for implementation in set(FLASH) - set(listed):
-        found = attention_probe._declared_obstacle(_as(kind, model), implementation)
+        found = attention_probe.declared_obstacle(_as(kind, model), implementation)
         assert found == f"this architecture takes no {implementation}, only {', '.join(listed)}"
 
 
