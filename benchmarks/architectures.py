@@ -9,7 +9,8 @@ transformers: hidden states, the summed cross-entropy, and every parameter's gra
 are relative, in the 2-norm; a gradient smaller than a hundredth of the whole gradient is measured against that
 hundredth, because some (the bias of keys) are zero but for rounding. Norms, biases and other vectors are moved away
 from ones and zeros. A copy that amplifies rounding is equal if its error is at most three times what the stock class
-alone shows when each of its weights is changed by one unit in the last place.
+alone shows when each of its weights is changed by one unit in the last place. Which attention keeps packed documents
+apart is measured by `architecture_documents.py`.
 """
 
 from __future__ import annotations
@@ -28,19 +29,20 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measuring as common
+from architecture_documents import NOT_MEASURED, Apart, documents_apart
+from architecture_table import EQUAL, FAILED, REFUSED, TOLERANCE, Row, counts_of, table_of
 
 TABLE = common.ROOT / "docs/results/architectures.md"
 COMMAND = "make architectures"
 VOCAB, SEQUENCES, SEQ_LEN, SEED = 299, 2, 13, 5
-TOLERANCE, MOST_ROUNDING, TIMEOUT_S = 1e-5, 1e-3, 90.0
+MOST_ROUNDING, TIMEOUT_S = 1e-3, 90.0
 PRELOAD = ("torch", "transformers.models.llama.modeling_llama", "kdtrain.models.load")
 
 HINTS: dict[str, dict[str, Any]] = {
@@ -61,24 +63,7 @@ HINTS: dict[str, dict[str, Any]] = {
 PRETRAINED_ONLY = ("cwm", "modernbert-decoder")
 """Configs that refuse to be without ids of special tokens, which a random architecture has none of."""
 
-EQUAL, REFUSED, FAILED = "equal", "refused", "FAILED"
 EXPERTS, ALONE, UNBUILT = "mixture of experts", "refused at tp 1 too", "no tiny copy"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One model type. planned: whether transformers gives it a tensor-parallel plan; None: no copy could be built."""
-
-    model_type: str
-    name: str
-    planned: bool | None
-    result: str
-    detail: str = ""
-    error: float = math.nan
-
-    def line(self) -> str:
-        error = "" if math.isnan(self.error) else f"{self.error:.1e}"
-        return f"| {self.name} | {self.model_type} | {self.result} | {error} | {self.detail} |"
 
 
 def known_types() -> dict[str, str]:
@@ -105,6 +90,15 @@ def tiny_copies(model_type: str) -> list[dict[str, Any]]:
         tokens = {key: VOCAB for key in settings if "vocab_size" in key and isinstance(settings[key], int)}
         copies.append({**settings, **quiet, **tokens, "model_type": model_type, "vocab_size": VOCAB})
     return copies
+
+
+def documents_of(model_type: str) -> Apart:
+    """Which attention keeps its packed documents apart."""
+    try:
+        copies = tiny_copies(model_type)
+    except build_errors() as error:
+        return Apart(NOT_MEASURED, f"packed documents: {UNBUILT}: {first_line(error)}")
+    return documents_apart(model_type, copies)
 
 
 def is_dropout(key: str) -> bool:
@@ -219,9 +213,10 @@ def run_stock(path: Path, *, jitter: bool = False) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from kdtrain.dist.mesh import Mesh
+    from kdtrain.models.probe import base_attention
 
     backbone = load(path, Mesh())
-    attention = str(backbone.config._attn_implementation)
+    attention = base_attention(backbone.model)
     model = AutoModelForCausalLM.from_config(backbone.config, attn_implementation=attention, dtype=torch.float32)
     mine = dict(backbone.hf_parameters())
     with torch.no_grad():
@@ -300,6 +295,10 @@ class Sweep:
 
     def row(self, model_type: str, name: str) -> Row:
         """Measure one model type."""
+        return replace(self.two_ranks(model_type, name), apart=documents_of(model_type))
+
+    def two_ranks(self, model_type: str, name: str) -> Row:
+        """The same without its packed documents."""
         path, why = write_copy(self.folder, model_type)
         if path is None:
             return Row(model_type, name, None, *why.split(": ", 1))
@@ -335,60 +334,6 @@ class Sweep:
         return Row(model_type, name, planned, verdict, detail, errors[worst])
 
 
-NOTES = (
-    "Result: `equal`, all errors within the tolerance; `refused`, kdtrain says at start-up why it cannot cut it;",
-    "`FAILED`, neither. `mixture of experts` (as students; mixtures may be teachers), `refused at tp 1 too` (it looks",
-    "ahead, or changes its logits in an unknown way) and `no tiny copy` (most often a model of several modalities with",
-    "its text part listed on its own) say nothing about tensor parallelism. Error: the worst of hidden states, loss",
-    "and every parameter's gradient, relative, in the 2-norm.",
-)
-SECTIONS = {
-    "Dense, with a tensor-parallel plan in transformers": True,
-    "Dense, without one: what is equal has a plan in `kdtrain/parallel/plans.py`": False,
-    "Not measured": None,
-}
-
-
-def counts_of(rows: list[Row]) -> list[str]:
-    """The sentences at the top."""
-    planned = [row for row in rows if row.planned]
-    equal = sum(row.result == EQUAL for row in planned)
-    others = Counter(row.result for row in rows if not row.planned)
-    every = ", ".join(f"{count} {result}" for result, count in sorted(others.items()))
-    share = 100 * equal / max(len(planned), 1)
-    return [
-        f"**{equal} of {len(planned)} dense classes with a plan are equal ({share:.0f} %)**, tolerance {TOLERANCE:g}.",
-        f"The other {len(rows) - len(planned)} of all {len(rows)}: {every}.",
-    ]
-
-
-def table_of(rows: list[Row]) -> str:
-    """Markdown."""
-    import torch
-    import transformers
-
-    lines = [
-        "# Architectures over two tensor-parallel ranks against the stock model",
-        "",
-        f"Made by `{COMMAND}` (`benchmarks/architectures.py`, which says how it is measured).",
-        f"{common.today()}, torch {torch.__version__}, transformers {transformers.__version__}, gloo on a CPU.",
-        "",
-        *counts_of(rows),
-        "",
-        *NOTES,
-    ]
-    for title, planned in SECTIONS.items():
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            "| class | model_type | result | error | detail |",
-            "| --- | --- | --- | ---: | --- |",
-        ]
-        lines += [row.line() for row in rows if row.planned is planned]
-    return "\n".join([*lines, ""])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--match", metavar="TEXT", help="only model types that contain TEXT; writes nothing")
@@ -404,7 +349,7 @@ def main() -> int:
                 print(rows[-1].line(), flush=True)
         sweep.pool.close()
     if not arguments.match:
-        common.write_whole(TABLE, table_of(rows))
+        common.write_whole(TABLE, table_of(rows, COMMAND))
     print(*counts_of(rows), f"{time.monotonic() - started:.0f} s", sep="\n")
     return int(any(row.result == FAILED for row in rows))
 

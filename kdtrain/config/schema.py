@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "logit_mse"]
-Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
+Attention = Literal["auto", "eager", "sdpa", "packed", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 Dtype = Literal["float32", "bfloat16"]
 Quantization = Literal["int8", "fp8"]
 
@@ -52,7 +52,8 @@ class StudentSection:
     """Dtype of weights and activations, but for tensors that transformers keeps in float32 (refused at zero.stage 3).
     Master weights and optimizer states are always float32."""
     attention: Attention = "auto"
-    """Attention implementation; auto takes flash_attention_2 on CUDA when flash-attn can be imported, else sdpa."""
+    """Attention implementation; auto takes the first that works and keeps documents apart: flash_attention_2 on CUDA,
+    packed, sdpa, eager; with data.reset_positions=false sdpa before packed (docs/models.md)."""
     activation_checkpointing: bool = False
     """Recompute each layer in backward: less memory, about a third more time."""
     allow_unused_weights: bool = False

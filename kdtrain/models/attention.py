@@ -1,6 +1,11 @@
-"""Choose an attention implementation that is installed and works here, and say why. Never downloads anything."""
+"""Choose an attention implementation that is installed, works here and fits the architecture, and say why.
+
+Which ones fit an architecture is measured (`kdtrain.models.attention_probe`). Never downloads anything.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention_packages import FLASH_PACKAGES, flash_obstacle
@@ -8,49 +13,88 @@ from kdtrain.models.attention_packages import FLASH_PACKAGES, flash_obstacle
 PACKED = "packed"
 """Our own: torch's attention document by document, without a mask (`kdtrain.models.packed`)."""
 
-IMPLEMENTATIONS = ("eager", "sdpa", PACKED, *FLASH_PACKAGES)
+FLASH = tuple(FLASH_PACKAGES)
+
+IMPLEMENTATIONS = ("eager", "sdpa", PACKED, *FLASH)
+
+ONE_MASK = "sdpa_one_mask"
+"""In a model's config, where sdpa is chosen: the same with one mask for all layers (`kdtrain.models.one_mask`)."""
+
+
+Obstacle = Callable[[str], str | None]
+"""Implementation -> what is in its way, in words; None: nothing."""
+
+
+def _nothing(implementation: str) -> None:
+    return None
 
 
 def resolve_attention(
-    wanted: str, *, device_type: str, dtype: str, has_sdpa: bool = True, has_flash: bool = True
+    wanted: str,
+    *,
+    device_type: str,
+    dtype: str,
+    packed: bool = True,
+    measured: Obstacle = _nothing,
+    size: Obstacle = _nothing,
 ) -> tuple[str, str]:
     """(implementation, reason) for `wanted`, which is "auto" or an implementation's name.
 
-    device_type: "cuda" or "cpu"; dtype: "float32" or "bfloat16"; has_sdpa: False for an architecture that torch's
-    scaled_dot_product_attention cannot do (Gemma 2 soft-caps its attention logits); has_flash: False for one that
-    flash-attention cannot do (Bloom adds biases to them). auto means flash_attention_2 on CUDA in bfloat16 when its
-    package can be imported and the architecture can use it, else sdpa, else eager. Raises ConfigError when an explicit
-    choice cannot work here.
+    device_type: "cuda" or "cpu"; dtype: "float32" or "bfloat16". packed: whether documents share sequences and must not
+    see each other. measured: what is in an implementation's way in the architecture; called only where nothing else
+    is. size: what the size of the run's batches is. auto takes the first without an obstacle: flash_attention_2, then
+    ours without a mask, then sdpa, then eager; where documents are not packed, sdpa needs no mask and goes before ours.
+    Raises ConfigError when an explicit choice cannot work here.
     """
+
+    def obstacle(implementation: str) -> str | None:
+        here = _obstacle_here(implementation, device_type, dtype)
+        return here or size(implementation) or measured(implementation)
+
+    def last_resort(implementation: str) -> str | None:
+        return size("sdpa") or obstacle(implementation)  # eager needs more memory where sdpa is ruled out already
+
     if wanted == "auto":
-        obstacle = _obstacle("flash_attention_2", device_type, dtype, has_flash)
-        if obstacle is None:
-            return "flash_attention_2", "auto: flash-attn can be imported and the device is CUDA"
-        if not has_sdpa:
-            return "eager", f"auto: {obstacle}, and this architecture cannot use sdpa"
-        return "sdpa", f"auto: {obstacle}"
+        middle = (PACKED, "sdpa") if packed else ("sdpa", PACKED)
+        looked_at = dict.fromkeys(("flash_attention_2", *middle), obstacle)
+        return _first_without({**looked_at, "eager": last_resort})
     if wanted not in IMPLEMENTATIONS:
         raise ConfigError(f"attention = {wanted!r} is not known\n  fix: use auto, {', '.join(IMPLEMENTATIONS)}")
-    obstacle = _obstacle(wanted, device_type, dtype, has_flash)
-    if wanted == "sdpa" and not has_sdpa:
-        obstacle = "this architecture cannot use torch's scaled_dot_product_attention"
-    if obstacle is not None:
+    if (found := obstacle(wanted)) is not None:
         raise ConfigError(
-            f"attention = {wanted!r} cannot be used: {obstacle}\n"
+            f"attention = {wanted!r} cannot be used: {found}\n"
             "  why: an explicit choice never falls back to another implementation\n"
-            "  fix: set attention=auto, or install what is missing"
+            "  fix: set attention=auto, which takes the best that works, or install what is missing"
         )
     return wanted, "asked for"
 
 
-def _obstacle(implementation: str, device_type: str, dtype: str, has_flash: bool) -> str | None:
-    if implementation not in FLASH_PACKAGES:
+def _first_without(obstacles: dict[str, Obstacle]) -> tuple[str, str]:
+    passed_over: list[str] = []
+    for implementation, obstacle in obstacles.items():
+        if (found := obstacle(implementation)) is None:
+            reason = "; ".join(passed_over) or "flash-attn can be imported and the device is CUDA"
+            return implementation, f"auto: {reason}"
+        passed_over.append(found if found.startswith(implementation) else f"{implementation}: {found}")
+    raise ConfigError(
+        "attention = 'auto' finds no implementation that can be used\n"
+        + "".join(f"    {line}\n" for line in passed_over)
+        + "  why: each would fail, or let documents see each other\n"
+        "  fix: lower data.seq_len or data.sequences_per_micro_batch, or use another architecture"
+    )
+
+
+def _obstacle_here(implementation: str, device_type: str, dtype: str) -> str | None:
+    if implementation not in FLASH:
         return None
-    if not has_flash:
-        return "this architecture cannot use flash-attention"
     if device_type != "cuda":
         return f"{implementation} needs a CUDA device, this is {device_type}"
     if dtype == "float32":
         return f"{implementation} needs bfloat16, this is float32"
     problem = flash_obstacle(implementation)
     return None if problem is None else f"{implementation}: {problem}"
+
+
+def common_name(name: str) -> str:
+    """A name from a model's config as users know it."""
+    return "sdpa" if name == ONE_MASK else name

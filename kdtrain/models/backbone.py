@@ -17,6 +17,7 @@ from kdtrain.data.documents import Documents
 from kdtrain.dist.collectives import Group, group_size
 from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
+from kdtrain.models.attention import ONE_MASK, common_name
 from kdtrain.models.context import ARGUMENT, PREFIX, Context, needs_mask, whole_sequences
 from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.ties import kept_name
@@ -53,6 +54,11 @@ class Backbone(nn.Module):
             name: cuts[name].full_shape(tuple(param.shape)) if name in cuts else tuple(param.shape)
             for name, param in self.hf_parameters()
         }
+
+    @property
+    def attention(self) -> str:
+        """The implementation in use, by the name that users know."""
+        return common_name(str(self.config._attn_implementation))
 
     @property
     def lm_head_module(self) -> LmHead:
@@ -127,7 +133,7 @@ class Backbone(nn.Module):
         attention = str(self.config._attn_implementation)
         stock = attention.removeprefix(PREFIX)
         flash = stock.startswith("flash")
-        if attention == "sdpa" or attention == "eager":
+        if attention in ("sdpa", "eager", ONE_MASK):
             return {}
         position_ids, documents = None, batch.documents
         if documents is None or needs_mask(stock):

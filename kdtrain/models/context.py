@@ -29,6 +29,7 @@ from kdtrain.dist.collectives import Group, gather_ranks, group_size
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import IMPLEMENTATIONS, PACKED
+from kdtrain.models.one_mask import additive
 from kdtrain.models.packed import SETTINGS, UNIMPORTANT, attend_documents
 from kdtrain.models.packed_layout import Packing
 from kdtrain.parallel.heads import HeadCut, largest_tp
@@ -67,8 +68,8 @@ class Context:
     def mask(self, implementation: str, window: int | None, dtype: torch.dtype) -> Tensor | None:
         """transformers' mask for whole sequences: causal, documents apart, perhaps in a sliding window of tokens.
 
-        [B, 1, S, S], made once per window; None where the implementation needs none (flash-attention and ours take the
-        documents' boundaries instead). Does not communicate.
+        [B, 1, S, S] in `dtype`, to be added to scores, made once per window; None where the implementation needs none
+        (flash-attention and ours take the documents' boundaries instead). Does not communicate.
         """
         if not needs_mask(implementation):
             return None
@@ -80,7 +81,7 @@ class Context:
             embeddings = torch.empty(*self.position_ids.shape, 0, dtype=dtype, device=self.position_ids.device)
             create: Callable[..., Any] = create_causal_mask if window is None else create_sliding_window_causal_mask
             # by place: the fourth, a cache, is past_key_values in transformers 5.23 and cache since 5.24
-            self._masks[key] = create(config, embeddings, None, None, self.position_ids)
+            self._masks[key] = additive(create(config, embeddings, None, None, self.position_ids), dtype)
         return self._masks[key]
 
 

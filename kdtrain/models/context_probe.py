@@ -17,8 +17,9 @@ from transformers import AttentionInterface
 
 from kdtrain.data.documents import Documents
 from kdtrain.errors import ConfigError
+from kdtrain.models.attention import PACKED
 from kdtrain.models.context import ARGUMENT, PREFIX, Context
-from kdtrain.models.probe import TOLERANCE, difference, run_on_copy
+from kdtrain.models.probe import TOLERANCE, base_attention, difference, run_on_copy
 from kdtrain.models.shrink import VOCAB_SIZE
 
 POINTWISE = "kdtrain_pointwise"
@@ -34,8 +35,10 @@ def check_context(model: Any, source: str, *, packed: bool = True) -> None:
     model: the stock model, parameters possibly on meta; it is not run. packed: whether position_ids will restart at
     documents. Builds and runs a tiny random copy on the CPU; leaves torch's random state alone.
     """
-    changes = {key: WINDOW for key in _WINDOWS if isinstance(model.config.to_dict().get(key), int)}
-    apart, masks = run_on_copy(model, source, partial(_measure, packed=packed), changes)
+    attention = str(model.config._attn_implementation)
+    attention = PACKED if attention == PACKED else base_attention(model)
+    measure = partial(_measure, packed=packed, attention=PREFIX + attention)
+    apart, masks = run_on_copy(model, source, measure, small_windows(model.config))
     kind = f"{source} has model_type {model.config.model_type!r} and parallel.cp > 1"
     if apart > TOLERANCE:
         raise ConfigError(
@@ -53,13 +56,19 @@ def check_context(model: Any, source: str, *, packed: bool = True) -> None:
         )
 
 
-def _measure(copy: Any, *, packed: bool) -> tuple[float, float]:
+def small_windows(config: Any) -> dict[str, int]:
+    """Settings that make every attention window of `config` a few tokens."""
+    settings = config.to_dict()
+    return {key: WINDOW for key in _WINDOWS if isinstance(settings.get(key), int)}
+
+
+def _measure(copy: Any, *, packed: bool, attention: str) -> tuple[float, float]:
     """(tokens that see others outside of attention, our masks against the model's own), relative differences."""
     ids = torch.randint(4, VOCAB_SIZE, (2, 12))
     positions = torch.tensor([[*range(5), *range(7)], [*range(8), *range(4)]])
     if not packed:
         positions = torch.arange(12).expand(2, -1)
-    implementation = copy.config._attn_implementation
+    masked = copy.config._attn_implementation
 
     def hidden(columns: slice, attention: str, **more: Any) -> Tensor:
         copy.config._attn_implementation = attention
@@ -70,7 +79,7 @@ def _measure(copy: Any, *, packed: bool) -> tuple[float, float]:
 
     everything, second = slice(None), slice(6, None)
     context = {ARGUMENT: Context(None, positions, Documents.of(positions))}
-    masks = difference(hidden(everything, PREFIX + implementation, **context), hidden(everything, implementation))
+    masks = difference(hidden(everything, attention, **context), hidden(everything, masked))
     whole = hidden(everything, POINTWISE)[:, second]
     return difference(hidden(second, POINTWISE), whole), masks
 

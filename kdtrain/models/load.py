@@ -18,10 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import VocabShard
 from kdtrain.errors import ConfigError, ParallelError
-from kdtrain.log import LOGGER
 from kdtrain.models.architectures import read_architecture, read_config_json
-from kdtrain.models.attention import resolve_attention
-from kdtrain.models.attention_packages import FLASH_PACKAGES
+from kdtrain.models.attention_choice import first_attention, run_size, use_attention
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.composite import refuse_composite
 from kdtrain.models.context import use_context
@@ -51,7 +49,8 @@ class ModelSpec:
 
     weights: Hugging Face folder with config.json and safetensors. architecture: a name or a path to a config.json,
     initialised at random. dtype: "float32" or "bfloat16". attention: "auto" or an implementation's name.
-    allow_unused_weights: as student.allow_unused_weights.
+    allow_unused_weights: as student.allow_unused_weights. seq_len: tokens of the run's sequences; None: not known, so
+    no attention is refused for its size. sequences: of a micro-batch that it is trained on.
     """
 
     weights: str | None = None
@@ -60,6 +59,8 @@ class ModelSpec:
     attention: str = "auto"
     activation_checkpointing: bool = False
     allow_unused_weights: bool = False
+    seq_len: int | None = None
+    sequences: int = 1
 
 
 def model_rows(spec: ModelSpec, vocab_size: int) -> int:
@@ -112,7 +113,7 @@ def load_backbone(
     device = torch.device(device)
     model = _build(spec, vocab_size, device, seed, trainable=trainable)
     dtypes = stock_dtypes(model, DTYPES[spec.dtype])
-    backbone = _checked_and_cut(spec, model, mesh, shard, packed=packed, trainable=trainable, sequence=sequence)
+    backbone = _checked_and_cut(spec, model, mesh, shard, device, packed=packed, trainable=trainable, sequence=sequence)
     cast_buffers(model, dtypes)
     if spec.weights is not None:
         _read_weights(backbone, Path(spec.weights), mesh, device, dtypes)
@@ -241,20 +242,41 @@ def check_architecture(
     config = build_config(spec, vocab_size, trainable=trainable)
     with parameters_on_meta():
         model = stock_model(config, _source(spec), **_arguments(spec, config, None))
-    backbone = _checked_and_cut(spec, model, mesh, shard, packed=packed, trainable=trainable, sequence=sequence)
+    backbone = _checked_and_cut(spec, model, mesh, shard, None, packed=packed, trainable=trainable, sequence=sequence)
     if quantize is not None:
         quantizable_layers(backbone.model, quantize)
     return backbone
 
 
 def _checked_and_cut(
-    spec: ModelSpec, model: Any, mesh: Mesh, shard: VocabShard, *, packed: bool, trainable: bool, sequence: bool
+    spec: ModelSpec,
+    model: Any,
+    mesh: Mesh,
+    shard: VocabShard,
+    device: torch.device | None,
+    *,
+    packed: bool,
+    trainable: bool,
+    sequence: bool,
 ) -> Backbone:
-    """`model`, whole until now, once it and the files of its folder have been checked, cut for this rank of `mesh`."""
+    """`model`, whole until now, once it and the files of its folder have been checked, cut for this rank of `mesh`.
+
+    device: None: not known yet.
+    """
     source = _source(spec)
     check_model(model, source, packed=packed)
     if spec.weights is not None:
         check_stored(model, Path(spec.weights), allow_unused=spec.allow_unused_weights)
+    use_attention(
+        model,
+        source,
+        spec.attention,
+        dtype=spec.dtype,
+        device=device,
+        packed=packed,
+        cp_size=mesh.cp_size,
+        size=run_size(model, mesh, device, packed=packed, seq_len=spec.seq_len, sequences=spec.sequences),
+    )
     _prepare_context(model, mesh, source, packed)
     cuts = _cut(model, source, mesh, shard, trainable=trainable, sequence=sequence)
     if trainable and spec.activation_checkpointing:
@@ -304,21 +326,9 @@ def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int, *,
 
 
 def _arguments(spec: ModelSpec, config: Any, device: torch.device | None) -> dict[str, Any]:
-    """Of `from_config`: dtype and attention. device None: not known yet; then what needs one is refused only where no
-    device could do it, and another attention is named in its place."""
-    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    support = {
-        "has_sdpa": bool(getattr(kind, "_supports_sdpa", False)),
-        "has_flash": bool(getattr(kind, "_supports_flash_attn", False)),
-    }
-    wanted = spec.attention
-    if device is None and wanted in FLASH_PACKAGES:
-        resolve_attention(wanted, device_type="cuda", dtype=spec.dtype, **support)
-        wanted = "auto"
-    device_type = "cpu" if device is None else device.type
-    attention, reason = resolve_attention(wanted, device_type=device_type, dtype=spec.dtype, **support)
-    if device is not None:
-        LOGGER.info("attention of %s: %s (%s)", _source(spec), attention, reason)
+    """Of `from_config`: dtype, and attention with masks; `use_attention` sets what is wanted. device None: unknown."""
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    attention = first_attention(spec.attention, kind, dtype=spec.dtype, device=device)
     return {"dtype": torch.float32, "attn_implementation": attention}
 
 

@@ -96,7 +96,7 @@ def check_model(model: Any, source: str, *, packed: bool = True) -> None:
 
 def measure(model: Any, source: str) -> Findings:
     """The `Findings` on a tiny copy of `model`. Raises ConfigError when no copy of a bearable size can be run."""
-    key = f"{type(model).__name__} {_attention(model)} {model.config.to_json_string(use_diff=False)}"
+    key = f"{type(model).__name__} {base_attention(model)} {model.config.to_json_string(use_diff=False)}"
     if key not in _KNOWN:
         _KNOWN[key] = run_on_copy(model, source, _findings)
     return _KNOWN[key]
@@ -109,11 +109,14 @@ def run_on_copy(model: Any, source: str, work: Callable[[Any], M], changes: Mapp
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        return _measure_copy(model, _attention(model), source, work, changes or {})
+        return _measure_copy(model, base_attention(model), source, work, changes or {})
 
 
-def _attention(model: Any) -> str:
-    """What the copy computes attention with on the CPU: as the model, but sdpa or eager for flash-attention."""
+def base_attention(model: Any) -> str:
+    """What the copy computes attention with: as the model, or with masks where the model takes boundaries instead.
+
+    That these are the same is measured by `kdtrain.models.attention_probe`.
+    """
     chosen = str(model.config._attn_implementation)
     return chosen if chosen in ("eager", "sdpa") else "sdpa" if model._supports_sdpa else "eager"
 
@@ -165,15 +168,20 @@ def _copy(model_type: str, settings: dict[str, Any], attention: str) -> Any:
     return copy
 
 
+def whole_backbone(copy: Any) -> Backbone:
+    """A tiny copy as kdtrain runs it on one rank."""
+    shard = VocabShard.of(VOCAB_SIZE)
+    cuts = plan_cuts(copy, 1, shard.rows)
+    return Backbone(shard_model(copy, Mesh(), shard), shard, cuts).eval()
+
+
 def _findings(copy: Any) -> Findings:
     """Run the copy, first as transformers has it, then as kdtrain cuts it. T = 24 tokens, V = 64: logits are small."""
     ids = torch.randint(4, VOCAB_SIZE, (2, 12))
     restart = torch.tensor([[*range(5), *range(7)], [*range(8), *range(4)]])
     straight = torch.arange(12).expand(2, -1)
     want = copy(input_ids=ids, use_cache=False).logits.flatten(0, 1)
-    shard = VocabShard.of(VOCAB_SIZE)
-    cuts = plan_cuts(copy, 1, shard.rows)
-    backbone = Backbone(shard_model(copy, Mesh(), shard), shard, cuts).eval()
+    backbone = whole_backbone(copy)
 
     def hidden(token_ids: Tensor, positions: Tensor) -> Tensor:
         batch = Batch(token_ids, token_ids, torch.ones(token_ids.shape), positions, torch.arange(2))

@@ -48,7 +48,7 @@ def tiny_settings(config: Any, layers: int) -> Iterator[tuple[str, dict[str, Any
         elif _SPECIAL_IDS.fullmatch(key) and value is not None:
             settings[key] = min(value, 3) if isinstance(value, int) else [3]
     _keep_experts(settings)
-    head_dim = _head_dim(config)
+    head_dim = declared_head_dim(config)
     if head_dim is not None and head_dim > NARROW_HEAD:
         yield "fewer and narrower heads", _narrow(config, settings, NARROW_HEAD)
     if head_dim is not None:
@@ -93,11 +93,11 @@ def _keep_experts(settings: dict[str, Any]) -> None:
 
 def _narrow(config: Any, settings: dict[str, Any], head_dim: int) -> dict[str, Any]:
     """At most two groups of at most two heads of `head_dim`; other widths in proportion."""
-    heads, kv_heads = _heads(config)
+    heads, kv_heads = declared_heads(config)
     groups = min(kv_heads, 2)
     per_group = min(max(heads // kv_heads, 1), 2)
     hidden = groups * per_group * head_dim
-    old_hidden, old_head = _number(config, "hidden_size"), _head_dim(config)
+    old_hidden, old_head = _number(config, "hidden_size"), declared_head_dim(config)
     old_inner = _number(config, "intermediate_size")
     new = dict(settings)
     for key, value in settings.items():
@@ -120,13 +120,14 @@ def _narrow(config: Any, settings: dict[str, Any], head_dim: int) -> dict[str, A
     return new
 
 
-def _heads(config: Any) -> tuple[int, int]:
+def declared_heads(config: Any) -> tuple[int, int]:
     """(query heads, key/value heads), 1 where the config does not say."""
     heads = _number(config, "num_attention_heads") or 1
     return heads, _number(config, "num_key_value_heads") or heads
 
 
-def _head_dim(config: Any) -> int | None:
+def declared_head_dim(config: Any) -> int | None:
+    """Width of a head by `config`, its own or its share of the hidden size; None when it does not say."""
     explicit = _number(config, "head_dim")
     hidden, heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
     return explicit or (hidden // heads if hidden and heads else None)

@@ -38,6 +38,7 @@ def check_and_load(
         raise loaded
     assert isinstance(checked, Backbone), checked
     assert checked.full_shapes() == loaded.full_shapes()
+    assert checked.attention == loaded.attention
     return loaded
 
 

@@ -62,17 +62,28 @@ def student_spec(cfg: RunConfig) -> ModelSpec:
     """What the configuration says of the student."""
     s = cfg.student
     return ModelSpec(
-        s.weights, s.architecture, s.dtype, s.attention, s.activation_checkpointing, s.allow_unused_weights
+        s.weights,
+        s.architecture,
+        s.dtype,
+        s.attention,
+        s.activation_checkpointing,
+        s.allow_unused_weights,
+        seq_len=cfg.data.seq_len,
+        sequences=cfg.data.sequences_per_micro_batch,
     )
 
 
 def teacher_spec(cfg: RunConfig) -> ModelSpec | None:
     """What the configuration says of the teacher; None without one."""
     t = cfg.teacher
-    return (
-        None
-        if t.weights is None
-        else ModelSpec(t.weights, dtype=t.dtype, attention=t.attention, allow_unused_weights=t.allow_unused_weights)
+    if t.weights is None:
+        return None
+    return ModelSpec(
+        t.weights,
+        dtype=t.dtype,
+        attention=t.attention,
+        allow_unused_weights=t.allow_unused_weights,
+        seq_len=cfg.data.seq_len,
     )
 
 

@@ -34,11 +34,11 @@ def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh)
     LOGGER.info("mesh     %s   zero: student %d", mesh_line(cfg, mesh.world_size), cfg.zero.stage)
     LOGGER.info(
         "student  %s   %s parameters, %s, %s, %s", cfg.student.architecture or cfg.student.weights,
-        f"{student.num_parameters():,}", origin, cfg.student.dtype, student.config._attn_implementation,
+        f"{student.num_parameters():,}", origin, cfg.student.dtype, student.attention,
     )  # fmt: skip
     if models.teacher_facts is not None:
-        config = models.teacher_facts.config
-        attention = config._attn_implementation if models.teacher_backbone is not None else cfg.teacher.attention
+        teacher = models.teacher_backbone
+        attention = cfg.teacher.attention if teacher is None else teacher.attention
         LOGGER.info(
             "teacher  %s   %s, frozen, %s, %s, %s", cfg.teacher.weights, _parameters(models.teacher_facts),
             _teacher_layout(cfg), cfg.teacher.dtype, attention,

@@ -120,9 +120,8 @@ def test_every_dedicated_layout_makes_the_steps_of_plain_torch(students, teacher
 
 def test_the_folder_holds_the_teacher_of_the_oracle(tmp_path):
     save_teacher(tmp_path)
-    ours = load_backbone(
-        ModelSpec(weights=str(tmp_path / "teacher"), dtype="float32"), Mesh(), vocab_size=VOCAB, trainable=False
-    )
+    spec = ModelSpec(weights=str(tmp_path / "teacher"), dtype="float32", attention="sdpa")  # as the oracle
+    ours = load_backbone(spec, Mesh(), vocab_size=VOCAB, trainable=False)
     batch = step_batch(1)
     with torch.no_grad():
         assert torch.equal(ours.hidden_states(batch), whole_teacher(tmp_path).hidden_states(batch))

@@ -38,6 +38,11 @@ def watched(experts, run):
     return hidden, torch.stack(chosen)
 
 
+def spec_of(folder, kind):
+    """With masks as the stock class, whose bits are compared."""
+    return ModelSpec(weights=str(folder / kind), dtype="bfloat16", attention="sdpa")
+
+
 def run_layouts(rank, world_size, folder):
     from kdtrain.engine import bootstrap
     from kdtrain.engine.frozen import FrozenEngine
@@ -47,7 +52,7 @@ def run_layouts(rank, world_size, folder):
     for kind in KINDS:
         for tp, divided, offload in LAYOUTS:
             mesh = Mesh.build(tp)
-            spec = ModelSpec(weights=str(folder / kind), dtype="bfloat16")
+            spec = spec_of(folder, kind)
             backbone = load_backbone(spec, mesh, vocab_size=99, trainable=False)
             experts, owner = [module for _, module in expert_modules(backbone)], backbone
             if divided:
@@ -76,9 +81,7 @@ def test_a_router_is_in_the_dtype_of_transformers_in_every_layout(fresh_pool, fo
     batch = batch_of()
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     for kind in KINDS:
-        one = load_backbone(
-            ModelSpec(weights=str(folder / kind), dtype="bfloat16"), Mesh(), vocab_size=99, trainable=False
-        )
+        one = load_backbone(spec_of(folder, kind), Mesh(), vocab_size=99, trainable=False)
         model = AutoModelForCausalLM.from_pretrained(
             folder / kind, dtype=torch.bfloat16, experts_implementation=one.config._experts_implementation
         ).eval()

@@ -13,6 +13,7 @@ from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
 from kdtrain.engine.slices import Fragment
 from kdtrain.errors import CheckpointError, ConfigError, DataError, KdtrainError, ParallelError, StoreMismatch
+from kdtrain.models.attention import IMPLEMENTATIONS
 from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
 from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
@@ -257,6 +258,23 @@ def test_a_resume_that_a_run_refuses_is_refused_by_the_check(cfg):
     refused(cfg, r"holds another model than this run trains", CheckpointError)
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("name", ["auto", "packed", "sdpa", "eager"])
+def test_the_attention_of_either_model_is_the_one_asked_for(cfg, role, name):
+    getattr(cfg, role).attention = name
+    models = both(cfg)
+    found = models.student if role == "student" else models.teacher_backbone
+    assert found.attention == ("packed" if name == "auto" else name)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_masks_too_large_for_a_gpu_are_refused_by_the_check_before_there_is_one(cfg, role):
+    getattr(cfg, role).attention = "sdpa"
+    cfg.data.seq_len = 46341
+    with pytest.raises(ConfigError, match=r"'sdpa' cannot be used: sequences of 46341 tokens with a mask"):
+        check(cfg)
+
+
 def test_records_that_a_run_cannot_continue_are_refused_by_the_check(cfg):
     folder = Path(cfg.run.output_dir) / cfg.run.name
     folder.mkdir(parents=True)
@@ -281,6 +299,26 @@ def test_a_student_whose_files_would_spoil_the_export_is_refused_by_the_check(cf
         ({}, {"tp": 2}, None, ""),
         ({}, {"attention": "flash_attention_2"}, ConfigError, "needs bfloat16, this is float32"),
         ({"model_type": "gemma2", "head_dim": 8}, {"attention": "sdpa"}, ConfigError, "cannot use torch's scaled"),
+        ({"model_type": "gemma2", "head_dim": 8}, {"attention": "packed"}, None, ""),
+        (
+            {"model_type": "stablelm"},
+            {"attention": "packed"},
+            ConfigError,
+            "StableLmAttention does not pass its keyword",
+        ),
+        (
+            {"model_type": "stablelm"},
+            {"attention": "packed", "packed": False},
+            ConfigError,
+            "does not pass its keyword",
+        ),
+        ({"model_type": "stablelm"}, {}, None, ""),
+        ({}, {"attention": "packed", "tp": 2, "trainable": True}, None, ""),
+        *(
+            ({}, {"attention": name, "packed": packed}, None, "")
+            for name in IMPLEMENTATIONS[:3]
+            for packed in (True, False)
+        ),
         ({}, {"vocab_size": 102}, ConfigError, "vocab_size = 101, but the tokenizer has 102"),
     ],
 )

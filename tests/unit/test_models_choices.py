@@ -1,12 +1,11 @@
 """Attention choice and FLOP counts."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 
-from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError
+from kdtrain.models import attention
 from kdtrain.models.attention import resolve_attention
 from kdtrain.models.flops import (
     forward_flops_per_token,
@@ -15,44 +14,63 @@ from kdtrain.models.flops import (
     peak_flops,
     training_flops_per_token,
 )
-from kdtrain.models.tiny import tiny_config
 
 
-def test_auto_means_sdpa_on_a_cpu_and_says_why():
-    choice, reason = resolve_attention("auto", device_type="cpu", dtype="bfloat16")
-    assert choice == "sdpa"
-    assert "needs a CUDA device" in reason
+def without(*names):
+    """What measuring says of an architecture that cannot use `names`."""
+    return lambda name: f"no {name} here" if name in names else None
 
 
-def test_an_architecture_without_sdpa_gets_eager():
-    assert resolve_attention("auto", device_type="cpu", dtype="float32", has_sdpa=False)[0] == "eager"
-    with pytest.raises(ConfigError, match="cannot use torch's scaled"):
-        resolve_attention("sdpa", device_type="cpu", dtype="float32", has_sdpa=False)
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(attention, "flash_obstacle", lambda name: None)
 
 
-def test_an_architecture_without_flash_attention_does_not_get_it():
-    choice, reason = resolve_attention("auto", device_type="cuda", dtype="bfloat16", has_flash=False)
-    assert choice == "sdpa"
-    assert "architecture cannot use flash-attention" in reason
-    with pytest.raises(ConfigError, match="architecture cannot use flash-attention"):
-        resolve_attention("flash_attention_2", device_type="cuda", dtype="bfloat16", has_flash=False)
+def auto(device="cuda", dtype="bfloat16", **how):
+    return resolve_attention("auto", device_type=device, dtype=dtype, **how)
 
 
-@pytest.mark.parametrize("name", ["bloom", "llama"])
-def test_an_architecture_is_asked_whether_it_can_do_flash_attention(tmp_path, monkeypatch, name):
-    import kdtrain.models.load as loading
+def test_auto_means_attention_without_a_mask_on_a_cpu_and_says_why():
+    choice, reason = auto("cpu", "float32")
+    assert choice == "packed"
+    assert reason == "auto: flash_attention_2 needs a CUDA device, this is cpu"
 
-    (tmp_path / "config.json").write_text(json.dumps({**tiny_config("llama"), "model_type": name}))
+
+def test_auto_takes_the_first_that_the_architecture_can_use(installed):
+    assert auto() == ("flash_attention_2", "auto: flash-attn can be imported and the device is CUDA")
+    assert auto(dtype="float32")[0] == "packed"
+    assert auto(measured=without("flash_attention_2"))[0] == "packed"
+    choice, reason = auto(measured=without("flash_attention_2", "packed"))
+    assert (choice, reason) == ("sdpa", "auto: flash_attention_2: no flash_attention_2 here; packed: no packed here")
+    assert auto(measured=without("flash_attention_2", "packed", "sdpa"))[0] == "eager"
+
+
+def test_sdpa_goes_before_ours_where_it_needs_no_mask(installed):
+    assert auto("cpu", packed=False)[0] == "sdpa"
+    assert auto("cpu", packed=False, measured=without("sdpa"))[0] == "packed"
+    assert auto(packed=False)[0] == "flash_attention_2"
+
+
+def test_nothing_is_measured_that_is_not_needed():
     asked = []
+    resolve_attention("auto", device_type="cpu", dtype="float32", measured=asked.append)
+    assert asked == ["packed"]
 
-    def stop(wanted, **facts):
-        asked.append(facts["has_flash"])
-        raise ConfigError("enough")
 
-    monkeypatch.setattr(loading, "resolve_attention", stop)
-    with pytest.raises(ConfigError, match="enough"):
-        loading.load_backbone(loading.ModelSpec(architecture=str(tmp_path)), Mesh(), vocab_size=101, trainable=False)
-    assert asked == [name == "llama"]
+def test_auto_does_not_flee_from_a_mask_that_is_too_large_to_a_larger_one():
+    size = without("sdpa")
+    assert auto("cpu", size=size)[0] == "packed"
+    with pytest.raises(ConfigError, match=r"finds no implementation(.|\n)*    eager: no sdpa here\n(.|\n)*seq_len"):
+        auto("cpu", size=size, measured=without("packed"))
+    assert resolve_attention("eager", device_type="cpu", dtype="float32", size=size)[0] == "eager"
+
+
+@pytest.mark.parametrize("name", ["sdpa", "packed", "flash_attention_2", "flash_attention_4"])
+def test_an_explicit_choice_that_the_architecture_cannot_use_is_refused_with_what_was_measured(installed, name):
+    for how in ({"measured": without(name)}, {"size": without(name)}):
+        with pytest.raises(ConfigError, match=f"attention = '{name}' cannot be used: no {name} here"):
+            resolve_attention(name, device_type="cuda", dtype="bfloat16", **how)
+    assert resolve_attention(name, device_type="cuda", dtype="bfloat16", measured=without("x")) == (name, "asked for")
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,16 @@ PUBLISHED_PACKED = ("gpt_oss", "granitemoe", "granitemoeshared")
 
 
 def load(folder, kind="", **changes):
-    spec = ModelSpec(weights=str(folder), dtype=changes.pop("dtype", "float32"))
+    # bit for bit what the stock class computes, so with masks as it does; classes with sinks have no sdpa
+    attention = "eager" if kind in ("gpt_oss", "mimo_v2_flash") else "sdpa"
+    spec = ModelSpec(weights=str(folder), dtype=changes.pop("dtype", "float32"), attention=attention)
     # gpt-oss gives its masks no position_ids: documents see each other, which the probe refuses
     return load_backbone(spec, Mesh(), vocab_size=99, trainable=False, packed=kind != "gpt_oss", **changes)
 
 
 def stock(folder, like, dtype):
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=like.config._attn_implementation,
+        folder, dtype=dtype, attn_implementation=like.attention,
         experts_implementation=like.config._experts_implementation,
     ).eval()  # fmt: skip
 

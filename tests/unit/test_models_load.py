@@ -60,11 +60,13 @@ def test_a_folder_is_read_exactly(tmp_path, name, tied):
         torch.testing.assert_close(backbone.hidden_states(batch_of(ids)), hidden, rtol=1e-5, atol=1e-5)
 
 
-def test_an_architecture_without_sdpa_is_loaded_with_eager_attention(tmp_path):
+@pytest.mark.parametrize(("attention", "found"), [("auto", "packed"), ("eager", "eager")])
+def test_an_architecture_without_sdpa_is_loaded_with_what_it_can_use(tmp_path, attention, found):
     settings = {**tiny_config("llama"), "model_type": "gemma2", "head_dim": 8}
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    backbone = load_backbone(ModelSpec(architecture=str(tmp_path)), Mesh(), vocab_size=99, trainable=False)
-    assert backbone.config._attn_implementation == "eager"
+    spec = ModelSpec(architecture=str(tmp_path), attention=attention)
+    backbone = load_backbone(spec, Mesh(), vocab_size=99, trainable=False)
+    assert backbone.config._attn_implementation == found
 
 
 def test_a_folder_in_several_files_is_read_through_its_index(tmp_path):
