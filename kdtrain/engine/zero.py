@@ -59,7 +59,10 @@ class StudentEngine:
         float32 = float32_beside_bfloat16(backbone, cfg)
         refuse_float32_at_stage_3(list(float32), cfg)
         self.optimizer = build_adamw(backbone.hf_parameters(), cfg.optim, device, offload=self._offloads)
-        settings = copy.deepcopy(deepspeed_config(cfg, on_cuda=device.type == "cuda"))
+        # before ZeRO takes shapes away
+        trainable = sum(param.numel() for _, param in backbone.hf_parameters() if param.requires_grad)
+        on_cuda = device.type == "cuda"
+        settings = copy.deepcopy(deepspeed_config(cfg, on_cuda=on_cuda, num_parameters=trainable))
         if self.zero_stage == 0:
             # DeepSpeed reports no norm without ZeRO, and averages it over stale groups: ours is taken in a hook.
             settings["gradient_clipping"] = 0.0

@@ -161,7 +161,7 @@ def _train(
     resume_from = on_main(mesh, lambda: find_start(cfg, inputs, folder))
     prefix = _prepare_teacher(cfg, inputs, choice, models, mesh, rank, resume_from)
     loader = build.build_loader(cfg, inputs, mesh, prefix)
-    describing.log_header(cfg, inputs, models, mesh)
+    describing.log_header(cfg, inputs, models, mesh, device)
     describing.log_stores(cfg, inputs, loader)
     # Last: DeepSpeed keeps process-wide state that the most recent engine owns.
     engine = StudentEngine(models.student, mesh, cfg, device=device)
