@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 
 import torch
 
@@ -45,3 +45,17 @@ def compute_deterministically(environ: MutableMapping[str, str]) -> None:
             )
     torch.use_deterministic_algorithms(True)
     LOGGER.info("debug    deterministic algorithms only: slower, and an operation without one ends the run")
+
+
+def host_threads(mine: Collection[int], masks: Collection[Collection[int]], environ: Mapping[str, str]) -> int | None:
+    """Threads for work in host memory: this rank's part of the cores it may use, at least 1; None: leave them alone.
+
+    mine: cores of this rank's affinity mask; masks: those of all ranks on this host, this one's included, each of which
+    may be the whole host or a part that a launcher bound to the rank. OMP_NUM_THREADS is the user's choice and stays,
+    but for the 1 that torchrun sets where there is none: in its processes, which have TORCHELASTIC_RUN_ID.
+    """
+    chosen = environ.get("OMP_NUM_THREADS")
+    if chosen is not None and not (chosen == "1" and "TORCHELASTIC_RUN_ID" in environ):
+        return None
+    share = sum(1 / max(1, sum(core in mask for mask in masks)) for core in mine)
+    return max(1, int(share + 1e-9))

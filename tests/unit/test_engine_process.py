@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from kdtrain.engine import bootstrap
-from kdtrain.engine.process import compute_deterministically, order_nccl_launches
+from kdtrain.engine.process import compute_deterministically, host_threads, order_nccl_launches
 from kdtrain.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,3 +92,25 @@ def test_the_switch_reaches_torch_which_then_refuses_what_it_cannot_do_twice_ali
     )
     assert done.returncode == 0, done.stderr
     assert "does not have a deterministic implementation" in done.stdout
+
+
+CORES = set(range(8))
+TORCHRUN = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}
+
+
+@pytest.mark.parametrize(
+    ("mine", "masks", "environ", "threads"),
+    [
+        (CORES, [CORES], {}, 8),
+        (CORES, [CORES] * 3, {}, 2),
+        (CORES, [CORES] * 16, {}, 1),
+        (CORES, [CORES] * 2, TORCHRUN, 4),
+        ({0, 1, 2, 3}, [{0, 1, 2, 3}, {4, 5, 6, 7}], {}, 4),
+        ({0, 1, 2, 3}, [{0, 1, 2, 3}, CORES], {}, 2),
+        (CORES, [CORES] * 2, {"OMP_NUM_THREADS": "6"}, None),
+        (CORES, [CORES] * 2, {**TORCHRUN, "OMP_NUM_THREADS": "2"}, None),
+        (CORES, [CORES] * 2, {"OMP_NUM_THREADS": "1"}, None),
+    ],
+)
+def test_a_rank_takes_its_part_of_the_cores_unless_the_user_chose(mine, masks, environ, threads):
+    assert host_threads(mine, masks, environ) == threads
