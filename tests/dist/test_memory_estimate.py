@@ -17,6 +17,8 @@ EXACT = ("weights", "optimizer", "buckets", "masks")
 """Parts that the estimate derives from shapes alone; padding and small tensors make up the difference."""
 LAYOUTS = [(1, "bfloat16"), (1, "float32"), (2, "bfloat16"), (2, "float32"), (3, "bfloat16"), (3, "float32")]
 OLD_BUCKET = 60_000_000
+"""Elements: many times the model, as half a billion is for a small student."""
+WITH_OLD_BUCKET = [(1, "float32"), (2, "bfloat16"), (3, "float32")]
 
 
 def job(stage, dtype, bucket, rank, folder):
@@ -35,7 +37,7 @@ def measured(rank, world_size, folder):
     """Per layout what memory_rank.steps measures, with a bucket bounded by the model and with a larger one."""
     found = {}
     for stage, dtype in LAYOUTS:
-        for bucket in (None, OLD_BUCKET):
+        for bucket in (None, OLD_BUCKET) if (stage, dtype) in WITH_OLD_BUCKET else (None,):
             here = folder / f"{stage}-{dtype}-{bucket}"
             here.mkdir(exist_ok=True)
             task = job(stage, dtype, bucket, rank, folder)
@@ -53,7 +55,7 @@ def test_the_estimate_is_what_ranks_allocate_and_would_not_be_without_buckets(fr
         for part in EXACT:
             estimate = answer["parts"][part]
             assert answer["most"][part] == pytest.approx(estimate, rel=PART_BOUND, abs=1 << 14), (layout, part)
-        if bucket is not None and (stage, dtype) != (1, "bfloat16"):  # which has no bucket
+        if bucket is not None:
             without = answer["estimate_bytes"] - answer["parts"]["buckets"]
             assert answer["peak_bytes"] > 2 * without, layout
             assert answer["peak_bytes"] > 1.5 * found[stage, dtype, None]["peak_bytes"], layout
