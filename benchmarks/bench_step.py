@@ -17,7 +17,7 @@ heads' products, the loss and its gradients, which the forward computes), backwa
 rest (everything else in the step). On CUDA phases are CUDA events and the device is synchronised once per step.
 peak_bytes: of rank 0 over the first distill round. On the CPU it is the growth of the resident set since before the
 models were built (and after a step of tiny ones, which brings the libraries in), on CUDA that of allocated memory.
-parts: what `kdtrain.training.estimate` says beforehand, in bytes.
+parts: what `kdtrain.training.estimate` says beforehand, in bytes; estimate_bytes: how much of it is there at once.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def versions() -> str:
     return f"python {platform.python_version()} {packages}"
 
 
-def run_job(job: dict) -> dict:
-    """`measure` on every rank, each a fresh process; rank 0's answer. Fails as they fail."""
+def run_job(job: dict, script: str = __file__, **environment: str) -> dict:
+    """`script --one` on every rank, each a fresh process; rank 0's answer. Fails as they fail."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -111,13 +111,14 @@ def run_job(job: dict) -> dict:
     with tempfile.TemporaryDirectory(prefix="bench_step_") as folder:
         ranks = []
         for rank in range(job["ranks"]):
-            command = [sys.executable, __file__, "--one", json.dumps({**job, "folder": folder, "rank": rank})]
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(job["threads"])}
-            environment = {**os.environ, **world, **own}
-            ranks.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+            command = [sys.executable, script, "--one", json.dumps({**job, "folder": folder, "rank": rank})]
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": str(job["threads"]), **environment}
+            ranks.append(
+                subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **world, **own})
+            )
         said = [process.communicate()[0] for process in ranks]
     if any(process.returncode for process in ranks):
-        raise SystemExit(f"{shape_of(job)}: ranks ended with {[process.returncode for process in ranks]}")
+        raise SystemExit(f"{script}: ranks ended with {[process.returncode for process in ranks]}; job {job}")
     return json.loads(said[0].splitlines()[-1])
 
 
@@ -149,7 +150,7 @@ def rows_of(job: dict, answer: dict, commit: str) -> list[dict]:
         "ratio": ratio(statistics.median),
         "ratio_fastest": ratio(min),
         "peak_bytes": answer["peak_bytes"],
-        "estimate_bytes": sum(answer["parts"].values()),
+        "estimate_bytes": answer["estimate_bytes"],
         "parts": json.dumps(answer["parts"]),
     }
     return rows

@@ -198,18 +198,26 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def estimate(self, job: dict) -> dict[str, int]:
-        """Bytes per rank by part, from shapes alone."""
+    def estimate(self, job: dict) -> Any:
+        """Bytes per rank, from shapes alone."""
         from kdtrain.models.load import ModelSpec, model_facts
         from kdtrain.training.estimate import ModelSize, estimate_memory
 
         def size(name: str) -> ModelSize:
             facts = model_facts(ModelSpec(architecture=name, dtype=job["dtype"]), job["vocab"])
             config = facts.config
-            return ModelSize(facts.num_parameters, config.hidden_size, config.num_hidden_layers, job["vocab"])
+            return ModelSize(
+                facts.num_parameters, config.hidden_size, config.num_hidden_layers, job["vocab"],
+                num_heads=config.num_attention_heads, inner_width=config.intermediate_size,
+            )  # fmt: skip
 
+        assert self.models.teacher_backbone is not None
+        names = [model.config._attn_implementation for model in (self.models.student, self.models.teacher_backbone)]
         sizes = size(job["student"]), size(job["teacher"])
-        return estimate_memory(self.cfg, *sizes, dp_size=self.mesh.dp_size).parts
+        return estimate_memory(
+            self.cfg, *sizes, dp_size=self.mesh.dp_size, on_cuda=self.device.type == "cuda",
+            student_attention=names[0], teacher_attention=names[1],
+        )  # fmt: skip
 
 
 def warm_up(job: dict, folder: Path) -> None:
@@ -244,6 +252,7 @@ def measure(job: dict) -> dict:
                 phases[mode] += watch.phases[1:]
         forwards = [bench.teacher_forward() for _ in range(job["steps"] - 1)]
         seconds["teacher"] += forwards if number > 0 else []
+    estimate = bench.estimate(job)
     means = {mode: {p: statistics.mean(one[p] for one in some) for p in PHASES} for mode, some in phases.items()}
     return {
         "device": device_name(bench.device),
@@ -251,7 +260,8 @@ def measure(job: dict) -> dict:
         "seconds": seconds,
         "phases": means,
         "peak_bytes": peak,
-        "parts": bench.estimate(job),
+        "parts": estimate.parts,
+        "estimate_bytes": estimate.total,
     }
 
 

@@ -9,6 +9,9 @@ from kdtrain.config.schema import RunConfig
 NEVER = 10**9
 """A number of steps no run reaches."""
 
+REDUCE_BUCKET = 500_000_000
+"""Most elements of gradients that are reduced at once, unless zero.extra says otherwise: DeepSpeed's own default."""
+
 EXTRA_ZERO_KEYS: dict[str, Literal["count", "switch"]] = {
     "reduce_bucket_size": "count",
     "allgather_bucket_size": "count",
@@ -59,12 +62,22 @@ OWNED_ZERO_KEYS: dict[str, str] = {
 """Keys that zero.extra may not set, and why."""
 
 
-def deepspeed_config(cfg: RunConfig, *, on_cuda: bool) -> dict[str, Any]:
-    """A fresh dictionary for `deepspeed.initialize`, which writes into it.
+def reduce_bucket(cfg: RunConfig, num_parameters: int) -> int:
+    """Elements of a bucket of gradients. num_parameters: trainable ones on this rank, before ZeRO divides them.
+
+    DeepSpeed allocates the whole bucket whatever the model, so it is no larger than the model: with all gradients in
+    one bucket the same elements are reduced together as before, and no number changes. zero.extra wins.
+    """
+    return int(cfg.zero.extra.get("reduce_bucket_size", max(1, min(REDUCE_BUCKET, num_parameters))))
+
+
+def deepspeed_config(cfg: RunConfig, *, on_cuda: bool, num_parameters: int) -> dict[str, Any]:
+    """A fresh dictionary for `deepspeed.initialize`, which writes into it. num_parameters: as for `reduce_bucket`.
 
     Gradients are accumulated and reduced in float32 (DeepSpeed's default is the model's dtype), and accumulation is
     not managed: any number of backward calls, then one step. The optimizer, the schedule and all reports are ours and
     not described here. Communication overlaps with backward where there is something to overlap: on CUDA, stage 2, 3.
+    DeepSpeed's other sizes need no bound: they limit what is allocated, or (allgather_bucket_size) are not used.
     """
     clip, zero = cfg.optim.grad_clip, cfg.zero
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": on_cuda}} if zero.offload_optimizer else {}
@@ -80,6 +93,7 @@ def deepspeed_config(cfg: RunConfig, *, on_cuda: bool) -> dict[str, Any]:
         "zero_optimization": {
             **zero.extra,
             **offload,
+            "reduce_bucket_size": reduce_bucket(cfg, num_parameters),
             "stage": zero.stage,
             "overlap_comm": on_cuda and zero.stage >= 2,
         },
@@ -93,7 +107,10 @@ def deepspeed_config(cfg: RunConfig, *, on_cuda: bool) -> dict[str, Any]:
 
 
 def frozen_config(dtype: str, *, offload: bool) -> dict[str, Any]:
-    """Settings for a frozen model under ZeRO-3: no optimizer, every weight divided, the next layer fetched ahead."""
+    """Settings for a frozen model under ZeRO-3: no optimizer, every weight divided, the next layer fetched ahead.
+
+    Without an optimizer DeepSpeed allocates no bucket.
+    """
     # memory_efficient_linear would replace torch's own function, for the whole process
     zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
     if offload:

@@ -201,11 +201,12 @@ class ZeroSection:
     """0: nothing is partitioned over dp; 1: optimizer states; 2: and gradients; 3: and weights."""
     offload_optimizer: bool = False
     """With stage 1 to 3: keep master weights and AdamW's moments in host memory and run AdamW there: 12 bytes less
-    on the device per parameter that ZeRO gives to this rank; but every step waits for the host, whose speed depends on
-    OMP_NUM_THREADS (threads per rank)."""
+    on the device per parameter that ZeRO gives to this rank; but every step waits for the host. It runs on this rank's
+    part of the cores, or on OMP_NUM_THREADS threads if that is set (to 1 by torchrun: then it does not count)."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Expert: further keys of DeepSpeed's zero_optimization section, e.g. {reduce_bucket_size: 2e8}; only keys
-    that trade memory for speed are accepted."""
+    that trade memory for speed are accepted. Without that one a bucket has 5e8 elements, or as many as a rank has
+    parameters; with it, as many as it says, which `--check` shows the cost of."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -329,6 +330,10 @@ class DebugSection:
     check_replicas: bool = False
     """Compare the micro-batches of all tp ranks, element for element, and the borders of cp ranks' parts, each step;
     slow."""
+    deterministic: bool = False
+    """Use only operations that give the same bits twice: slower, with more memory, and an operation that has no such
+    form ends the run. On CUDA the backward of attention adds in any order without it, so that a resumed run differs
+    in rounding; on the CPU it changes no number. The order in which NCCL adds is not ruled by it."""
     self_check: bool = True
     """Before the first step: label cross-entropy of the teacher must beat its +-1 shifts, and tokenizers must agree."""
 

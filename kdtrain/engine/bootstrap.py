@@ -23,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from kdtrain.dist.roles import Roles, split_world
 from kdtrain.dist.wire import Wire
+from kdtrain.engine.process import compute_deterministically, order_nccl_launches
 from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RunStopped
 
 DEFAULT_TIMEOUT_MIN = 60
@@ -49,19 +50,23 @@ class Runtime:
             self.wire.barrier()
 
 
-def start(teacher_ranks: int = 0) -> Runtime:
+def start(teacher_ranks: int = 0, *, deterministic: bool = False) -> Runtime:
     """Join the process group and pick the device. Every rank must call it, once, before any engine is built.
 
     NCCL on CUDA, gloo on the CPU, where DeepSpeed's shared-memory operator is switched off: it would be compiled at
     run time. teacher_ranks: of the job's last ranks hold only the teacher, and form a world of their own.
+    deterministic: as debug.deterministic, for the whole process.
     Communicates: rendezvous of all ranks. Raises ConfigError when the environment cannot work.
     """
+    if deterministic:
+        compute_deterministically(os.environ)
     use_cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if use_cuda:
         index = device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
         os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed sets the device from it, engine by engine
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
+        order_nccl_launches(os.environ)
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
         device = torch.device("cpu")
@@ -147,12 +152,12 @@ def _start_deepspeed(use_cuda: bool) -> None:
 
 
 @contextmanager
-def runtime(teacher_ranks: int = 0) -> Iterator[Runtime]:
+def runtime(teacher_ranks: int = 0, *, deterministic: bool = False) -> Iterator[Runtime]:
     """`start` on entry. Ranks that end well, or stop after saving, leave together: no launcher kills a slower one.
 
     Communicates: `start`'s rendezvous and, unless another exception passes, a barrier at the end.
     """
-    running = start(teacher_ranks)
+    running = start(teacher_ranks, deterministic=deterministic)
     try:
         yield running
     except RunStopped:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from torch import Tensor
 from kdtrain.config.deepspeed_config import deepspeed_config
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import reduce_sum_
+from kdtrain.dist.collectives import gather_objects, reduce_sum_
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import HeadShard
 from kdtrain.engine.mixed import float32_beside_bfloat16, putting_back, refuse_float32_at_stage_3
 from kdtrain.engine.optim import build_adamw
+from kdtrain.engine.process import host_threads
 from kdtrain.errors import DataError, ParallelError
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import Backbone, call_with_head
@@ -56,10 +58,14 @@ class StudentEngine:
         self._grad_clip = cfg.optim.grad_clip
         self._norm = math.nan
         self._offloads = cfg.zero.offload_optimizer
+        self._threads = _threads_of_step(mesh) if self._offloads else None
         float32 = float32_beside_bfloat16(backbone, cfg)
         refuse_float32_at_stage_3(list(float32), cfg)
         self.optimizer = build_adamw(backbone.hf_parameters(), cfg.optim, device, offload=self._offloads)
-        settings = copy.deepcopy(deepspeed_config(cfg, on_cuda=device.type == "cuda"))
+        # before ZeRO takes shapes away
+        trainable = sum(param.numel() for _, param in backbone.hf_parameters() if param.requires_grad)
+        on_cuda = device.type == "cuda"
+        settings = copy.deepcopy(deepspeed_config(cfg, on_cuda=on_cuda, num_parameters=trainable))
         if self.zero_stage == 0:
             # DeepSpeed reports no norm without ZeRO, and averages it over stale groups: ours is taken in a hook.
             settings["gradient_clipping"] = 0.0
@@ -97,7 +103,8 @@ class StudentEngine:
         """Reduce, clip and apply what has been accumulated, at learning rate `lr`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.deepspeed.step()
+        with _intra_op_threads(self._threads):
+            self.deepspeed.step()
         norm = self._norm if self.zero_stage == 0 else float(self.deepspeed.get_global_grad_norm())
         applied = math.isfinite(norm) and bool(self.deepspeed.was_step_applied())
         if not applied and self._offloads and self.zero_stage < 3:
@@ -138,6 +145,33 @@ class StudentEngine:
                 param.grad = None  # AdamW leaves parameters without a gradient alone: the step is skipped
             elif self._grad_clip is not None and self._norm > self._grad_clip:
                 param.grad.mul_(self._grad_clip / (self._norm + 1e-6))
+
+
+def _threads_of_step(mesh: Mesh) -> int | None:
+    """Threads for AdamW on the host, as `host_threads`. Communicates: one gather over the world, of affinity masks.
+
+    Ranks of a dedicated teacher are not among them: their host threads wait for the device.
+    """
+    host, mine = os.uname().nodename, os.sched_getaffinity(0)
+    # a launcher may have bound each rank to cores of its own, which only all masks together show
+    found = gather_objects((host, mine), mesh.world_group)
+    threads = host_threads(mine, [mask for name, mask in found if name == host], os.environ)
+    source = "this rank's part of the cores" if threads else "OMP_NUM_THREADS"
+    LOGGER.info("offload  AdamW steps on %d threads per rank: %s", threads or torch.get_num_threads(), source)
+    return threads
+
+
+@contextmanager
+def _intra_op_threads(number: int | None) -> Iterator[None]:
+    """torch on `number` threads inside the block; None: as it is. Forward and backward keep theirs, and their bits."""
+    before = torch.get_num_threads()
+    if number is not None:
+        torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        if number is not None:
+            torch.set_num_threads(before)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kdtrain.config.ranks import num_teachers, student_ranks, teacher_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
@@ -14,20 +17,21 @@ from kdtrain.engine import checkpoint
 from kdtrain.engine.mixed import refuse_float32_at_stage_3
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import Backbone
+from kdtrain.models.context import PREFIX
 from kdtrain.models.facts import ModelFacts
 from kdtrain.models.load import ModelSpec, check_architecture, model_facts
 from kdtrain.models.quantize import require_torchao
 from kdtrain.telemetry.jsonl_sink import read_records
 from kdtrain.telemetry.wandb_sink import require_wandb
 from kdtrain.training import build
-from kdtrain.training.estimate import MemoryEstimate, ModelSize, estimate_memory, estimate_teacher_rank
+from kdtrain.training.estimate import GIB, MemoryEstimate, ModelSize, estimate_memory, estimate_teacher_rank
 from kdtrain.training.export import model_files
 from kdtrain.training.inputs import Inputs
 from kdtrain.training.sequence_prefix import PrefixChoice
 from kdtrain.training.start import find_start, kept_prefix
 
 
-def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh) -> None:
+def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh, device: torch.device) -> None:
     """The lines above the first step: layout, models, loss, data, memory."""
     student = models.student
     origin = "from scratch" if cfg.student.weights is None else f"from {cfg.student.weights}"
@@ -45,7 +49,19 @@ def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh)
         )  # fmt: skip
     LOGGER.info("loss     %s", loss_line(cfg))
     LOGGER.info("data     %s", data_line(cfg, inputs, mesh.dp_size))
-    log_memory(cfg, inputs, mesh.dp_size)
+    attention = (
+        attention_of(student, cfg.student.attention),
+        attention_of(models.teacher_backbone, cfg.teacher.attention),
+    )
+    log_memory(cfg, inputs, mesh.dp_size, attention=attention, on_cuda=device.type == "cuda")
+
+
+def attention_of(backbone: Backbone | None, wanted: str) -> str:
+    """The implementation's name, for the estimate: that of `backbone`. A flash-attention that is `wanted` counts by its
+    name, since a model on meta has another; where no model is built here, auto counts as sdpa, which needs more."""
+    if backbone is None or wanted.startswith("flash"):
+        return "sdpa" if wanted == "auto" else wanted
+    return str(backbone.config._attn_implementation).removeprefix(PREFIX)
 
 
 def _parameters(facts: ModelFacts) -> str:
@@ -111,24 +127,39 @@ def log_stores(cfg: RunConfig, inputs: Inputs, loader: StepLoader) -> None:
         LOGGER.info("store    %s", line)
 
 
-def estimate(cfg: RunConfig, inputs: Inputs, dp_size: int) -> MemoryEstimate:
-    """Bytes per rank, from configurations alone."""
+def estimate(
+    cfg: RunConfig, inputs: Inputs, dp_size: int, *, attention: tuple[str, str], on_cuda: bool
+) -> MemoryEstimate:
+    """Bytes per rank, from configurations alone. attention: names of the student's implementation and the teacher's."""
     teacher = build.teacher_spec(cfg)
     return estimate_memory(
         cfg,
         _size(build.student_spec(cfg), inputs),
         None if teacher is None else _size(teacher, inputs, trainable=False),
         dp_size=dp_size,
+        on_cuda=on_cuda,
+        student_attention=attention[0],
+        teacher_attention=attention[1],
     )
 
 
-def log_memory(cfg: RunConfig, inputs: Inputs, dp_size: int) -> None:
-    """One line for the student's ranks, one for those of a dedicated teacher."""
-    LOGGER.info("memory   %s", estimate(cfg, inputs, dp_size).line())
+def log_memory(cfg: RunConfig, inputs: Inputs, dp_size: int, *, attention: tuple[str, str], on_cuda: bool) -> None:
+    """One line for the student's ranks, one for those of a dedicated teacher, and what a bucket of zero.extra costs."""
+    found = estimate(cfg, inputs, dp_size, attention=attention, on_cuda=on_cuda)
+    LOGGER.info("memory   %s", found.line())
+    if "reduce_bucket_size" in cfg.zero.extra:
+        others = {name: value for name, value in cfg.zero.extra.items() if name != "reduce_bucket_size"}
+        usual = replace(cfg, zero=replace(cfg.zero, extra=others))
+        without = estimate(usual, inputs, dp_size, attention=attention, on_cuda=on_cuda)
+        LOGGER.info(
+            "memory   buckets take %.2f GiB by zero.extra.reduce_bucket_size; %.2f GiB without it",
+            found.parts["buckets"] / GIB, without.parts["buckets"] / GIB,
+        )  # fmt: skip
     teacher = build.teacher_spec(cfg)
     if teacher is not None and teacher_ranks(cfg):
         size = _size(teacher, inputs, trainable=False)
-        LOGGER.info("memory   teacher's ranks: %s", estimate_teacher_rank(cfg, size, dp_size=dp_size).line())
+        line = estimate_teacher_rank(cfg, size, dp_size=dp_size, attention=attention[1]).line()
+        LOGGER.info("memory   teacher's ranks: %s", line)
 
 
 def _size(spec: ModelSpec, inputs: Inputs, *, trainable: bool = True) -> ModelSize:
@@ -136,7 +167,14 @@ def _size(spec: ModelSpec, inputs: Inputs, *, trainable: bool = True) -> ModelSi
     return ModelSize(
         facts.num_parameters, _int(facts.config, "hidden_size"), _int(facts.config, "num_hidden_layers"),
         inputs.total_rows, facts.num_expert_parameters, facts.num_float32_parameters,
+        _known(facts.config, "num_attention_heads"), _known(facts.config, "intermediate_size"),
     )  # fmt: skip
+
+
+def _known(config: Any, name: str) -> int:
+    """0 for a config that names it otherwise, or holds one per layer."""
+    found = getattr(config, name, 0)
+    return found if isinstance(found, int) else 0
 
 
 def _int(config: Any, name: str) -> int:
@@ -147,7 +185,7 @@ def print_check(cfg: RunConfig, inputs: Inputs, choice: PrefixChoice, *, world_s
     """`--check`: everything that can be known before a device is touched. trains: or else only evaluates."""
     students = student_ranks(cfg, world_size)
     mesh = Mesh(world_size=students, tp_size=cfg.parallel.tp, cp_size=cfg.parallel.cp)
-    student = _check_models(cfg, inputs, mesh, trains=trains)
+    student, teacher = _check_models(cfg, inputs, mesh, trains=trains)
     LOGGER.info("mesh     %s", mesh_line(cfg, students))
     if students < world_size:
         LOGGER.info("teacher  %s: %s", dedicated_line(cfg), list(range(students, world_size)))
@@ -158,14 +196,16 @@ def print_check(cfg: RunConfig, inputs: Inputs, choice: PrefixChoice, *, world_s
         LOGGER.info("loss     %s", loss_line(cfg))
         LOGGER.info("data     %s", data_line(cfg, inputs, mesh.dp_size))
         log_stores(cfg, inputs, loader)
-        log_memory(cfg, inputs, mesh.dp_size)
+        attention = attention_of(student, cfg.student.attention), attention_of(teacher, cfg.teacher.attention)
+        # what runs later may have a device that this machine has not
+        log_memory(cfg, inputs, mesh.dp_size, attention=attention, on_cuda=os.environ.get("DS_ACCELERATOR") != "cpu")
         steps = -(-cfg.train.total_tokens // cfg.data.tokens_per_step)
         LOGGER.info("length   %s steps, %s tokens", f"{steps:,}", f"{cfg.train.total_tokens:,}")
     LOGGER.info("check    passed")
 
 
-def _check_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, trains: bool) -> Backbone:
-    """Raise what `build.build_models` would; the student, on meta."""
+def _check_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, trains: bool) -> tuple[Backbone, Backbone | None]:
+    """Raise what `build.build_models` would; the student and the teacher, on meta."""
     packed, vocab_size, quantize = cfg.data.reset_positions, inputs.vocab_size, cfg.teacher.quantize
     if quantize is not None:
         require_torchao(quantize)
@@ -174,10 +214,11 @@ def _check_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, trains: bool) -
     )
     if trains:
         refuse_float32_at_stage_3(model_facts(build.student_spec(cfg), vocab_size).float32, cfg)
-    if (spec := build.teacher_spec(cfg)) is not None:
-        mesh = replace(mesh, tp_size=teacher_tp(cfg))
-        check_architecture(spec, vocab_size, mesh, packed=packed, trainable=False, quantize=quantize)
-    return student
+    if (spec := build.teacher_spec(cfg)) is None:
+        return student, None
+    mesh = replace(mesh, tp_size=teacher_tp(cfg))
+    teacher = check_architecture(spec, vocab_size, mesh, packed=packed, trainable=False, quantize=quantize)
+    return student, teacher
 
 
 def _check_start(cfg: RunConfig, inputs: Inputs, choice: PrefixChoice, mesh: Mesh, student: Backbone) -> StepLoader:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from kdtrain.config.ranks import teacher_tp
 from kdtrain.config.schema import RunConfig
+from kdtrain.models.attention import ONE_MASK
 from kdtrain.training.dedicated import in_flight
+from kdtrain.training.zero_memory import Share, ZeroMemory, zero_memory
 
 GIB = 1 << 30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -19,7 +21,8 @@ class ModelSize:
     """What the estimate needs of a model: parameters of the full model, width, layers, rows of its head.
 
     num_expert_parameters: those of num_parameters that are packed into tensors of experts. num_float32_parameters:
-    those that stay in float32 in a bfloat16 run.
+    those that stay in float32 in a bfloat16 run. num_heads: of attention, for eager. inner_width: of the MLP. Of these
+    two 0 means not known.
     """
 
     num_parameters: int
@@ -28,6 +31,8 @@ class ModelSize:
     vocab_rows: int
     num_expert_parameters: int = 0
     num_float32_parameters: int = 0
+    num_heads: int = 0
+    inner_width: int = 0
 
     def weight_bytes(self, dtype: str) -> int:
         """Of all weights in a run's dtype."""
@@ -36,68 +41,144 @@ class ModelSize:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes per rank, part by part. Activations are the rough one: they depend on the attention kernel.
+    """Bytes per rank, part by part. Activations are the rough one: they depend on the architecture.
 
-    parts: of the device. host: what is kept in host memory on purpose, all of it.
+    parts: of the device, each the most that there is of it. not_at_once: by how much their sum exceeds what is there
+    together: a step's copies come when activations have gone. host: what is kept in host memory on purpose, all of it.
     """
 
     parts: dict[str, int]
     host: int = 0
+    not_at_once: int = 0
 
     @property
     def total(self) -> int:
-        """Sum of the device's parts, bytes."""
-        return sum(self.parts.values())
+        """The most that is on the device at once, bytes."""
+        return sum(self.parts.values()) - self.not_at_once
 
     def line(self) -> str:
         """One line for the console."""
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts.items())
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in self.parts.items() if size)
+        apart = f"; {self.not_at_once / GIB:.2f} of it not at once" if self.not_at_once * 100 > GIB else ""
         host = f"; in host memory {self.host / GIB:.2f}" if self.host else ""
-        return f"estimate {self.total / GIB:.2f} GiB/rank ({parts}{host})"
+        return f"estimate {self.total / GIB:.2f} GiB/rank ({parts}{apart}{host})"
 
 
-def estimate_memory(cfg: RunConfig, student: ModelSize, teacher: ModelSize | None, *, dp_size: int) -> MemoryEstimate:
-    """Persistent and peak bytes per rank (our derivation, checked against a run by tests/integration).
+def estimate_memory(
+    cfg: RunConfig, student: ModelSize, teacher: ModelSize | None, *, dp_size: int, on_cuda: bool,
+    student_attention: str, teacher_attention: str = "sdpa",
+) -> MemoryEstimate:  # fmt: skip
+    """Persistent and peak bytes per rank (our derivation; docs/results/memory_cpu.md holds it against runs).
 
-    Student: weights; an fp32 gradient; fp32 master copy and two Adam moments; ZeRO divides the states (stage >= 1),
-    the gradients (>= 2) and the weights (3) by dp x cp. With zero.offload_optimizer the states are on the host, and at
-    stage 3 the gradients too; with checkpoint.async_write a copy of the states is. Teacher: weights, whole or cut; of a
-    dedicated one the answers that are under way, on the host.
-    Loss: two fp32 slabs within train.slab_bytes plus the fp32 gradients it returns. Activations: per layer about
-    16 widths per token without recomputation, 1 with it (and one layer's worth).
+    Student: weights; an fp32 gradient; fp32 master copy (at stage 0 the weights) and two Adam moments; ZeRO divides the
+    states (stage >= 1), the gradients (>= 2) and the weights (3) by dp x cp; and what DeepSpeed allocates to do so
+    (`zero_memory`). With zero.offload_optimizer the states are on the host, and at stage 3 the gradients too; with
+    checkpoint.async_write a copy of the states is. Teacher: weights, whole or cut; of a dedicated one the answers that
+    are under way, on the host. Loss: two fp32 slabs within train.slab_bytes plus the gradients it returns, in fp32 and
+    in the weights' dtype. Activations: as `_layer_width` without recomputation, 1 width with it (and one layer's
+    worth). Masks: as `mask_bytes` for each attention, an implementation's name, of which "auto" is none.
     """
-    tp, stage, offload = cfg.parallel.tp, cfg.zero.stage, cfg.zero.offload_optimizer
+    tp, stage, offload, cp = cfg.parallel.tp, cfg.zero.stage, cfg.zero.offload_optimizer, cfg.parallel.cp
     local = student.num_parameters / tp
-    cp = cfg.parallel.cp
     tokens, zero_size = cfg.data.sequences_per_micro_batch * cfg.data.seq_len // cp, dp_size * cp
     item = BYTES[cfg.student.dtype]
-    per_layer = 16 * tokens * student.width * item
-    layers = student.num_layers
-    activations = (
-        per_layer + layers * tokens * student.width * item
-        if cfg.student.activation_checkpointing
-        else (layers * per_layer)
-    )
+    zero = _zero_memory(cfg, student, tokens, zero_size, on_cuda=on_cuda)
     parts = {
         "weights": student.weight_bytes(cfg.student.dtype) / tp / (zero_size if stage == 3 else 1),
-        "gradients": 0 if offload and stage == 3 else local * 4 / (zero_size if stage >= 2 else 1),
-        "optimizer": 0 if offload else local * 12 / (zero_size if stage >= 1 else 1),
-        "activations": activations,
+        "gathered": zero.gathered,
+        "gradients": zero.gradients,
+        "optimizer": 0 if offload else local * 12 / zero_size if stage >= 1 else local * 8,
+        "buckets": zero.bucket + zero.reducing,
+        "step": zero.step,
+        "activations": _activations(cfg, student, tokens),
+        "masks": _student_masks(cfg, student, student_attention),
         "loss": min(cfg.train.slab_bytes, 8 * tokens * student.vocab_rows / tp)
-        + 4 * (tokens * student.width + student.vocab_rows / tp * student.width),
+        + (4 + item) * (tokens * student.width + student.vocab_rows / tp * student.width),
     }
     # master weights, two moments, the gradient that AdamW reads, and DeepSpeed's buffer beside it
     host = local * HOST_BYTES_PER_ELEMENT / zero_size if offload else 0.0
     if cfg.checkpoint.async_write:  # a copy of what this rank writes; at stage 0 the first data rank writes everything
         host += local * 12 / (zero_size if stage >= 1 else 1)
     if teacher is not None:
-        parts |= _teacher_parts(cfg, teacher, tokens, zero_size)
+        parts |= _teacher_parts(cfg, teacher, tokens, zero_size, teacher_attention)
         host += _teacher_on_host(cfg, teacher, zero_size) + _answers(cfg, teacher)
-    return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host))
+    return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host), int(_apart(cfg, parts, zero)))
 
 
-def estimate_teacher_rank(cfg: RunConfig, teacher: ModelSize, *, dp_size: int) -> MemoryEstimate:
-    """Bytes on a rank that holds nothing but the teacher: its weights, and a layer's activations of a micro-batch.
+def _zero_memory(cfg: RunConfig, student: ModelSize, tokens: int, zero_size: int, *, on_cuda: bool) -> ZeroMemory:
+    tp = cfg.parallel.tp
+    largest = min(student.num_parameters, student.vocab_rows * student.width) / tp  # the embedding, as a rule
+    micro_batches = max(1, cfg.data.tokens_per_step // max(1, zero_size * tokens))
+    bfloat16 = cfg.student.dtype == "bfloat16"
+    share = Share(student.num_parameters / tp, largest, zero_size, bfloat16, micro_batches)
+    return zero_memory(cfg, share, on_cuda=on_cuda)
+
+
+def _activations(cfg: RunConfig, student: ModelSize, tokens: int) -> float:
+    item, layers = BYTES[cfg.student.dtype], student.num_layers
+    per_layer = _layer_width(student, item) * tokens * item
+    if cfg.student.activation_checkpointing:
+        return per_layer + layers * tokens * student.width * item
+    return layers * per_layer
+
+
+def _layer_width(size: ModelSize, item: int) -> float:
+    """Elements per token that a layer keeps for backward: attention and norms about 9 widths, and 2.5 more where the
+    norms compute in float32 beside bfloat16; a gated MLP 4 inner widths. 16 widths where the inner one is not known."""
+    if not size.inner_width:
+        return 16 * size.width
+    return (9 if item == 4 else 11.5) * size.width + 4 * size.inner_width
+
+
+def _apart(cfg: RunConfig, parts: dict[str, float], zero: ZeroMemory) -> float:
+    """Sum of all parts less the most that is there at once: in the teacher's forward, unless it overlaps the student's,
+    in backward, when gradients are reduced, or in the step."""
+    ahead = parts.get("teacher_masks", 0)
+    forward = parts["activations"] + parts["masks"] + parts["loss"] + zero.gathered
+    kept = zero.bucket if cfg.zero.stage == 3 else 0
+    moments = (
+        forward + zero.bucket + (zero.reducing if zero.early else 0) + (ahead if cfg.teacher.overlap else 0),
+        ahead + kept,
+        zero.gathered + zero.bucket + zero.reducing - zero.moved,
+        zero.step + kept,
+    )
+    return forward + parts["buckets"] + parts["step"] + ahead - max(moments)
+
+
+def mask_bytes(
+    attention: str, *, sequences: int, seq_len: int, item: int, layers: int, heads: int = 0, packed: bool = True
+) -> int:
+    """What attention keeps that grows with seq_len squared, bytes; only boundaries for flash and packed ones.
+
+    sequences: in one forward. item: bytes of an activation. layers: whose part is kept for backward. heads: on this
+    rank; 0: not known. packed: documents are hidden from each other, without which sdpa needs no mask.
+    sdpa: a boolean mask for all layers, and of each layer the additive one that torch makes of it and saves; under
+    ONE_MASK the boolean and one additive mask. eager: an additive mask for all layers, and of each layer its
+    probabilities, of all heads, in float32 and in the dtype.
+    """
+    square = sequences * seq_len**2
+    if attention == ONE_MASK:
+        return square * (1 + item) if packed else 0
+    if attention == "sdpa":
+        return square * (1 + item * layers) if packed else 0
+    if attention == "eager":
+        return square * (1 + item) + square * heads * layers * (4 if item == 4 else 4 + item)
+    return 4 * (sequences * seq_len + 1)
+
+
+def _student_masks(cfg: RunConfig, student: ModelSize, attention: str) -> float:
+    """With parallel.cp a rank has whole sequences inside attention, and a part of the heads."""
+    layers = 1 if cfg.student.activation_checkpointing else student.num_layers
+    return mask_bytes(
+        attention, sequences=cfg.data.sequences_per_micro_batch, seq_len=cfg.data.seq_len,
+        item=BYTES[cfg.student.dtype], layers=layers, heads=student.num_heads // (cfg.parallel.tp * cfg.parallel.cp),
+        packed=cfg.data.reset_positions,
+    )  # fmt: skip
+
+
+def estimate_teacher_rank(cfg: RunConfig, teacher: ModelSize, *, dp_size: int, attention: str) -> MemoryEstimate:
+    """Bytes on a rank that holds nothing but the teacher: its weights, and a layer's activations of a micro-batch, and
+    masks of its attention (an implementation's name).
 
     On the host, of a teacher's first rank: the answers to each of the student's data ranks, kept until they are known
     to have arrived.
@@ -107,6 +188,7 @@ def estimate_teacher_rank(cfg: RunConfig, teacher: ModelSize, *, dp_size: int) -
     parts = {
         "weights": teacher.weight_bytes(cfg.teacher.dtype) // teacher_tp(cfg),
         "activations": 16 * tokens * teacher.width * item,
+        "masks": int(_teacher_masks(cfg, teacher, attention, tokens // cfg.data.seq_len)),
     }
     return MemoryEstimate(parts, int(dp_size * _answers(cfg, teacher)))
 
@@ -119,23 +201,39 @@ def _answers(cfg: RunConfig, teacher: ModelSize) -> float:
     return (in_flight(cfg) + 1) * tokens * teacher.width * BYTES[cfg.teacher.dtype]
 
 
-def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, zero_size: int) -> dict[str, float]:
-    """Weights on this rank and the hidden states that wait for the loss."""
+def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, zero_size: int, attention: str) -> dict[str, float]:
+    """Weights on this rank, the hidden states that wait for the loss, and the masks of one forward."""
     t, tp, item = cfg.teacher, cfg.parallel.tp, BYTES[cfg.teacher.dtype]
     if t.layout == "dedicated":
         head = teacher.vocab_rows * teacher.width * item / tp
         return {"teacher_head": head, "teacher_hidden": tokens * teacher.width * item}
     cut = teacher_tp(cfg)
     weights = _teacher_bytes(cfg, teacher) / cut
-    hidden = 2 * tokens * teacher.width * item * max(1, cut // tp) * (2 if t.overlap else 1)
+    replicas = max(1, cut // tp)  # of the student, which share one teacher
+    hidden = 2 * tokens * teacher.width * item * replicas * (2 if t.overlap else 1)
+    sequences = cfg.data.sequences_per_micro_batch * replicas
+    if t.layout == "plain":  # tp ranks share out the sequences
+        sequences = -(-sequences // tp)
     if t.zero_stage == 0:
-        return {"teacher": weights, "teacher_hidden": hidden}
+        masks = _teacher_masks(cfg, teacher, attention, sequences)
+        return {"teacher": weights, "teacher_hidden": hidden, "teacher_masks": masks}
     # The pieces, two gathered layers, and the head's rows; hidden states of the whole step.
     head = teacher.vocab_rows * teacher.width * item / max(cut, tp)
     layers = 2 * weights / max(1, teacher.num_layers)
     pieces = 0.0 if t.offload else weights / (zero_size * tp / cut)
     micro_batches = cfg.data.tokens_per_step / (zero_size * tokens)
-    return {"teacher": pieces + layers + head, "teacher_hidden": hidden * micro_batches}
+    masks = _teacher_masks(cfg, teacher, attention, int(sequences * micro_batches))
+    return {"teacher": pieces + layers + head, "teacher_hidden": hidden * micro_batches, "teacher_masks": masks}
+
+
+def _teacher_masks(cfg: RunConfig, teacher: ModelSize, attention: str, sequences: int) -> float:
+    """Of a forward of `sequences`, or of as many as teacher.max_tokens_per_forward allows; a layer at a time."""
+    if (limit := cfg.teacher.max_tokens_per_forward) is not None:
+        sequences = min(sequences, max(1, limit // cfg.data.seq_len))
+    return mask_bytes(
+        attention, sequences=sequences, seq_len=cfg.data.seq_len, item=BYTES[cfg.teacher.dtype], layers=1,
+        heads=teacher.num_heads // teacher_tp(cfg), packed=cfg.data.reset_positions,
+    )  # fmt: skip
 
 
 def _teacher_bytes(cfg: RunConfig, teacher: ModelSize) -> float:

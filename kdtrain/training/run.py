@@ -61,7 +61,7 @@ def run_training(request: Request) -> int:
         return 0
     stop = StopRequest(cfg.run.time_limit_s)
     stop.install()  # until the process ends: a second signal while ranks leave must not kill one of them
-    with bootstrap.runtime(teacher_ranks(cfg)) as rank:
+    with bootstrap.runtime(teacher_ranks(cfg), deterministic=cfg.debug.deterministic) as rank:
         if rank.roles.is_teacher:
             _serve(cfg, inputs, rank, folder=Path(cfg.run.output_dir) / cfg.run.name, wants_stop=lambda: stop.wanted)
             return 0
@@ -98,7 +98,7 @@ def run_evaluation(request: Request) -> int:
         _trained_prefix(cfg, inputs, choice)
         describing.print_check(cfg, inputs, choice, world_size=request.world_size, trains=False)
         return 0
-    with bootstrap.runtime(teacher_ranks(cfg)) as rank:
+    with bootstrap.runtime(teacher_ranks(cfg), deterministic=cfg.debug.deterministic) as rank:
         if rank.roles.is_teacher:
             _serve(cfg, inputs, rank)
             return 0
@@ -161,7 +161,7 @@ def _train(
     resume_from = on_main(mesh, lambda: find_start(cfg, inputs, folder))
     prefix = _prepare_teacher(cfg, inputs, choice, models, mesh, rank, resume_from)
     loader = build.build_loader(cfg, inputs, mesh, prefix, pin_memory=device.type == "cuda")
-    describing.log_header(cfg, inputs, models, mesh)
+    describing.log_header(cfg, inputs, models, mesh, device)
     describing.log_stores(cfg, inputs, loader)
     # Last: DeepSpeed keeps process-wide state that the most recent engine owns.
     engine = StudentEngine(models.student, mesh, cfg, device=device)

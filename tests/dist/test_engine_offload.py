@@ -170,3 +170,26 @@ def poisoned_steps(rank, world_size, folder):
 
 def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(fresh_pool, tmp_path):
     fresh_pool(2).run(poisoned_steps, folder=tmp_path)
+
+
+def threads_of_steps(rank, world_size, folder):
+    """Threads outside a step, and inside: with 6 cores to share, and with a number that the user chose."""
+    import os
+
+    os.sched_getaffinity = lambda _: set(range(6))
+    meshes, found = join(world_size), []
+    for chosen in (None, "5"):
+        os.environ.update({"OMP_NUM_THREADS": chosen or "1", "TORCHELASTIC_RUN_ID": "none"})
+        engine = start(folder, meshes[1], Case("llama", 1, 2, (1, 1, 1)))
+        inside = []
+        engine.optimizer.register_step_pre_hook(lambda *_, seen=inside: seen.append(torch.get_num_threads()))
+        outside = torch.get_num_threads()
+        make_step(engine, 1, 1)
+        found.append((outside, set(inside), torch.get_num_threads()))
+        engine.close()
+    return found
+
+
+def test_a_step_on_the_host_takes_the_ranks_part_of_the_cores(fresh_pool, tmp_path):
+    for answer in fresh_pool(2).run(threads_of_steps, folder=tmp_path):
+        assert answer == [(1, {3}, 1), (1, {1}, 1)]

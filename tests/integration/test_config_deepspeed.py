@@ -16,8 +16,14 @@ cfg = RunConfig()
 cfg.zero.extra = {name: kind == "switch" or 3e8 for name, kind in EXTRA_ZERO_KEYS.items()}
 parsed = []
 for cfg.zero.stage in (0, 1, 2, 3):
-    zero = get_zero_config(deepspeed_config(cfg, on_cuda=True))
+    zero = get_zero_config(deepspeed_config(cfg, on_cuda=True, num_parameters=1000))
     parsed.append([zero.stage, zero.overlap_comm, zero.reduce_bucket_size, zero.reduce_scatter])
+from kdtrain.config.deepspeed_config import REDUCE_BUCKET
+from kdtrain.training.zero_memory import MAX_LIVE, PREFETCH
+usual = DeepSpeedZeroConfig()
+assert (usual.reduce_bucket_size, usual.max_live_parameters, usual.prefetch_bucket_size) == (
+    REDUCE_BUCKET, MAX_LIVE, PREFETCH
+), "the estimate has other defaults than DeepSpeed"
 fields = DeepSpeedZeroConfig.model_fields
 deprecated = [n for n, f in fields.items() if (f.json_schema_extra or {}).get("deprecated")]
 known = [f.alias or n for n, f in fields.items() if n not in deprecated]

@@ -57,6 +57,7 @@ def test_the_ratio_is_of_medians_and_memory_is_held_against_the_estimate(bench, 
     more = {**phases, "teacher": 0.050, "head": 0.020, "backward": 0.003}
     answer = {
         "device": "d", "threads": 1, "peak_bytes": 3 << 20, "parts": {"weights": 1 << 20, "teacher": 1 << 20},
+        "estimate_bytes": 2 << 20,
         "seconds": {"distill": [0.1, 0.3, 0.2], "lm": [0.05, 0.9, 0.1], "teacher": [0.06]},
         "phases": {"distill": more, "lm": {**phases, "teacher": 0.0}},
     }  # fmt: skip

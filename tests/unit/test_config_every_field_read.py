@@ -13,7 +13,6 @@ ROOTS = ("cfg", "config")
 """Names and attributes that hold a whole RunConfig."""
 READ_ELSEWHERE = {
     "parallel.world_size": "kdtrain.config.checks_start refuses a job of another number of ranks",
-    "zero.extra": "kdtrain.config.deepspeed_config hands it to DeepSpeed",
     "teacher.ranks": "kdtrain.config.ranks.teacher_ranks, which splits the job, reads it",
     "teacher.tp": "kdtrain.config.ranks.teacher_tp, which training asks, reads it",
 }

@@ -140,7 +140,8 @@ def test_what_stays_in_float32_is_counted_with_four_bytes(tmp_path, kind):
     assert size.weight_bytes("float32") == 4 * facts.num_parameters
     cfg = RunConfig()
     student = ModelSize(1000, 32, 2, 99)
-    assert estimate_memory(cfg, student, size, dp_size=1).parts["teacher"] == size.weight_bytes("bfloat16")
+    found = estimate_memory(cfg, student, size, dp_size=1, on_cuda=True, student_attention="sdpa")
+    assert found.parts["teacher"] == size.weight_bytes("bfloat16")
 
 
 def test_a_layer_that_stays_in_float32_is_not_quantised_either():

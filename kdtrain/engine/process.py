@@ -1,0 +1,61 @@
+"""Settings of a rank's process that libraries read once, or only from the environment."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, MutableMapping
+
+import torch
+
+from kdtrain.errors import ConfigError
+from kdtrain.log import LOGGER
+
+LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")
+"""Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS computes the same bits twice on several streams."""
+
+
+def order_nccl_launches(environ: MutableMapping[str, str]) -> None:
+    """Set NCCL_LAUNCH_ORDER_IMPLICIT=1 unless `environ` has a value. Before the first NCCL communicator.
+
+    Data, tensor and context parallel groups are communicators of their own, and DeepSpeed reduces gradients on a stream
+    beside the backward's: two kernels of NCCL, each of which fills what is left of a device, may wait for each other on
+    two devices that began with different ones. With the setting NCCL (2.26 and later) begins them in the order of the
+    host's calls, which is the same on all ranks; CUDA below 12.3 then runs one at a time.
+    """
+    if LAUNCH_ORDER in environ:
+        LOGGER.info("nccl     %s = %s, from the environment", LAUNCH_ORDER, environ[LAUNCH_ORDER])
+        return
+    environ[LAUNCH_ORDER] = "1"
+    LOGGER.info("nccl     %s = 1: kernels of several groups start in the order of calls", LAUNCH_ORDER)
+
+
+def compute_deterministically(environ: MutableMapping[str, str]) -> None:
+    """Have torch, cuBLAS and flash-attention compute the same bits twice, for the rest of this process.
+
+    Before CUDA is used. An operation that has no such form raises RuntimeError when it is called. Raises ConfigError
+    where `environ` has a value that contradicts it.
+    """
+    flash, cublas = "FLASH_ATTENTION_DETERMINISTIC", "CUBLAS_WORKSPACE_CONFIG"
+    for name, good in ((flash, ("1",)), (cublas, CUBLAS_WORKSPACES)):
+        if environ.setdefault(name, good[0]) not in good:
+            raise ConfigError(
+                f"debug.deterministic = true, but {name} = {environ[name]!r} in the environment\n"
+                f"  why: with that value gradients need not be the same bits twice\n"
+                f"  fix: unset it, or set it to {' or '.join(good)}"
+            )
+    torch.use_deterministic_algorithms(True)
+    LOGGER.info("debug    deterministic algorithms only: slower, and an operation without one ends the run")
+
+
+def host_threads(mine: Collection[int], masks: Collection[Collection[int]], environ: Mapping[str, str]) -> int | None:
+    """Threads for work in host memory: this rank's part of the cores it may use, at least 1; None: leave them alone.
+
+    mine: cores of this rank's affinity mask; masks: those of all ranks on this host, this one's included, each of which
+    may be the whole host or a part that a launcher bound to the rank. OMP_NUM_THREADS is the user's choice and stays,
+    but for the 1 that torchrun sets where there is none: in its processes, which have TORCHELASTIC_RUN_ID.
+    """
+    chosen = environ.get("OMP_NUM_THREADS")
+    if chosen is not None and not (chosen == "1" and "TORCHELASTIC_RUN_ID" in environ):
+        return None
+    share = sum(1 / max(1, sum(core in mask for mask in masks)) for core in mine)
+    return max(1, int(share + 1e-9))
