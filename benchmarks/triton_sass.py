@@ -1,12 +1,14 @@
 """Compile every variant of the dense row kernels ahead of time and look at the machine code. No GPU is needed.
 
     python benchmarks/triton_sass.py            # every variant and target, 15 minutes -> docs/results/triton_sass.md
-    python benchmarks/triton_sass.py --quick    # a representative few, printed: what the tests run
+    python benchmarks/triton_sass.py --json     # all on sm_90, each kernel's heaviest form on every target: JSON lines
+    python benchmarks/triton_sass.py --quick    # a representative few, as JSON lines: what the tests run
 
 Needs triton (`pip install triton`), whose wheel brings the compilers and cuobjdump. Compiled with the types, promises
 and options of a launch by kdtrain_kernels.triton.rows: float32 slabs, strides divisible by 128, base pointers by 16.
-Fails (exit code 1), after all is compiled, if a kernel touches local memory (registers spilled) or does not read its
-slabs 16 bytes at a time. For NVIDIA the numbers are those of `cuobjdump`, for AMD those in the assembly's metadata.
+Fails (exit code 1), after all is compiled, if a kernel touches local memory (registers spilled), does not read its
+slabs 16 bytes at a time, or rounds in place and reaches a barrier before its loads have completed (triton_waits.py).
+For NVIDIA the numbers are those of `cuobjdump`, for AMD those in the assembly's metadata.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ from typing import Any
 import triton
 from kdtrain_kernels import PLUG_INS, divergence_spec
 from kdtrain_kernels.triton import kernels, rows
+from kdtrain_kernels.triton.device import compile_options, rounding_on
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton_waits import in_flight_amd, in_flight_nvidia
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs/results/triton_sass.md"
@@ -102,20 +106,37 @@ def _suffix(flags: dict[str, Any]) -> str:
     return "".join(f", {word}" for word, said in words.items() if said)
 
 
+HEAVY = (
+    "row_stats, T", "coupling, T", "pair_measure, T", "row_grad, cap, bf16", "first_argmax", "pair_sums alpha_beta, T",
+    "pair_grad alpha_beta, T, cap, bf16", "pair_grad reverse_kl, T, cap, bf16", "pair_grad jsd, T, bf16",
+)  # fmt: skip
+"""Each kernel's heaviest forms."""
+
+
+def whole(variant: Variant, target: str) -> bool:
+    """Whether the table has it: always."""
+    return True
+
+
 def quick(variant: Variant, target: str) -> bool:
     """Whether the short run has it: each kernel's heaviest form on sm_90, two kernels on every target."""
     if variant.name in ("row_stats, T", "pair_grad jsd, T, bf16"):
         return True
-    heavy = ("coupling, T", "pair_measure, T", "row_grad, cap, bf16", "first_argmax")
-    return target == "sm_90" and variant.name in (
-        *heavy, "pair_sums alpha_beta, T", "pair_grad alpha_beta, T, cap, bf16", "pair_grad reverse_kl, T, cap, bf16"
-    )  # fmt: skip
+    return target == "sm_90" and variant.name in HEAVY
 
 
-def compile_one(variant: Variant, target: str) -> dict[str, Any]:
-    """Registers, local memory, wide loads and stores, barriers."""
+def releases(variant: Variant, target: str) -> bool:
+    """Whether releases of triton are compared by it."""
+    return target == "sm_90" or variant.name in HEAVY
+
+
+def compile_one(variant: Variant, target: str, backend: str | None = None) -> dict[str, Any]:
+    """Registers, local memory, wide loads and stores, barriers. backend: as `rounding_on`, the target's if None."""
     kernel, launch = getattr(kernels, variant.kernel), rows.LAUNCHES[variant.launch]
     constants = {**variant.constants, "BLOCK": launch.block}
+    if "NARROW" in constants:
+        backend = TARGETS[target].backend if backend is None else backend
+        constants |= rounding_on(backend, constants["NARROW"], launch.block, launch.warps)
     types = {**TYPES, "operand": "*bf16" if variant.constants.get("NARROW") else "*fp32"}
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     promises = {
@@ -124,9 +145,10 @@ def compile_one(variant: Variant, target: str) -> dict[str, Any]:
         if name in DIVISIBLE or signature[name].startswith("*")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=promises)
-    built = triton.compile(source, target=TARGETS[target], options={"num_warps": launch.warps, **rows.OPTIONS})
+    built = triton.compile(source, target=TARGETS[target], options=compile_options(launch.warps))
     numbers = nvidia(built.asm["cubin"]) if TARGETS[target].backend == "cuda" else amd(built.asm["amdgcn"])
-    return {"variant": variant.name, "target": target, **numbers}
+    fusion = built.metadata.enable_fp_fusion
+    return {"variant": variant.name, "kernel": variant.kernel, "target": target, "fusion": fusion, **numbers}
 
 
 def nvidia(cubin: bytes) -> dict[str, int]:
@@ -146,7 +168,8 @@ def nvidia(cubin: bytes) -> dict[str, int]:
         "spills": len(re.findall(r"\b(?:STL|LDL)\b", sass)),
         "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128", sass)),
         "wide_stores": len(re.findall(r"\bSTG\.E\.(?:\w+\.)*128", sass)),
-        "barriers": len(re.findall(r"\bBAR\.SYNC", sass)),
+        "barriers": len(re.findall(r"\bBAR\.(?:SYNC|RED)", sass)),
+        "in_flight": in_flight_nvidia(sass),
     }
 
 
@@ -156,25 +179,45 @@ def amd(assembly: str) -> dict[str, int]:
     return {
         "registers": field["vgpr_count"],
         "stack": field["private_segment_fixed_size"],
-        "spills": field["vgpr_spill_count"] + field["sgpr_spill_count"],
+        "spills": field["vgpr_spill_count"],  # scalar registers spill into lanes of vector registers
         "wide_loads": len(re.findall(r"\b(?:global|buffer)_load_dwordx4", assembly)),
         "wide_stores": len(re.findall(r"\b(?:global|buffer)_store_dwordx4", assembly)),
         "barriers": len(re.findall(r"\bs_barrier", assembly)),
+        "in_flight": in_flight_amd(assembly),
     }
+
+
+def spilled(row: dict[str, Any]) -> list[str]:
+    """Local memory, if it is touched: a stack that no instruction reads or writes costs nothing (NVIDIA)."""
+    if row["spills"] or (row["stack"] and row["target"].startswith("gfx")):
+        return [f"{row['spills']} instructions and {row['stack']} bytes of local memory"]
+    return []
+
+
+def fused(row: dict[str, Any]) -> list[str]:
+    """Whether the compiler may fuse products and sums, which changes the rounding."""
+    return ["products and sums may be fused"] if row["fusion"] is not False else []
+
+
+def unguarded(row: dict[str, Any]) -> list[str]:
+    """Whether stores over a row's own logits may come before its loads."""
+    if not row["barriers"]:
+        return ["no barrier between the loads and the stores of a block"]
+    if row["in_flight"]:
+        return [f"{row['in_flight']} wide loads in flight at a barrier"]
+    return []
 
 
 def faults(row: dict[str, Any]) -> list[str]:
     """What is wrong with a kernel's machine code."""
-    found = []
-    if row["spills"] or row["stack"]:
-        found.append(f"{row['spills']} instructions and {row['stack']} bytes of local memory")
+    found = spilled(row) + fused(row)
     if not row["wide_loads"]:
         found.append("no 16-byte load")
     halves = "bf16" in row["variant"] and row["target"] == "gfx942"  # 4 columns a thread: 8 bytes
     if "_grad" in row["variant"] and not row["wide_stores"] and not halves:
         found.append("no wide store")
-    if "bf16" in row["variant"] and not row["barriers"]:
-        found.append("no barrier between the loads and the stores of a block")
+    if "bf16" in row["variant"]:
+        found += unguarded(row)
     return [f"{row['variant']} on {row['target']}: {fault}" for fault in found]
 
 
@@ -191,8 +234,8 @@ def table(measured: list[dict[str, Any]]) -> str:
         "Blocks and warps:",
         "; ".join(f"{name} {launch.block} x {launch.warps}" for name, launch in rows.LAUNCHES.items()) + ".",
         "",
-        f"{len(measured)} compiled, {wrong} with a fault: local memory, no wide loads or stores, or no barrier where a",
-        "block is rounded in place.",
+        f"{len(measured)} compiled, {wrong} with a fault: local memory, no wide loads or stores, or, where a block is",
+        "rounded in place, no barrier or loads in flight at one.",
         "T: at another temperature than 1; cap: with a soft-cap; scale: with a logit scale; bf16: rounded in place.",
         "",
         "| variant | " + " | ".join(TARGETS) + " |",
@@ -210,14 +253,16 @@ def table(measured: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a few kernels, as JSON lines on stdout; write no table")
+    parser.add_argument("--json", action="store_true", help="what compares releases, as JSON lines; write no table")
+    parser.add_argument("--quick", action="store_true", help="a few kernels, as JSON lines; write no table")
     parser.add_argument("--jobs", type=int, default=2, help="compile this many at a time")
     arguments = parser.parse_args()
-    jobs = [(v, t) for v in variants() for t in TARGETS if not arguments.quick or quick(v, t)]
+    chosen = quick if arguments.quick else releases if arguments.json else whole
+    jobs = [(v, t) for v in variants() for t in TARGETS if chosen(v, t)]
     with ProcessPoolExecutor(arguments.jobs) as pool:
         measured = list(pool.map(compile_one, *zip(*jobs, strict=True)))
     wrong = [fault for row in measured for fault in faults(row)]
-    if arguments.quick:
+    if arguments.quick or arguments.json:
         print("\n".join(map(json.dumps, measured)))
     else:
         TABLE.write_text(table(measured))

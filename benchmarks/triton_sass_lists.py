@@ -1,20 +1,24 @@
 """Compile the kernels of sparse records, top-k lists and samples for every target, and look at their machine code.
 
-    python benchmarks/triton_sass_lists.py      # two minutes -> docs/results/triton_sass_lists.md; no GPU is needed
+    python benchmarks/triton_sass_lists.py          # two minutes -> docs/results/triton_sass_lists.md; no GPU is needed
+    python benchmarks/triton_sass_lists.py --json   # the same, as JSON lines on stdout; no table
 
-Variants are those that the tests compile for sm_90. Exit code 1 if a kernel touches local memory, or if one that
-streams a slab does not read it 16 bytes at a time; the numbers are those of `triton_sass.py`.
+Variants are those that the tests compile for sm_90. Exit code 1 if a kernel touches local memory, if one that streams
+a slab does not read it 16 bytes at a time, or if one that rounds in place reaches a barrier before its loads have
+completed; the numbers are those of `triton_sass.py`.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import triton
-from triton_sass import TARGETS, amd, nvidia
+from triton_sass import TARGETS, amd, fused, nvidia, spilled, unguarded
 
 from kdtrain.testing.ranks import load_file
 
@@ -30,14 +34,12 @@ def compile_one(file: str, name: str, target: str) -> dict[str, Any]:
     variants = module.variants() if file == "test_triton_sparse" else module.VARIANTS
     built = module.compiled(*variants[name], target=TARGETS[target])
     numbers = nvidia(built.asm["cubin"]) if TARGETS[target].backend == "cuda" else amd(built.asm["amdgcn"])
-    return {"variant": name, "target": target, **numbers}
+    return {"variant": name, "kernel": name, "target": target, "fusion": built.metadata.enable_fp_fusion, **numbers}
 
 
 def faults(row: dict[str, Any]) -> list[str]:
     """What is wrong with a kernel's machine code."""
-    found = []
-    if row["spills"] or row["stack"]:
-        found.append(f"{row['spills']} instructions and {row['stack']} bytes of local memory")
+    found = spilled(row) + fused(row) + (unguarded(row) if "bf16" in row["variant"] else [])
     if row["variant"].startswith(STREAMS) and not row["wide_loads"]:
         found.append("no 16-byte load")
     return [f"{row['variant']} on {row['target']}: {fault}" for fault in found]
@@ -53,7 +55,8 @@ def table(measured: list[dict[str, Any]]) -> str:
         f"Made by `python benchmarks/triton_sass_lists.py` with triton {triton.__version__}, without a GPU. Registers",
         "per thread (gfx942: vector registers) and 16-byte loads in the code.",
         "",
-        f"{len(measured)} compiled, {len(wrong)} with a fault: local memory, or a streamed slab read in narrow pieces.",
+        f"{len(measured)} compiled, {len(wrong)} with a fault: local memory, a streamed slab read in narrow pieces, or",
+        "loads in flight at a barrier where a block is rounded in place.",
         *(f"- {fault}" for fault in wrong),
         "",
         "| variant | " + " | ".join(TARGETS) + " |",
@@ -66,14 +69,22 @@ def table(measured: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="JSON lines on stdout; write no table")
+    arguments = parser.parse_args()
     files = {name: load_file(ROOT / "tests/unit" / f"{name}.py") for name in ("test_triton_sparse", "test_triton_topk")}
     names = [("test_triton_sparse", name) for name in files["test_triton_sparse"].variants()]
     names += [("test_triton_topk", name) for name in files["test_triton_topk"].VARIANTS]
     jobs = [(file, name, target) for file, name in names for target in TARGETS]
     with ProcessPoolExecutor(2) as pool:
         measured = list(pool.map(compile_one, *zip(*jobs, strict=True)))
-    TABLE.write_text(table(measured))
-    return 1 if any(faults(row) for row in measured) else 0
+    if arguments.json:
+        print("\n".join(map(json.dumps, measured)))
+    else:
+        TABLE.write_text(table(measured))
+    wrong = [fault for row in measured for fault in faults(row)]
+    print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from kdtrain_kernels.dispatch import launch_one_row, row_kernels
 
 from kdtrain.config.ranks import teacher_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
@@ -114,6 +115,7 @@ def build_models(
     spec = teacher_spec(cfg)
     if cfg.teacher.quantize is not None:
         require_torchao(cfg.teacher.quantize)  # before minutes of loading
+    check_kernels(cfg.train.kernels, device)
     rows = head_rows(cfg, inputs.total_rows)
     student = load_backbone(
         student_spec(cfg), mesh, vocab_size=inputs.vocab_size, total_rows=rows, device=device, trainable=trainable,
@@ -126,6 +128,21 @@ def build_models(
         remote, head = remote_teacher(cfg, spec, student.shard, mesh, device, wire, on_stop)
         return Models(student, remote, layout, None, head)
     return add_teacher(cfg, spec, Models(student, None, layout, None), mesh, device)
+
+
+def check_kernels(backend: str, device: torch.device, probe: Callable[[torch.device], None] = launch_one_row) -> None:
+    """Launch one row by the kernels of train.kernels; `auto` takes torch where that fails, and logs why.
+
+    Raises ConfigError for triton where it cannot run. Communicates nothing: ranks on machines that differ may differ.
+    """
+    try:
+        row_kernels(backend, device, probe=probe)
+    except ValueError as error:
+        raise ConfigError(
+            f"train.kernels = {backend} cannot run on {device}\n"
+            f"  why: {error}\n"
+            "  fix: mend that, or set train.kernels=torch (auto would take it, and log the reason)"
+        ) from error
 
 
 def add_teacher(cfg: RunConfig, spec: ModelSpec, models: Models, mesh: Mesh, device: torch.device) -> Models:

@@ -42,10 +42,10 @@ def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh,
     )  # fmt: skip
     if models.teacher_facts is not None:
         teacher = models.teacher_backbone
-        attention = cfg.teacher.attention if teacher is None else teacher.attention
+        name = cfg.teacher.attention if teacher is None else teacher.attention
         LOGGER.info(
             "teacher  %s   %s, frozen, %s, %s, %s", cfg.teacher.weights, _parameters(models.teacher_facts),
-            _teacher_layout(cfg), cfg.teacher.dtype, attention,
+            _teacher_layout(cfg), cfg.teacher.dtype, name,
         )  # fmt: skip
     LOGGER.info("loss     %s", loss_line(cfg))
     LOGGER.info("data     %s", data_line(cfg, inputs, mesh.dp_size))

@@ -4,8 +4,15 @@ import torch
 
 from kdtrain_kernels.dispatch import BACKENDS, row_kernels
 from kdtrain_kernels.divergences import PLUG_INS, DivergenceSpec, divergence_spec
+from kdtrain_kernels.versions import torch_problem
 
 __all__ = ["BACKENDS", "PLUG_INS", "DivergenceSpec", "divergence_spec", "row_kernels"]
+
+
+def _require_torch(version: str) -> None:
+    """Raises ImportError for a release of torch that is too old."""
+    if problem := torch_problem(version):
+        raise ImportError(problem)
 
 
 def _settle_vector_maths() -> None:
@@ -20,4 +27,5 @@ def _settle_vector_maths() -> None:
             function(few)
 
 
+_require_torch(torch.__version__)
 _settle_vector_maths()

@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import logging
 import os
+import subprocess
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -18,59 +20,102 @@ BACKENDS = ("torch", "triton")
 row_grad, pair_measure and first_argmax, of the signatures and meaning of `torch_rows`."""
 
 
-def row_kernels(backend: str, device: torch.device, work: torch.dtype = torch.float32) -> ModuleType:
+Probe = Callable[[torch.device], None]
+"""Launches a kernel on a device; raises if that fails."""
+
+
+FAILURES = (
+    RuntimeError, ImportError, OSError, ValueError, TypeError, AttributeError, LookupError, AssertionError,
+    subprocess.SubprocessError,
+)  # fmt: skip
+"""What triton, torch, a driver and a C compiler raise where a launch fails."""
+
+
+class CapturingError(RuntimeError):
+    """The first launch would become part of a CUDA graph: nothing can be concluded from it."""
+
+
+def launch_one_row(device: torch.device) -> None:
+    """Compile and launch a kernel over one row on the device's current stream, wait for its answer and compare it.
+
+    Raises CapturingError while that stream is captured, else whatever goes wrong: a first launch needs a C compiler,
+    triton's own assembler, and a driver that takes what they make.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            if torch.cuda.is_current_stream_capturing():
+                raise CapturingError(
+                    f"row kernels for {device} are asked for the first time while a CUDA graph is captured\n"
+                    "  why: auto and triton launch one row first, which must not be captured\n"
+                    "  fix: call kdtrain_kernels.row_kernels once before the capture, or choose backend = torch"
+                )
+    importlib.import_module("kdtrain_kernels.triton.probe").launch(device)
+
+
+def row_kernels(
+    backend: str, device: torch.device, work: torch.dtype = torch.float32, *, probe: Probe = launch_one_row
+) -> ModuleType:
     """The row kernels `backend` (auto or one of BACKENDS) names for slabs of dtype `work` on `device`.
 
-    auto takes triton for float32 on CUDA devices where it can be imported, else torch, and logs once why. triton on
-    another device runs in triton's interpreter, if TRITON_INTERPRET=1. Raises ValueError for a name that is not there
-    and for triton where it cannot run.
+    auto takes what `choice` says, and logs once why. triton on another device than CUDA runs in triton's interpreter,
+    if TRITON_INTERPRET=1. The first call for a device launches one row by `probe` and waits for it. Raises ValueError
+    for a name that is not there and for triton where it cannot run, CapturingError as `launch_one_row`.
     """
     if backend == "auto":
-        name, reason = _chosen(device.type, work)
-        _log_choice(device.type, name, reason)
+        name, reason = choice(device, work, probe)
+        _log_choice(device, name, reason, work == torch.float32)
         backend = name
     elif backend not in BACKENDS:
         raise ValueError(
             f"backend = {backend!r} is not available for {device.type}; choose auto or {', '.join(BACKENDS)}"
         )
     elif backend == "triton":
-        problem = _problem(device.type, work)
+        problem = _problem(device, work, probe)
         if problem:
             raise ValueError(f"backend = 'triton' is not available for {device.type}: {problem}; choose torch")
     return torch_rows if backend == "torch" else importlib.import_module("kdtrain_kernels.triton.rows")
 
 
-def choice(device: torch.device) -> tuple[str, str]:
-    """(backend, reason): what auto takes for float32 slabs on `device`, and why."""
-    return _chosen(device.type, torch.float32)
+def choice(device: torch.device, work: torch.dtype = torch.float32, probe: Probe = launch_one_row) -> tuple[str, str]:
+    """(what auto takes on `device`, why): triton for float32 on CUDA devices where a launch succeeds, else torch.
+
+    Raises CapturingError as `launch_one_row`.
+    """
+    if device.type != "cuda":
+        return "torch", "the device is not CUDA"
+    problem = _problem(device, work, probe)
+    return ("torch", problem) if problem else ("triton", "the device is CUDA, and one row was launched on it")
 
 
-def _problem(device_type: str, work: torch.dtype) -> str:
+def _problem(device: torch.device, work: torch.dtype, probe: Probe) -> str:
     """Why triton cannot run; empty if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted"
     if work != torch.float32:
         return f"it works on float32 logits, not {work}"
-    return ""
-
-
-def _chosen(device_type: str, work: torch.dtype) -> tuple[str, str]:
-    """What auto takes, and why."""
-    if device_type != "cuda":
-        return "torch", "the device is not CUDA"
-    problem = _problem(device_type, work)
-    if problem:
-        return "torch", problem
-    try:
-        importlib.import_module("kdtrain_kernels.triton.rows")
-    except ImportError as error:
-        return "torch", f"triton cannot be imported: {error}"
-    return "triton", "the device is CUDA"
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _launch_problem(probe, device)
 
 
 @functools.cache
-def _log_choice(device_type: str, name: str, reason: str) -> None:
-    """Cached, so that each choice is logged once."""
-    logging.getLogger("kdtrain").info("row kernels on %s: %s, because %s", device_type, name, reason)
+def _launch_problem(probe: Probe, device: torch.device) -> str:
+    """Why a launch on `device` fails; empty if it does not. Cached: one launch per process and device."""
+    try:
+        probe(device)
+    except CapturingError:
+        raise  # which is not cached: outside the capture the launch is made
+    except FAILURES as error:
+        lines = str(error).splitlines() or [""]
+        return f"a launch on {device} fails with {type(error).__name__}: {lines[0][:300]}"
+    return ""
+
+
+@functools.cache
+def _log_choice(device: torch.device, name: str, reason: str, is_float32: bool) -> None:
+    """Cached, so that each choice is logged once. A warning where a GPU does without the kernels made for it."""
+    is_slow = device.type == "cuda" and name == "torch" and is_float32
+    level = logging.WARNING if is_slow else logging.INFO
+    logging.getLogger("kdtrain").log(level, "row kernels on %s: %s, because %s", device.type, name, reason)

@@ -47,6 +47,20 @@ def test_setup_allows_the_pins_and_bounds_what_moves_fast(requirements):
         assert bounded == (need.name in MOVING), f"{need}: an upper bound for {', '.join(sorted(MOVING))}, no others"
 
 
+def test_setup_allows_only_series_of_triton_whose_machine_code_has_no_fault(requirements):
+    """docs/results/triton_releases.md: | triton | compiled | faults | lines of warnings | setup.py |."""
+    rows = (ROOT / "docs/results/triton_releases.md").read_text().splitlines()
+    found = [row.strip("| ").split(" | ") for row in rows if re.match(r"\| \d+\.\d+\.\d+ \|", row)]
+    assert len(found) >= 3
+    compiled = {release.rpartition(".")[0] for release, *_ in found}
+    series = [f"3.{minor}" for minor in range(20)]
+    for bound in [need.specifier for need in requirements if need.name == "triton"]:
+        assert {number for number in series if bound.contains(f"{number}.0")} <= compiled
+        for release, _, faults, _, verdict in found:
+            assert bound.contains(release) == (verdict == "allowed"), release
+            assert verdict != "allowed" or faults == "0", release
+
+
 REPORT = """#!{python}
 import json, sys
 if "--report" not in sys.argv:

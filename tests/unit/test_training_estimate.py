@@ -161,6 +161,7 @@ def test_masks_grow_with_the_square_of_seq_len_for_eager_and_sdpa_alone():
     square = 3 * 64 * 64
     assert mask_bytes("sdpa", **sizes) == square * (1 + 2 * 5)
     assert mask_bytes("sdpa", **sizes, packed=False) == 0
+    assert mask_bytes("sdpa_one_mask", **sizes) == square * (1 + 2)
     assert mask_bytes("eager", **sizes, heads=7) == square * 3 + square * 7 * 5 * 6
     for name in ("packed", "flash_attention_2", "flash_attention_3"):
         assert mask_bytes(name, **sizes, heads=7) == 4 * (3 * 64 + 1)

@@ -40,6 +40,7 @@ def check_selection():
     from kdtrain_kernels.blocks import Scratch
     from kdtrain_kernels.triton import topk
 
+    topk.PIECE = 32  # several pieces of candidates on small problems
     for n, k, tile in ((300, 9, 64), (5, 9, 64), (1, 1, 64), (40, 40, 16), (700, 1, 256), (0, 3, 64)):
         twin, slab = rows(n) if n else torch.zeros(6, 0), rows(n) if n else torch.zeros(6, 0)
         expected = topk_rows.topk_select(twin, k, (2.0, 1.0), entropy=True, scratch=Scratch.of(twin))
@@ -54,6 +55,7 @@ def check_stable_sort():
     from kdtrain_kernels.blocks import Scratch
     from kdtrain_kernels.triton import topk
 
+    topk.PIECE = 32
     x = rows(333)
     values, order = x.sort(dim=1, descending=True, stable=True)
     got = topk.topk_select(x, 20, (1.0,), entropy=False, scratch=Scratch.of(x), tile=64)
@@ -178,35 +180,53 @@ def check_refusals():
 
 COMMON = {"slab": "*fp32", "stride": "i32", "n": "i32", "lanes": "i32", "stats_stride": "i32", "temperature": "fp32"}
 TYPES = {
-    "_lane_maxima": {"maxima": "*fp32", "stats": "*fp64"},
-    "_select": {"maxima": "*fp32", "lane_list": "*i32", "key_list": "*i64", "values": "*fp32", "columns": "*i64"}
+    "lane_maxima_kernel": {"maxima": "*fp32", "stats": "*fp64"},
+    "select_kernel": {"maxima": "*fp32", "lane_list": "*i32", "key_list": "*i64", "values": "*fp32", "columns": "*i64"}
     | {"stats": "*fp64", "k": "i32", "take": "i32", "take_lanes": "i32"},
-    "_tail_sums": {"stats": "*fp64", "place": "i32"},
-    "_sort_keys": {"keys": "*i64", "width": "i32"},
-    "_lane_sums": {"peaks": "*fp32", "sums": "*fp32"},
-    "_tail_sample": {"cdf": "*fp64", "targets": "*fp64", "peaks": "*fp32", "found": "*i64", "m": "i32", "steps": "i32"},
+    "tail_sums_kernel": {"stats": "*fp64", "place": "i32"},
+    "sort_keys_kernel": {"keys": "*i64", "width": "i32"},
+    "lane_sums_kernel": {"peaks": "*fp32", "sums": "*fp32"},
+    "tail_sample_kernel": {
+        "cdf": "*fp64",
+        "targets": "*fp64",
+        "peaks": "*fp32",
+        "found": "*i64",
+        "m": "i32",
+        "steps": "i32",
+    },
 }
 """Kernel -> types of arguments that are not in COMMON."""
 VARIANTS = {
-    "lane maxima": ("_lane_maxima", 8, {"W": 32, "LANES": 128}),
-    "select 64 of 128k": ("_select", 8, {"W": 32, "G": 4096, "L": 128, "K": 128}),
-    "select 511 of 262k": ("_select", 16, {"W": 32, "G": 8192, "L": 512, "K": 512}),
-    "tail sums": ("_tail_sums", 8, {"FLOOR": -1e4, "ENTROPY": True, "TILE": 4096}),
-    "merge 8 lists of 256": ("_sort_keys", 8, {"P": 2048}),
-    "lane sums": ("_lane_sums", 8, {"W": 32, "LANES": 128}),
-    "draw 64": ("_tail_sample", 8, {"W": 32, "M": 64}),
+    "lane maxima": ("lane_maxima_kernel", {"W": 32, "LANES": 128}),
+    "select 64 of 128k": ("select_kernel", {"W": 32, "G": 4096, "L": 128, "K": 128, "PIECE": 4096}),
+    "select 511 of 262k": ("select_kernel", {"W": 32, "G": 8192, "L": 512, "K": 512, "PIECE": 4096}),
+    "tail sums": ("tail_sums_kernel", {"FLOOR": -1e4, "ENTROPY": True, "TILE": 4096}),
+    "merge 8 lists of 256": ("sort_keys_kernel", {"P": 2048}),
+    "lane sums": ("lane_sums_kernel", {"W": 32, "LANES": 128}),
+    "draw 64": ("tail_sample_kernel", {"W": 32, "M": 64}),
 }
-"""Name -> (kernel, warps, constants) as at real vocabularies."""
+"""Name -> (kernel, constants) as at real vocabularies."""
 
 
-def compiled(kernel, warps, constants, target=None):
+def warps_of(kernel, constants, backend):
+    """As the launch of a kernel chooses them."""
+    from kdtrain_kernels.triton import topk
+
+    if kernel == "select_kernel":
+        return topk.select_warps(constants["L"] * constants["W"], backend)
+    return topk.merge_warps(constants["P"]) if kernel == "sort_keys_kernel" else topk.WARPS
+
+
+def compiled(kernel, constants, target=None):
     """The kernel, for an H100 or H200 by default, rows a multiple of 16 elements apart."""
     import triton
-    from kdtrain_kernels.triton import topk
+    from kdtrain_kernels.triton import topk_kernels
+    from kdtrain_kernels.triton.device import compile_options
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(topk, kernel)
+    target = target or GPUTarget("cuda", 90, 32)
+    function = getattr(topk_kernels, kernel)
     types = {**COMMON, **TYPES[kernel]}
     signature = {a: "constexpr" if a in constants else types[a] for a in function.arg_names}
     aligned = {
@@ -215,7 +235,7 @@ def compiled(kernel, warps, constants, target=None):
         if argument == "stride" or signature[argument].startswith("*")
     }
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=target or GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return triton.compile(source, target=target, options=compile_options(warps_of(kernel, constants, target.backend)))
 
 
 def machine_code(binary):
@@ -229,8 +249,11 @@ def machine_code(binary):
         return subprocess.run([tool, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
 
 
-BARRIERS = {"select 64 of 128k": 43, "select 511 of 262k": 66}
-"""In the machine code for sm_90 by triton 3.7.1; reductions and sorts bring most of them."""
+BARRIERS = {
+    "select 64 of 128k": {"3.6": 51, "3.7": 51, "3.8": 45, "3.9": 45},
+    "select 511 of 262k": {"3.6": 76, "3.7": 78, "3.8": 77, "3.9": 77},
+}
+"""In the machine code for sm_90, by release of triton; reductions and sorts bring most of them."""
 
 
 def compile_variant(name):
@@ -238,7 +261,10 @@ def compile_variant(name):
     assert "EXIT" in sass
     assert not re.findall(r"\b(?:LDL|STL)\b.*", sass), "registers spill"
     if name in BARRIERS:
-        assert len(re.findall(r"\bBAR\.SYNC", sass)) == BARRIERS[name], "not as many as were reasoned about"
+        import triton
+
+        expected = BARRIERS[name][triton.__version__.rpartition(".")[0]]
+        assert len(re.findall(r"\bBAR\.SYNC", sass)) == expected, "not as many as were reasoned about"
     if name in ("lane maxima", "tail sums", "lane sums"):
         assert "LDG.E.128" in sass, "the slab is not read 16 bytes at a time"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdtrain_kernels.triton.barrier import after_all
 from kdtrain_kernels.triton.maths import FLOOR, shifted, terms
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -144,7 +145,7 @@ def _label_term(x, inv, cols, label, softmax, ce):
 @triton.jit
 def _finish(
     grad, logits, cols, n, stride, row_start, inv_cap, logit_scale, CAPPED: tl.constexpr, SCALED: tl.constexpr,
-    NARROW: tl.constexpr,
+    NARROW: tl.constexpr, BACKEND: tl.constexpr, PER_THREAD: tl.constexpr,
 ):  # fmt: skip
     """Times d logits / d product; stored in the operand's row, which may share the slab's memory."""
     if CAPPED:
@@ -152,16 +153,18 @@ def _finish(
         grad = grad * ((1 - ratio * ratio) * logit_scale)
     elif SCALED:
         grad = grad * logit_scale
+    stored = tl.where(cols < n, grad, 0.0).to(row_start.dtype.element_ty)
     if NARROW:
         # A block's bfloat16 lie where this block's or earlier logits were: every thread must have read its own first.
-        tl.debug_barrier()
-    tl.store(row_start + cols, tl.where(cols < n, grad, 0.0).to(row_start.dtype.element_ty), mask=cols < stride)
+        stored = after_all(stored, BACKEND, PER_THREAD)
+    tl.store(row_start + cols, stored, mask=cols < stride)
 
 
 @triton.jit(do_not_specialize=["n"])
 def row_grad_kernel(
     slab, operand, stride, operand_stride, n, numbers, labels, inv_cap, logit_scale,
-    CAPPED: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, BACKEND: tl.constexpr, PER_THREAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The row's d loss / d product for cross-entropy and z-loss. numbers: peak, log_sum_1, ce, softmax."""
     row = tl.program_id(0).to(tl.int64)
@@ -174,14 +177,18 @@ def row_grad_kernel(
         cols = first + tl.arange(0, BLOCK)
         s = _load(slab + row * stride, cols, n, stride)
         grad = _label_term(shifted(s, peak, 1.0, True), inv_1, cols, label, softmax, ce)
-        _finish(grad, s, cols, n, stride, operand + row * operand_stride, inv_cap, logit_scale, CAPPED, SCALED, NARROW)
+        _finish(
+            grad, s, cols, n, stride, operand + row * operand_stride, inv_cap, logit_scale, CAPPED, SCALED, NARROW,
+            BACKEND, PER_THREAD,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n"])
 def pair_grad_kernel(
     student, teacher, operand, stride_s, stride_t, operand_stride, n, numbers, labels, out, inv_temperature, inv_vocab,
     inv_cap, logit_scale, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, AT_ONE: tl.constexpr,
-    CAPPED: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, VALUED: tl.constexpr, BLOCK: tl.constexpr,
+    CAPPED: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, BACKEND: tl.constexpr, PER_THREAD: tl.constexpr,
+    VALUED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The row's d loss / d product, and if VALUED out[row] = the divergence's value.
 
@@ -209,8 +216,9 @@ def pair_grad_kernel(
         grad = _label_term(shifted(s, peak_s, 1.0, True), inv_1, cols, label, softmax, ce)
         grad = tl.where(kd == 0, grad, grad + slope * kd)  # a row that is not distilled: cross-entropy's bits
         _finish(
-            grad, s, cols, n, stride_s, operand + row * operand_stride, inv_cap, logit_scale, CAPPED, SCALED, NARROW
-        )
+            grad, s, cols, n, stride_s, operand + row * operand_stride, inv_cap, logit_scale, CAPPED, SCALED, NARROW,
+            BACKEND, PER_THREAD,
+        )  # fmt: skip
     if VALUED:
         tl.store(out + row, tl.sum(values, 0))
 

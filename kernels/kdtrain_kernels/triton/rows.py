@@ -27,7 +27,7 @@ from kdtrain_kernels.torch_rows import (
     merge_stats,
 )
 from kdtrain_kernels.triton import kernels
-from kdtrain_kernels.triton.device import on_device_of
+from kdtrain_kernels.triton.device import launch, rounding
 
 __all__ = [
     "first_argmax",
@@ -61,11 +61,6 @@ LAUNCHES = {
 }
 """How each kernel is launched: a thread's columns, 8 or 16, stay in registers on every target, and several programs
 fit a multiprocessor (docs/results/triton_sass.md)."""
-
-OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
-"""How all kernels are compiled. No fusion of products and sums: equal inputs then give equal bits wherever they meet,
-which exact zeros for equal models and for kd_weight 0 rest on. No pipelining: rows are overwritten while they are read.
-"""
 
 
 def row_stats(slab: Tensor, labels: Tensor, temperature: float, scratch: Scratch) -> Tensor:
@@ -102,7 +97,7 @@ def row_grad(
     numbers = torch.stack([totals.peak, totals.log_sum_1, weights.ce, weights.softmax])
     _launch(
         kernels.row_grad_kernel, "row_grad", slab, slab, operand, slab.stride(0), operand.stride(0), slab.shape[1],
-        numbers, weights.labels, *_chain(logit_map), **_chain_flags(logit_map), NARROW=operand.dtype != slab.dtype,
+        numbers, weights.labels, *_chain(logit_map), **_chain_flags(logit_map), **_rounding(slab, operand, "row_grad"),
     )  # fmt: skip
     return operand
 
@@ -157,7 +152,7 @@ def pair_grad(
     _launch(
         kernels.pair_grad_kernel, "pair_grad", student, s, t, operand, stride_s, stride_t, operand.stride(0), n,
         numbers, weights.labels, value, 1.0 / temperature, 1.0 / spec.vocab_size, *_chain(logit_map), **flags,
-        **_chain_flags(logit_map), **parameters(spec), NARROW=operand.dtype != s.dtype, VALUED=not spec.two_rounds,
+        **_chain_flags(logit_map), **parameters(spec), **_rounding(s, operand, "pair_grad"), VALUED=not spec.two_rounds,
     )  # fmt: skip
     return value, operand
 
@@ -229,13 +224,14 @@ def _operand(slab: Tensor, dtype: torch.dtype) -> Tensor:
     return front_of_rows(slab, dtype)
 
 
+def _rounding(slab: Tensor, operand: Tensor, name: str) -> dict[str, Any]:
+    return rounding(slab, operand, LAUNCHES[name].block, LAUNCHES[name].warps)
+
+
 def _launch(kernel: Any, name: str, slab: Tensor, *arguments: Any, **constants: Any) -> None:
     """One program for each of the slab's rows, on its device."""
-    if slab.shape[0] == 0:
-        return
-    launch = LAUNCHES[name]
-    with on_device_of(slab):
-        kernel[(slab.shape[0],)](*arguments, **constants, BLOCK=launch.block, num_warps=launch.warps, **OPTIONS)
+    chosen = LAUNCHES[name]
+    launch(kernel, slab, slab.shape[0], *arguments, warps=chosen.warps, BLOCK=chosen.block, **constants)
 
 
 def _check(slab: Tensor) -> None:

@@ -18,13 +18,14 @@ from torch import Tensor
 from kdtrain_kernels.blocks import Scratch, front_of_rows
 from kdtrain_kernels.sparse_table import SparseGradient
 from kdtrain_kernels.torch_rows import ROW_STATS, LogitMap
-from kdtrain_kernels.triton.device import on_device_of
+from kdtrain_kernels.triton.barrier import after_all
+from kdtrain_kernels.triton.device import launch, rounding
 
 BLOCK = 4096
 """Columns that a program has in registers."""
 MAX_IDS = 1024
 """Ids that a program has in registers."""
-OPTIONS = {"num_warps": 8, "num_stages": 1}
+WARPS = 8
 STRIDE_MULTIPLE = 128
 
 
@@ -97,6 +98,9 @@ def sparse_grad_kernel(
     AT_ONE: tl.constexpr,
     CAPPED: tl.constexpr,
     WIDENING: tl.constexpr,
+    NARROW: tl.constexpr,
+    BACKEND: tl.constexpr,
+    PER_THREAD: tl.constexpr,
     BLOCK: tl.constexpr,
     IDS: tl.constexpr,
 ):
@@ -123,12 +127,12 @@ def sparse_grad_kernel(
         if CAPPED:
             ratio = logit * inverse_cap
             grad = grad * (1.0 - ratio * ratio)
-        grad = tl.where(cols < n, grad * scale, 0.0)
-        if WIDENING > 1:
+        stored = tl.where(cols < n, grad * scale, 0.0).to(out.dtype.element_ty)
+        if NARROW:
             # narrower elements land in front of their logits: on ones of this block at the start of the row, and of
             # the blocks before it further on, which a slower warp may not have read yet
-            tl.debug_barrier()
-        tl.store(target + cols, grad.to(out.dtype.element_ty), mask=cols < stride)
+            stored = after_all(stored, BACKEND, PER_THREAD)
+        tl.store(target + cols, stored, mask=cols < stride)
     tl.debug_barrier()  # what the loop stored at masked columns (0, or NaN where capped) is overwritten after it
     for first in range(0, num_ids, IDS):
         slot = first + tl.arange(0, IDS)
@@ -142,12 +146,11 @@ def sparse_stats(slab: Tensor, columns: Tensor, labels: Tensor, temperature: flo
     _check(slab)
     num_rows, num_ids = columns.shape
     out = slab.new_empty(num_rows, ROW_STATS + num_ids)
-    if num_rows:
-        with on_device_of(slab):
-            sparse_stats_kernel[(num_rows,)](
-                slab, columns.contiguous(), labels, out, slab.stride(0), slab.shape[1], num_ids, 1.0 / temperature,
-                OUT_OFFSET=ROW_STATS, AT_ONE=temperature == 1.0, BLOCK=BLOCK, IDS=_ids_block(num_ids), **OPTIONS,
-            )  # fmt: skip
+    launch(
+        sparse_stats_kernel, slab, num_rows, slab, columns.contiguous(), labels, out, slab.stride(0), slab.shape[1],
+        num_ids, 1.0 / temperature, OUT_OFFSET=ROW_STATS, AT_ONE=temperature == 1.0, BLOCK=BLOCK,
+        IDS=_ids_block(num_ids), warps=WARPS,
+    )  # fmt: skip
     return out
 
 
@@ -170,13 +173,13 @@ def sparse_grad(
         return operand
     factors = torch.stack([gradient.peak, gradient.tail, gradient.softmax, gradient.ce], 1).float()
     cap, scale = logit_map.softcap, logit_map.logit_scale
-    with on_device_of(slab):
-        sparse_grad_kernel[(num_rows,)](
-            slab, columns.contiguous(), labels, gradient.at_ids.float().contiguous(), factors, operand,
-            slab.stride(0), slab.shape[1], num_ids, 1.0 / temperature, scale, 0.0 if cap is None else 1 / cap,
-            AT_ONE=temperature == 1.0, CAPPED=cap is not None, WIDENING=slab.element_size() // operand.element_size(),
-            BLOCK=BLOCK, IDS=_ids_block(num_ids), **OPTIONS,
-        )  # fmt: skip
+    launch(
+        sparse_grad_kernel, slab, num_rows, slab, columns.contiguous(), labels, gradient.at_ids.float().contiguous(),
+        factors, operand, slab.stride(0), slab.shape[1], num_ids, 1.0 / temperature, scale,
+        0.0 if cap is None else 1 / cap, AT_ONE=temperature == 1.0, CAPPED=cap is not None,
+        WIDENING=slab.element_size() // operand.element_size(), **rounding(slab, operand, BLOCK, WARPS), BLOCK=BLOCK,
+        IDS=_ids_block(num_ids), warps=WARPS,
+    )  # fmt: skip
     return operand
 
 
