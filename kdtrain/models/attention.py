@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from kdtrain.errors import ConfigError
-from kdtrain.models.attention_packages import FLASH_PACKAGES, flash_obstacle
+from kdtrain.models.attention_packages import FLASH_PACKAGES, capability_obstacle, flash_obstacle
 
 PACKED = "packed"
 """Our own: torch's attention document by document, without a mask (`kdtrain.models.packed`)."""
@@ -34,21 +36,23 @@ def resolve_attention(
     *,
     device_type: str,
     dtype: str,
+    capability: tuple[int, int] | None = None,
     packed: bool = True,
     measured: Obstacle = _nothing,
     size: Obstacle = _nothing,
 ) -> tuple[str, str]:
     """(implementation, reason) for `wanted`, which is "auto" or an implementation's name.
 
-    device_type: "cuda" or "cpu"; dtype: "float32" or "bfloat16". packed: whether documents share sequences and must not
-    see each other. measured: what is in an implementation's way in the architecture; called only where nothing else
-    is. size: what the size of the run's batches is. auto takes the first without an obstacle: flash_attention_2, then
-    ours without a mask, then sdpa, then eager; where documents are not packed, sdpa needs no mask and goes before ours.
+    device_type: "cuda" or "cpu"; dtype: "float32" or "bfloat16"; capability: of a CUDA device, None: not known, or AMD.
+    packed: whether documents share sequences and must not see each other. measured: what is in an implementation's way
+    in the architecture; called only where nothing else is. size: what the size of the run's batches is. auto takes the
+    first without an obstacle: flash_attention_2, then ours without a mask, then sdpa, then eager; where documents are
+    not packed, sdpa needs no mask and goes before ours.
     Raises ConfigError when an explicit choice cannot work here.
     """
 
     def obstacle(implementation: str) -> str | None:
-        here = _obstacle_here(implementation, device_type, dtype)
+        here = _obstacle_here(implementation, device_type, dtype, capability)
         return here or size(implementation) or measured(implementation)
 
     def last_resort(implementation: str) -> str | None:
@@ -84,14 +88,21 @@ def _first_without(obstacles: dict[str, Obstacle]) -> tuple[str, str]:
     )
 
 
-def _obstacle_here(implementation: str, device_type: str, dtype: str) -> str | None:
+def compute_capability(device: torch.device | None) -> tuple[int, int] | None:
+    """Of a CUDA device of NVIDIA's; None for any other, and where it is not known."""
+    if device is None or device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
+def _obstacle_here(implementation: str, device_type: str, dtype: str, capability: tuple[int, int] | None) -> str | None:
     if implementation not in FLASH:
         return None
     if device_type != "cuda":
         return f"{implementation} needs a CUDA device, this is {device_type}"
     if dtype == "float32":
         return f"{implementation} needs bfloat16, this is float32"
-    problem = flash_obstacle(implementation)
+    problem = capability_obstacle(implementation, capability) or flash_obstacle(implementation)
     return None if problem is None else f"{implementation}: {problem}"
 
 

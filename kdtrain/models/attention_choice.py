@@ -10,7 +10,14 @@ import torch
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
-from kdtrain.models.attention import FLASH, ONE_MASK, Obstacle, common_name, resolve_attention
+from kdtrain.models.attention import (
+    FLASH,
+    ONE_MASK,
+    Obstacle,
+    common_name,
+    compute_capability,
+    resolve_attention,
+)
 from kdtrain.models.attention_limits import size_obstacle
 from kdtrain.models.attention_probe import attention_obstacle, head_width
 from kdtrain.models.shrink import declared_heads
@@ -23,7 +30,7 @@ def first_attention(wanted: str, kind: Any, *, dtype: str, device: torch.device 
     Some classes choose their code when they are built, and none may look for a flash-attention package then. device:
     None: not known yet, then as on CUDA. Raises ConfigError where `wanted` could not work with any architecture.
     """
-    resolve_attention(wanted, device_type=_device_type(device), dtype=dtype)
+    resolve_attention(wanted, device_type=_device_type(device), dtype=dtype, capability=compute_capability(device))
     return "sdpa" if wanted != "eager" and getattr(kind, "_supports_sdpa", False) else "eager"
 
 
@@ -49,6 +56,7 @@ def use_attention(
         wanted,
         device_type=_device_type(device),
         dtype=dtype,
+        capability=compute_capability(device),
         packed=packed,
         measured=measured,
         size=size,

@@ -18,13 +18,15 @@ class FlashPackage:
     """What transformers imports for one implementation.
 
     distribution: the name pip knows; folder: the top-level module it must have installed; names: module -> what is
-    taken from it; at_least: the oldest version that transformers accepts, None if it accepts any; shared: a folder of
-    its files that another distribution writes into as well, "" if none does.
+    taken from it; capability: the least major compute capability of a CUDA device that its kernels are made for;
+    at_least: the oldest version that transformers accepts, None if it accepts any; shared: a folder of its files that
+    another distribution writes into as well, "" if none does.
     """
 
     distribution: str
     folder: str
     names: tuple[tuple[str, tuple[str, ...]], ...]
+    capability: int
     at_least: str | None = None
     shared: str = ""
 
@@ -39,15 +41,17 @@ FLASH_PACKAGES = {
             ("flash_attn", (*_FUNCTIONS, "flash_attn_with_kvcache")),
             ("flash_attn.bert_padding", ("pad_input", "unpad_input")),
         ),
+        capability=8,
         at_least="2.3.3",
     ),
     "flash_attention_3": FlashPackage(
         "flash-attn-3",
         "flash_attn_interface",
         (("flash_attn_interface", (*_FUNCTIONS, "flash_attn_with_kvcache")),),
+        capability=8,
     ),
     "flash_attention_4": FlashPackage(
-        "flash-attn-4", "flash_attn", (("flash_attn.cute", _FUNCTIONS),), shared="flash_attn/cute/"
+        "flash-attn-4", "flash_attn", (("flash_attn.cute", _FUNCTIONS),), capability=9, shared="flash_attn/cute/"
     ),
 }
 """Implementation -> what it needs. flash-attn and flash-attn-4 install into one folder, so a module that can be found
@@ -85,6 +89,15 @@ def flash_obstacle(implementation: str) -> str | None:
     if problem := _import_problem(package):
         return f"{package.distribution} {version} is installed but cannot be imported: {problem}"
     return None
+
+
+def capability_obstacle(implementation: str, capability: tuple[int, int] | None) -> str | None:
+    """Why the kernels of `implementation` cannot run on a device of this compute capability; None if they can, or it
+    is not known."""
+    least = FLASH_PACKAGES[implementation].capability
+    if capability is None or capability[0] >= least:
+        return None
+    return f"needs a GPU of compute capability {least}.0, this is {capability[0]}.{capability[1]}"
 
 
 def attention_packages() -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from kdtrain_kernels.dispatch import choice
 from kdtrain.config.schema import RunConfig, StudentSection, TeacherSection
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError
-from kdtrain.models.attention import resolve_attention
+from kdtrain.models.attention import compute_capability, resolve_attention
 from kdtrain.models.attention_packages import attention_packages, installed_version
 from kdtrain.telemetry.environment import TF32_VARIABLES, nccl_version, settings
 from kdtrain.training.setup_probes import Result, Row
@@ -102,7 +102,7 @@ def attention_rows(cfg: RunConfig, device: torch.device) -> list[Row]:
         result: Result = "-" if version is None else "ok" if found == version else "warn"
         rows.append(Row(f"attention {name}", result, found))
     for dtype in ("bfloat16", "float32"):
-        taken, reason = resolve_attention("auto", device_type=device.type, dtype=dtype)
+        taken, reason = _resolved("auto", dtype, device)
         rows.append(Row(f"attention auto {dtype}", "-", f"{taken}: {reason.removeprefix('auto: ')}"))
     asked = (
         _asked_row(role, section, device) for role, section in (("student", cfg.student), ("teacher", cfg.teacher))
@@ -110,11 +110,16 @@ def attention_rows(cfg: RunConfig, device: torch.device) -> list[Row]:
     return [*rows, *(row for row in asked if row is not None)]
 
 
+def _resolved(wanted: str, dtype: str, device: torch.device) -> tuple[str, str]:
+    capability = compute_capability(device)
+    return resolve_attention(wanted, device_type=device.type, dtype=dtype, capability=capability)
+
+
 def _asked_row(role: str, section: StudentSection | TeacherSection, device: torch.device) -> Row | None:
     if section.attention == "auto":
         return None
     try:
-        resolve_attention(section.attention, device_type=device.type, dtype=section.dtype)
+        _resolved(section.attention, section.dtype, device)
     except ConfigError as error:
         return Row(f"attention {role}", "FAIL", str(error).partition("\n")[0])
     return Row(f"attention {role}", "ok", f"{section.attention} in {section.dtype}, as asked for")

@@ -74,6 +74,20 @@ def test_an_explicit_choice_that_the_architecture_cannot_use_is_refused_with_wha
 
 
 @pytest.mark.parametrize(
+    ("name", "least"), [("flash_attention_2", 8), ("flash_attention_3", 8), ("flash_attention_4", 9)]
+)
+def test_kernels_for_newer_gpus_are_not_taken_on_older_ones(installed, name, least):
+    def resolved(wanted, major):
+        return resolve_attention(wanted, device_type="cuda", dtype="bfloat16", capability=(major, 0))[0]
+
+    assert resolved(name, least) == resolved(name, least + 3) == name
+    with pytest.raises(ConfigError, match=f"compute capability {least}.0, this is {least - 1}.0"):
+        resolved(name, least - 1)
+    assert resolved("auto", 8) == "flash_attention_2"
+    assert resolved("auto", 7) == "packed"
+
+
+@pytest.mark.parametrize(
     ("wanted", "device", "dtype", "match"),
     [
         ("flash_attention_2", "cpu", "bfloat16", "needs a CUDA device"),

@@ -50,7 +50,7 @@ def test_two_ranks_under_the_launcher_try_every_axis_and_leave_nothing_behind(tm
     assert found["version torch"] == ("ok", torch.__version__)
     assert found["kernels torch float32"] == ("ok", "8 divergences over tp 2: gradients within 0.0002 of float64")
     assert found["mesh"] == ("-", "dp 1 x cp 1 x tp 2")
-    assert found["attention auto bfloat16"] == ("-", "sdpa: flash_attention_2 needs a CUDA device, this is cpu")
+    assert found["attention auto bfloat16"] == ("-", "packed: flash_attention_2 needs a CUDA device, this is cpu")
     assert "NCCL_DEBUG=WARN" in found["nccl settings"][1]
     assert re.match(r"1 per rank \(OMP_NUM_THREADS: 1\), \d ranks? on \d+ CPUs", found["threads"][1])
     assert found["collectives dp"] == ("-", "one rank")

@@ -61,10 +61,10 @@ def test_rows_of_attention_say_what_is_installed_and_what_auto_takes():
     assert list(rows) == [*(f"attention flash_attention_{n}" for n in (2, 3, 4)), "attention auto bfloat16",
                           "attention auto float32"]  # fmt: skip
     assert rows["attention auto float32"] == Row(
-        "attention auto float32", "-", "sdpa: flash_attention_2 needs a CUDA device, this is cpu"
+        "attention auto float32", "-", "packed: flash_attention_2 needs a CUDA device, this is cpu"
     )
     on_cuda = {row.check: row for row in setup_settings.attention_rows(cfg, CUDA)}
-    assert on_cuda["attention auto float32"].found == "sdpa: flash_attention_2 needs bfloat16, this is float32"
+    assert on_cuda["attention auto float32"].found == "packed: flash_attention_2 needs bfloat16, this is float32"
 
 
 def test_a_package_that_is_installed_but_of_no_use_is_a_warning(monkeypatch):
