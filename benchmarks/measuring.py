@@ -28,7 +28,15 @@ COLUMNS = (
 """time_ratio, peak_ratio: to `naive` of the same task, shape and mode. absent: why there are no numbers."""
 
 MIN_RUNS, MAX_RUNS, RUN_SECONDS = 3, 15, 2.0
-MEASURED = ("kdtrain/losses", "kdtrain/teacher", "kdtrain/dist", "kdtrain/data", "kernels", "benchmarks")
+MEASURED = (
+    "kdtrain/losses",
+    "kdtrain/models",
+    "kdtrain/teacher",
+    "kdtrain/dist",
+    "kdtrain/data",
+    "kernels",
+    "benchmarks",
+)
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, str]:

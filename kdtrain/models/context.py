@@ -151,7 +151,7 @@ def packed_attention(
     problem = _not_packed(module, query, key, attention_mask, settings)
     if not isinstance(context, Context) or problem is not None:
         raise ConfigError(
-            f"{type(module).__name__} {problem or 'does not pass its keyword arguments on'} to attention, which "
+            f"{_name(module)} {problem or 'does not pass its keyword arguments on'} to attention, which "
             "attention=packed cannot follow\n  why: it computes causal attention within documents and nothing else\n"
             "  fix: set attention=sdpa or attention=eager"
         )
@@ -184,6 +184,11 @@ class _View:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
+
+
+def _name(module: object) -> str:
+    """The class of a module, or of what a view is of."""
+    return type(module._original if isinstance(module, _View) else module).__name__
 
 
 def _stock(module: nn.Module, implementation: str) -> Callable[..., tuple[Tensor, Any]]:

@@ -13,12 +13,11 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdtrain.models.attention_limits import flash_fits
 from kdtrain.models.packed_layout import Layout, Packing, Run
-from kdtrain.models.packed_sdpa import Sdpa
+from kdtrain.models.packed_sdpa import Sdpa, padded
 from kdtrain.models.packed_written import Written
 
 varlen_attn: Any = None
@@ -191,11 +190,6 @@ def _called(qkv: Sequence[Tensor], run: Run, call: Call) -> Tensor:
 def _tokens(qkv: Sequence[Tensor]) -> list[Tensor]:
     """[B, heads, S, width] each -> [T, heads, width]; views in the layout that stock models have."""
     return [x.transpose(1, 2).flatten(0, 1) for x in qkv]
-
-
-def padded(tensor: Tensor, width: int) -> Tensor:
-    """Heads of `width`, zeros behind; the tensor itself where it has that width."""
-    return F.pad(tensor, (0, width - tensor.shape[-1])) if tensor.shape[-1] < width else tensor
 
 
 def varlen_width(query: Tensor, value: Tensor) -> int:

@@ -15,7 +15,7 @@ from torch.autograd import Function
 
 from kdtrain.data.documents import Documents
 
-SHORT = 256
+SHORT = 128
 """Tokens from which on a run of documents gets a call of its own: gathering short ones saves calls, costs copies."""
 
 FEW = 4
@@ -104,20 +104,19 @@ class Packing:
             self.documents = self.documents.to(device)
         return self.documents.offsets
 
-    def band(self, rows: int, window: int, like: Tensor) -> Tensor:
-        """[rows, window - 1 + rows] in the dtype and on the device of `like`, to be added to attention's logits.
+    def band(self, rows: int, before: int, window: int, like: Tensor) -> Tensor:
+        """[rows, before + rows] in the dtype and on the device of `like`, to be added to attention's logits.
 
-        Row i is zero where a query sees, which is columns i to i + window - 1, and -inf elsewhere.
+        Query i is the token of column before + i. Zero in the `window` columns that end there, -inf elsewhere. Rows
+        begin at multiples of 16 elements: of others torch's kernel on CUDA makes a copy per call.
         """
-        key = (rows, window, like.dtype, like.device)
+        key = (rows, before, window, like.dtype, like.device)
         if key not in self._bands:
-            ahead = (
-                torch.arange(window - 1 + rows, device=like.device) - torch.arange(rows, device=like.device)[:, None]
-            )
-            hidden = (ahead < 0) | (ahead >= window)
-            self._bands[key] = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
-                hidden, -torch.inf
-            )
+            columns = torch.arange(-(-(before + rows) // 16) * 16, device=like.device)
+            behind = before + torch.arange(rows, device=like.device)[:, None] - columns
+            band = torch.zeros(behind.shape, dtype=like.dtype, device=like.device)
+            band.masked_fill_((behind < 0) | (behind >= window), -torch.inf)
+            self._bands[key] = band[:, : before + rows]
         return self._bands[key]
 
 

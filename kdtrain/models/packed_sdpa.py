@@ -1,7 +1,8 @@
 """Causal attention of documents of one length by torch's scaled_dot_product_attention, in memory linear in the length.
 
-Given a mask of their size, or heads of another width for values than for keys, torch's kernels fall back to a matrix of
-all logits: neither is passed. n documents of L tokens, H heads, K heads of keys and values.
+Given heads of another width for values than for keys, or groups of heads that they do not know, torch's kernels fall
+back to a matrix of all logits, and a mask of L x L would be one: long documents get none of these. n documents of L
+tokens, H heads, K heads of keys and values.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from kdtrain.models.attention_limits import sequences_per_call
 from kdtrain.models.packed_layout import Packing
 
-SMALL_BLOCK, LARGE_BLOCK = 256, 1024
+SMALL_BLOCK, LARGE_BLOCK = 128, 1024
 """Bounds of the queries in a block of a sliding window; between them, a quarter of the window."""
 
 
@@ -32,9 +33,7 @@ class Sdpa:
         """query [n, H, L, d], key [n, K, L, d], value [n, K, L, e] -> [n, L, H, e], causal."""
         length, width = query.shape[2], value.shape[-1]
         widest = max(query.shape[-1], width)
-        query, key, value = (
-            F.pad(x, (0, widest - x.shape[-1])) if x.shape[-1] < widest else x for x in (query, key, value)
-        )
+        query, key, value = (padded(x, widest) for x in (query, key, value))
         if query.device.type != "cpu" and key.shape[1] < query.shape[1]:
             # the memory-efficient kernel knows no groups of heads
             key, value = (repeated(x, query.shape[1] // key.shape[1]) for x in (key, value))
@@ -42,7 +41,8 @@ class Sdpa:
         if window is None or window >= length:
             output = self._kernel(query, key, value)
         elif length <= 2 * SMALL_BLOCK:
-            output = self._kernel(query, key, value, self.packing.band(length, window, query)[:, window - 1 :])
+            band = self.packing.band(2 * SMALL_BLOCK, 0, window, query)
+            output = self._kernel(query, key, value, band[:length, :length])
         else:
             each = zip(*(torch.split(x, 1) for x in (query, key, value)), strict=True)
             output = torch.cat([self._banded(window, q, k, v) for q, k, v in each])
@@ -58,7 +58,7 @@ class Sdpa:
         count, rest = divmod(query.shape[2] - window, rows)
         first, whole, last = torch.split(query, [window, count * rows, rest], dim=2)
         outputs = [self._kernel(first, key[:, :, :window], value[:, :, :window])]
-        band = self.packing.band(rows, window, query)
+        band = self.packing.band(rows, window - 1, window, query)
         if count:
             blocks = whole[0].view(-1, count, rows, whole.shape[3]).transpose(0, 1)
             k, v = (x[0, :, 1 : window + count * rows].unfold(1, window - 1 + rows, rows) for x in (key, value))
@@ -87,3 +87,8 @@ class Sdpa:
 def repeated(heads: Tensor, times: int) -> Tensor:
     """[n, K, L, d] -> [n, K * times, L, d], each head `times` times in a row."""
     return heads[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2)
+
+
+def padded(heads: Tensor, width: int) -> Tensor:
+    """[..., d] -> [..., width], zeros behind; the tensor itself where it has that width."""
+    return F.pad(heads, (0, width - heads.shape[-1])) if heads.shape[-1] < width else heads

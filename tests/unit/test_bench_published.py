@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {"loss_head": "bench_loss_head", "topk": "bench_topk"}
+SCRIPTS = {"loss_head": "bench_loss_head", "packed": "bench_packed", "topk": "bench_topk"}
 PUBLISHED = sorted(path.name.removesuffix("_cpu.csv") for path in (ROOT / "benchmarks/results").glob("*_cpu.csv"))
 
 

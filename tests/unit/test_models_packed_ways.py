@@ -1,6 +1,7 @@
 """attention=packed, the function: which calls it makes, what it holds in memory, what it refuses."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from kdtrain.data.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models import packed
-from kdtrain.models.context import ARGUMENT, Context, packed_attention
+from kdtrain.models.context import ARGUMENT, Context, _View, packed_attention
 from kdtrain.models.packed import attend_documents, by_varlen, plan
 from kdtrain.models.packed_layout import SHORT, WASTE, Layout, Run
 from kdtrain.models.packed_sdpa import repeated
@@ -77,6 +78,21 @@ def test_the_variable_length_call_is_given_what_it_documents(cut, window, heads)
     compare(packing, tensors, function, sliding_window=window)
 
 
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 6}, {"sliding_window": 500, "scaling": 0.7}], ids=str)
+def test_attention_hands_its_settings_to_the_variable_length_call(settings, monkeypatch):
+    packing = packing_of(CUTS["rows differ"])
+    calls = []
+
+    def call(*arguments, **more):
+        calls.append(more["window_size"])
+        return varlen_by_definition(*arguments, **more)
+
+    monkeypatch.setattr(packed, "plan", lambda **_: ("varlen", "as on CUDA"))
+    monkeypatch.setattr(packed, "by_varlen", partial(by_varlen, call=call))
+    compare(packing, inputs(packing, width=12, value_width=20), **settings)
+    assert calls[0] == ((5, 0) if settings.get("sliding_window") == 6 else (-1, 0))
+
+
 def test_this_torch_has_the_variable_length_call_and_takes_our_arguments():
     assert packed.HAS_VARLEN
     assert "the device is cpu" in packed.varlen_obstacle(torch.device("cpu"))
@@ -131,6 +147,20 @@ def test_calls_are_cut_where_kernels_cannot_count(monkeypatch):
         assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{}, {"sliding_window": 40}, {"softcap": 2.0}, {"dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("cut", ["long and tiny", "one per row"])
+def test_another_device_than_the_cpu_gets_tensors_of_the_right_shape(cut, settings):
+    # torch's meta device computes shapes alone, by the lines that CUDA takes where there is no variable-length call
+    packing = packing_of(CUTS[cut])
+    tensors = [x.detach().to("meta").requires_grad_() for x in inputs(packing, value_width=20)]
+    output = attend_documents(*tensors, packing, **settings)
+    assert output.device.type == "meta"
+    batch, _, seq_len, _ = tensors[0].shape
+    assert output.shape == (batch, seq_len, 4, 20)
+    output.sum().backward()
+    assert all(x.grad.shape == x.shape for x in tensors)
+
+
 def test_heads_are_repeated_as_groups_are():
     kv = torch.arange(3.0).view(1, 3, 1, 1).expand(1, 3, 2, 4)
     assert repeated(kv, 2)[0, :, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
@@ -141,17 +171,25 @@ def test_what_one_layer_made_serves_the_next():
     cpu = torch.device("cpu")
     assert packing.layout(cpu) is packing.layout(cpu)
     like = torch.empty(0)
-    assert packing.band(4, 3, like) is packing.band(4, 3, like)
-    assert packing.band(4, 3, like.double()).dtype == torch.float64
+    band = packing.band(4, 2, 3, like)
+    assert packing.band(4, 2, 3, like) is band
+    assert packing.band(4, 2, 3, like.double()).dtype == torch.float64
+    assert band.isfinite().int().tolist() == [
+        [1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 1, 1, 1],
+    ]
+    assert band.stride() == (16, 1)
     context = Context(None, torch.arange(4)[None], Documents.of(torch.arange(4)[None]))
     assert context.packing is context.packing
 
 
 def peak_of(function, seq_len, **settings):
     """Most bytes alive beyond inputs, their gradients and the output, in forward and backward."""
-    length = settings.pop("document")
+    length, value_width = settings.pop("document"), settings.pop("value_width", None)
     packing = packing_of([[length] * (seq_len // length)])
-    tensors = inputs(packing, heads=2, kv_heads=1, width=8)
+    tensors = inputs(packing, heads=2, kv_heads=1, width=8, value_width=value_width)
     leaves = [x.detach().requires_grad_() for x in tensors]
     with LiveBytes(*leaves) as live:
         function(*leaves, packing, **settings).sum().backward()
@@ -162,7 +200,7 @@ LINEAR = {
     "plain, short": {"document": 32},
     "plain, one": {"document": None},
     "window, one": {"document": None, "sliding_window": 100},
-    "other widths": {"document": None},
+    "other widths": {"document": None, "value_width": 12},
     "softcap, one": {"document": None, "softcap": 2.0},
     "sinks, one": {"document": None, "s_aux": torch.zeros(2)},
     "softcap, tiny window": {"document": None, "softcap": 2.0, "sliding_window": 4},
@@ -206,6 +244,7 @@ def test_what_it_does_not_compute_is_refused_by_name():
     assert "passes tokens that see what follows them" in refused(is_causal=False)
     assert "passes 12 queries and 7 keys" in refused(key_length=7)
     assert "SimpleNamespace passes tokens that see" in refused(module=SimpleNamespace(is_causal=False))
+    assert "Linear passes indices" in refused(module=_View(torch.nn.Linear(1, 1)), indices=torch.zeros(1))
 
 
 def test_what_changes_nothing_is_let_through():
