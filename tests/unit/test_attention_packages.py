@@ -204,7 +204,7 @@ def choose(wanted, **facts):
         return ["refused", str(error)]
 wanted = ["auto", "flash_attention_2", "flash_attention_3", "flash_attention_4"]
 print(json.dumps([[choose(name) for name in wanted], choose("auto", dtype="float32"), choose("auto", device_type="cpu"),
-                  choose("auto", has_flash=False)]))
+                  choose("auto", measured={"flash_attention_2": "no flash here"}.get)]))
 """
 
 
@@ -214,9 +214,9 @@ def test_auto_takes_what_can_be_imported_and_an_explicit_choice_is_refused_with_
     on_cuda, in_float32, on_cpu, unsupported = run(CHOOSE, tmp_path)
     assert on_cuda[0] == [TWO, "auto: flash-attn can be imported and the device is CUDA"]
     assert on_cuda[1] == [TWO, "asked for"]
-    assert in_float32 == ["sdpa", "auto: flash_attention_2 needs bfloat16, this is float32"]
-    assert on_cpu == ["sdpa", "auto: flash_attention_2 needs a CUDA device, this is cpu"]
-    assert unsupported == ["sdpa", "auto: this architecture cannot use flash-attention"]
+    assert in_float32 == ["packed", "auto: flash_attention_2 needs bfloat16, this is float32"]
+    assert on_cpu == ["packed", "auto: flash_attention_2 needs a CUDA device, this is cpu"]
+    assert unsupported == ["packed", "auto: flash_attention_2: no flash here"]
     for (kind, text), name in zip(on_cuda[2:], (THREE, FOUR), strict=True):
         assert kind == "refused"
         assert f"attention = '{name}' cannot be used: {name}: needs the distribution flash-attn-{name[-1]}" in text
@@ -226,14 +226,14 @@ def test_auto_takes_what_can_be_imported_and_an_explicit_choice_is_refused_with_
 def test_flash_attn_4_alone_is_not_taken_for_flash_attn(tmp_path):
     install(tmp_path, "flash-attn-4", "4.0.0b36", FLASH_4)
     (auto, two, _, four), *_ = run(CHOOSE, tmp_path)
-    assert auto == ["sdpa", f"auto: flash_attention_2: {BESIDE_4}"]
+    assert auto == ["packed", f"auto: flash_attention_2: {BESIDE_4}"]
     assert (two[0], four) == ("refused", [FOUR, "asked for"])
 
 
 def test_auto_passes_by_a_package_that_is_broken(tmp_path):
     install(tmp_path, "flash-attn", "2.8.3", NEEDS_EXTENSION)
     (auto, two, *_), *_ = run(CHOOSE, tmp_path)
-    assert auto[0] == "sdpa"
+    assert auto[0] == "packed"
     assert auto[1].startswith(
         "auto: flash_attention_2: flash-attn 2.8.3 is installed but cannot be imported: ModuleNotFoundError"
     )
