@@ -141,12 +141,12 @@ def compare(bench: Bench, run: Run) -> dict[str, Any]:
         "worst": f"{worst:.2g}",
         "verdict": "ok" if worst <= run.tolerance and len(got) == STEPS else "FAIL",
         "peak_bytes": round(max(peaks) * 2**30) if peaks else "",
-        "estimate_bytes": estimated_bytes(bench, run),
+        "estimate_bytes": estimated_bytes(bench, run, on_cuda=bool(peaks)),
         "packages": " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("deepspeed", "transformers")),
     }
 
 
-def estimated_bytes(bench: Bench, run: Run) -> int:
+def estimated_bytes(bench: Bench, run: Run, *, on_cuda: bool) -> int:
     """The device's bytes that `--check` prints for this run."""
     from kdtrain.config.load import load_run
     from kdtrain.training import build, describe
@@ -154,7 +154,9 @@ def estimated_bytes(bench: Bench, run: Run) -> int:
 
     words = [str(bench.folder / run.models / "config.yaml"), f"run.name={run.name}", *run.settings]
     cfg = load_run(words).config
-    return describe.estimate(cfg, open_inputs(cfg, build.specs(cfg)), 1).total
+    attention = describe.attention_of(None, cfg.student.attention), describe.attention_of(None, cfg.teacher.attention)
+    inputs = open_inputs(cfg, build.specs(cfg))
+    return describe.estimate(cfg, inputs, 1, attention=attention, on_cuda=on_cuda).total
 
 
 def shown(row: dict) -> dict:

@@ -36,7 +36,7 @@ Q, MODEL = "model.layers.0.self_attn.q_proj.", "model.safetensors"
 
 def equals_stock(folder, **how):
     """The logits of the loaded model, which must be exactly those of `from_pretrained`."""
-    backbone = check_and_load(folder, **how)
+    backbone = check_and_load(folder, **{"attention": "sdpa", **how})
     ids = torch.randint(0, 99, (2, 9), generator=torch.Generator().manual_seed(0))
     batch = Batch(ids, ids, torch.ones(2, 9), torch.arange(9).expand(2, 9), torch.arange(2))
     attention = backbone.config._attn_implementation
