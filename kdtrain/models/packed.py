@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdtrain.models.attention_limits import flash_fits
-from kdtrain.models.packed_layout import Layout, Packing, Run
+from kdtrain.models.packed_layout import Layout, PackedDocuments, Run
 from kdtrain.models.packed_sdpa import Sdpa, padded
 from kdtrain.models.packed_written import Written
 
@@ -49,7 +49,7 @@ def attend_documents(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    packing: Packing,
+    packing: PackedDocuments,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -136,7 +136,7 @@ def varlen_obstacle(device: torch.device) -> str | None:
 
 def by_varlen(
     qkv: Sequence[Tensor],
-    packing: Packing,
+    packing: PackedDocuments,
     *,
     scale: float,
     window: int | None,
@@ -158,7 +158,7 @@ def by_varlen(
     return output[..., : value.shape[-1]]
 
 
-def by_document(qkv: Sequence[Tensor], packing: Packing, call: Call) -> Tensor:
+def by_document(qkv: Sequence[Tensor], packing: PackedDocuments, call: Call) -> Tensor:
     """query [T, H, d], key [T, K, d], value [T, K, e] -> [T, H, e] by calls for runs of documents, and for buckets."""
     layout = packing.layout(qkv[0].device)
     parts = [torch.split(x, layout.sizes) for x in qkv]
