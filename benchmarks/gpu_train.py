@@ -136,25 +136,29 @@ def compare(bench: Bench, run: Run) -> dict[str, Any]:
     got = bench.records(run.models, run.name)
     worst = worst_difference(got, bench.records(run.models, f"reference_{run.reference}"))
     peaks = [record["memory/peak_allocated_gib"] for record in got if "memory/peak_allocated_gib" in record]
+    estimate, reason = attempt(lambda: estimated_bytes(bench, run))  # a run is right or wrong without it
     return {
         "steps": len(got),
         "worst": f"{worst:.2g}",
         "verdict": "ok" if worst <= run.tolerance and len(got) == STEPS else "FAIL",
         "peak_bytes": round(max(peaks) * 2**30) if peaks else "",
-        "estimate_bytes": estimated_bytes(bench, run),
+        "estimate_bytes": "" if estimate is None else estimate,
         "packages": " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("deepspeed", "transformers")),
+        "note": f"no estimate: {reason}" if reason else "",
     }
 
 
 def estimated_bytes(bench: Bench, run: Run) -> int:
-    """The device's bytes that `--check` prints for this run."""
+    """The device's bytes that `--check` would print for this run, with sdpa where attention is auto."""
     from kdtrain.config.load import load_run
     from kdtrain.training import build, describe
     from kdtrain.training.inputs import open_inputs
 
     words = [str(bench.folder / run.models / "config.yaml"), f"run.name={run.name}", *run.settings]
     cfg = load_run(words).config
-    return describe.estimate(cfg, open_inputs(cfg, build.specs(cfg)), 1).total
+    attention = tuple(describe.attention_of(None, wanted) for wanted in (cfg.student.attention, cfg.teacher.attention))
+    inputs = open_inputs(cfg, build.specs(cfg))
+    return describe.estimate(cfg, inputs, 1, attention=attention, on_cuda=not bench.is_cpu).total
 
 
 def shown(row: dict) -> dict:
