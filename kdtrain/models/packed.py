@@ -27,8 +27,8 @@ with suppress(ImportError):  # before torch 2.10
 VARLEN, BUCKETS, WRITTEN = "varlen", "buckets", "written"
 """Ways: one variable-length call; calls of torch's scaled_dot_product_attention; matrix products in Python."""
 
-NEEDED = {"scale", "window_size", "enable_gqa"}
-"""Parameters of varlen_attn that torch's first versions of it lack."""
+NEEDED = {"scale", "window_size"}
+"""Parameters of varlen_attn that torch 2.10 may lack; `enable_gqa`, which 2.11 lacks, can be done without."""
 
 HAS_VARLEN = varlen_attn is not None and set(inspect.signature(varlen_attn).parameters) >= NEEDED
 
@@ -142,18 +142,27 @@ def by_varlen(
     window: int | None,
     call: Callable[..., Any] = varlen_attn,
 ) -> Tensor:
-    """query [T, H, d], key [T, K, d], value [T, K, e] -> [T, H, e] by one call of `call`, torch's varlen_attn."""
+    """query [T, H, d], key [T, K, d], value [T, K, e] -> [T, H, e] by one call of `call`, torch's varlen_attn.
+
+    Where `call` has no parameter enable_gqa (torch 2.11), keys and values are repeated for every head of a group.
+    """
     query, key, value = qkv
+    more = {}
+    if (times := query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in inspect.signature(call).parameters:
+            more["enable_gqa"] = True
+        else:
+            key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
     width = varlen_width(query, value)
     offsets = packing.offsets(query.device)
     # No less than 2: with one query each flash-attention takes a path of its own, meant for generation.
     longest = max(packing.documents.longest, 2)
     output: Tensor = call(
-        *(padded(x, width) for x in qkv),
+        *(padded(x, width) for x in (query, key, value)),
         *(offsets, offsets, longest, longest),
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **more,
     )
     return output[..., : value.shape[-1]]
 
