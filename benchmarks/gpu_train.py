@@ -198,7 +198,8 @@ def wheels(names: list[str]) -> str:
         *([f"python3 -m pip download --no-deps -d wheels {target} {others}"] if others else []),
         *(f"DS_BUILD_OPS=0 python3 -m pip wheel --no-deps -w wheels {s}" for s in specs if s.startswith("deepspeed")),
         "# on the GPU machine, beside the folder wheels:",
-        "python3 -m pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=$PWD/site",
+        "python3 -m pip install --no-index --no-deps --target site wheels/*.whl"
+        " && export PYTHONPATH=$PWD/site${PYTHONPATH:+:$PYTHONPATH}",
     ]
     return "\n".join(lines)
 
