@@ -104,15 +104,15 @@ def plan(
     """(way, reason). width: of heads in a variable-length call; written: soft-capped logits or sinks; obstacle: why
     there is no variable-length call, or None; fits: whether one can hold the documents (`attention_limits`)."""
     if written:
-        return WRITTEN, "torch's kernels know neither soft-capped logits nor sinks"
+        return WRITTEN, "torch's kernels support neither soft-capped logits nor sinks"
     if device_type != "cuda":
         if dropout:
-            return WRITTEN, f"torch's kernel for {device_type} knows no dropout"
+            return WRITTEN, f"torch's kernel for {device_type} has no dropout"
         return BUCKETS, f"the device is {device_type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return BUCKETS, f"flash-attention does not compute in {str(dtype).removeprefix('torch.')}"
     if dropout:
-        return BUCKETS, "torch's variable-length call knows no dropout"
+        return BUCKETS, "torch's variable-length call has no dropout"
     if width > 256:
         return BUCKETS, f"heads of width {width} are wider than flash-attention's 256"
     if obstacle is not None:
