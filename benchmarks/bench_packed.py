@@ -90,9 +90,9 @@ def packed(positions, layers: list) -> list:
     """kdtrain's."""
     from kdtrain.data.documents import Documents
     from kdtrain.models.packed import attend_documents
-    from kdtrain.models.packed_layout import Packing
+    from kdtrain.models.packed_layout import PackedDocuments
 
-    packing = Packing(Documents.of(positions))
+    packing = PackedDocuments(Documents.of(positions))
     return [attend_documents(*layer, packing, scaling=WIDTH**-0.5) for layer in layers]
 
 

@@ -14,8 +14,9 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -108,9 +109,7 @@ class Setting:
 
     def provenance(self) -> dict[str, str]:
         """The first columns of every row."""
-        import importlib.metadata
-
-        triton = "" if self.is_cpu else f" triton {importlib.metadata.version('triton')}"
+        triton = "" if self.is_cpu else f" triton {triton_version()}"
         return {
             "commit": common.current_commit(),
             "date": common.today(),
@@ -179,6 +178,15 @@ class Setting:
         return torch.cuda.max_memory_allocated() - before
 
 
+def triton_version() -> str:
+    """Of the module, whatever distribution it came with; absent where it cannot be imported."""
+    try:
+        import triton
+    except ImportError:
+        return "absent"
+    return str(triton.__version__)
+
+
 def calls_per_pair(seconds: float) -> int:
     """How many calls of `seconds` each fill PAIR_SECONDS."""
     return max(1, min(MOST_CALLS, math.ceil(PAIR_SECONDS / max(seconds, 1e-9))))
@@ -193,6 +201,18 @@ def attempt(run: Callable[[], T]) -> tuple[T | None, str]:
     except BaseException as error:  # whatever a package or a kernel raises
         print(traceback.format_exc(), file=sys.stderr, flush=True)
         return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def guarded(rows: Iterator[dict], failed: Callable[[str], dict]) -> Iterator[dict]:
+    """`rows`; if one raises, failed(the reason) is the last."""
+    while True:
+        row, reason = attempt(partial(next, rows, None))
+        if row is not None:
+            yield row
+            continue
+        if reason:
+            yield failed(reason)
+        return
 
 
 def check(name: str, shape: str, value: float, tolerance: float, note: str = "") -> dict:

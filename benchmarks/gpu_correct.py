@@ -11,12 +11,13 @@ anything is further off than its bound.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import bench_topk
 import torch
-from gpu_common import Setting, Shape, problem, whole_shard
+from gpu_common import Setting, Shape, guarded, problem, whole_shard
 from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.dispatch import row_kernels
 from kdtrain_kernels.divergences import PLUG_INS, divergence_spec
@@ -212,15 +213,24 @@ def row_error(kernel: str, got: Tensor, expected: Tensor, is_rounded: bool) -> t
     return float(((got - expected).abs() / scale).max()), ROW_BOUND
 
 
+def checked(setting: Setting) -> Iterator[dict]:
+    """Row kernels, then every operation at every shape; one that raises has its reason in a row, the next one runs."""
+
+    def failed(case: str, reason: str) -> dict:
+        print("FAIL", case, reason, flush=True)
+        return {"op": "raised", "case": case, "backend": "", "verdict": "FAIL", "errors": reason}
+
+    yield from guarded(rows(setting), partial(failed, "row kernels"))
+    for shape in shapes(setting):
+        for operation in (losses, sparse_losses, lists):
+            yield from guarded(operation(setting, shape), partial(failed, f"{operation.__name__} {shape}"))
+
+
 def main() -> None:
     parser = Setting.parser(__doc__)
     parser.add_argument("--small", action="store_true", help="tiny shapes, for compute-sanitizer")
     setting = Setting.of(parser.parse_args())
-    stages: list[Callable[[], Iterator[dict]]] = [lambda: rows(setting)]
-    for shape in shapes(setting):
-        for operation in (losses, sparse_losses, lists):
-            stages.append(lambda operation=operation, shape=shape: operation(setting, shape))
-    found = setting.write("correct", (line for stage in stages for line in stage()))
+    found = setting.write("correct", checked(setting))
     failed = [line for line in found if line["verdict"] != "ok"]
     sys.exit(f"{len(failed)} of {len(found)} further off than their bound" if failed else 0)
 

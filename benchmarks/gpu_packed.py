@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
-from gpu_common import Setting, attempt, check, not_checked
+from gpu_common import Setting, attempt, check, guarded, not_checked
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError
-from kdtrain.models.attention import IMPLEMENTATIONS, resolve_attention
+from kdtrain.models.attention import IMPLEMENTATIONS, PACKED, resolve_attention
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.load import ModelSpec, load_backbone
 
@@ -37,7 +38,7 @@ def packed(setting: Setting) -> Iterator[dict]:
     where = {"device_type": setting.device.type, "dtype": dtype}
     chosen, reason = resolve_attention("auto", **where)
     yield not_checked("packed auto", "", f"takes {chosen}: {reason}", "ok")
-    for implementation in IMPLEMENTATIONS:
+    for implementation in sorted(IMPLEMENTATIONS, key=lambda name: name != PACKED):  # ours first
         name = f"packed {implementation}"
         try:
             resolve_attention(implementation, **where)
@@ -48,7 +49,8 @@ def packed(setting: Setting) -> Iterator[dict]:
         if backbone is None:
             yield not_checked(name, "", reason, "FAIL")
         else:
-            yield from examined(setting, name, backbone)
+            failed = partial(not_checked, name, "", verdict="FAIL")
+            yield from guarded(examined(setting, name, backbone), failed)
 
 
 def model_of(setting: Setting, implementation: str, dtype: str) -> Backbone:
@@ -102,7 +104,8 @@ def memory_row(setting: Setting, name: str, shape: str, backbone: Backbone, docu
 
     step()
     peak = setting.peak_bytes(step) / 2**20
-    return check(f"{name} MiB", shape, peak, float("inf"), f"kernels: {kernels_of(setting, step)}")
+    kernels, reason = attempt(lambda: kernels_of(setting, step))  # the profiler needs CUPTI
+    return check(f"{name} MiB", shape, peak, float("inf"), f"kernels: {reason if kernels is None else kernels}")
 
 
 def kernels_of(setting: Setting, step) -> str:

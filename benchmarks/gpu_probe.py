@@ -24,7 +24,7 @@ import gpu_inplace
 import gpu_packed
 import measuring as common
 import torch
-from gpu_common import Setting, attempt, check, not_checked
+from gpu_common import Setting, check, guarded, not_checked
 from kdtrain_kernels.blocks import front_of_rows
 from kdtrain_kernels.matmul import add_weight_grad_, hidden_grad_into, logits_into
 from torch import Tensor
@@ -160,18 +160,10 @@ CHECKS: dict[str, Callable[[Setting], Iterator[dict]]] = {
 }
 
 
-def guarded(setting: Setting, names: list[str]) -> Iterator[dict]:
+def checked(setting: Setting, names: list[str]) -> Iterator[dict]:
     """The rows of these checks; one that raises has its reason as a last row."""
     for name in names:
-        rows, reason = CHECKS[name](setting), ""
-        while not reason:
-            row, reason = attempt(partial(next, rows, None))
-            if reason:
-                yield not_checked(name, "", reason, "FAIL")
-            elif row is None:
-                break
-            else:
-                yield row
+        yield from guarded(CHECKS[name](setting), partial(not_checked, name, "", verdict="FAIL"))
 
 
 def main() -> None:
@@ -184,7 +176,7 @@ def main() -> None:
     path = setting.out / f"{setting.prefix}_probe.csv"
     before = common.read_csv(path, "") if path.exists() else []
     kept = [row for row in before if row["name"].split()[0] not in names]
-    found = setting.write("probe", guarded(setting, names), kept)
+    found = setting.write("probe", checked(setting, names), kept)
     failed = [row for row in found if row["verdict"] == "FAIL"]
     if failed:
         raise SystemExit(f"{len(failed)} of {len(found)} failed, first {failed[0]['name']} {failed[0]['note']}")

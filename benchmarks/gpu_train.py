@@ -6,11 +6,12 @@
 
 Every run is launch/train.py: six steps, a checkpoint after each, losses and gradient norms compared step by step. The
 reference is the run of the same models on the CPU at ZeRO stage 1; runs in bfloat16 may differ by 5e-2 from it, runs in
-float32 by 1e-4 (kernels of attention and reductions add up in another order, so bits cannot be asked for). peak_bytes:
-what torch's allocator held at most, beside estimate_bytes of `kdtrain.training.estimate`; of models this small the
-workspaces of libraries are most of it. Runs share the device, --jobs at a time, so `seconds` is no speed. --cpu: the
-same runs on the CPU. A row per run in OUT/gpu_train.csv, the output of those that failed in OUT/gpu_train.log; ends
-with 1 unless every run is ok. What does not fit into --budget is not started, and its row says so.
+float32 by 1e-4 (kernels of attention and reductions add up in another order, so equal bits cannot be expected).
+peak_bytes: what torch's allocator held at most, beside estimate_bytes of `kdtrain.training.estimate`; of models this
+small the workspaces of libraries are most of it. Runs share the device, --jobs at a time, so `seconds` is no speed.
+--cpu: the same runs on the CPU. A row per run in OUT/gpu_train.csv, the output of those that failed in
+OUT/gpu_train.log; ends with 1 unless every run is ok. What does not fit into --budget is not started, and its row says
+so.
 """
 
 from __future__ import annotations
@@ -136,27 +137,30 @@ def compare(bench: Bench, run: Run) -> dict[str, Any]:
     got = bench.records(run.models, run.name)
     worst = worst_difference(got, bench.records(run.models, f"reference_{run.reference}"))
     peaks = [record["memory/peak_allocated_gib"] for record in got if "memory/peak_allocated_gib" in record]
+    estimate, reason = attempt(lambda: estimated_bytes(bench, run))  # a run is right or wrong without it
     return {
         "steps": len(got),
         "worst": f"{worst:.2g}",
         "verdict": "ok" if worst <= run.tolerance and len(got) == STEPS else "FAIL",
         "peak_bytes": round(max(peaks) * 2**30) if peaks else "",
-        "estimate_bytes": estimated_bytes(bench, run, on_cuda=bool(peaks)),
+        "estimate_bytes": "" if estimate is None else estimate,
         "packages": " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("deepspeed", "transformers")),
+        "note": f"no estimate: {reason}" if reason else "",
     }
 
 
-def estimated_bytes(bench: Bench, run: Run, *, on_cuda: bool) -> int:
-    """The device's bytes that `--check` prints for this run."""
+def estimated_bytes(bench: Bench, run: Run) -> int:
+    """The device's bytes that `--check` would print for this run, with packed where attention is auto."""
     from kdtrain.config.load import load_run
     from kdtrain.training import build, describe
     from kdtrain.training.inputs import open_inputs
 
     words = [str(bench.folder / run.models / "config.yaml"), f"run.name={run.name}", *run.settings]
     cfg = load_run(words).config
-    attention = describe.attention_of(None, cfg.student.attention), describe.attention_of(None, cfg.teacher.attention)
+    wanted = (cfg.student.attention, cfg.teacher.attention)
+    attention = tuple("packed" if name == "auto" else name for name in wanted)
     inputs = open_inputs(cfg, build.specs(cfg))
-    return describe.estimate(cfg, inputs, 1, attention=attention, on_cuda=on_cuda).total
+    return describe.estimate(cfg, inputs, 1, attention=attention, on_cuda=not bench.is_cpu).total
 
 
 def shown(row: dict) -> dict:
@@ -196,7 +200,8 @@ def wheels(names: list[str]) -> str:
         *([f"python3 -m pip download --no-deps -d wheels {target} {others}"] if others else []),
         *(f"DS_BUILD_OPS=0 python3 -m pip wheel --no-deps -w wheels {s}" for s in specs if s.startswith("deepspeed")),
         "# on the GPU machine, beside the folder wheels:",
-        "python3 -m pip install --no-index --no-deps --target site wheels/*.whl && export PYTHONPATH=$PWD/site",
+        "python3 -m pip install --no-index --no-deps --target site wheels/*.whl"
+        " && export PYTHONPATH=$PWD/site${PYTHONPATH:+:$PYTHONPATH}",
     ]
     return "\n".join(lines)
 

@@ -206,7 +206,7 @@ class ZeroSection:
     extra: dict[str, Any] = field(default_factory=dict)
     """Expert: further keys of DeepSpeed's zero_optimization section, e.g. {reduce_bucket_size: 2e8}; only keys
     that trade memory for speed are accepted. Without that one a bucket has 5e8 elements, or as many as a rank has
-    parameters; with it, as many as it says, which `--check` shows the cost of."""
+    parameters; with it, as many as it says, and `--check` prints what they cost."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -333,8 +333,8 @@ class DebugSection:
     slow."""
     deterministic: bool = False
     """Use only operations that give the same bits twice: slower, with more memory, and an operation that has no such
-    form ends the run. On CUDA the backward of attention adds in any order without it, so that a resumed run differs
-    in rounding; on the CPU it changes no number. The order in which NCCL adds is not ruled by it."""
+    form ends the run. Without it attention's backward on CUDA adds in an order that varies, so a resumed run differs
+    in rounding; on the CPU it changes no number. It does not control the order in which NCCL adds."""
     self_check: bool = True
     """Before the first step: label cross-entropy of the teacher must beat its +-1 shifts, and tokenizers must agree."""
 

@@ -1,4 +1,4 @@
-"""Give a stock model the attention that a run asks for: measured first, then set, then compared with what it became."""
+"""Set the attention of a stock model: measure the choice on a tiny copy, set it, check what transformers has set."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def use_attention(
 
 
 def set_attention(model: Any, name: str, source: str) -> None:
-    """Let transformers set the implementation `name`; ConfigError if it makes of it another, or refuses.
+    """Let transformers set the implementation `name`; ConfigError if it sets another one, or refuses.
 
     It replaces what a class does not list (by kernels from a hub), and only warns where a class cannot be set at all.
     """
@@ -81,7 +81,7 @@ def set_attention(model: Any, name: str, source: str) -> None:
     except BUILD_ERRORS as error:
         raise _not_set(name, source, f"transformers refuses it: {str(error) or type(error).__name__}") from error
     if (found := model.config._attn_implementation) != name:
-        raise _not_set(name, source, f"transformers makes of it {found!r}")
+        raise _not_set(name, source, f"transformers sets {found!r} instead")
 
 
 def run_size(

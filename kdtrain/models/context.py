@@ -31,7 +31,7 @@ from kdtrain.errors import ConfigError
 from kdtrain.models.attention import IMPLEMENTATIONS, PACKED
 from kdtrain.models.one_mask import additive
 from kdtrain.models.packed import SETTINGS, UNIMPORTANT, attend_documents
-from kdtrain.models.packed_layout import Packing
+from kdtrain.models.packed_layout import PackedDocuments
 from kdtrain.parallel.heads import HeadCut, largest_tp
 from kdtrain.parallel.ulysses import check_heads, gather_sequence, scatter_sequence
 
@@ -56,13 +56,13 @@ class Context:
     position_ids: Tensor | None
     documents: Documents
     _masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
-    _packing: Packing | None = None
+    _packing: PackedDocuments | None = None
 
     @property
-    def packing(self) -> Packing:
+    def packing(self) -> PackedDocuments:
         """What attention=packed needs of the documents, made once for all layers."""
         if self._packing is None:
-            self._packing = Packing(self.documents)
+            self._packing = PackedDocuments(self.documents)
         return self._packing
 
     def mask(self, implementation: str, window: int | None, dtype: torch.dtype) -> Tensor | None:

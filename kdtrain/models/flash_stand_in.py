@@ -23,7 +23,7 @@ BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """Keyword arguments that keep documents apart; transformers uses them only if all four are there."""
 
 WITH_SINKS = ("flash_attention_4",)
-"""Implementations whose package takes attention sinks; from the others transformers drops `s_aux` without a word."""
+"""Implementations whose package takes attention sinks; for the others transformers silently drops `s_aux`."""
 
 CALLS = "kdtrain_attention_calls"
 """Attribute of an attention module of a copy: for each of its calls, whether it came with boundaries."""

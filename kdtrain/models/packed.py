@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdtrain.models.attention_limits import flash_fits
-from kdtrain.models.packed_layout import Layout, Packing, Run
+from kdtrain.models.packed_layout import Layout, PackedDocuments, Run
 from kdtrain.models.packed_sdpa import Sdpa, padded
 from kdtrain.models.packed_written import Written
 
@@ -27,8 +27,8 @@ with suppress(ImportError):  # before torch 2.10
 VARLEN, BUCKETS, WRITTEN = "varlen", "buckets", "written"
 """Ways: one variable-length call; calls of torch's scaled_dot_product_attention; matrix products in Python."""
 
-NEEDED = {"scale", "window_size", "enable_gqa"}
-"""Parameters of varlen_attn that torch's first versions of it lack."""
+NEEDED = {"scale", "window_size"}
+"""Parameters of varlen_attn that torch 2.10 may lack; `enable_gqa`, which 2.11 lacks, can be done without."""
 
 HAS_VARLEN = varlen_attn is not None and set(inspect.signature(varlen_attn).parameters) >= NEEDED
 
@@ -49,7 +49,7 @@ def attend_documents(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    packing: Packing,
+    packing: PackedDocuments,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -104,15 +104,15 @@ def plan(
     """(way, reason). width: of heads in a variable-length call; written: soft-capped logits or sinks; obstacle: why
     there is no variable-length call, or None; fits: whether one can hold the documents (`attention_limits`)."""
     if written:
-        return WRITTEN, "torch's kernels know neither soft-capped logits nor sinks"
+        return WRITTEN, "torch's kernels support neither soft-capped logits nor sinks"
     if device_type != "cuda":
         if dropout:
-            return WRITTEN, f"torch's kernel for {device_type} knows no dropout"
+            return WRITTEN, f"torch's kernel for {device_type} has no dropout"
         return BUCKETS, f"the device is {device_type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return BUCKETS, f"flash-attention does not compute in {str(dtype).removeprefix('torch.')}"
     if dropout:
-        return BUCKETS, "torch's variable-length call knows no dropout"
+        return BUCKETS, "torch's variable-length call has no dropout"
     if width > 256:
         return BUCKETS, f"heads of width {width} are wider than flash-attention's 256"
     if obstacle is not None:
@@ -136,29 +136,38 @@ def varlen_obstacle(device: torch.device) -> str | None:
 
 def by_varlen(
     qkv: Sequence[Tensor],
-    packing: Packing,
+    packing: PackedDocuments,
     *,
     scale: float,
     window: int | None,
     call: Callable[..., Any] = varlen_attn,
 ) -> Tensor:
-    """query [T, H, d], key [T, K, d], value [T, K, e] -> [T, H, e] by one call of `call`, torch's varlen_attn."""
+    """query [T, H, d], key [T, K, d], value [T, K, e] -> [T, H, e] by one call of `call`, torch's varlen_attn.
+
+    Where `call` has no parameter enable_gqa (torch 2.11), keys and values are repeated for every head of a group.
+    """
     query, key, value = qkv
+    more = {}
+    if (times := query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in inspect.signature(call).parameters:
+            more["enable_gqa"] = True
+        else:
+            key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
     width = varlen_width(query, value)
     offsets = packing.offsets(query.device)
     # No less than 2: with one query each flash-attention takes a path of its own, meant for generation.
     longest = max(packing.documents.longest, 2)
     output: Tensor = call(
-        *(padded(x, width) for x in qkv),
+        *(padded(x, width) for x in (query, key, value)),
         *(offsets, offsets, longest, longest),
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **more,
     )
     return output[..., : value.shape[-1]]
 
 
-def by_document(qkv: Sequence[Tensor], packing: Packing, call: Call) -> Tensor:
+def by_document(qkv: Sequence[Tensor], packing: PackedDocuments, call: Call) -> Tensor:
     """query [T, H, d], key [T, K, d], value [T, K, e] -> [T, H, e] by calls for runs of documents, and for buckets."""
     layout = packing.layout(qkv[0].device)
     parts = [torch.split(x, layout.sizes) for x in qkv]

@@ -86,7 +86,7 @@ class Layout:
         return cast(Tensor, _Scatter.apply(slots, self.there, self.padding, self.back))  # type: ignore[no-untyped-call]
 
 
-class Packing:
+class PackedDocuments:
     """How the documents of one batch are attended to: what every layer of a forward pass needs, made once."""
 
     def __init__(self, documents: Documents) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdtrain.models.attention_limits import sequences_per_call
-from kdtrain.models.packed_layout import Packing
+from kdtrain.models.packed_layout import PackedDocuments
 
 SMALL_BLOCK, LARGE_BLOCK = 128, 1024
 """Bounds of the queries in a block of a sliding window; between them, a quarter of the window."""
@@ -24,7 +24,7 @@ SMALL_BLOCK, LARGE_BLOCK = 128, 1024
 class Sdpa:
     """What is computed; calling it computes it. window: tokens that a query sees, itself included."""
 
-    packing: Packing
+    packing: PackedDocuments
     scale: float
     window: int | None = None
     dropout: float = 0.0

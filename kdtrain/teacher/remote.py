@@ -89,7 +89,7 @@ class RemoteTeacher:
         asked = next((other for other in self._asked if other.batch is batch), None)
         if asked is not None:
             self._asked.remove(asked)
-        else:  # not told of, or more were told of than may be under way and this one is early
+        else:  # not announced, or not yet sent because as many as allowed are in flight
             self._told = deque(other for other in self._told if other is not batch)
             asked = self._ask(batch)
         try:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdtrain.data.documents import Documents
 from kdtrain.models.packed import attend_documents
-from kdtrain.models.packed_layout import Packing
+from kdtrain.models.packed_layout import PackedDocuments
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Largest error of an output or gradient, relative to its own largest element where that is more than 1."""
@@ -27,16 +27,16 @@ CUTS = {
 }
 
 
-def packing_of(rows: Sequence[Sequence[int]]) -> Packing:
+def packing_of(rows: Sequence[Sequence[int]]) -> PackedDocuments:
     """Of sequences whose documents have these lengths."""
     lengths = [length for row in rows for length in row]
     (seq_len,) = {sum(row) for row in rows}
     positions = torch.cat([torch.arange(length) for length in lengths]).view(len(rows), seq_len)
-    return Packing(Documents.of(positions))
+    return PackedDocuments(Documents.of(positions))
 
 
 def inputs(
-    packing: Packing,
+    packing: PackedDocuments,
     *,
     heads: int = 4,
     kv_heads: int = 2,
@@ -58,7 +58,7 @@ def definition(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    packing: Packing,
+    packing: PackedDocuments,
     *,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -83,7 +83,7 @@ def definition(
 
 
 def backward(
-    function: Callable[..., Tensor], tensors: Sequence[Tensor], packing: Packing, settings: dict[str, Any]
+    function: Callable[..., Tensor], tensors: Sequence[Tensor], packing: PackedDocuments, settings: dict[str, Any]
 ) -> list[Tensor]:
     """[output, gradients] for a random gradient of the output."""
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in tensors]
@@ -98,7 +98,10 @@ def backward(
 
 
 def compare(
-    packing: Packing, tensors: Sequence[Tensor], function: Callable[..., Tensor] = attend_documents, **settings: Any
+    packing: PackedDocuments,
+    tensors: Sequence[Tensor],
+    function: Callable[..., Tensor] = attend_documents,
+    **settings: Any,
 ) -> None:
     """Assert that `function` is the definition in float64, forward and all gradients."""
     found = backward(function, tensors, packing, settings)

@@ -30,7 +30,7 @@ TIMEOUT_MIN = "2"
 """Minutes for a collective of a check, unless DEEPSPEED_TIMEOUT says otherwise: a run's hour is long to wait."""
 
 ALIKE = ("version", "attention")
-"""Checks that fail where ranks differ: one model would be computed in two ways, without a word."""
+"""Checks that fail where ranks differ: ranks would silently compute one model in two ways."""
 BETTER_ALIKE = ("kernels auto", "float32 products", "nccl settings", "compiler")
 
 

@@ -181,6 +181,25 @@ def test_an_implementation_that_cannot_be_built_fails_and_is_not_called_absent(m
     assert verdicts(packed.packed(setting))["packed sdpa"] == "FAIL"
 
 
+def test_an_implementation_that_raises_is_a_row_and_the_next_one_runs(monkeypatch, setting):
+    packed = import_module("gpu_packed")
+    right = packed.examined
+
+    def raises(setting, name, backbone):
+        if name == "packed packed":
+            raise RuntimeError("no kernel image")
+        yield from right(setting, name, backbone)
+
+    monkeypatch.setattr(packed, "examined", raises)
+    monkeypatch.setattr(packed, "kernels_of", lambda *_: 1 / 0)
+    found = list(packed.packed(setting))
+    assert [(row["name"], row["verdict"], row["note"]) for row in found[1:2]] == [
+        ("packed packed", "FAIL", "RuntimeError: no kernel image"),
+    ]
+    notes = {row["name"]: row["note"] for row in found if row["verdict"] == "ok"}
+    assert notes["packed sdpa MiB"] == "kernels: ZeroDivisionError: division by zero"
+
+
 def test_a_check_that_raises_is_a_row_and_the_next_one_runs(probe, monkeypatch, tmp_path):
     def raises(setting):
         yield probe.check("products first", "", 0.0, 0.0)

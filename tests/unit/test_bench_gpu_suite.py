@@ -108,6 +108,37 @@ def test_a_wrong_kernel_fails_the_correctness_stage(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.count("FAIL row kernels C=5 n=257 tvd") == 2
 
 
+def test_an_operation_that_raises_is_a_row_and_the_next_one_is_checked(tmp_path, monkeypatch):
+    correct = import_module("gpu_correct")
+
+    def raises(setting, shape):
+        yield correct.row("linear_kd_loss", str(shape), "torch", {})
+        raise RuntimeError("out of resources")
+
+    monkeypatch.setattr(correct, "ROW_SIZES", ())
+    monkeypatch.setattr(correct, "shapes", lambda setting: [correct.Shape(5, 300, 16, 24)])
+    monkeypatch.setattr(correct, "losses", raises)
+    monkeypatch.setattr(sys, "argv", ["gpu_correct.py", "--cpu", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="further off"):
+        correct.main()
+    rows = rows_of(tmp_path / "dry_correct.csv")
+    assert [(row["op"], row["verdict"]) for row in rows[:3]] == [
+        ("linear_kd_loss", "ok"), ("raised", "FAIL"), ("linear_sparse_kd_loss", "ok"),
+    ]  # fmt: skip
+    assert rows[1]["errors"] == "RuntimeError: out of resources"
+    assert rows[-1]["op"] == "linear_topk"
+
+
+def test_the_version_of_triton_needs_no_distribution_of_that_name(monkeypatch):
+    from types import SimpleNamespace
+
+    common = import_module("gpu_common")
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.6.0"))
+    assert common.triton_version() == "3.6.0"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert common.triton_version() == "absent"
+
+
 def test_ceilings_time_products_the_copy_and_every_row_kernel(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu_ceilings.py", "--cpu", "--out", str(tmp_path)])
     import_module("gpu_ceilings").main()

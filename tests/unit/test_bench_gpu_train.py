@@ -100,6 +100,19 @@ def test_a_run_is_right_within_its_tolerance_and_with_all_steps(train, bench, se
     assert row["estimate_bytes"] > 0
 
 
+def test_a_run_is_judged_even_if_it_cannot_be_estimated(train, bench, setting, monkeypatch):
+    def estimated_bytes(bench, run):
+        raise TypeError("estimate() missing 2 arguments")
+
+    monkeypatch.setattr(train, "estimated_bytes", estimated_bytes)
+    run, well = train.RUNS[2], train.Outcome(8.0)
+    for name in (run.name, f"reference_{run.reference}"):
+        write_metrics(bench.folder, run, name, 0.0)
+    row = train.row_of(setting, bench, run, well, well)
+    assert (row["verdict"], row["worst"], row["estimate_bytes"]) == ("ok", "0", "")
+    assert row["note"] == "no estimate: TypeError: estimate() missing 2 arguments"
+
+
 def test_a_run_that_fails_leaves_its_reason_and_its_output(train, bench, setting):
     run, well = train.RUNS[0], train.Outcome(8.0)
     wrong = train.Outcome(9.0, "ended with 1", "a\nCUDA error")

@@ -283,7 +283,7 @@ def test_no_name_of_ours_is_written_into_an_export(tmp_path, attention):
 
 
 def test_what_transformers_makes_of_a_name_is_compared_with_it():
-    with pytest.raises(ConfigError, match=r"it: attention = 'packed' cannot be set: transformers makes of it 'sdpa'"):
+    with pytest.raises(ConfigError, match=r"it: attention = 'packed' cannot be set: transformers sets 'sdpa' instead"):
         set_attention(on_meta("falcon", **COMMON), "packed", "it")
 
 

@@ -13,7 +13,7 @@ from kdtrain.dist.vocab import VocabShard
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.context import Context
 from kdtrain.models.load import enable_activation_checkpointing
-from kdtrain.models.packed_layout import Packing
+from kdtrain.models.packed_layout import PackedDocuments
 from kdtrain.models.tiny import TINY, tiny_config
 from kdtrain.models.tiny_mixtures import MIXTURES, mixture_config
 from kdtrain.parallel import plan_cuts, shard_model
@@ -100,7 +100,7 @@ def test_hidden_states_and_gradients_are_those_of_the_masked_path(name):
 def test_the_comparison_sees_documents_that_are_not_apart(name, monkeypatch):
     model = stock(name)
     want, _ = step(model, None, alone=name in LEAKS)
-    rows = Packing(Documents.of(torch.arange(40).expand(3, -1)))
+    rows = PackedDocuments(Documents.of(torch.arange(40).expand(3, -1)))
     monkeypatch.setattr(Context, "packing", rows)
     found, _ = step(model, "packed")
     assert (found - want).abs().max() > 1e-3

@@ -39,7 +39,7 @@ def test_equal_and_long_documents_are_not_gathered():
     assert Layout.of((300, 1, 2, 3, 4, 300, 5)).stretches == (Run(1, 300), 10, Run(1, 300), 5)
 
 
-def varlen_by_definition(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+def varlen_by_definition(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """What torch documents of varlen_attn, from its own arguments; demands what its kernel demands."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert cu_q is cu_k
@@ -61,10 +61,16 @@ def varlen_by_definition(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, 
     return torch.cat(parts)
 
 
+def varlen_of_torch_2_11(query, key, value, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale, window_size):
+    """The same with the parameters that torch 2.11 has."""
+    return varlen_by_definition(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("call", [varlen_by_definition, varlen_of_torch_2_11])
 @pytest.mark.parametrize("heads", [(4, 2, 16, 16), (4, 4, 12, 20), (2, 1, 20, 8)])
 @pytest.mark.parametrize("window", [None, 1, 6])
 @pytest.mark.parametrize("cut", ["one token each", "rows differ", "many tiny"])
-def test_the_variable_length_call_is_given_what_it_documents(cut, window, heads):
+def test_the_variable_length_call_is_given_what_it_documents(cut, window, heads, call):
     packing = packing_of(CUTS[cut])
     heads_q, heads_kv, width, value_width = heads
     tensors = inputs(packing, heads=heads_q, kv_heads=heads_kv, width=width, value_width=value_width)
@@ -72,7 +78,7 @@ def test_the_variable_length_call_is_given_what_it_documents(cut, window, heads)
     def function(q, k, v, packing, *, sliding_window):
         tokens = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
         scale = q.shape[-1] ** -0.5
-        found = by_varlen(tokens, packing, scale=scale, window=sliding_window, call=varlen_by_definition)
+        found = by_varlen(tokens, packing, scale=scale, window=sliding_window, call=call)
         return found.view(len(q), q.shape[2], heads_q, value_width)
 
     compare(packing, tensors, function, sliding_window=window)
