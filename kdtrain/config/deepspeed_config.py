@@ -12,8 +12,8 @@ NEVER = 10**9
 REDUCE_BUCKET = 500_000_000
 """Most elements of gradients that are reduced at once, unless zero.extra says otherwise: DeepSpeed's own default."""
 
-EXTRA_ZERO_KEYS: dict[str, Literal["count", "switch"]] = {
-    "reduce_bucket_size": "count",
+EXTRA_ZERO_KEYS: dict[str, Literal["count", "size", "switch"]] = {
+    "reduce_bucket_size": "size",
     "allgather_bucket_size": "count",
     "sub_group_size": "count",
     "stage3_prefetch_bucket_size": "count",
@@ -31,7 +31,8 @@ EXTRA_ZERO_KEYS: dict[str, Literal["count", "switch"]] = {
     "log_trace_cache_warnings": "switch",
     "enable_sanity_checks": "switch",
 }
-"""Keys of zero_optimization that zero.extra may set: they trade memory for speed. Counts are of elements."""
+"""Keys of zero_optimization that zero.extra may set: they trade memory for speed. Counts are of elements, and so are
+sizes, of which DeepSpeed takes no 0."""
 
 OWNED_ZERO_KEYS: dict[str, str] = {
     "stage": "it is zero.stage",

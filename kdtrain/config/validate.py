@@ -221,8 +221,9 @@ def _zero(cfg: RunConfig) -> Iterator[Problem]:
             yield Problem(key, value, "is no key of DeepSpeed's zero_optimization that may be set", fix)
         elif EXTRA_ZERO_KEYS[name] == "switch" and not isinstance(value, bool):
             yield Problem(key, value, "is neither true nor false", "write true or false")
-        elif EXTRA_ZERO_KEYS[name] == "count" and not _is_count(value):
-            yield Problem(key, value, "is not a whole number of elements", "write e.g. 500_000_000 or 5e8")
+        elif (kind := EXTRA_ZERO_KEYS[name]) != "switch" and not (_is_count(value) and (value or kind == "count")):
+            above = "" if kind == "count" else " above 0"
+            yield Problem(key, value, f"is not a whole number of elements{above}", "write e.g. 500_000_000 or 5e8")
 
 
 def _is_count(value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, MutableMapping
 
 import torch
@@ -45,6 +46,12 @@ def compute_deterministically(environ: MutableMapping[str, str]) -> None:
             )
     torch.use_deterministic_algorithms(True)
     LOGGER.info("debug    deterministic algorithms only: slower, and an operation without one ends the run")
+
+
+def own_cpus() -> frozenset[int]:
+    """Logical CPUs that this process may run on. A quota of a container's CPU time does not show."""
+    has_mask = hasattr(os, "sched_getaffinity")  # Linux only
+    return frozenset(os.sched_getaffinity(0) if has_mask else range(os.cpu_count() or 1))
 
 
 def host_threads(mine: Collection[int], masks: Collection[Collection[int]], environ: Mapping[str, str]) -> int | None:

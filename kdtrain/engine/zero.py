@@ -26,7 +26,7 @@ from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.vocab import HeadShard
 from kdtrain.engine.mixed import float32_beside_bfloat16, putting_back, refuse_float32_at_stage_3
 from kdtrain.engine.optim import build_adamw
-from kdtrain.engine.process import host_threads
+from kdtrain.engine.process import host_threads, own_cpus
 from kdtrain.errors import DataError, ParallelError
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import Backbone, call_with_head
@@ -152,7 +152,7 @@ def _threads_of_step(mesh: Mesh) -> int | None:
 
     Ranks of a dedicated teacher are not among them: their host threads wait for the device.
     """
-    host, mine = os.uname().nodename, os.sched_getaffinity(0)
+    host, mine = os.uname().nodename, own_cpus()
     # a launcher may have bound each rank to cores of its own, which only all masks together show
     found = gather_objects((host, mine), mesh.world_group)
     threads = host_threads(mine, [mask for name, mask in found if name == host], os.environ)

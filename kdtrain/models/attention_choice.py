@@ -44,8 +44,9 @@ def use_attention(
     packed: bool,
     cp_size: int,
     size: Obstacle,
-) -> None:
-    """Set in `model`, stock and whole, built with `first_attention`, the implementation that `wanted` comes to.
+) -> str:
+    """Set in `model`, stock and whole, built with `first_attention`, the implementation that `wanted` comes to; its
+    name in a model's config.
 
     device: None: not known yet; then the choice is that on CUDA, and where it is flash-attention the model keeps the
     attention it has. packed: whether documents share sequences and must not see each other. Builds and runs a
@@ -62,11 +63,13 @@ def use_attention(
         size=size,
     )
     if device is None and implementation in FLASH:
-        return
+        return implementation
     if device is not None:
         LOGGER.info("attention of %s: %s (%s)", source, implementation, reason)
     one = implementation == "sdpa" and packed and cp_size == 1 and measured(ONE_MASK) is None
-    set_attention(model, ONE_MASK if one else implementation, source)
+    name = ONE_MASK if one else implementation
+    set_attention(model, name, source)
+    return name
 
 
 def set_attention(model: Any, name: str, source: str) -> None:

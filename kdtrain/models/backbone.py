@@ -35,16 +35,21 @@ class Backbone(nn.Module):
     model: the stock model, its embedding and head replaced. config: its Hugging Face config, of the full model.
     shard: this rank's vocabulary rows; equal to the head's. cuts: how each sharded parameter is cut, by Hugging Face
     name; a name that is absent is replicated over tp. cp_group: the ranks that hold parts of the same sequences, in
-    order (`kdtrain.models.context`); None: batches hold whole ones.
+    order (`kdtrain.models.context`); None: batches hold whole ones. implementation: of attention in a run, where that
+    is not what config says: a model whose device is not known yet does not have flash-attention.
     """
 
-    def __init__(self, model: Any, shard: VocabShard, cuts: dict[str, Cut], cp_group: Group = None) -> None:
+    def __init__(
+        self, model: Any, shard: VocabShard, cuts: dict[str, Cut], cp_group: Group = None, *,
+        implementation: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model: Any = model
         self.config: Any = model.config
         self.shard = shard
         self.cuts = cuts
         self.cp_group = cp_group
+        self._implementation = implementation
         self.elements_read = 0
         """Elements of weight files that this rank read to fill the model."""
         self._facts: ModelFacts | None = None
@@ -59,6 +64,11 @@ class Backbone(nn.Module):
     def attention(self) -> str:
         """The implementation in use, by the name that users know."""
         return common_name(str(self.config._attn_implementation))
+
+    @property
+    def implementation(self) -> str:
+        """What computes attention in a run, by its name in a model's config, whatever cp_group adds to it."""
+        return self._implementation or str(self.config._attn_implementation).removeprefix(PREFIX)
 
     @property
     def lm_head_module(self) -> LmHead:

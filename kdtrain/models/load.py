@@ -267,7 +267,7 @@ def _checked_and_cut(
     check_model(model, source, packed=packed)
     if spec.weights is not None:
         check_stored(model, Path(spec.weights), allow_unused=spec.allow_unused_weights)
-    use_attention(
+    implementation = use_attention(
         model,
         source,
         spec.attention,
@@ -283,7 +283,7 @@ def _checked_and_cut(
         enable_activation_checkpointing(model)
     choose_products(model, DTYPES[spec.dtype])
     kept = {name: cut for name, cut in cuts.items() if kept_name(model, name) == name}
-    return Backbone(model, shard, kept, mesh.cp_group)
+    return Backbone(model, shard, kept, mesh.cp_group, implementation=implementation)
 
 
 def _cut(

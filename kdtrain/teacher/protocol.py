@@ -60,8 +60,12 @@ def failure_of(board: Board, rank: int, fallback: PeerLost) -> PeerLost:
     return _failure(rank, told)
 
 
-def compare_facts(board: Board, teachers: Sequence[int], mine: dict[str, Any], timeout: timedelta) -> None:
-    """Hold what each teacher has loaded against `mine`: ConfigError naming both values, PeerLost if one failed."""
+def compare_facts(
+    board: Board, teachers: Sequence[int], mine: dict[str, Any], timeout: timedelta
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What each teacher has told of itself, once it has been held against `mine`: ConfigError naming both values,
+    PeerLost if one failed."""
+    found = []
     for rank in teachers:
         told = board.read(f"facts/{rank}", timeout)
         if "failure" in told:
@@ -75,6 +79,8 @@ def compare_facts(board: Board, teachers: Sequence[int], mine: dict[str, Any], t
                 "  why: its hidden states would be multiplied with another model's head\n"
                 "  fix: give every node the same files and the same command line"
             )
+        found.append(theirs)
+    return found
 
 
 def _failure(rank: int, told: dict[str, Any]) -> PeerLost:

@@ -42,7 +42,8 @@ from kdtrain.training.timing import PhaseTimer
 class Models:
     """Both models on this rank.
 
-    teacher_backbone: None without a teacher and if it lives on ranks of its own; then its head is here.
+    teacher_backbone: None without a teacher and if it lives on ranks of its own; then its head is here. elsewhere:
+    what computes attention there, by its name in a model's config.
     """
 
     student: Backbone
@@ -50,6 +51,7 @@ class Models:
     layout: HeadLayout
     teacher_backbone: Backbone | None
     teacher_head: LoadedHead | None = None
+    elsewhere: str = ""
 
     @property
     def teacher_facts(self) -> ModelFacts | None:
@@ -57,6 +59,11 @@ class Models:
         if self.teacher_head is not None:
             return self.teacher_head.facts
         return None if self.teacher_backbone is None else self.teacher_backbone.facts()
+
+    @property
+    def teacher_attention(self) -> str:
+        """Its implementation, wherever it is, by its name in a model's config; empty without a teacher."""
+        return self.elsewhere if self.teacher_backbone is None else self.teacher_backbone.implementation
 
 
 def student_spec(cfg: RunConfig) -> ModelSpec:
@@ -125,8 +132,8 @@ def build_models(
     if spec is None:
         return Models(student, None, layout, None)
     if wire is not None:
-        remote, head = remote_teacher(cfg, spec, student.shard, mesh, device, wire, on_stop)
-        return Models(student, remote, layout, None, head)
+        remote, head, attention = remote_teacher(cfg, spec, student.shard, mesh, device, wire, on_stop)
+        return Models(student, remote, layout, None, head, attention)
     return add_teacher(cfg, spec, Models(student, None, layout, None), mesh, device)
 
 

@@ -52,7 +52,7 @@ def serve(
         ).eval()
         first = _first_row(backbone.lm_head_shard)
         facts = expected_facts(cfg, spec, vocab_size, backbone.config)
-        write_facts(wire.board, roles.rank, {**facts, FIRST_ROW: first})
+        write_facts(wire.board, roles.rank, {**facts, FIRST_ROW: first, ATTENTION: backbone.implementation})
     except BaseException as error:
         _cannot_load(error, runtime, inbox, clients)
         raise
@@ -129,8 +129,9 @@ def servers(cfg: RunConfig, teachers: range) -> list[int]:
 def remote_teacher(
     cfg: RunConfig, spec: ModelSpec, shard: VocabShard, mesh: Mesh, device: torch.device, wire: Wire,
     on_stop: Callable[[], None],
-) -> tuple[RemoteTeacher, LoadedHead]:  # fmt: skip
-    """The teacher as a student's rank holds it: its rows of the head, and whom to ask for hidden states.
+) -> tuple[RemoteTeacher, LoadedHead, str]:  # fmt: skip
+    """The teacher as a student's rank holds it: whom to ask for hidden states, its rows of the head, and the name of
+    what computes attention on the first teacher's ranks.
 
     shard: the student's. Every rank of the student must call it. Waits until all teachers are loaded, and holds what
     they loaded against this rank's files: ConfigError naming both values, PeerLost if a teacher failed.
@@ -140,15 +141,16 @@ def remote_teacher(
     if mesh.tp_rank == 0:
         facts[FIRST_ROW] = _first_row(loaded.head)
     asked = servers(cfg, range(student_ranks(cfg, wire.world_size), wire.world_size))
-    compare_facts(wire.board, asked, facts, collective_timeout())
+    told = compare_facts(wire.board, asked, facts, collective_timeout())
     LOGGER.info("teacher  %d on ranks %s, ready", len(asked), asked)
     remote = RemoteTeacher(
         wire, mesh, loaded.head, asked, in_flight=in_flight(cfg), timeout=collective_timeout(), on_stop=on_stop
     )
-    return remote, loaded
+    return remote, loaded, str(told[0][ATTENTION])
 
 
 FIRST_ROW = "first row of the teacher's head (sha256)"
+ATTENTION = "attention"
 
 
 def expected_facts(cfg: RunConfig, spec: ModelSpec, vocab_size: int, model_config: Any) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from kdtrain.dist.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.mixed import refuse_float32_at_stage_3
 from kdtrain.log import LOGGER
+from kdtrain.models.attention import common_name
 from kdtrain.models.backbone import Backbone
-from kdtrain.models.context import PREFIX
 from kdtrain.models.facts import ModelFacts
 from kdtrain.models.load import ModelSpec, check_architecture, model_facts
 from kdtrain.models.quantize import require_torchao
@@ -38,30 +38,17 @@ def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh,
     LOGGER.info("mesh     %s   zero: student %d", mesh_line(cfg, mesh.world_size), cfg.zero.stage)
     LOGGER.info(
         "student  %s   %s parameters, %s, %s, %s", cfg.student.architecture or cfg.student.weights,
-        f"{student.num_parameters():,}", origin, cfg.student.dtype, student.attention,
+        f"{student.num_parameters():,}", origin, cfg.student.dtype, common_name(student.implementation),
     )  # fmt: skip
     if models.teacher_facts is not None:
-        teacher = models.teacher_backbone
-        name = cfg.teacher.attention if teacher is None else teacher.attention
         LOGGER.info(
             "teacher  %s   %s, frozen, %s, %s, %s", cfg.teacher.weights, _parameters(models.teacher_facts),
-            _teacher_layout(cfg), cfg.teacher.dtype, name,
+            _teacher_layout(cfg), cfg.teacher.dtype, common_name(models.teacher_attention),
         )  # fmt: skip
     LOGGER.info("loss     %s", loss_line(cfg))
     LOGGER.info("data     %s", data_line(cfg, inputs, mesh.dp_size))
-    attention = (
-        attention_of(student, cfg.student.attention),
-        attention_of(models.teacher_backbone, cfg.teacher.attention),
-    )
+    attention = student.implementation, models.teacher_attention
     log_memory(cfg, inputs, mesh.dp_size, attention=attention, on_cuda=device.type == "cuda")
-
-
-def attention_of(backbone: Backbone | None, wanted: str) -> str:
-    """The implementation's name, for the estimate: that of `backbone`. A flash-attention that is `wanted` counts by its
-    name, since a model on meta has another; where no model is built here, auto counts as sdpa, which needs more."""
-    if backbone is None or wanted.startswith("flash"):
-        return "sdpa" if wanted == "auto" else wanted
-    return str(backbone.config._attn_implementation).removeprefix(PREFIX)
 
 
 def _parameters(facts: ModelFacts) -> str:
@@ -130,7 +117,7 @@ def log_stores(cfg: RunConfig, inputs: Inputs, loader: StepLoader) -> None:
 def estimate(
     cfg: RunConfig, inputs: Inputs, dp_size: int, *, attention: tuple[str, str], on_cuda: bool
 ) -> MemoryEstimate:
-    """Bytes per rank, from configurations alone. attention: names of the student's implementation and the teacher's."""
+    """Bytes per rank, from configurations alone. attention: names of both models' implementations."""
     teacher = build.teacher_spec(cfg)
     return estimate_memory(
         cfg,
@@ -196,7 +183,7 @@ def print_check(cfg: RunConfig, inputs: Inputs, choice: PrefixChoice, *, world_s
         LOGGER.info("loss     %s", loss_line(cfg))
         LOGGER.info("data     %s", data_line(cfg, inputs, mesh.dp_size))
         log_stores(cfg, inputs, loader)
-        attention = attention_of(student, cfg.student.attention), attention_of(teacher, cfg.teacher.attention)
+        attention = student.implementation, "" if teacher is None else teacher.implementation
         # what runs later may have a device that this machine has not
         log_memory(cfg, inputs, mesh.dp_size, attention=attention, on_cuda=os.environ.get("DS_ACCELERATOR") != "cpu")
         steps = -(-cfg.train.total_tokens // cfg.data.tokens_per_step)

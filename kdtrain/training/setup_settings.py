@@ -17,13 +17,13 @@ from kdtrain_kernels.dispatch import choice
 
 from kdtrain.config.schema import RunConfig, StudentSection, TeacherSection
 from kdtrain.dist.mesh import Mesh
+from kdtrain.engine.process import LAUNCH_ORDER, host_threads, own_cpus
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import compute_capability, resolve_attention
 from kdtrain.models.attention_packages import attention_packages, installed_version
 from kdtrain.telemetry.environment import TF32_VARIABLES, nccl_version, settings
 from kdtrain.training.setup_probes import Result, Row
 
-LAUNCH_ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
 FIRST_WITH_LAUNCH_ORDER = (2, 26)
 NCCL_FILES = ("~/.nccl.conf", "/etc/nccl.conf")
 """Where NCCL reads what the environment does not set; NCCL_CONF_FILE takes the place of the first."""
@@ -189,16 +189,15 @@ class Share:
 
     @classmethod
     def of_this_rank(cls, host: str) -> Share:
-        """As the launcher and the scheduler left it. A quota of a container's CPU time does not show."""
-        has_mask = hasattr(os, "sched_getaffinity")  # Linux only
-        cpus = os.sched_getaffinity(0) if has_mask else range(os.cpu_count() or 1)
-        return cls(host, torch.get_num_threads(), frozenset(cpus))
+        """As the launcher and the scheduler left it."""
+        return cls(host, torch.get_num_threads(), own_cpus())
 
 
 def threads_row(mine: Share, ranks: Sequence[Share], environ: Mapping[str, str], *, offload: bool) -> Row:
     """Whether the ranks that share this rank's CPUs have no more threads than there are CPUs.
 
-    offload: the optimizer steps on the host (zero.offload_optimizer), where one thread is one core for all of AdamW.
+    offload: the optimizer steps on the host (zero.offload_optimizer), on threads as `host_threads` says, where one is
+    one core for all of AdamW.
     """
     sharing = [share for share in ranks if share.host == mine.host and share.cpus & mine.cpus]
     cpus = len(frozenset[int]().union(*(share.cpus for share in sharing)))
@@ -206,10 +205,13 @@ def threads_row(mine: Share, ranks: Sequence[Share], environ: Mapping[str, str],
     value = environ.get("OMP_NUM_THREADS", "not set")
     among = "1 rank" if len(sharing) == 1 else f"{len(sharing)} ranks"
     text = f"{mine.threads} per rank (OMP_NUM_THREADS: {value}), {among} on {cpus} CPUs"
+    stepping = host_threads(mine.cpus, [share.cpus for share in sharing], environ) or mine.threads
+    if offload:
+        text += f"; the offloaded step: {stepping}"
     if wanted > cpus:
         fix = f"set OMP_NUM_THREADS={fair}" if mine.threads > fair else "start fewer ranks, or give them more CPUs"
         return Row("threads", "warn", f"{text}: too many; {fix}")
-    if offload and mine.threads == 1 < fair:
+    if offload and stepping == 1 < fair:
         return Row("threads", "warn", f"{text}: one core steps the offloaded optimizer; set OMP_NUM_THREADS={fair}")
     return Row("threads", "ok", text)
 

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from kdtrain.dist.mesh import Mesh
 from kdtrain.dist.wire import Wire
+from kdtrain.models.attention import common_name
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.testing.layout_oracle import check_case, oracle
 from kdtrain.testing.layout_steps import VOCAB, build_backbone, configuration, step_batch, three_steps, whole_teacher
@@ -65,9 +66,10 @@ def train(folder, case, cfg, spec, runtime, mesh):
     from kdtrain.engine.zero import StudentEngine
 
     backbone = build_backbone(folder, "llama", mesh, teacher="plain")
-    teacher, head = dedicated.remote_teacher(
+    teacher, head, attention = dedicated.remote_teacher(
         cfg, spec, backbone.shard, mesh, runtime.device, runtime.wire, on_stop=lambda: pytest.fail("nobody stops")
     )
+    assert common_name(attention) == "sdpa"
     width = head.facts.config.hidden_size
     rows = min(backbone.shard.stop, VOCAB) - backbone.shard.start
     assert head.elements_read == rows * width, "more was read than this rank's rows of the head"

@@ -2,6 +2,7 @@
 for what passes. The run is begun as `run_training` begins it, up to the engine, in this process."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,14 +15,15 @@ from kdtrain.engine.manifest import KINDS
 from kdtrain.engine.slices import Fragment
 from kdtrain.errors import CheckpointError, ConfigError, DataError, KdtrainError, ParallelError, StoreMismatch
 from kdtrain.models.attention import IMPLEMENTATIONS
+from kdtrain.models.head import load_head
 from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
 from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
 from kdtrain.telemetry.jsonl_sink import JsonlSink
 from kdtrain.testing.model_folders import check_and_load, edit_json, edit_tensors, outcome
 from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
-from kdtrain.training import build
-from kdtrain.training.describe import print_check
+from kdtrain.training import build, estimate
+from kdtrain.training.describe import log_header, print_check
 from kdtrain.training.export import write_model_files
 from kdtrain.training.inputs import open_inputs
 from kdtrain.training.quantized import quantize_teacher
@@ -265,6 +267,33 @@ def test_the_attention_of_either_model_is_the_one_asked_for(cfg, role, name):
     models = both(cfg)
     found = models.student if role == "student" else models.teacher_backbone
     assert found.attention == ("packed" if name == "auto" else name)
+
+
+def memory_lines(logged):
+    found = [record.getMessage() for record in logged.records if record.getMessage().startswith("memory ")]
+    logged.clear()
+    return found
+
+
+@pytest.mark.parametrize("dedicated", [False, True])
+@pytest.mark.parametrize("name", ["auto", "sdpa", "eager"])
+def test_both_estimate_the_same_memory(cfg, name, dedicated, logged, monkeypatch):
+    """A dedicated teacher's ranks tell what they took; here the answer of `load_backbone` on one of them."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(estimate, "GIB", 1)  # every byte shows
+    cfg.teacher.attention = name
+    if dedicated:
+        cfg.teacher.layout, cfg.teacher.ranks = "dedicated", 1
+    inputs = open_inputs(cfg, build.specs(cfg))
+    print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1 + dedicated)
+    checked = memory_lines(logged)
+    models = begin(cfg)
+    if dedicated:
+        head = load_head(build.teacher_spec(cfg), models.student.shard, device="cpu")
+        models = replace(models, teacher_backbone=None, teacher_head=head, elsewhere=models.teacher_attention)
+    log_header(cfg, inputs, models, Mesh(), torch.device("cpu"))
+    assert memory_lines(logged) == checked
+    assert len(checked) == 1 + dedicated
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])

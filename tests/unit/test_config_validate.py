@@ -186,6 +186,9 @@ CASES = {
     "zero count": (
         {"zero__extra": {"sub_group_size": 0.5}}, "zero.extra.sub_group_size", "is not a whole number of elements",
     ),
+    "zero bucket of nothing": (
+        {"zero__extra": {"reduce_bucket_size": 0}}, "zero.extra.reduce_bucket_size", "number of elements above 0",
+    ),
     "zero count bool": ({"zero__extra": {"sub_group_size": True}}, "zero.extra.sub_group_size", "whole number"),
     "zero count nan": ({"zero__extra": {"sub_group_size": math.nan}}, "zero.extra.sub_group_size", "whole number"),
     "other objective": (

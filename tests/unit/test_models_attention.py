@@ -207,6 +207,12 @@ def test_the_check_refuses_flash_attention_that_would_join_documents(tmp_path, i
     check_architecture(spec_of(tmp_path, attention="flash_attention_2", dtype="bfloat16"), 99, Mesh())
 
 
+def test_the_check_knows_that_auto_will_be_flash_attention(tmp_path, installed):
+    spec = spec_of(tmp_path, dtype="bfloat16")
+    assert check_architecture(spec, 99, Mesh()).implementation == "flash_attention_2"
+    assert load(spec).implementation == "packed"
+
+
 @pytest.mark.parametrize(("packed", "name"), [(True, "packed"), (False, "sdpa")])
 def test_auto_on_a_cpu(tmp_path, packed, name):
     spec = spec_of(tmp_path)

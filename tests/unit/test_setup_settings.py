@@ -180,22 +180,39 @@ def shares(threads, *masks, host="a"):
 
 
 @pytest.mark.parametrize(
-    ("threads", "masks", "offload", "result", "says"),
+    ("threads", "masks", "result", "says"),
     [
-        (4, [range(8)] * 2, False, "ok", "4 per rank (OMP_NUM_THREADS: not set), 2 ranks on 8 CPUs"),
-        (8, [range(8)] * 2, False, "warn", "2 ranks on 8 CPUs: too many; set OMP_NUM_THREADS=4"),
-        (4, [range(4), range(4, 8)], False, "ok", "1 rank on 4 CPUs"),
-        (8, [range(4), range(4, 8)], False, "warn", "1 rank on 4 CPUs: too many; set OMP_NUM_THREADS=4"),
-        (1, [range(2)] * 3, False, "warn", "3 ranks on 2 CPUs: too many; start fewer ranks, or give them more CPUs"),
-        (1, [range(8)] * 2, False, "ok", "2 ranks on 8 CPUs"),
-        (1, [range(8)] * 2, True, "warn", "one core steps the offloaded optimizer; set OMP_NUM_THREADS=4"),
-        (1, [range(2)] * 2, True, "ok", "2 ranks on 2 CPUs"),
-        (2, [range(8)] * 2, True, "ok", "2 ranks on 8 CPUs"),
+        (4, [range(8)] * 2, "ok", "4 per rank (OMP_NUM_THREADS: not set), 2 ranks on 8 CPUs"),
+        (8, [range(8)] * 2, "warn", "2 ranks on 8 CPUs: too many; set OMP_NUM_THREADS=4"),
+        (4, [range(4), range(4, 8)], "ok", "1 rank on 4 CPUs"),
+        (8, [range(4), range(4, 8)], "warn", "1 rank on 4 CPUs: too many; set OMP_NUM_THREADS=4"),
+        (1, [range(2)] * 3, "warn", "3 ranks on 2 CPUs: too many; start fewer ranks, or give them more CPUs"),
+        (1, [range(8)] * 2, "ok", "2 ranks on 8 CPUs"),
     ],
 )
-def test_threads_are_counted_among_the_ranks_that_share_cpus(threads, masks, offload, result, says):
+def test_threads_are_counted_among_the_ranks_that_share_cpus(threads, masks, result, says):
     here, elsewhere = shares(threads, *masks), shares(64, range(8), range(8), host="b")
-    row = threads_row(here[0], [*here, *elsewhere], {}, offload=offload)
+    row = threads_row(here[0], [*here, *elsewhere], {}, offload=False)
+    assert row.result == result
+    assert says in row.found
+
+
+@pytest.mark.parametrize(
+    ("threads", "masks", "environ", "result", "says"),
+    [
+        (1, [range(8)] * 2, {"OMP_NUM_THREADS": "1"}, "warn", "one core steps the offloaded optimizer; set OMP_NUM_"),
+        (1, [range(8)] * 2, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, "ok", "the offloaded step: 4"),
+        (4, [range(8)] * 2, {}, "ok", "2 ranks on 8 CPUs; the offloaded step: 4"),
+        (8, [range(8)] * 2, {}, "warn", "2 ranks on 8 CPUs; the offloaded step: 4: too many; set OMP_NUM_THREADS=4"),
+        (1, [range(2)] * 2, {"OMP_NUM_THREADS": "1"}, "ok", "2 ranks on 2 CPUs; the offloaded step: 1"),
+        (2, [range(8)] * 2, {"OMP_NUM_THREADS": "2"}, "ok", "2 ranks on 8 CPUs; the offloaded step: 2"),
+    ],
+)
+def test_the_step_of_an_offloaded_optimizer_is_judged_by_the_threads_that_it_will_take(
+    threads, masks, environ, result, says
+):
+    here = shares(threads, *masks)
+    row = threads_row(here[0], [*here, *shares(1, range(8), host="b")], environ, offload=True)
     assert row.result == result
     assert says in row.found
 
