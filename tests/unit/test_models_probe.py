@@ -267,3 +267,14 @@ def test_the_smallest_copy_is_all_that_must_be_small(monkeypatch):
     monkeypatch.setattr(probe, "_KNOWN", {})
     with pytest.raises(ConfigError, match=r"(?s)parameters, at most 1\n.*fewer layers only.*at most 30,000,000\n"):
         check_model(on_meta(AutoConfig.for_model("llama")), "llama")
+
+
+def test_settings_of_layers_by_number_go_with_the_layers_that_a_copy_keeps():
+    """Gemma 4's full-attention layers have wider heads, by a table whose keys were past the copy's last layer."""
+    config = AutoConfig.for_model("gemma4_text")
+    smallest = next(iter(tiny_settings(config, 2)))[1]
+    kinds = smallest["layer_types"]
+    assert list(smallest["per_layer_config"]) == [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    found = measure(on_meta(config), "gemma4_text")
+    assert max(found.leak, found.future, found.logits) < 1e-5
+    assert found.joined > 0.01
