@@ -76,7 +76,7 @@ def _on_meta(settings: Mapping[str, Any], attention: str | None = None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from kdtrain.models.composite import refuse_composite
-    from kdtrain.models.load import parameters_on_meta
+    from kdtrain.models.stock import parameters_on_meta
 
     config = AutoConfig.for_model(**settings)
     refuse_composite(config.to_dict(), config.model_type)

@@ -182,7 +182,8 @@ def has_plan(path: Path) -> bool:
     """Whether transformers plans the cut of this model, more of it than embedding and head."""
     from transformers import AutoModelForCausalLM
 
-    from kdtrain.models.load import build_config, parameters_on_meta
+    from kdtrain.models.load import build_config
+    from kdtrain.models.stock import parameters_on_meta
 
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(build_config(spec_of(path), VOCAB))

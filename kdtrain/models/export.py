@@ -19,9 +19,8 @@ from kdtrain.errors import ConfigError
 from kdtrain.files import is_running, sync
 from kdtrain.log import LOGGER
 from kdtrain.models.dtypes import dtypes_of
-from kdtrain.models.load import parameters_on_meta
 from kdtrain.models.special_tokens import read_json, special_token_ids
-from kdtrain.models.stock import stock_settings
+from kdtrain.models.stock import parameters_on_meta, stock_settings
 from kdtrain.models.ties import tied_names
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -11,9 +11,9 @@ from kdtrain.dist.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.dtypes import stock_dtypes
 from kdtrain.models.facts import ModelFacts, facts_of
-from kdtrain.models.load import DTYPES, ModelSpec, build_config, parameters_on_meta
+from kdtrain.models.load import DTYPES, ModelSpec, build_config
 from kdtrain.models.safetensors_reader import SafetensorsFolder
-from kdtrain.models.stock import stock_model
+from kdtrain.models.stock import parameters_on_meta, stock_model
 from kdtrain.models.stored_weights import check_stored
 from kdtrain.models.ties import kept_name
 from kdtrain.parallel.plan import vocabulary_modules

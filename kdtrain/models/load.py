@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
-from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.dist.mesh import Mesh
@@ -32,7 +29,7 @@ from kdtrain.models.quantize import quantizable_layers
 from kdtrain.models.rotary import say_document_lengths, use_document_lengths
 from kdtrain.models.rotary_probe import check_neighbours
 from kdtrain.models.safetensors_reader import SafetensorsFolder
-from kdtrain.models.stock import BUILD_ERRORS, refused, stock_model, stock_settings
+from kdtrain.models.stock import BUILD_ERRORS, parameters_on_meta, refused, stock_model, stock_settings
 from kdtrain.models.stored_weights import check_stored, persistent_buffers, quantised_mark
 from kdtrain.models.ties import kept_name
 from kdtrain.parallel.cut import Cut
@@ -124,35 +121,6 @@ def load_backbone(
     model.config.dtype = DTYPES[spec.dtype]
     backbone.facts()  # once parameters have their dtypes, and before ZeRO-3 takes their shapes
     return backbone.train(trainable)
-
-
-class _ExpertsOnMeta(TorchFunctionMode):
-    """Packed experts are on the meta device from the start: those of one layer can be 30 GB."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.empty and len(args[0] if args and isinstance(args[0], tuple) else args) == 3:
-            kwargs = {**kwargs, "device": "meta"}
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have parameters on the meta device and real buffers (RoPE frequencies, scales)."""
-
-    def to_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
-        if param is None or param.is_meta:
-            return None
-        return nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-
-    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
-    try:
-        with _ExpertsOnMeta():
-            yield
-    finally:
-        handle.remove()
 
 
 def _config_dict(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
-from kdtrain.models.load import ModelSpec, build_config, parameters_on_meta
+from kdtrain.models.load import ModelSpec, build_config
 from kdtrain.models.probe import run_on_copy
 from kdtrain.models.shrink import VOCAB_SIZE
-from kdtrain.models.stock import BUILD_ERRORS, stock_model
+from kdtrain.models.stock import BUILD_ERRORS, parameters_on_meta, stock_model
 
 DECLARED = (
     "max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "max_seq_length",

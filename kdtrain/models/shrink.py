@@ -69,13 +69,24 @@ def _keep_layers(config: Any, settings: dict[str, Any], layers: int) -> None:
     if total == 0:
         return
     lists = {key: value for key, value in settings.items() if isinstance(value, list) and len(value) == total}
-    kinds = [str([value[i] for value in lists.values()]) for i in range(total)]
+    tables = {key: {int(i): v for i, v in value.items()} for key, value in settings.items() if _is_by_layer(value)}
+    kinds = [str([*(v[i] for v in lists.values()), *(v.get(i) for v in tables.values())]) for i in range(total)]
     kept = sorted({*range(min(layers, total)), *(kinds.index(kind) for kind in kinds)}) if total > layers else None
     if kept is None:
         return
     for key, value in lists.items():
         settings[key] = [value[i] for i in kept]
+    for key, table in tables.items():
+        settings[key] = {new: table[i] for new, i in enumerate(kept) if i in table}
     settings[_real_name(config, "num_hidden_layers")] = len(kept)
+
+
+def _is_by_layer(value: Any) -> bool:
+    """Whether `value` holds settings of some layers by their number ("05"), as Gemma 4's per_layer_config; names of
+    labels have numbers too."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(str(key).isdigit() and isinstance(settings, dict) for key, settings in value.items())
 
 
 def _keep_experts(settings: dict[str, Any]) -> None:

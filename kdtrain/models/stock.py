@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from kdtrain.errors import ConfigError
@@ -38,6 +43,35 @@ def stock_model(config: Any, source: str, **arguments: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, **arguments)  # type: ignore[no-untyped-call]
     except BUILD_ERRORS as error:
         raise refused(source, error) from error
+
+
+class _ExpertsOnMeta(TorchFunctionMode):
+    """Packed experts are on the meta device from the start: those of one layer can be 30 GB."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.empty and len(args[0] if args and isinstance(args[0], tuple) else args) == 3:
+            kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters on the meta device and real buffers (RoPE frequencies, scales)."""
+
+    def to_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> nn.Parameter | None:
+        if param is None or param.is_meta:
+            return None
+        return nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
+    try:
+        with _ExpertsOnMeta():
+            yield
+    finally:
+        handle.remove()
 
 
 def refused(source: str, error: Exception) -> ConfigError:

@@ -40,6 +40,7 @@ MAX_NORM, WEIGHT_DECAY, EPS = 0.5, 0.3, 1e-4
 WINDOWED = {"layer_types": ["sliding_attention", "full_attention"], "final_logit_softcapping": None}
 LONG = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0, 1.1], "long_factor": [2.0, 5.0]}
 DYNAMIC = {"rope_type": "dynamic", "factor": 3.0}
+SINKS = {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
 FAMILIES = {
     "llama": tiny_config("smollm", tie_word_embeddings=True),  # 3 key/value groups: tp 2 is uneven
@@ -60,6 +61,7 @@ FAMILIES = {
     "longrope": tiny_config("phi3", original_max_position_embeddings=8, rope_parameters=LONG),
     "dynamic": tiny_config("llama", max_position_embeddings=8, rope_parameters=DYNAMIC),
     "uneven_groups": tiny_config("smollm", num_attention_heads=9, num_key_value_heads=3),
+    "sinks": {**tiny_config("llama"), "model_type": "granite_swa", "sliding_window": 4, **SINKS},
 }
 """Configs by name. Gemma without its soft cap, which the plain formula has not (the tests of the losses have it)."""
 
@@ -69,7 +71,8 @@ class Case:
     """A layout and how each of the three steps is cut into micro-batches.
 
     family: of FAMILIES. micro: sequences per micro-batch and data rank, by step. teacher: where it lies, as
-    `teacher_settings` reads it; without one the loss is plain cross-entropy.
+    `teacher_settings` reads it; without one the loss is plain cross-entropy. attention: of the student; None: with
+    masks, as plain torch has it in any case.
     """
 
     family: str
@@ -81,12 +84,14 @@ class Case:
     teacher: str | None = None
     sequence: bool = False
     cp: int = 1
+    attention: str | None = None
 
     @property
     def name(self) -> str:
         """Of its folder and in messages: all that tells it from other layouts."""
         micro = ".".join(str(m) for m in self.micro)
-        words = ("recompute" * self.recompute, "sequence" * self.sequence, self.teacher)
+        flags = ("recompute" * self.recompute, "sequence" * self.sequence)
+        words = (*flags, self.teacher, self.attention)
         extras = "".join(f"-{word.replace(' ', '-')}" for word in words if word)
         cp = f"-cp{self.cp}" * (self.cp > 1)
         return f"{self.family}-tp{self.tp}{cp}-zero{self.stage}-{micro}-{self.dtype}{extras}"
@@ -105,14 +110,18 @@ def configuration(stage: Literal[0, 1, 2, 3], *, dtype: Dtype = "float32", clip:
     return cfg
 
 
-def model_spec(folder: Path, family: str, **settings: Any) -> ModelSpec:
-    """A random model of FAMILIES; its config is written under `folder`. settings: ModelSpec's."""
+def model_spec(folder: Path, family: str, *, attention: str | None = None, **settings: Any) -> ModelSpec:
+    """A random model of FAMILIES, attention with masks if it is None; its config is written under `folder`.
+
+    settings: ModelSpec's.
+    """
     path = folder / f"{family}.json"
     if not path.exists():  # whole at once: another rank may be reading it
         own = path.with_name(f".{path.name}.{os.getpid()}")
         own.write_text(json.dumps(FAMILIES[family]))
         os.replace(own, path)
-    return ModelSpec(architecture=str(path), attention="sdpa", **settings)
+    masked = "eager" if family == "sinks" else "sdpa"
+    return ModelSpec(architecture=str(path), attention=attention or masked, **settings)
 
 
 def build_backbone(
@@ -125,9 +134,10 @@ def build_backbone(
     teacher: str | None = None,
     sequence: bool = False,
     device: torch.device = CPU,
+    attention: str | None = None,
 ) -> Backbone:
     """The student, cut for this rank, on `device`. The mesh of one process: plain torch's."""
-    spec = model_spec(folder, family, dtype=dtype, activation_checkpointing=recompute)
+    spec = model_spec(folder, family, attention=attention, dtype=dtype, activation_checkpointing=recompute)
     rows = None if teacher is None else build.head_rows(teacher_settings(mesh, teacher), 301)
     backbone = load_backbone(
         spec, mesh, vocab_size=VOCAB, total_rows=rows, device=device, trainable=True, seed=3, sequence=sequence
@@ -248,7 +258,7 @@ def student_of(folder: Path, mesh: Mesh, case: Case, device: torch.device = CPU)
     """The case's student, cut for this rank, on `device`."""
     return build_backbone(
         folder, case.family, mesh, dtype=case.dtype, recompute=case.recompute, teacher=case.teacher,
-        sequence=case.sequence, device=device,
+        sequence=case.sequence, device=device, attention=case.attention,
     )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What kdtrain takes for granted of an architecture is measured on a tiny copy, and refused with the measurement."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import ConfigError, ParallelError
+from kdtrain.models import probe
 from kdtrain.models.architectures import ARCHITECTURES
 from kdtrain.models.load import ModelSpec, build_config, check_architecture, load_backbone, parameters_on_meta
 from kdtrain.models.probe import check_model, measure
@@ -245,3 +247,34 @@ def test_settings_that_contradict_each_other_end_with_a_message(tmp_path):
 def test_a_dense_config_with_keys_about_experts_is_not_refused(tmp_path):
     assert build_config(folder_of(tmp_path, "doge", **COMMON), 101).num_experts > 1
     assert build_config(folder_of(tmp_path, "qwen3", **COMMON), 101).model_type == "qwen3"
+
+
+def test_a_copy_is_counted_before_it_is_built_and_refused_if_it_is_too_large(monkeypatch):
+    """LongCat-Flash keeps all its experts at full width: the smallest copy has more than a billion parameters."""
+    made = []
+    monkeypatch.setattr(torch, "randn_like", lambda param, **_: made.append(param.numel()) or torch.zeros_like(param))
+    start = time.monotonic()
+    with pytest.raises(ConfigError, match=r"no tiny copy can be run\n.*fewer and narrower heads.* parameters, at most"):
+        check_model(on_meta(AutoConfig.for_model("longcat_flash")), "it")
+    assert not made
+    assert time.monotonic() - start < 60
+
+
+def test_the_smallest_copy_is_all_that_must_be_small(monkeypatch):
+    monkeypatch.setattr(probe, "LARGEST_COPY", 60_000)
+    check_model(on_meta(AutoConfig.for_model("llama")), "llama")
+    monkeypatch.setattr(probe, "LARGEST_COPY", 1)
+    monkeypatch.setattr(probe, "_KNOWN", {})
+    with pytest.raises(ConfigError, match=r"(?s)parameters, at most 1\n.*fewer layers only.*at most 30,000,000\n"):
+        check_model(on_meta(AutoConfig.for_model("llama")), "llama")
+
+
+def test_settings_of_layers_by_number_go_with_the_layers_that_a_copy_keeps():
+    """Gemma 4's full-attention layers have wider heads, by a table whose keys were past the copy's last layer."""
+    config = AutoConfig.for_model("gemma4_text")
+    smallest = next(iter(tiny_settings(config, 2)))[1]
+    kinds = smallest["layer_types"]
+    assert list(smallest["per_layer_config"]) == [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    found = measure(on_meta(config), "gemma4_text")
+    assert max(found.leak, found.future, found.logits) < 1e-5
+    assert found.joined > 0.01
