@@ -4,7 +4,7 @@
 #   sh benchmarks/gpu_suite.sh gpu-1|gpu-2|gpu-3|STAGE [OUT]
 #
 # Every stage is a process of its own under a limit of its own, in seconds:
-#   gpu-1   products 60, streams 30, snapshot 30, packed 80, inplace 140 (gpu_probe.py), train 240 (gpu_train.py)   580
+#   gpu-1   products 55, streams 25, snapshot 25, packed 70, inplace 125 (gpu_probe.py), train 240 (gpu_train.py)    540
 #   gpu-2   correct 230, memcheck 110, racecheck 70, overlap 60                                                     470
 #   gpu-3   ceilings 150, ops 250, peers 180                                                                        580
 # A stage that fails or does not end leaves the rows it wrote, the next one runs, and the group ends with a table of
@@ -66,11 +66,11 @@ sanitizer() { # SECONDS TOOL: without the caching allocator, or reads past a ten
 
 stage() {
     case $1 in
-    products) script 60 gpu_probe products ;;
-    streams) script 30 gpu_probe streams ;;
-    snapshot) script 30 gpu_probe snapshot ;;
-    packed) script 80 gpu_probe packed ;;
-    inplace) script 140 gpu_probe inplace ;;
+    products) script 55 gpu_probe products ;;
+    streams) script 25 gpu_probe streams ;;
+    snapshot) script 25 gpu_probe snapshot ;;
+    packed) script 70 gpu_probe packed ;;
+    inplace) script 125 gpu_probe inplace ;;
     # shellcheck disable=SC2086
     train) script 240 gpu_train ${RUNS:-} ;;
     correct) script 230 gpu_correct ;;
