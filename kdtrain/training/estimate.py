@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kdtrain.config.ranks import teacher_tp
 from kdtrain.config.schema import RunConfig
-from kdtrain.models.attention import ONE_MASK
+from kdtrain.models.attention import ONE_MASK, PACKED
 from kdtrain.training.dedicated import in_flight
 from kdtrain.training.zero_memory import Share, ZeroMemory, zero_memory
 
@@ -76,7 +76,8 @@ def estimate_memory(
     checkpoint.async_write a copy of the states is. Teacher: weights, whole or cut; of a dedicated one the answers that
     are under way, on the host. Loss: two fp32 slabs within train.slab_bytes plus the gradients it returns, in fp32 and
     in the weights' dtype. Activations: as `_layer_width` without recomputation, 1 width with it (and one layer's
-    worth). Masks: as `mask_bytes` for each attention, an implementation's name, of which "auto" is none.
+    worth), and what backward begins with. Masks: as `mask_bytes` for each attention, an implementation's name, of which
+    "auto" is none.
     """
     tp, stage, offload, cp = cfg.parallel.tp, cfg.zero.stage, cfg.zero.offload_optimizer, cfg.parallel.cp
     local = student.num_parameters / tp
@@ -90,7 +91,7 @@ def estimate_memory(
         "optimizer": 0 if offload else local * 12 / zero_size if stage >= 1 else local * 8,
         "buckets": zero.bucket + zero.reducing,
         "step": zero.step,
-        "activations": _activations(cfg, student, tokens),
+        "activations": _activations(cfg, student, tokens, student_attention, on_cuda=on_cuda),
         "masks": _student_masks(cfg, student, student_attention),
         "loss": min(cfg.train.slab_bytes, 8 * tokens * student.vocab_rows / tp)
         + (4 + item) * (tokens * student.width + student.vocab_rows / tp * student.width),
@@ -114,20 +115,27 @@ def _zero_memory(cfg: RunConfig, student: ModelSize, tokens: int, zero_size: int
     return zero_memory(cfg, share, on_cuda=on_cuda)
 
 
-def _activations(cfg: RunConfig, student: ModelSize, tokens: int) -> float:
+def _activations(cfg: RunConfig, student: ModelSize, tokens: int, attention: str, *, on_cuda: bool) -> float:
+    """Of all layers or of one; and of the last norm and its gradient, 6 widths in float32."""
     item, layers = BYTES[cfg.student.dtype], student.num_layers
-    per_layer = _layer_width(student, item) * tokens * item
+    copied = attention == PACKED and cfg.data.reset_positions and not (on_cuda and item == 2)
+    per_layer = _layer_width(student, item, copied=copied) * tokens * item
+    last = 6 * 4 * student.width * tokens
     if cfg.student.activation_checkpointing:
-        return per_layer + layers * tokens * student.width * item
-    return layers * per_layer
+        return per_layer + layers * tokens * student.width * item + last
+    return layers * per_layer + last
 
 
-def _layer_width(size: ModelSize, item: int) -> float:
-    """Elements per token that a layer keeps for backward: attention and norms about 9 widths, and 2.5 more where the
-    norms compute in float32 beside bfloat16; a gated MLP 4 inner widths. 16 widths where the inner one is not known."""
+def _layer_width(size: ModelSize, item: int, *, copied: bool) -> float:
+    """Elements per token that a layer keeps for backward; 16 widths where the inner one is not known.
+
+    Queries, keys, values and output 4 widths; two norms 3 each, 4 where they compute in float32 beside bfloat16; a gated
+    MLP 4 inner widths. copied: packed attention calls documents one by one: its output is put together in a copy, and
+    short documents are gathered in others (up to 3 widths where long ones share the batch; 1 is counted).
+    """
     if not size.inner_width:
         return 16 * size.width
-    return (9 if item == 4 else 11.5) * size.width + 4 * size.inner_width
+    return (10 if item == 4 else 12) * size.width + 4 * size.inner_width + (2 * size.width if copied else 0)
 
 
 def _apart(cfg: RunConfig, parts: dict[str, float], zero: ZeroMemory) -> float:

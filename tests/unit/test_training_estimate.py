@@ -188,3 +188,21 @@ def test_masks_of_a_teacher_that_runs_ahead_are_there_beside_the_students():
     beside = estimate(cfg, STUDENT, TEACHER)
     hidden = beside.parts["teacher_hidden"] - alone.parts["teacher_hidden"]
     assert beside.total - alone.total == hidden + alone.parts["teacher_masks"]
+
+
+@pytest.mark.parametrize(("dtype", "item", "widths"), [("float32", 4, 10), ("bfloat16", 2, 12)])
+def test_activations_count_what_a_llama_layer_keeps_and_copies_of_packed_attention(dtype, item, widths):
+    cfg = RunConfig()
+    cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.student.dtype = 64, 2, dtype
+    size = replace(STUDENT, inner_width=1000)
+
+    def kept(attention, on_cuda):
+        return estimate(cfg, size, attention=attention, on_cuda=on_cuda).parts["activations"] / (2 * 64)
+
+    last, layer = 6 * 4 * 256, (widths * 256 + 4 * 1000) * item
+    assert kept("sdpa", True) == kept("sdpa", False) == 4 * layer + last
+    assert kept("packed", False) == 4 * (layer + 2 * 256 * item) + last
+    one_call = dtype == "bfloat16"  # of torch's varlen_attn, which copies nothing
+    assert kept("packed", True) == (kept("sdpa", True) if one_call else kept("packed", False))
+    cfg.student.activation_checkpointing = True
+    assert kept("sdpa", True) == layer + 4 * 256 * item + last
