@@ -74,8 +74,8 @@ def estimate_memory(
     states (stage >= 1), the gradients (>= 2) and the weights (3) by dp x cp; and what DeepSpeed allocates to do so
     (`zero_memory`). With zero.offload_optimizer the states are on the host, and at stage 3 the gradients too; with
     checkpoint.async_write a copy of the states is. Teacher: weights, whole or cut; of a dedicated one the answers that
-    are under way, on the host. Loss: two fp32 slabs within train.slab_bytes plus the gradients it returns, in fp32 and
-    in the weights' dtype. Activations: as `_layer_width` without recomputation, 1 width with it (and one layer's
+    are under way, on the host. Loss: two fp32 slabs within train.slab_bytes plus the gradients it returns, in fp32 and,
+    where that is another, in the weights' dtype. Activations: as `_layer_width` without recomputation, 1 width with it (and one layer's
     worth), and what backward begins with. Masks: as `mask_bytes` for each attention, an implementation's name, of which
     "auto" is none.
     """
@@ -94,7 +94,7 @@ def estimate_memory(
         "activations": _activations(cfg, student, tokens, student_attention, on_cuda=on_cuda),
         "masks": _student_masks(cfg, student, student_attention),
         "loss": min(cfg.train.slab_bytes, 8 * tokens * student.vocab_rows / tp)
-        + (4 + item) * (tokens * student.width + student.vocab_rows / tp * student.width),
+        + (6 if item == 2 else 4) * (tokens * student.width + student.vocab_rows / tp * student.width),
     }
     # master weights, two moments, the gradient that AdamW reads, and DeepSpeed's buffer beside it
     host = local * HOST_BYTES_PER_ELEMENT / zero_size if offload else 0.0
