@@ -113,7 +113,7 @@ def first_line(error: BaseException | str) -> str:
 
 def write_copy(folder: Path, model_type: str) -> tuple[Path | None, str]:
     """(config.json of the first tiny copy that kdtrain can load whole, ""), or (None, why there is none)."""
-    from kdtrain.dist.mesh import Mesh
+    from kdtrain.distributed.mesh import Mesh
     from kdtrain.errors import KdtrainError
 
     reasons = []
@@ -213,7 +213,7 @@ def run_stock(path: Path, *, jitter: bool = False) -> dict[str, Any]:
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM
 
-    from kdtrain.dist.mesh import Mesh
+    from kdtrain.distributed.mesh import Mesh
     from kdtrain.models.probe import base_attention
 
     backbone = load(path, Mesh())
@@ -239,7 +239,7 @@ def run_stock(path: Path, *, jitter: bool = False) -> dict[str, Any]:
 
 def run_cut(rank: int, world_size: int, path: str) -> dict[str, Any]:
     """On every rank: what `run_stock` says, with this rank's part of each gradient."""
-    from kdtrain.dist.mesh import Mesh
+    from kdtrain.distributed.mesh import Mesh
     from kdtrain.losses import linear_cross_entropy
 
     mesh = Mesh.build(world_size)
@@ -307,7 +307,7 @@ class Sweep:
 
     def measure(self, path: Path, model_type: str, name: str) -> Row:
         """Refused without ranks; else run on them."""
-        from kdtrain.dist.mesh import Mesh
+        from kdtrain.distributed.mesh import Mesh
         from kdtrain.errors import KdtrainError
 
         planned = has_plan(path)

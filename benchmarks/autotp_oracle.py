@@ -82,7 +82,7 @@ def compare(folder: Path, want: Any) -> list[str]:
     import layouts
     import torch
 
-    from kdtrain.dist.mesh import Mesh
+    from kdtrain.distributed.mesh import Mesh
     from kdtrain.engine.slices import CheckpointReader
     from kdtrain.testing.layout_steps import MAX_NORM, Case, build_backbone
     from kdtrain.testing.ranks import RankPool

@@ -46,7 +46,7 @@ class Bench:
         import torch
 
         from kdtrain.config.schema import RunConfig
-        from kdtrain.dist.mesh import Mesh
+        from kdtrain.distributed.mesh import Mesh
         from kdtrain.engine import bootstrap
         from kdtrain.engine.background import BackgroundWriter
         from kdtrain.engine.zero import StudentEngine

@@ -72,7 +72,7 @@ def chunked(hidden, head, k: int) -> tuple:
 
 def answer_of(provider: str, hidden, head, k: int, backend: str = "auto") -> tuple:
     """(ids, logits, lse [T], log_tail [T]) of a provider."""
-    from kdtrain.dist.vocab import VocabShard
+    from kdtrain.distributed.vocab import VocabShard
     from kdtrain.teacher.topk import linear_topk
 
     if provider not in SLABS:

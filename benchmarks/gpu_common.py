@@ -26,7 +26,7 @@ import measuring as common
 import torch
 from torch import Tensor
 
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.vocab import VocabShard
 
 WARM_UP, RUNS = 3, 20
 PAIR_SECONDS, MOST_CALLS = 2e-3, 50

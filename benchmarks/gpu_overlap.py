@@ -21,8 +21,8 @@ from gpu_common import Setting, whole_shard
 from torch import Tensor, nn
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import linear_kd_loss
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.side_stream import SideStream

@@ -18,7 +18,7 @@ from gpu_common import Setting, attempt, check, guarded, not_checked
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import IMPLEMENTATIONS, PACKED, resolve_attention
 from kdtrain.models.backbone import Backbone

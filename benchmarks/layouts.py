@@ -6,12 +6,13 @@
 
 The steps are those of kdtrain/testing/layout_steps.py: whole logits, autograd and torch's AdamW on one side, kdtrain
 under DeepSpeed on the other; eight sequences with 11, 0, 1, ... valid tokens, rates that change, clipping that bites,
-weight decay. tests/dist/test_engine_layouts.py has a few layouts for every submission; here are all that make sense.
-Columns, all against plain torch in float32: relative error of step 1's loss and of its gradient norm (before clipping);
-the worst parameter's |gradient - right| / |right| in the 2-norm, each gradient gathered from all ranks out of AdamW's
-first moment after step 1; the worst absolute error of any weight after three steps; the relative error of the loss on
-other data then. A layout is right if all five are within the limits of its dtype: 1e-5 in float32; in bfloat16 those of
-kdtrain/testing/layout_oracle.py, for gradients 1.5 times the error of plain torch in one process in bfloat16.
+weight decay. tests/distributed/test_engine_layouts.py has a few layouts for every submission; here are all that make
+sense. Columns, all against plain torch in float32: relative error of step 1's loss and of its gradient norm (before
+clipping); the worst parameter's |gradient - right| / |right| in the 2-norm, each gradient gathered from all ranks out
+of AdamW's first moment after step 1; the worst absolute error of any weight after three steps; the relative error of
+the loss on other data then. A layout is right if all five are within the limits of its dtype: 1e-5 in float32; in
+bfloat16 those of kdtrain/testing/layout_oracle.py, for gradients 1.5 times the error of plain torch in one process in
+bfloat16.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference
 
 TASKS = ("kl_ce", "kl", "jsd", "ce")

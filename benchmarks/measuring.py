@@ -32,7 +32,7 @@ MEASURED = (
     "kdtrain/losses",
     "kdtrain/models",
     "kdtrain/teacher",
-    "kdtrain/dist",
+    "kdtrain/distributed",
     "kdtrain/data",
     "kernels",
     "benchmarks",

@@ -135,7 +135,7 @@ def file_engine(live: PartBytes, backbone: Any, engine: Any) -> None:
 def steps(job: dict, folder: Path, live: PartBytes) -> dict[str, Any]:
     """Two steps of two micro-batches, as the trainer makes them. Sizes, the estimate, and the peaks of the second step,
     when the optimizer's states are there. Returns after everything is freed."""
-    from kdtrain.dist.mesh import Mesh
+    from kdtrain.distributed.mesh import Mesh
     from kdtrain.engine import bootstrap
     from kdtrain.engine.zero import StudentEngine
     from kdtrain.training import build

@@ -114,7 +114,7 @@ class Bench:
     def __init__(self, job: dict, folder: Path) -> None:
         import torch
 
-        from kdtrain.dist.mesh import Mesh
+        from kdtrain.distributed.mesh import Mesh
         from kdtrain.engine import bootstrap
         from kdtrain.engine.zero import StudentEngine
         from kdtrain.models.load import ModelSpec

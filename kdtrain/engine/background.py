@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.commit import Description, Place, complete, gather_on_main, prepare, together, undone_if_it_fails
 from kdtrain.engine.slices import Fragment, writable, write_slices
 

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from kdtrain.dist.roles import Roles, split_world
-from kdtrain.dist.wire import Wire
+from kdtrain.distributed.roles import Roles, split_world
+from kdtrain.distributed.wire import Wire
 from kdtrain.engine.process import compute_deterministically, order_nccl_launches
 from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RunStopped
 

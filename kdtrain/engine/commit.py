@@ -17,8 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from kdtrain.dist.collectives import gather_objects
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import gather_objects
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.manifest import (
     MANIFEST,
     DamagedCheckpoint,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from kdtrain.config.deepspeed_config import frozen_config
 from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.load import move_buffers

@@ -21,9 +21,9 @@ from torch import Tensor
 from kdtrain.config.deepspeed_config import deepspeed_config
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import gather_objects, reduce_sum_
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.collectives import gather_objects, reduce_sum_
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.engine.mixed import float32_beside_bfloat16, putting_back, refuse_float32_at_stage_3
 from kdtrain.engine.optim import build_adamw
 from kdtrain.engine.process import host_threads, own_cpus

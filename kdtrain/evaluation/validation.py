@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.losses.types import LossParts
 from kdtrain.objectives.base import HeadLayout, Student, dense_loss

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, group_rank, group_size
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, group_rank, group_size
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses.stream import bytes_per_token, is_token
 
 

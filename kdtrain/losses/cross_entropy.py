@@ -14,8 +14,8 @@ from kdtrain_kernels.matmul import work_dtype
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdtrain.dist.collectives import Group, start_gather
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, start_gather
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, stream
 from kdtrain.losses.types import LossParts
 

@@ -21,8 +21,8 @@ from kdtrain_kernels.sparse_table import SparseRows, merge_sparse_stats, sparse_
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdtrain.dist.collectives import Group, start_gather
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, start_gather
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, matrix, stream
 from kdtrain.losses.sparse_targets import check_target_contents, check_target_shapes, target_kind
 from kdtrain.losses.types import LossParts, SparseTarget

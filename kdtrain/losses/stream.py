@@ -14,8 +14,8 @@ from kdtrain_kernels.matmul import add_weight_grad_, hidden_grad_into, logits_in
 from kdtrain_kernels.torch_rows import LogitMap, RowWeights
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, group_size, reduce_sum_
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, group_size, reduce_sum_
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 
 SLABS = 2
 """Slabs that share `slab_bytes`: student's and teacher's logits. Cross-entropy alone chunks alike, so that a run with

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
 from kdtrain.models.attention import (

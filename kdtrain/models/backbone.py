@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from kdtrain.data.batch import Batch
 from kdtrain.data.documents import Documents
-from kdtrain.dist.collectives import Group, group_size
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, group_size
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import ONE_MASK, common_name
 from kdtrain.models.context import ARGUMENT, PREFIX, Context, needs_mask, whole_sequences

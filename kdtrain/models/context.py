@@ -25,8 +25,8 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kdtrain.data.documents import Documents
-from kdtrain.dist.collectives import Group, gather_ranks, group_size
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import Group, gather_ranks, group_size
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import IMPLEMENTATIONS, PACKED
 from kdtrain.models.one_mask import additive

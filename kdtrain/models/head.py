@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.dtypes import stock_dtypes
 from kdtrain.models.facts import ModelFacts, facts_of

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.architectures import read_architecture, read_config_json
 from kdtrain.models.attention_choice import first_attention, run_size, use_attention

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.shrink import FULL_WIDTH, VOCAB_SIZE, num_layers, tiny_settings

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdtrain.dist.collectives import gather_ranks
+from kdtrain.distributed.collectives import gather_ranks
 from kdtrain.errors import ConfigError
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.dtypes import listed_in_float32

@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import Group
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_kd_loss
 from kdtrain.losses.types import LossParts
 from kdtrain.teacher.signal import DenseSignal

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdtrain.config.schema import DistillObjective
 from kdtrain.data.batch import Batch
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses.types import LossParts
 from kdtrain.objectives.base import HeadLayout, LossOutput, Student, dense_loss, summed_metrics
 from kdtrain.teacher.signal import DenseSignal

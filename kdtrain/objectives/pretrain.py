@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.losses.types import LossParts
 from kdtrain.objectives.base import HeadLayout, LossOutput, Student, summed_metrics

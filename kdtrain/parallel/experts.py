@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdtrain.dist.collectives import Group, copy_to_tp, reduce_from_tp
+from kdtrain.distributed.collectives import Group, copy_to_tp, reduce_from_tp
 from kdtrain.errors import ParallelError
 from kdtrain.parallel.cut import Cut, even_cut, fused_cut
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtrain.dist.collectives import Group, Move, copy_to_tp, group_size, reduce_from_tp, reduce_sum_
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, Move, copy_to_tp, group_size, reduce_from_tp, reduce_sum_
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.errors import ParallelError
 
 

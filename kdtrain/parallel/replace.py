@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdtrain.dist.collectives import Move, reduce_sum_
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import Move, reduce_sum_
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ParallelError
 from kdtrain.parallel.blocks import Block, Heads, block_heads, features, is_conv1d
 from kdtrain.parallel.cut import Cut

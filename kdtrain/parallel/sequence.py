@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdtrain.dist.collectives import Group, divide_tokens, join_tokens
+from kdtrain.distributed.collectives import Group, divide_tokens, join_tokens
 from kdtrain.errors import ParallelError
 from kdtrain.parallel.blocks import Block
 from kdtrain.parallel.layers import enter_block

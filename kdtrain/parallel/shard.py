@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdtrain.dist.collectives import copy_to_tp, gather_tokens, reduce_from_tp, scatter_tokens
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.collectives import copy_to_tp, gather_tokens, reduce_from_tp, scatter_tokens
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ParallelError
 from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.experts import expert_modules, sum_experts

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, exchange_ranks, group_size, transfer
+from kdtrain.distributed.collectives import Group, exchange_ranks, group_size, transfer
 from kdtrain.errors import ParallelError
 
 

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtrain.dist.collectives import Group, copy_to_tp
-from kdtrain.dist.features import Sizes, gather_features, split_features
+from kdtrain.distributed.collectives import Group, copy_to_tp
+from kdtrain.distributed.features import Sizes, gather_features, split_features
 from kdtrain.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 

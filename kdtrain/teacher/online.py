@@ -20,9 +20,9 @@ from torch import Tensor
 
 from kdtrain.data.batch import Batch
 from kdtrain.data.documents import Documents
-from kdtrain.dist.collectives import Group, gather_ranks, group_size
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, gather_ranks, group_size
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.models.backbone import Backbone
 from kdtrain.teacher.side_stream import SideStream
 from kdtrain.teacher.signal import DenseSignal

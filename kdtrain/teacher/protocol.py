@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from kdtrain.dist.wire import Board, Wire
+from kdtrain.distributed.wire import Board, Wire
 from kdtrain.errors import EXIT_DONE, EXIT_OTHER, ConfigError, KdtrainError, PeerLost
 
 REQUEST, IDS, ANSWER, HIDDEN = 1, 2, 3, 4

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import broadcast_first_
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import HeadShard
-from kdtrain.dist.wire import Message, Wire
+from kdtrain.distributed.collectives import broadcast_first_
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import HeadShard
+from kdtrain.distributed.wire import Message, Wire
 from kdtrain.errors import PeerLost
 from kdtrain.teacher.protocol import ANSWER, ASK, HIDDEN, IDS, REQUEST, failure_of
 from kdtrain.teacher.signal import DenseSignal

@@ -16,8 +16,8 @@ from kdtrain_kernels.topk_dispatch import topk_kernels
 from kdtrain_kernels.topk_rows import Merged, Selection
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, gather_ranks, group_rank, reduce_sum_
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, gather_ranks, group_rank, reduce_sum_
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, stream
 from kdtrain.losses.types import SparseTarget
 from kdtrain.teacher.estimators import UNBIASED, WITH_TAIL, Estimator, Split

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.teacher.spread import Spread
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from kdtrain.data.batch import Batch
 from kdtrain.data.documents import Documents, document_begins
-from kdtrain.dist.collectives import Group, gather_ranks, group_rank, group_size, transfer
-from kdtrain.dist.mesh import Mesh, own_group
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, gather_ranks, group_rank, group_size, transfer
+from kdtrain.distributed.mesh import Mesh, own_group
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses.types import LossParts
 
 

@@ -17,8 +17,8 @@ from kdtrain_kernels.topk_dispatch import topk_kernels
 from kdtrain_kernels.topk_rows import NO_ID, NUMBERS, STATS, Merged, Selection, order_keys, split_keys
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, exchange_ranks, gather_ranks, group_rank, group_size
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, exchange_ranks, gather_ranks, group_rank, group_size
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, stream
 from kdtrain.losses.types import TopK
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, gather_objects, gather_ranks, group_rank, group_size, reduce_sum_
+from kdtrain.distributed.collectives import Group, gather_objects, gather_ranks, group_rank, group_size, reduce_sum_
 
 UNITS: dict[str, str] = {
     "data/step": "optimizer steps from 1, skipped ones included; 0 is the student before the first",

@@ -15,8 +15,8 @@ from torch import Tensor
 from kdtrain.data.batch import Batch
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.losses.types import LossParts
 from kdtrain.models.backbone import call_with_head

@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdtrain.dist.collectives import gather_ranks
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.collectives import gather_ranks
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import reference
 from kdtrain.testing.ranks import RankPool, load_file
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.slices import CheckpointReader
 from kdtrain.losses.reference import skew_kl
 from kdtrain.models.backbone import Backbone

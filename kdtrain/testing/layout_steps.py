@@ -19,8 +19,8 @@ from kdtrain.config.schema import DistillObjective, Dtype, RunConfig
 from kdtrain.data.batch import Batch
 from kdtrain.data.context import cut_sequences
 from kdtrain.data.documents import Documents
-from kdtrain.dist.collectives import reduce_sum_
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import reduce_sum_
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.load import ModelSpec, load_backbone

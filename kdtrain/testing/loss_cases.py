@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, group_rank, group_size
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, group_rank, group_size
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import LossParts, linear_kd_loss, reference, stream
 
 GARBAGE = 1e3

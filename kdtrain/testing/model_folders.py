@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import KdtrainError
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.load import ModelSpec, check_architecture, load_backbone

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, group_rank, group_size
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.collectives import Group, group_rank, group_size
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import SparseTarget, linear_sparse_kd_loss, merge_duplicates, reference, sparse_reference, stream
 from kdtrain.testing.loss_cases import Answer, LossCase, answer_of, cut_head, random_case, student_leaves
 

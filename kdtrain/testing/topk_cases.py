@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdtrain.dist.collectives import Group, group_rank, group_size
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, group_rank, group_size
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import reference, stream
 from kdtrain.losses.types import SparseTarget, TopK
 

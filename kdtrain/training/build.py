@@ -13,9 +13,9 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
 from kdtrain.data.loader import StepLoader, validation_batches
 from kdtrain.data.packing import Packing
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import ROW_MULTIPLE
-from kdtrain.dist.wire import Wire
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import ROW_MULTIPLE
+from kdtrain.distributed.wire import Wire
 from kdtrain.engine.frozen import FrozenEngine
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.errors import ConfigError

@@ -11,7 +11,7 @@ import torch
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.loader import StepLoader
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.background import BackgroundWriter
 from kdtrain.engine.commit import remove_older

@@ -17,9 +17,9 @@ from kdtrain.config.load import config_hash
 from kdtrain.config.ranks import num_teachers, student_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import HeadShard, VocabShard
-from kdtrain.dist.wire import Wire
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import HeadShard, VocabShard
+from kdtrain.distributed.wire import Wire
 from kdtrain.engine.bootstrap import Runtime, collective_timeout
 from kdtrain.errors import ConfigError, KdtrainError
 from kdtrain.log import LOGGER, setup_logging

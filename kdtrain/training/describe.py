@@ -12,7 +12,7 @@ import torch
 from kdtrain.config.ranks import num_teachers, student_ranks, teacher_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.loader import StepLoader
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.mixed import refuse_float32_at_stage_3
 from kdtrain.log import LOGGER

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kdtrain.config.schema import GuardSection
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import gather_objects, gather_ranks
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import gather_objects, gather_ranks
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import NonFiniteLoss, OutputError
 from kdtrain.log import LOGGER
 from kdtrain.telemetry.jsonl_sink import JsonlSink

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import reduce_sum_
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import reduce_sum_
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.log import LOGGER
 from kdtrain.losses import linear_kd_loss
 from kdtrain.models.quantize import quantize_decoder_

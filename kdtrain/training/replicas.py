@@ -7,8 +7,8 @@ from dataclasses import fields
 import torch
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import gather_ranks
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import gather_ranks
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ParallelError
 
 

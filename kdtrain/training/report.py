@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import OutputError
 from kdtrain.log import LOGGER, log_failure
 from kdtrain.telemetry.console import format_eval, format_step

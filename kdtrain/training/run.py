@@ -15,8 +15,8 @@ from kdtrain.config.load import as_dict, config_hash, to_yaml
 from kdtrain.config.ranks import teacher_ranks
 from kdtrain.config.schema import GuardSection, RunConfig
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import gather_objects
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import gather_objects
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import bootstrap
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.errors import ConfigError, KdtrainError, RunStopped

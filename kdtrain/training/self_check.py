@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import reduce_sum_
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import reduce_sum_
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import StoreMismatch
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.objectives.base import HeadLayout

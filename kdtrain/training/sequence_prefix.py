@@ -21,9 +21,9 @@ from kdtrain.data.order import STORE_SHIFT, BlendOrder
 from kdtrain.data.packing import Packed, Packing, num_sequences, pack_from, stack
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import document_prefix, load_tokenizer
-from kdtrain.dist.collectives import gather_objects, reduce_sum_
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.collectives import gather_objects, reduce_sum_
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.errors import ConfigError, DataError, KdtrainError, StoreMismatch
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import call_with_head

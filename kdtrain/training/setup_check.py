@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from kdtrain.config.schema import RunConfig
-from kdtrain.dist.collectives import gather_objects
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import gather_objects
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import bootstrap
 from kdtrain.errors import EXIT_DONE, EXIT_OTHER, KdtrainError
 from kdtrain.telemetry.console import format_table

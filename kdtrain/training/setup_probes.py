@@ -13,7 +13,7 @@ import torch
 from kdtrain_kernels.dispatch import BACKENDS, row_kernels
 from torch import Tensor
 
-from kdtrain.dist.collectives import (
+from kdtrain.distributed.collectives import (
     Group,
     exchange_ranks,
     gather_objects,
@@ -22,8 +22,8 @@ from kdtrain.dist.collectives import (
     group_size,
     reduce_sum_,
 )
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_kd_loss, reference
 
 TOKENS, VOCAB, WIDTHS = 37, 1001, (32, 48)

@@ -16,7 +16,7 @@ import torch
 from kdtrain_kernels.dispatch import choice
 
 from kdtrain.config.schema import RunConfig, StudentSection, TeacherSection
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.process import LAUNCH_ORDER, host_threads, own_cpus
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import compute_capability, resolve_attention

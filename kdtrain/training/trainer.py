@@ -16,7 +16,7 @@ from torch import Tensor
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
 from kdtrain.data.loader import StepLoader
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.optim import learning_rate
 from kdtrain.engine.zero import StepResult, StudentEngine
 from kdtrain.errors import NonFiniteLoss, OutputError, RunStopped

@@ -27,7 +27,7 @@ def save(slices, root, *, behind, **settings):
     """One checkpoint by the plain write, or by a thread."""
     if not behind:
         return slices.write(root, **settings)
-    from kdtrain.dist.mesh import Mesh
+    from kdtrain.distributed.mesh import Mesh
     from kdtrain.engine.background import BackgroundWriter
 
     writer = BackgroundWriter(Mesh(), slices.torch.device("cpu"))

@@ -22,7 +22,7 @@ from kdtrain.engine import bootstrap
 with bootstrap.runtime() as rank:
     from kdtrain.config.schema import RunConfig
     from kdtrain.data.batch import Batch
-    from kdtrain.dist.mesh import Mesh
+    from kdtrain.distributed.mesh import Mesh
     from kdtrain.engine.zero import StudentEngine
     from kdtrain.losses import linear_cross_entropy
     from kdtrain.models.load import ModelSpec, load_backbone

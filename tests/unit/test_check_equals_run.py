@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdtrain.config.schema import RunConfig
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
 from kdtrain.engine.slices import Fragment

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import background
 from kdtrain.engine.background import BackgroundWriter, Snapshot
 from kdtrain.engine.checkpoint import find_latest, read_state

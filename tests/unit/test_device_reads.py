@@ -20,9 +20,9 @@ from kdtrain.config.schema import DistillObjective
 from kdtrain.data.batch import Batch
 from kdtrain.data.context import cut_sequences
 from kdtrain.data.documents import Documents
-from kdtrain.dist import collectives
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed import collectives
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.engine.zero import StepResult
 from kdtrain.evaluation.validation import Validation
 from kdtrain.models import context

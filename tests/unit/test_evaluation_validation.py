@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.evaluation.validation import EVAL_METRICS, Validation
 from kdtrain.models.backbone import call_with_head
 from kdtrain.models.load import ModelSpec, load_backbone

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models.export import export_hf
 from kdtrain.models.load import ModelSpec, build_config, load_backbone

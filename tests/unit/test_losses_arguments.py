@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.testing.loss_cases import loss_of, random_case
 

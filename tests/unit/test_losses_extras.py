@@ -8,7 +8,7 @@ from kdtrain_kernels import divergence_spec, row_kernels
 from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.torch_rows import LogitMap, RowWeights
 
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
 from kdtrain.testing.loss_cases import naive_answer, random_case, relative_error, streamed_answer
 

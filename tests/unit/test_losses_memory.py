@@ -4,7 +4,7 @@ import pytest
 import torch
 from kdtrain_kernels.blocks import CPU_BLOCK
 
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference
 from kdtrain.testing.live_bytes import LiveBytes
 

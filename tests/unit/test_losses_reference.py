@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import matrix, reference
 
 torch.manual_seed(0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import (
     SparseTarget,
     linear_cross_entropy,

@@ -6,7 +6,7 @@ from kdtrain_kernels.blocks import CPU_BLOCK
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import SparseTarget, linear_sparse_kd_loss, matrix
 from kdtrain.testing.live_bytes import LiveBytes
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kdtrain_kernels import sparse_dispatch, sparse_rows
 
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_sparse_kd_loss, matrix, reference
 from kdtrain.testing.sparse_cases import sparse_case
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import reference
 from kdtrain.losses.sparse_targets import target_kind
 from kdtrain.teacher.sampling import sample_targets

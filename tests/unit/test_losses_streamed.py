@@ -12,7 +12,7 @@ from kdtrain_kernels.matmul import UPCAST_ELEMENTS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
 from kdtrain.testing.loss_cases import (
     cut_head,
@@ -427,7 +427,7 @@ import sys
 for name in ("deepspeed", "transformers", "omegaconf"):
     sys.modules[name] = None  # any import of it now raises
 import torch
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import LossParts, linear_cross_entropy, linear_kd_loss, reference
 h = torch.randn(5, 8, requires_grad=True); w = torch.randn(128, 8, requires_grad=True)
 ones = torch.ones(5)

@@ -9,8 +9,8 @@ from transformers.utils import generic
 
 from kdtrain.data.batch import Batch
 from kdtrain.data.documents import Documents
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.backbone import Backbone, call_with_head
 from kdtrain.models.tiny import TINY, tiny_config

@@ -9,7 +9,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models.composite import refuse_composite
 from kdtrain.models.load import ModelSpec, build_config, load_backbone, model_rows

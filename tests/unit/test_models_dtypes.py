@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models.dtypes import listed_in_float32, stock_dtypes
 from kdtrain.models.export import export_hf

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.experts import TEACHERS, PerExpert, group_experts, num_experts_of
 from kdtrain.models.flops import forward_flops_per_token

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.head import load_head
 from kdtrain.models.load import ModelSpec, load_backbone

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import kdtrain.models
 from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.architectures import ARCHITECTURES, read_architecture
 from kdtrain.models.export import export_hf, recover_folder, replacing_folder

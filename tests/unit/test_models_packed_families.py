@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.data.batch import Batch
 from kdtrain.data.documents import Documents
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.context import Context
 from kdtrain.models.load import enable_activation_checkpointing

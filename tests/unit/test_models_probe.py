@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models import probe
 from kdtrain.models.architectures import ARCHITECTURES

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ParallelError
 from kdtrain.models.load import parameters_on_meta
 from kdtrain.models.tiny import TINY, tiny_config

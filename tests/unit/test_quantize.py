@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kdtrain.config.schema import RunConfig
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import EXIT_CONFIG, ConfigError
 from kdtrain.losses.reference import forward_kl
 from kdtrain.models.load import ModelSpec, check_architecture, load_backbone

@@ -8,7 +8,7 @@ import torch
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.tokenizer import load_tokenizer
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
 from kdtrain.engine.slices import Fragment

@@ -9,7 +9,7 @@ import torch
 from kdtrain_kernels import topk_rows
 from kdtrain_kernels.blocks import Scratch
 
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.teacher import sampling
 from kdtrain.teacher.estimators import ESTIMATORS, UNBIASED, WITH_TAIL
 from kdtrain.teacher.sampling import sample_targets

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_kd_loss, linear_sparse_kd_loss
 from kdtrain.teacher.estimators import ESTIMATORS, UNBIASED, WITH_TAIL
 from kdtrain.teacher.sampling import sample_targets

@@ -14,7 +14,7 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.data.packing import Packing
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError, DataError, StoreMismatch
 from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.testing.bos_models import BOS, EOS, VOCAB, write_bos_run, write_counting_store

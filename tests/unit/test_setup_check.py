@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kdtrain.config.schema import RunConfig
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import KdtrainError
 from kdtrain.training import setup_check, setup_probes
 from kdtrain.training.setup_probes import Row

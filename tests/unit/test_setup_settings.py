@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kdtrain.config.schema import RunConfig
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.telemetry.environment import settings
 from kdtrain.training import setup_settings
 from kdtrain.training.setup_probes import Row

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.head import load_head
 from kdtrain.models.load import ModelSpec

@@ -7,7 +7,7 @@ import torch
 
 from kdtrain.data.batch import Batch
 from kdtrain.data.documents import Documents
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
 from kdtrain.teacher.online import OnlineTeacher

@@ -10,7 +10,7 @@ from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.topk_dispatch import TRITON_MAX_K, topk_kernels
 from kdtrain_kernels.topk_rows import NO_ID, order_keys, split_keys, topk_merge, topk_select
 
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.teacher.topk import linear_topk
 from kdtrain.testing.topk_cases import LargestTensor, assert_same_topk, random_teacher, slab_bytes_for, whole_logits
 

@@ -12,8 +12,8 @@ import torch
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import reduce_sum_
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import reduce_sum_
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.zero import StepResult
 from kdtrain.errors import EXIT_NON_FINITE, EXIT_OTHER, NonFiniteLoss, OutputError
 from kdtrain.log import LOGGER, setup_logging

@@ -116,7 +116,7 @@ def check_samples():
 def check_whole_operations():
     from kdtrain_kernels import topk_dispatch
 
-    from kdtrain.dist.vocab import VocabShard
+    from kdtrain.distributed.vocab import VocabShard
     from kdtrain.teacher.sampling import sample_targets
     from kdtrain.teacher.topk import linear_topk
     from kdtrain.testing.topk_cases import assert_same_topk, random_teacher, slab_bytes_for, whole_logits

@@ -1,0 +1,128 @@
+"""Checkpoints written behind running steps by several ranks: the plain write's bytes, and one rank's error on all."""
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.engine import checkpoint
+from kdtrain.engine.background import BackgroundWriter
+from kdtrain.errors import CheckpointError
+from kdtrain.models.tiny import tiny_config
+from kdtrain.testing.ranks import load_file
+
+pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
+
+HERE = Path(__file__).parent
+CASES = [(1, "float32", "smollm", 299), (3, "bfloat16", "smollm", 299)]
+
+
+def train_until_written(engine, writer, one_step, at):
+    """Steps as the trainer takes them: advance when no rank is busy. Steps taken."""
+    steps = 0
+    while writer.in_flight is not None:
+        one_step(engine, at + steps)
+        steps += 1
+        busy = torch.tensor(float(writer.busy))
+        dist.all_reduce(busy)
+        if not busy:
+            writer.advance()
+    return steps
+
+
+def write_both_ways(rank, world_size, folder, cases):
+    """Every case: the same state by the plain write and behind the steps that change it; the bytes of both."""
+    test = load_file(HERE / "test_engine_checkpoint.py")
+    test.join()
+    mesh, answers = Mesh.build(2), []
+    for case in cases:
+        engine, writer = test.build(folder, mesh, *case), BackgroundWriter(mesh, torch.device("cpu"))
+        test.one_step(engine, 1)
+        plain = checkpoint.save(folder / "plain" / test.name_of(case), engine, step=1, state={"a": 1})
+        root = folder / "behind" / test.name_of(case)
+        checkpoint.save_behind(writer, root, engine, step=1, state={"a": 1}, tidy=lambda saved: None)
+        steps = train_until_written(engine, writer, test.one_step, 2)
+        dist.barrier()
+        answers.append((steps, *({p.name: p.read_bytes() for p in f.iterdir()} for f in (plain, root / plain.name))))
+        engine.close()
+    return answers
+
+
+def rank_1_has_no_room(rank, world_size, folder):
+    test = load_file(HERE / "test_engine_checkpoint.py")
+    test.join()
+    mesh, root = Mesh.build(2), folder / "full"
+    engine, writer = test.build(folder, mesh, *CASES[0]), BackgroundWriter(mesh, torch.device("cpu"))
+    good = checkpoint.save(root, engine, step=1, state={})
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
+    checkpoint.save_behind(writer, root, engine, step=2, state={}, tidy=lambda saved: None)
+    with pytest.raises(CheckpointError) as failed:
+        train_until_written(engine, writer, test.one_step, 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    left, latest = sorted(path.name for path in root.iterdir()), checkpoint.find_latest(root)
+    engine.close()
+    return str(failed.value), left, latest == good
+
+
+def test_behind_running_steps_the_bytes_are_the_plain_write_s_and_errors_reach_all_ranks(fresh_pool, tmp_path):
+    (tmp_path / "smollm").mkdir()
+    (tmp_path / "smollm/config.json").write_text(json.dumps(tiny_config("smollm")))
+    pool = fresh_pool(2)
+    for answers in pool.run(write_both_ways, folder=tmp_path, cases=CASES):
+        for case, (steps, plain, behind) in zip(CASES, answers, strict=True):
+            assert steps >= 3, f"{case}: one agreement per stage"
+            assert sorted(plain) == ["checkpoint.json", "rank_00000.safetensors", "rank_00001.safetensors"]
+            assert plain == behind, case
+    found = pool.run(rank_1_has_no_room, folder=tmp_path)
+    for message, left, former in found:
+        assert message == found[0][0]
+        assert "step_000002 was not saved: rank 1: " in message
+        assert "[Errno 27]" in message
+        assert left == ["step_000001"]
+        assert former
+
+
+class Slow:
+    """Checkpoints of which this rank is busy until its `ready`-th step; says when all went on."""
+
+    def __init__(self, progress, ready):
+        self.progress, self.ready, self.advanced, self.waited = progress, ready, [], []
+
+    @property
+    def busy(self):
+        return self.progress.step < self.ready
+
+    def advance(self):
+        self.advanced.append(self.progress.step)
+
+    def finish(self):
+        self.waited.append(self.progress.step)
+
+    def save(self, engine, progress, loader, sequences, *, wait=True):
+        self.waited += [progress.step] * wait
+
+
+def train_with_slow_writers(rank, world_size, folder):
+    test = load_file(HERE.parent / "unit" / "test_trainer_guards.py")
+    run = test.trainer(folder, 6, mesh=Mesh.build(1), every=2)
+    run.checkpoints = Slow(run.progress, ready=2 + 2 * rank)
+    run.run()
+    found = run.checkpoints.advanced, run.checkpoints.waited
+    stops = test.trainer(folder / "nan", 6, {13: float("inf")}, mesh=Mesh.build(1))
+    stops.checkpoints = Slow(stops.progress, ready=9)
+    with pytest.raises(test.NonFiniteLoss):
+        stops.run()
+    return *found, stops.checkpoints.waited
+
+
+def test_the_trainer_goes_on_with_a_checkpoint_when_no_rank_is_busy_and_waits_for_the_last(fresh_pool, tmp_path):
+    (tmp_path / "nan").mkdir()
+    for advanced, waited, before_the_error in fresh_pool(2).run(train_with_slow_writers, folder=tmp_path):
+        assert advanced == [4, 5, 6], "rank 1 was busy until step 4, rank 0 only until 2"
+        assert waited == [6], "only the last save is waited for"
+        assert before_the_error == [2], "a run that ends by nan completes what it was writing"
