@@ -194,7 +194,7 @@ def has_plan(path: Path) -> bool:
 def batch_of() -> Any:
     import torch
 
-    from kdtrain.data.batch import Batch
+    from kdtrain.batch import Batch
 
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(4, VOCAB, (SEQUENCES, SEQ_LEN + 1), generator=generator)

@@ -67,7 +67,7 @@ class Bench:
         """One step; its seconds."""
         import torch
 
-        from kdtrain.data.batch import Batch
+        from kdtrain.batch import Batch
         from kdtrain.losses import linear_cross_entropy
 
         began, tokens = time.perf_counter(), self.tokens

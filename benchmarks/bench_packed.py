@@ -88,7 +88,7 @@ def naive(positions, layers: list) -> list:
 
 def packed(positions, layers: list) -> list:
     """kdtrain's."""
-    from kdtrain.data.documents import Documents
+    from kdtrain.documents import Documents
     from kdtrain.models.packed import attend_documents
     from kdtrain.models.packed_layout import PackedDocuments
 

@@ -20,7 +20,7 @@ import torch
 from gpu_common import Setting, whole_shard
 from torch import Tensor, nn
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import linear_kd_loss

@@ -17,7 +17,7 @@ import torch
 from gpu_common import Setting, attempt, check, guarded, not_checked
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import IMPLEMENTATIONS, PACKED, resolve_attention

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 
 
 def cut_sequences(batch: Batch, cp_rank: int, cp_size: int) -> Batch:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.data.context import cut_sequences
 from kdtrain.data.order import STORE_SHIFT, BlendOrder
 from kdtrain.data.packing import Packing, num_sequences, pack, stack

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
+from kdtrain.batch import Batch
 from kdtrain.data.token_store import TokenStore
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError, DataError
 
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]

@@ -11,8 +11,8 @@ import torch
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
+from kdtrain.batch import Batch
 from kdtrain.config.deepspeed_config import frozen_config
-from kdtrain.data.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.log import LOGGER

@@ -18,9 +18,9 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch import Tensor
 
+from kdtrain.batch import Batch
 from kdtrain.config.deepspeed_config import deepspeed_config
 from kdtrain.config.schema import RunConfig
-from kdtrain.data.batch import Batch
 from kdtrain.distributed.collectives import gather_objects, reduce_sum_
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.errors import ConfigError, KdtrainError
 from kdtrain.models.attention import FLASH, ONE_MASK, PACKED
 from kdtrain.models.backbone import Backbone

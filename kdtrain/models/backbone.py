@@ -12,10 +12,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
+from kdtrain.batch import Batch
 from kdtrain.distributed.collectives import Group, group_size
 from kdtrain.distributed.vocab import HeadShard, VocabShard
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import ONE_MASK, common_name
 from kdtrain.models.context import ARGUMENT, PREFIX, Context, needs_mask, whole_sequences

@@ -24,9 +24,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kdtrain.data.documents import Documents
 from kdtrain.distributed.collectives import Group, gather_ranks, group_size
 from kdtrain.distributed.mesh import Mesh
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import IMPLEMENTATIONS, PACKED
 from kdtrain.models.one_mask import additive

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from kdtrain.data.documents import Documents
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import PACKED
 from kdtrain.models.context import ARGUMENT, PREFIX, Context

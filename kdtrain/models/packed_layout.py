@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kdtrain.data.documents import Documents
+from kdtrain.documents import Documents
 
 SHORT = 128
 """Tokens from which on a run of documents gets a call of its own: gathering short ones saves calls, costs copies."""

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtrain.data.documents import document_begins
 from kdtrain.distributed.collectives import Group, group_rank
+from kdtrain.documents import document_begins
 from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
 from kdtrain.models.context import whole_sequences

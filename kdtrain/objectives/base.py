@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.distributed.collectives import Group
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_kd_loss

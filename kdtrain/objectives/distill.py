@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import DistillObjective
-from kdtrain.data.batch import Batch
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses.types import LossParts
 from kdtrain.objectives.base import HeadLayout, LossOutput, Student, dense_loss, summed_metrics

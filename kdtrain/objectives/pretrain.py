@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.losses.types import LossParts

@@ -18,11 +18,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
+from kdtrain.batch import Batch
 from kdtrain.distributed.collectives import Group, gather_ranks, group_size
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard, VocabShard
+from kdtrain.documents import Documents
 from kdtrain.models.backbone import Backbone
 from kdtrain.teacher.side_stream import SideStream
 from kdtrain.teacher.signal import DenseSignal

@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.distributed.collectives import broadcast_first_
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard

@@ -18,11 +18,11 @@ from queue import Empty, SimpleQueue
 import torch
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
+from kdtrain.batch import Batch
 from kdtrain.distributed.collectives import reduce_sum_
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.wire import Message, Wire
+from kdtrain.documents import Documents
 from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, PeerLost, RunStopped
 from kdtrain.teacher.protocol import ANSWER, ASK, BYE, GRACE, HIDDEN, IDS, REQUEST, exit_code_of, write_failure
 from kdtrain.telemetry.heartbeat import Pulse

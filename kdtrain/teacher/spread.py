@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents, document_begins
+from kdtrain.batch import Batch
 from kdtrain.distributed.collectives import Group, gather_ranks, group_rank, group_size, transfer
 from kdtrain.distributed.mesh import Mesh, own_group
 from kdtrain.distributed.vocab import HeadShard, VocabShard
+from kdtrain.documents import Documents, document_begins
 from kdtrain.losses.types import LossParts
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import processors
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.distributed.mesh import Mesh

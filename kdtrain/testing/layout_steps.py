@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import torch
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import DistillObjective, Dtype, RunConfig
-from kdtrain.data.batch import Batch
 from kdtrain.data.context import cut_sequences
-from kdtrain.data.documents import Documents
 from kdtrain.distributed.collectives import reduce_sum_
 from kdtrain.distributed.mesh import Mesh
+from kdtrain.documents import Documents
 from kdtrain.engine import checkpoint
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.load import ModelSpec, load_backbone

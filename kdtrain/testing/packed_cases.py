@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtrain.data.documents import Documents
+from kdtrain.documents import Documents
 from kdtrain.models.packed import attend_documents
 from kdtrain.models.packed_layout import PackedDocuments
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from kdtrain_kernels.dispatch import launch_one_row, row_kernels
 
+from kdtrain.batch import Batch
 from kdtrain.config.ranks import teacher_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
-from kdtrain.data.batch import Batch
 from kdtrain.data.loader import StepLoader, validation_batches
 from kdtrain.data.packing import Packing
 from kdtrain.distributed.mesh import Mesh

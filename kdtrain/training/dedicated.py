@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdtrain.batch import Batch
 from kdtrain.config.load import config_hash
 from kdtrain.config.ranks import num_teachers, student_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
-from kdtrain.data.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.distributed.wire import Wire

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.evaluation.validation import Validation
 from kdtrain.training.progress import Progress

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import GuardSection
-from kdtrain.data.batch import Batch
 from kdtrain.distributed.collectives import gather_objects, gather_ranks
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import NonFiniteLoss, OutputError

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import RunConfig
-from kdtrain.data.batch import Batch
 from kdtrain.distributed.collectives import reduce_sum_
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.log import LOGGER

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import torch
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.distributed.collectives import gather_ranks
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ParallelError

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from kdtrain.batch import Batch
 from kdtrain.config.cli import Request
 from kdtrain.config.load import as_dict, config_hash, to_yaml
 from kdtrain.config.ranks import teacher_ranks
 from kdtrain.config.schema import GuardSection, RunConfig
-from kdtrain.data.batch import Batch
 from kdtrain.distributed.collectives import gather_objects
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import bootstrap

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.distributed.collectives import reduce_sum_
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import StoreMismatch

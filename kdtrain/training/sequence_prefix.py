@@ -14,8 +14,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import RunConfig
-from kdtrain.data.batch import Batch
 from kdtrain.data.context import cut_sequences
 from kdtrain.data.order import STORE_SHIFT, BlendOrder
 from kdtrain.data.packing import Packed, Packing, num_sequences, pack_from, stack

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import RunConfig
-from kdtrain.data.batch import Batch
 from kdtrain.data.loader import StepLoader
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.optim import learning_rate

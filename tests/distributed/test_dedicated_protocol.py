@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
+from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.roles import Roles
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.distributed.wire import Board, Wire
+from kdtrain.documents import Documents
 from kdtrain.errors import EXIT_DATA, EXIT_NON_FINITE, ConfigError, DataError, NonFiniteLoss, PeerLost, RunStopped
 from kdtrain.teacher.protocol import GRACE, compare_facts, farewell, write_facts, write_failure
 from kdtrain.teacher.remote import RemoteTeacher

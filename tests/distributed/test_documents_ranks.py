@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.data.context import cut_sequences
-from kdtrain.data.documents import Documents
 from kdtrain.distributed.collectives import gather_ranks
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import VocabShard
+from kdtrain.documents import Documents
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
 from kdtrain.teacher.online import OnlineTeacher

@@ -7,8 +7,8 @@ import resource
 import pytest
 import torch
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import RunConfig
-from kdtrain.data.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.errors import CheckpointError

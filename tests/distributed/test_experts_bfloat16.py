@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny_mixtures import write_mixture

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import DistillObjective, RunConfig
-from kdtrain.data.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.slices import CheckpointReader

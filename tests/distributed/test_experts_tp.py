@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.models.backbone import Backbone

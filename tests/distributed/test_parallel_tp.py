@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.distributed.collectives import copy_to_tp, reduce_from_tp
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import VocabShard

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.data.context import cut_sequences
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ParallelError

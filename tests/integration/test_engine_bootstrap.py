@@ -21,7 +21,7 @@ import pathlib, sys, torch
 from kdtrain.engine import bootstrap
 with bootstrap.runtime() as rank:
     from kdtrain.config.schema import RunConfig
-    from kdtrain.data.batch import Batch
+    from kdtrain.batch import Batch
     from kdtrain.distributed.mesh import Mesh
     from kdtrain.engine.zero import StudentEngine
     from kdtrain.losses import linear_cross_entropy

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.data.context import cut_sequences
-from kdtrain.data.documents import Documents
 from kdtrain.data.loader import StepLoader, validation_batches
 from kdtrain.data.packing import Packing
+from kdtrain.documents import Documents
 from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 
 aten = torch.ops.aten

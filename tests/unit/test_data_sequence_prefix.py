@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from kdtrain.data.context import cut_sequences
-from kdtrain.data.documents import Documents
 from kdtrain.data.loader import validation_batches
 from kdtrain.data.packing import Packing, num_sequences, pack
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 

@@ -16,13 +16,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import DistillObjective
-from kdtrain.data.batch import Batch
 from kdtrain.data.context import cut_sequences
-from kdtrain.data.documents import Documents
 from kdtrain.distributed import collectives
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import VocabShard
+from kdtrain.documents import Documents
 from kdtrain.engine.zero import StepResult
 from kdtrain.evaluation.validation import Validation
 from kdtrain.models import context

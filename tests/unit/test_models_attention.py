@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
+from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import VocabShard
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models import attention, attention_probe
 from kdtrain.models.attention import FLASH, ONE_MASK, common_name, resolve_attention

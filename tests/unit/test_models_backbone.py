@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import generic
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
+from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import VocabShard
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.backbone import Backbone, call_with_head
 from kdtrain.models.tiny import TINY, tiny_config

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
+from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import VocabShard
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.context import ARGUMENT, Context, use_context, whole_sequences

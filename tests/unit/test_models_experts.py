@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError, ParallelError

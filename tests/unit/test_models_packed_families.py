@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
+from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import VocabShard
+from kdtrain.documents import Documents
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.context import Context
 from kdtrain.models.load import enable_activation_checkpointing

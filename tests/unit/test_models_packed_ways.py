@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdtrain.data.documents import Documents
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models import packed
 from kdtrain.models.context import ARGUMENT, Context, _View, packed_attention

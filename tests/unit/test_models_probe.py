@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import RunConfig
-from kdtrain.data.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models import probe

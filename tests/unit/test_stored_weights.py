@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
+from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
+from kdtrain.documents import Documents
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
 from kdtrain.teacher.online import OnlineTeacher

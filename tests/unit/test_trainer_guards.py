@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import RunConfig
-from kdtrain.data.batch import Batch
 from kdtrain.distributed.collectives import reduce_sum_
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.zero import StepResult

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kdtrain.data.documents import Documents
+from kdtrain.documents import Documents
 
 
 @dataclass(frozen=True, slots=True)
