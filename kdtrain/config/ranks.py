@@ -33,3 +33,13 @@ def data_ranks(cfg: RunConfig, world_size: int) -> int | None:
     """Ranks with different sequences, world / (tp cp); None when the ranks cannot be divided so."""
     tp, cp = cfg.parallel.tp, cfg.parallel.cp
     return None if tp < 1 or cp < 1 or world_size % (tp * cp) else world_size // (tp * cp)
+
+
+def in_flight(cfg: RunConfig) -> int:
+    """Micro-batches of a data rank under way at a time: one at each teacher, and one waiting there."""
+    return max(4, 2 * num_teachers(cfg)) if cfg.teacher.in_flight is None else cfg.teacher.in_flight
+
+
+def servers(cfg: RunConfig, teachers: range) -> list[int]:
+    """Global ranks to ask, of the teachers' ranks: the first of each tp group."""
+    return list(teachers[:: teacher_tp(cfg)])

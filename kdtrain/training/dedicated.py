@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdtrain.batch import Batch
 from kdtrain.config.load import config_hash
-from kdtrain.config.ranks import num_teachers, student_ranks, teacher_tp
+from kdtrain.config.ranks import in_flight, servers, student_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard, VocabShard
@@ -114,16 +114,6 @@ def student_side(cfg: RunConfig, runtime: Runtime) -> Iterator[None]:
         return
     with farewell(wire, servers(cfg, roles.teachers)):
         yield
-
-
-def in_flight(cfg: RunConfig) -> int:
-    """Micro-batches of a data rank under way at a time: one at each teacher, and one waiting there."""
-    return max(4, 2 * num_teachers(cfg)) if cfg.teacher.in_flight is None else cfg.teacher.in_flight
-
-
-def servers(cfg: RunConfig, teachers: range) -> list[int]:
-    """Global ranks to ask, of the teachers' ranks: the first of each tp group."""
-    return list(teachers[:: teacher_tp(cfg)])
 
 
 def remote_teacher(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdtrain.config.ranks import teacher_tp
+from kdtrain.config.ranks import in_flight, teacher_tp
 from kdtrain.config.schema import RunConfig
 from kdtrain.models.attention import ONE_MASK, PACKED
-from kdtrain.training.dedicated import in_flight
 from kdtrain.training.zero_memory import Share, ZeroMemory, zero_memory
 
 GIB = 1 << 30
