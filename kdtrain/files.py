@@ -6,6 +6,22 @@ import contextlib
 import os
 from pathlib import Path
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Every file name that a Hugging Face tokenizer may consist of; its folder may hold a model's gigabytes, too."""
+
 
 def sync(path: Path) -> None:
     """Flush a file or a folder (the names in it) to disk. Raises OSError."""

@@ -31,11 +31,11 @@ from kdtrain.data.manifest import (
 )
 from kdtrain.data.megatron_index import index_bytes
 from kdtrain.data.shards import check_borders, map_shard, sha256_of, shown_and_fix
-from kdtrain.data.tokenizer import TOKENIZER_FILES, fingerprint, trained_ids, vocab_size
+from kdtrain.data.tokenizer import fingerprint, trained_ids, vocab_size
 from kdtrain.data.unfinished import make_unfinished, remove_abandoned
 from kdtrain.data.used_ids import scan_ids
 from kdtrain.errors import ConfigError, DataError
-from kdtrain.files import sync, write_synced
+from kdtrain.files import TOKENIZER_FILES, sync, write_synced
 
 TOKENIZER = "tokenizer"
 SHARD_TOKENS = 1 << 30

@@ -12,23 +12,6 @@ from tokenizers import Tokenizer
 
 from kdtrain.errors import ConfigError, DataError
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Every file name that a Hugging Face tokenizer may consist of; its folder may hold a model's gigabytes, too."""
-
-
 _ADDED_TOKEN = ("id", "content", "special", "single_word", "lstrip", "rstrip", "normalized")
 
 

@@ -12,8 +12,9 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.losses.types import LossParts
-from kdtrain.objectives.base import HeadLayout, Student, dense_loss
-from kdtrain.objectives.distill import TeacherSource
+from kdtrain.models.student import Student
+from kdtrain.teacher.signal_loss import HeadLayout, dense_loss
+from kdtrain.teacher.source import TeacherSource
 from kdtrain.telemetry.metrics import Metrics
 
 EVAL_METRICS = {

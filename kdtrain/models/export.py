@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.data.tokenizer import TOKENIZER_FILES
 from kdtrain.errors import ConfigError
-from kdtrain.files import is_running, sync
+from kdtrain.files import TOKENIZER_FILES, is_running, sync
 from kdtrain.log import LOGGER
 from kdtrain.models.dtypes import dtypes_of
 from kdtrain.models.special_tokens import read_json, special_token_ids

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from torch import Tensor
 
@@ -11,18 +10,10 @@ from kdtrain.batch import Batch
 from kdtrain.config.schema import DistillObjective
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses.types import LossParts
-from kdtrain.objectives.base import HeadLayout, LossOutput, Student, dense_loss, summed_metrics
-from kdtrain.teacher.signal import DenseSignal
-
-
-class TeacherSource(Protocol):
-    """Where the teacher's distribution comes from."""
-
-    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Told of all micro-batches of a step before the first of them."""
-
-    def signal(self, batch: Batch) -> DenseSignal:
-        """The teacher's view of a micro-batch."""
+from kdtrain.models.student import Student
+from kdtrain.objectives.base import LossOutput, summed_metrics
+from kdtrain.teacher.signal_loss import HeadLayout, dense_loss
+from kdtrain.teacher.source import TeacherSource
 
 
 class Distill:

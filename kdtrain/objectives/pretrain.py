@@ -10,7 +10,9 @@ from kdtrain.batch import Batch
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.losses.types import LossParts
-from kdtrain.objectives.base import HeadLayout, LossOutput, Student, summed_metrics
+from kdtrain.models.student import Student
+from kdtrain.objectives.base import LossOutput, summed_metrics
+from kdtrain.teacher.signal_loss import HeadLayout
 
 
 class Pretrain:

@@ -25,10 +25,10 @@ from kdtrain.engine import checkpoint
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
-from kdtrain.objectives.base import HeadLayout
 from kdtrain.objectives.distill import Distill
 from kdtrain.objectives.pretrain import Pretrain
 from kdtrain.parallel.pieces import split_tensor
+from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.training import build
 
 CPU = torch.device("cpu")

@@ -26,12 +26,14 @@ from kdtrain.models.head import LoadedHead
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.positions import check_positions
 from kdtrain.models.quantize import require_torchao
-from kdtrain.objectives.base import HeadLayout, Objective
-from kdtrain.objectives.distill import Distill, TeacherSource
+from kdtrain.objectives.base import Objective
+from kdtrain.objectives.distill import Distill
 from kdtrain.objectives.pretrain import Pretrain
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.side_stream import SideStream
 from kdtrain.teacher.signal import DenseSignal
+from kdtrain.teacher.signal_loss import HeadLayout
+from kdtrain.teacher.source import TeacherSource
 from kdtrain.training.dedicated import remote_teacher
 from kdtrain.training.inputs import Inputs
 from kdtrain.training.report import Costs

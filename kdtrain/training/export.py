@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from kdtrain.data.loader import sequence_prefix_of
-from kdtrain.data.tokenizer import TOKENIZER_FILES, vocab_size
+from kdtrain.data.tokenizer import vocab_size
 from kdtrain.engine import checkpoint
 from kdtrain.errors import CheckpointError, ConfigError
+from kdtrain.files import TOKENIZER_FILES
 from kdtrain.models.export import SPECIAL_IDS, export_hf, ids_within, recover_folder
 from kdtrain.models.special_tokens import read_json
 

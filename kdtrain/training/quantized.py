@@ -14,8 +14,8 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.log import LOGGER
 from kdtrain.losses import linear_kd_loss
 from kdtrain.models.quantize import quantize_decoder_
-from kdtrain.objectives.base import HeadLayout
 from kdtrain.teacher.signal import DenseSignal
+from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.training.build import Models
 
 

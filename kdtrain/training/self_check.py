@@ -10,9 +10,9 @@ from kdtrain.distributed.collectives import reduce_sum_
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import StoreMismatch
 from kdtrain.losses import linear_cross_entropy
-from kdtrain.objectives.base import HeadLayout
-from kdtrain.objectives.distill import TeacherSource
 from kdtrain.teacher.signal import DenseSignal
+from kdtrain.teacher.signal_loss import HeadLayout
+from kdtrain.teacher.source import TeacherSource
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from kdtrain.evaluation.validation import EVAL_METRICS, Validation
 from kdtrain.models.backbone import call_with_head
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
-from kdtrain.objectives.base import HeadLayout
 from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.testing.validation_reference import favour_tokens, reference_means, uneven_batches
 
 pytestmark = pytest.mark.dist

@@ -16,8 +16,8 @@ from kdtrain.losses.reference import forward_kl
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
-from kdtrain.objectives.base import HeadLayout
 from kdtrain.objectives.distill import Distill
+from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.training import build
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]

@@ -11,9 +11,9 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.quantize import quantize_decoder_
 from kdtrain.models.tiny import tiny_config
-from kdtrain.objectives.base import HeadLayout
 from kdtrain.parallel.pieces import split_tensor
 from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.testing.layout_oracle import check_case, oracle
 from kdtrain.testing.layout_steps import (
     Case,

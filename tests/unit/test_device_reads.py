@@ -29,11 +29,11 @@ from kdtrain.models import context
 from kdtrain.models.backbone import call_with_head
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
-from kdtrain.objectives.base import HeadLayout
 from kdtrain.objectives.distill import Distill
 from kdtrain.objectives.pretrain import Pretrain
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.side_stream import SideStream
+from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.teacher.spread import Spread
 from kdtrain.telemetry.metrics import Metrics
 from kdtrain.testing.ranks import load_file

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from kdtrain.data.tokenizer import TOKENIZER_FILES
 from kdtrain.errors import ConfigError
+from kdtrain.files import TOKENIZER_FILES
 from kdtrain.models.export import export_hf, tokenizer_files
 from kdtrain.models.special_tokens import special_token_ids
 from kdtrain.models.tiny import tiny_config

@@ -16,8 +16,8 @@ from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
 from kdtrain.models.quantize import quantize_decoder_, require_torchao
 from kdtrain.models.tiny import tiny_config
 from kdtrain.models.tiny_mixtures import mixture_config
-from kdtrain.objectives.base import HeadLayout
 from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.testing.validation_reference import uneven_batches
 from kdtrain.training.build import Models
 from kdtrain.training.quantized import quantize_teacher
