@@ -24,8 +24,8 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.wire import Message, Wire
 from kdtrain.documents import Documents
 from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, PeerLost, RunStopped
+from kdtrain.run_state.heartbeat import Pulse
 from kdtrain.teacher.protocol import ANSWER, ASK, BYE, GRACE, HIDDEN, IDS, REQUEST, exit_code_of, write_failure
-from kdtrain.telemetry.heartbeat import Pulse
 
 
 @dataclass(frozen=True, slots=True)

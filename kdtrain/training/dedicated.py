@@ -26,10 +26,10 @@ from kdtrain.log import LOGGER, setup_logging
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.head import LoadedHead, load_head
 from kdtrain.models.load import ModelSpec, load_backbone
+from kdtrain.run_state.heartbeat import Pulse, Watchdog
 from kdtrain.teacher.protocol import compare_facts, farewell, write_facts, write_failure
 from kdtrain.teacher.remote import RemoteTeacher
 from kdtrain.teacher.server import Inbox, TeacherServer
-from kdtrain.telemetry.heartbeat import Pulse, Watchdog
 
 
 def serve(

@@ -23,10 +23,10 @@ from kdtrain.errors import ConfigError, KdtrainError, RunStopped
 from kdtrain.evaluation.validation import Validation
 from kdtrain.log import LOGGER, setup_logging
 from kdtrain.models.backbone import call_with_head
+from kdtrain.run_state.heartbeat import Pulse, Watchdog, clear_beats
+from kdtrain.run_state.run_folder import RunFolder
 from kdtrain.telemetry.environment import describe, headline
-from kdtrain.telemetry.heartbeat import Pulse, Watchdog, clear_beats
 from kdtrain.telemetry.jsonl_sink import JsonlSink
-from kdtrain.telemetry.run_folder import RunFolder
 from kdtrain.telemetry.wandb_sink import WandbSink
 from kdtrain.training import build, dedicated
 from kdtrain.training import describe as describing

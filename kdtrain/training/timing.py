@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from kdtrain.telemetry.heartbeat import Pulse
+from kdtrain.run_state.heartbeat import Pulse
 
 
 class PhaseTimer:

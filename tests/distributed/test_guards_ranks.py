@@ -38,7 +38,7 @@ def the_disk_of_rank_0_is_full(rank, world_size, folder):
 
 def rank_1_sleeps(rank, world_size, folder):
     from kdtrain.log import LOGGER
-    from kdtrain.telemetry.heartbeat import Watchdog
+    from kdtrain.run_state.heartbeat import Watchdog
 
     test = load_file(HELPERS)
     run = test.trainer(folder, 3, mesh=Mesh.build(1))

@@ -185,7 +185,7 @@ def test_stopped_and_resumed_is_bitwise_the_uninterrupted_run(world, finished):
 
 
 def status(run):
-    from kdtrain.telemetry.run_folder import read_status
+    from kdtrain.run_state.run_folder import read_status
 
     state, reason = read_status(run)
     return state, reason.partition(";")[0]

@@ -18,9 +18,9 @@ from kdtrain.engine.zero import StepResult
 from kdtrain.errors import EXIT_NON_FINITE, EXIT_OTHER, NonFiniteLoss, OutputError
 from kdtrain.log import LOGGER, setup_logging
 from kdtrain.objectives.base import LossOutput
-from kdtrain.telemetry.heartbeat import Pulse
+from kdtrain.run_state.heartbeat import Pulse
+from kdtrain.run_state.run_folder import RunFolder, read_status
 from kdtrain.telemetry.jsonl_sink import JsonlSink
-from kdtrain.telemetry.run_folder import RunFolder, read_status
 from kdtrain.training import guards
 from kdtrain.training.cadence import StopRequest
 from kdtrain.training.guards import Events, Guards, SlowRanks, poisoned

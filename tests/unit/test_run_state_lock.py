@@ -12,9 +12,9 @@ import time
 import pytest
 
 from kdtrain.errors import ConfigError
-from kdtrain.telemetry import lock
-from kdtrain.telemetry.lock import LockKeeper, read_lock, take_lock
-from kdtrain.telemetry.run_folder import RunFolder
+from kdtrain.run_state import lock
+from kdtrain.run_state.lock import LockKeeper, read_lock, take_lock
+from kdtrain.run_state.run_folder import RunFolder
 
 LEASE_S = 0.6
 
@@ -55,7 +55,7 @@ def test_a_lock_that_is_given_back_while_somebody_waits_is_free(tmp_path):
 
 HOLD = """
 import sys, time
-from kdtrain.telemetry.run_folder import RunFolder
+from kdtrain.run_state.run_folder import RunFolder
 with RunFolder.open(sys.argv[1], "a", lease_s=float(sys.argv[2])) as folder, folder.kept():
     print("held", flush=True)
     time.sleep(60)

@@ -11,8 +11,8 @@ import pytest
 import kdtrain
 from kdtrain.errors import ConfigError, NonFiniteLoss, RunStopped
 from kdtrain.files import write_atomic
+from kdtrain.run_state.run_folder import RunFolder, read_status
 from kdtrain.telemetry import environment
-from kdtrain.telemetry.run_folder import RunFolder, read_status
 
 
 def hold(path, **changes):
@@ -73,7 +73,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_pa
 
 HOLD_AND_WAIT = """
 import sys, time
-from kdtrain.telemetry.run_folder import RunFolder
+from kdtrain.run_state.run_folder import RunFolder
 RunFolder.open(sys.argv[1], "a")
 print("held", flush=True)
 time.sleep(60)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from kdtrain.errors import ConfigError, OutputError, RunStopped
 from kdtrain.files import write_atomic
 from kdtrain.log import LOGGER
-from kdtrain.telemetry.lock import LockKeeper, give_back, take_lock
+from kdtrain.run_state.lock import LockKeeper, give_back, take_lock
 
 State = Literal["running", "done", "failed", "stopped"]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from kdtrain.log import LOGGER
-from kdtrain.telemetry import heartbeat
-from kdtrain.telemetry.heartbeat import Beat, Pulse, Watchdog, behind, clear_beats, read_beats
+from kdtrain.run_state import heartbeat
+from kdtrain.run_state.heartbeat import Beat, Pulse, Watchdog, behind, clear_beats, read_beats
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -204,7 +204,7 @@ def test_the_thread_writes_while_the_work_goes_on_and_a_last_time_at_the_end(tmp
 HANG = """
 import sys, time
 from pathlib import Path
-from kdtrain.telemetry.heartbeat import Pulse, Watchdog
+from kdtrain.run_state.heartbeat import Pulse, Watchdog
 folder, pulse = Path(sys.argv[1]), Pulse()
 with Watchdog(pulse, folder, 2, warn_s=0.5, exit_s=1.0, give_up=lambda why: (folder / "STATUS").write_text(why)):
     pulse.begin(3)
@@ -237,8 +237,8 @@ def test_a_rank_that_hangs_too_long_shows_the_table_and_its_stack_and_exits_with
 MUTE = """
 import os, sys, time
 from pathlib import Path
-from kdtrain.telemetry import heartbeat
-from kdtrain.telemetry.heartbeat import Pulse, Watchdog
+from kdtrain.run_state import heartbeat
+from kdtrain.run_state.heartbeat import Pulse, Watchdog
 folder, what, pulse = Path(sys.argv[1]), sys.argv[2], Pulse()
 heartbeat.GRACE_S = 1.0
 
