@@ -15,22 +15,22 @@ lint: install    ## style, spelling, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/codespell kdtrain kernels launch configs tests docs benchmarks proofs findings README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell kdtrain kernels launch configs tests docs benchmarks proofs examples findings README.md CHANGELOG.md CONTRIBUTING.md
 
 types: install
 	$(BIN)/mypy
 
 layouts: install ## every layout against plain torch -> docs/results/layouts.md, about 10 minutes
-	$(BIN)/python benchmarks/layouts.py $(ARGS)
+	$(BIN)/python proofs/layouts.py $(ARGS)
 
 architectures: install ## every causal LM of transformers over two ranks -> docs/results/architectures.md, 5 minutes
-	$(BIN)/python benchmarks/architectures.py $(ARGS)
+	$(BIN)/python proofs/architectures.py $(ARGS)
 
 bench: install   ## every CPU benchmark; results go to benchmarks/results
 	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
 
 soak: install    ## 200 kills at random moments -> docs/results/soak.md; goes on where it stopped; ARGS="--kills 50 --behind"
-	$(BIN)/python benchmarks/soak.py $(ARGS)
+	$(BIN)/python proofs/soak.py $(ARGS)
 
 newest: install  ## models, mixtures, kernels and wandb on the newest releases that setup.py allows, 4 minutes
 	sh .ci/newest

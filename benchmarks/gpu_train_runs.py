@@ -36,7 +36,7 @@ class Run:
 
     def stops(self) -> list[list[str]]:
         """Settings of each launch that say where it stops; the last one goes to the end of the run."""
-        from kdtrain.testing.tiny_run import TOKENS_PER_STEP
+        from tests.support.tiny_run import TOKENS_PER_STEP
 
         return [[f"train.total_tokens={STEPS // 2 * TOKENS_PER_STEP}"], []] if self.resumed else [[]]
 
@@ -93,7 +93,7 @@ def model_configs(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, 
 
 def write_models(folder: Path, names: Iterable[str]) -> None:
     """folder/NAME: configuration, data, tokenizer and teacher of each of these models."""
-    from kdtrain.testing.tiny_run import write_run
+    from tests.support.tiny_run import write_run
 
     for name in sorted(names):
         student, teacher, data = model_configs(name)

@@ -1,6 +1,6 @@
 """One rank of benchmarks/bench_memory.py: steps of a run without a teacher, every live tensor put down to a part.
 
-Tensors are counted as operations make them (`kdtrain.testing.live_bytes`) and filed under the part that the Python
+Tensors are counted as operations make them (`tests.support.live_bytes`) and filed under the part that the Python
 frames of the operation name. What the engine holds once it is built is filed by what it is. A parameter's gradient is
 filed once backward has accumulated it. What nothing claims is an activation, or the gradient of one.
 """
@@ -18,7 +18,7 @@ import measuring as common
 from step_rank import configuration, device_name, random_inputs
 from torch import Tensor, UntypedStorage
 
-from kdtrain.testing.live_bytes import LiveBytes
+from tests.support.live_bytes import LiveBytes
 
 PARTS = ("weights", "gathered", "gradients", "optimizer", "buckets", "step", "activations", "masks", "loss")
 BY_FUNCTION = {

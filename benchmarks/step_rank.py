@@ -38,8 +38,8 @@ def random_inputs(folder: Path, job: dict, main: bool) -> Any:
     from tokenizers import Tokenizer, models
 
     from kdtrain.data.token_store import TokenStore
-    from kdtrain.testing.tiny_data import SEPARATOR, write_store
     from kdtrain.training.inputs import Inputs
+    from tests.support.tiny_data import SEPARATOR, write_store
 
     if main:
         vocab = {SEPARATOR: 0, **{f"w{number}": number for number in range(1, job["vocab"])}}

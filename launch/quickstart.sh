@@ -269,7 +269,7 @@ demo() {
     train distill configs/demo/distill_cpu.yaml
     train pretrain configs/demo/pretrain_cpu.yaml
     say "[result]"
-    "$VENV/bin/python" launch/demo_report.py "$WORK/runs/distill" "$WORK/runs/pretrain"
+    "$VENV/bin/python" examples/demo_report.py "$WORK/runs/distill" "$WORK/runs/pretrain"
 }
 
 run_tests() {

@@ -33,7 +33,7 @@ MAKE_TINY = """
 import sys
 from pathlib import Path
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_run import write_run
+from tests.support.tiny_run import write_run
 
 write_run(
     Path(sys.argv[1]), student=tiny_config("qwen3"), teacher=tiny_config("llama"), steps=8,

@@ -1,6 +1,6 @@
 """Is a distillation loss right on a vocabulary cut over tensor-parallel ranks? Its value and its gradient, measured.
 
-    python -m kdtrain.testing.conformance benchmarks/conformance_subjects.py --write docs/results/conformance.md
+    python -m kdtrain.testing.conformance proofs/conformance_subjects.py --write docs/results/conformance.md
 
 A loss can be right to every digit at any tp while its gradient is tp times too long or points elsewhere, and no
 comparison of losses sees it. `check` runs any loss, of logits or of hidden states and heads, on gloo ranks at every tp

@@ -13,9 +13,9 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.wire import Wire
 from kdtrain.models.attention import common_name
 from kdtrain.models.load import ModelSpec, load_backbone
-from kdtrain.testing.layout_oracle import check_case, oracle
-from kdtrain.testing.layout_steps import VOCAB, build_backbone, configuration, step_batch, three_steps, whole_teacher
 from kdtrain.training import dedicated
+from tests.support.layout_oracle import check_case, oracle
+from tests.support.layout_steps import VOCAB, build_backbone, configuration, step_batch, three_steps, whole_teacher
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 

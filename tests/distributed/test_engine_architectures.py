@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from kdtrain.engine import checkpoint
-from kdtrain.testing.layout_oracle import check_case, oracle
-from kdtrain.testing.layout_steps import (
+from kdtrain.training.export import export_checkpoint
+from tests.support.layout_oracle import check_case, oracle
+from tests.support.layout_steps import (
     SEQUENCES,
     VOCAB,
     Case,
@@ -23,8 +24,7 @@ from kdtrain.testing.layout_steps import (
     run_cases,
     step_batch,
 )
-from kdtrain.testing.tiny_data import write_tokenizer
-from kdtrain.training.export import export_checkpoint
+from tests.support.tiny_data import write_tokenizer
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 

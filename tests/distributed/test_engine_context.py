@@ -2,8 +2,8 @@
 
 import pytest
 
-from kdtrain.testing.layout_oracle import check_case, oracle
-from kdtrain.testing.layout_steps import Case, engine_of, join, make_step, run_cases, student_of
+from tests.support.layout_oracle import check_case, oracle
+from tests.support.layout_steps import Case, engine_of, join, make_step, run_cases, student_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 

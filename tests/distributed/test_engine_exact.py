@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdtrain.errors import EXIT_DATA, DataError, ParallelError
-from kdtrain.testing.layout_steps import (
+from tests.support.layout_steps import (
     Case,
     build_backbone,
     configuration,

@@ -15,7 +15,7 @@ from kdtrain.engine.slices import CheckpointReader
 from kdtrain.errors import ConfigError
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.layout_steps import VOCAB, Case, engine_of, join, make_step, step_batch
+from tests.support.layout_steps import VOCAB, Case, engine_of, join, make_step, step_batch
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 

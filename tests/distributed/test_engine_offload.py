@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kdtrain.testing.layout_oracle import check_case, oracle
-from kdtrain.testing.layout_steps import (
+from tests.support.layout_oracle import check_case, oracle
+from tests.support.layout_steps import (
     MAX_NORM,
     Case,
     engine_of,

@@ -10,9 +10,9 @@ import torch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.models.load import load_backbone
 from kdtrain.teacher.signal_loss import HeadLayout
-from kdtrain.testing.layout_oracle import check_case, oracle
-from kdtrain.testing.layout_steps import VOCAB, Case, model_spec, run_cases, teacher_settings
 from kdtrain.training import build
+from tests.support.layout_oracle import check_case, oracle
+from tests.support.layout_steps import VOCAB, Case, model_spec, run_cases, teacher_settings
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 

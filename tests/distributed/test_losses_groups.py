@@ -10,7 +10,7 @@ import torch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference
-from kdtrain.testing.loss_cases import (
+from tests.support.loss_cases import (
     Answer,
     cut_head,
     identity_case,

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_sparse_kd_loss, matrix, reference, sparse_reference
-from kdtrain.testing.loss_cases import cut_head, identity_case, random_case, relative_error, streamed_answer
-from kdtrain.testing.sparse_cases import (
+from tests.support.loss_cases import cut_head, identity_case, random_case, relative_error, streamed_answer
+from tests.support.sparse_cases import (
     SCHEMES,
     SparseCase,
     naive_sparse_answer,

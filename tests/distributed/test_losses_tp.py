@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_cross_entropy, reference, stream
-from kdtrain.testing.loss_cases import (
+from tests.support.loss_cases import (
     LossCase,
     cut_head,
     identity_case,

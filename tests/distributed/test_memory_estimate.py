@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdtrain.testing.layout_steps import Case, configuration, join, make_step, student_of
+from tests.support.layout_steps import Case, configuration, join, make_step, student_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 

@@ -20,7 +20,7 @@ from kdtrain.parallel import merge_state_dict, plan_cuts, shard_model
 from kdtrain.parallel.heads import HeadCut
 from kdtrain.parallel.layers import VocabParallelEmbedding, sum_gradient_over_tp
 from kdtrain.parallel.replace import local_parameter
-from kdtrain.testing.live_bytes import LiveBytes
+from tests.support.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.dist
 

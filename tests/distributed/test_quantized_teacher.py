@@ -14,8 +14,10 @@ from kdtrain.models.tiny import tiny_config
 from kdtrain.parallel.pieces import split_tensor
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.signal_loss import HeadLayout
-from kdtrain.testing.layout_oracle import check_case, oracle
-from kdtrain.testing.layout_steps import (
+from kdtrain.training.build import Models
+from kdtrain.training.quantized import quantize_teacher
+from tests.support.layout_oracle import check_case, oracle
+from tests.support.layout_steps import (
     Case,
     build_backbone,
     build_teacher,
@@ -26,8 +28,6 @@ from kdtrain.testing.layout_steps import (
     teacher_settings,
     whole_teacher,
 )
-from kdtrain.training.build import Models
-from kdtrain.training.quantized import quantize_teacher
 
 pytestmark = [
     pytest.mark.dist,

@@ -6,10 +6,10 @@ import torch
 from kdtrain.config.load import load_run
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
-from kdtrain.testing.bos_models import BOS, write_bos_run
 from kdtrain.training import build
 from kdtrain.training.inputs import open_inputs
 from kdtrain.training.sequence_prefix import decide_prefix, measure_prefixes, nll_function, prefix_choice
+from tests.support.bos_models import BOS, write_bos_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from kdtrain.testing.layout_oracle import check_case, oracle
-from kdtrain.testing.layout_steps import Case, build_backbone, build_teacher, join, run_cases, step_batch
+from tests.support.layout_oracle import check_case, oracle
+from tests.support.layout_steps import Case, build_backbone, build_teacher, join, run_cases, step_batch
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 

@@ -8,8 +8,8 @@ from kdtrain.distributed.collectives import exchange_ranks
 from kdtrain.teacher.estimators import ESTIMATORS
 from kdtrain.teacher.sampling import sample_targets
 from kdtrain.teacher.topk import TopKShare, linear_topk
-from kdtrain.testing.loss_cases import cut_head
-from kdtrain.testing.topk_cases import assert_same_topk, random_teacher, shard_of, slab_bytes_for, whole_logits
+from tests.support.loss_cases import cut_head
+from tests.support.topk_cases import assert_same_topk, random_teacher, shard_of, slab_bytes_for, whole_logits
 
 pytestmark = pytest.mark.dist
 

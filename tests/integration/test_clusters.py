@@ -14,7 +14,7 @@ import pytest
 
 from kdtrain.config.launcher import FIRST_PORT, NUM_PORTS
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_run import write_run
+from tests.support.tiny_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")

@@ -15,8 +15,8 @@ from kdtrain.data.loader import validation_batches
 from kdtrain.data.packing import Packing
 from kdtrain.data.token_store import TokenStore
 from kdtrain.models.tiny import save_random, tiny_config
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
-from kdtrain.testing.tiny_run import write_run
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS, ROWS = 258, 304

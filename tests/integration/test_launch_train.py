@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kdtrain.testing.model_folders import edit_tensors
+from tests.support.model_folders import edit_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.deepspeed

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kdtrain.testing.bos_models import BOS, write_bos_run
+from tests.support.bos_models import BOS, write_bos_run
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]

@@ -22,8 +22,8 @@ from kdtrain.engine.optim import learning_rate
 from kdtrain.engine.slices import CheckpointReader
 from kdtrain.models.tiny import tiny_config
 from kdtrain.telemetry.jsonl_sink import read_records
-from kdtrain.testing.tiny_data import random_documents, write_store
-from kdtrain.testing.tiny_run import TOKENS_PER_STEP, write_run
+from tests.support.tiny_data import random_documents, write_store
+from tests.support.tiny_run import TOKENS_PER_STEP, write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_run import write_run
+from tests.support.tiny_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = ("ip", "unshare", "nsenter", "mount", "ssh", "ssh-keygen", "pdsh", "deepspeed")

@@ -20,8 +20,6 @@ from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
 from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
 from kdtrain.telemetry.jsonl_sink import JsonlSink
-from kdtrain.testing.model_folders import check_and_load, edit_json, edit_tensors, outcome
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 from kdtrain.training import build, estimate
 from kdtrain.training.describe import log_header, print_check
 from kdtrain.training.export import write_model_files
@@ -29,6 +27,8 @@ from kdtrain.training.inputs import open_inputs
 from kdtrain.training.quantized import quantize_teacher
 from kdtrain.training.sequence_prefix import prefix_choice
 from kdtrain.training.start import find_start
+from tests.support.model_folders import check_and_load, edit_json, edit_tensors, outcome
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 LLAMA = tiny_config("llama", vocab_size=257)
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -59,7 +59,7 @@ def test_a_subject_whose_package_is_missing_says_which():
 
 def test_the_published_table_has_every_subject_and_mode_and_calls_ours_right():
     text = (ROOT / "docs/results/conformance.md").read_text(encoding="utf-8")
-    subjects = load_file(ROOT / "benchmarks/conformance_subjects.py").SUBJECTS
+    subjects = load_file(ROOT / "proofs/conformance_subjects.py").SUBJECTS
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     for subject in subjects:
         absent = re.search(rf"^- {re.escape(subject.name)}: ", text, re.MULTILINE)

@@ -19,8 +19,8 @@ from kdtrain.errors import EXIT_DONE, ConfigError, DataError
 from kdtrain.models.load import ModelSpec
 from kdtrain.models.tiny import tiny_config
 from kdtrain.testing.ranks import load_file
-from kdtrain.testing.tiny_data import SEPARATOR_ID, write_tokenizer
 from kdtrain.training.inputs import open_inputs
+from tests.support.tiny_data import SEPARATOR_ID, write_tokenizer
 
 BOS, EOS, CLS = 257, 258, 259
 ROOT = Path(__file__).resolve().parents[2]

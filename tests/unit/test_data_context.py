@@ -7,7 +7,7 @@ from kdtrain.batch import Batch
 from kdtrain.data.context import cut_sequences
 from kdtrain.data.loader import StepLoader, validation_batches
 from kdtrain.data.packing import Packing
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 CUT = ("input_ids", "labels", "loss_mask", "position_ids")
 

@@ -9,7 +9,7 @@ import pytest
 from kdtrain.data import prepare
 from kdtrain.data.prepare import tokenised
 from kdtrain.errors import DataError
-from kdtrain.testing.tiny_data import write_tokenizer
+from tests.support.tiny_data import write_tokenizer
 
 
 def test_a_killed_worker_ends_the_preparation_with_a_reason_instead_of_a_hang(tmp_path, monkeypatch):

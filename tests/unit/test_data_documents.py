@@ -11,7 +11,7 @@ from kdtrain.data.context import cut_sequences
 from kdtrain.data.loader import StepLoader, validation_batches
 from kdtrain.data.packing import Packing
 from kdtrain.documents import Documents
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 aten = torch.ops.aten
 

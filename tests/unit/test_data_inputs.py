@@ -10,8 +10,8 @@ from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.errors import StoreMismatch
 from kdtrain.models.load import ModelSpec
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_data import random_documents, write_pair, write_tokenizer
 from kdtrain.training.inputs import open_inputs
+from tests.support.tiny_data import random_documents, write_pair, write_tokenizer
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.errors import EXIT_DATA, EXIT_DONE, DataError
 from kdtrain.testing.ranks import load_file
-from kdtrain.testing.tiny_data import write_tokenizer
+from tests.support.tiny_data import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 INVALID = [

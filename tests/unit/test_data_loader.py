@@ -12,7 +12,7 @@ from kdtrain.data.loader import StepLoader
 from kdtrain.data.order import BLOCK, STORE_SHIFT, BlendOrder, permute, schedule
 from kdtrain.data.packing import Packing
 from kdtrain.errors import DataError, StoreMismatch
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 SEQ = 8
 

@@ -7,7 +7,7 @@ import pytest
 from kdtrain.data.manifest import shards_fingerprint
 from kdtrain.data.token_store import TokenStore
 from kdtrain.errors import DataError
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 ZEROS = "0" * 64
 

@@ -6,7 +6,7 @@ import torch
 
 from kdtrain.data.loader import validation_batches
 from kdtrain.data.packing import Packing, num_sequences, pack
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 
 @pytest.fixture(scope="module")

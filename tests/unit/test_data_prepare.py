@@ -18,7 +18,7 @@ from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, ConfigError, DataError
 from kdtrain.testing.ranks import load_file
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SERIAL = PrepareSettings(workers=1)

@@ -9,7 +9,7 @@ from kdtrain.data.loader import validation_batches
 from kdtrain.data.packing import Packing, num_sequences, pack
 from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 B, C = 200, 201  # of the byte-level vocabulary; no document below holds them
 

@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from kdtrain.data.text_bytes import TextBytes
 from kdtrain.data.tokenizer import load_tokenizer
-from kdtrain.testing.tiny_data import write_tokenizer
+from tests.support.tiny_data import write_tokenizer
 
 CHARACTERS = ["a", "\u00e9", "\u4e2d\u6587", "\U0001f642", " the", "\n"]
 

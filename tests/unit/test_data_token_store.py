@@ -14,7 +14,7 @@ from kdtrain.data import token_store
 from kdtrain.data.megatron_index import read_index
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.errors import EXIT_DATA, ConfigError, DataError
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 

@@ -6,7 +6,7 @@ import pytest
 
 from kdtrain.data.tokenizer import fingerprint, load_tokenizer, trained_ids, vocab_size
 from kdtrain.errors import ConfigError, DataError
-from kdtrain.testing.tiny_data import write_tokenizer
+from tests.support.tiny_data import write_tokenizer
 
 
 def edit(folder, change):

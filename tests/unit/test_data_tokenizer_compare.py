@@ -6,7 +6,7 @@ import pytest
 
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.data.tokenizer_compare import Comparison, compare_tokenizers
-from kdtrain.testing.tiny_data import write_tokenizer
+from tests.support.tiny_data import write_tokenizer
 
 
 def edit(folder, change):

@@ -10,7 +10,7 @@ import pytest
 
 from kdtrain.data import unfinished
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
-from kdtrain.testing.tiny_data import write_store, write_tokenizer
+from tests.support.tiny_data import write_store, write_tokenizer
 
 WRITES = """
 import os, sys, time

@@ -12,7 +12,7 @@ from kdtrain.models.tiny import tiny_config
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.telemetry.metrics import UNITS
-from kdtrain.testing.validation_reference import favour_tokens, reference_means, uneven_batches
+from tests.support.validation_reference import favour_tokens, reference_means, uneven_batches
 
 VOCAB = 450
 SHAPES = ((2, 9), (1, 1), (3, 10), (2, 0))

@@ -12,8 +12,8 @@ from kdtrain.errors import ConfigError
 from kdtrain.models.export import export_hf
 from kdtrain.models.load import ModelSpec, build_config, load_backbone
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_data import write_tokenizer
 from kdtrain.training.export import MODEL_FOLDER, _generation_text, write_model_files
+from tests.support.tiny_data import write_tokenizer
 
 ROWS, TOKENS = 304, 300
 GEMMA3N = {

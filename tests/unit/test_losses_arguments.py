@@ -7,7 +7,7 @@ import torch
 
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_cross_entropy
-from kdtrain.testing.loss_cases import loss_of, random_case
+from tests.support.loss_cases import loss_of, random_case
 
 BAD = {
     "unknown divergence": ({"divergence": "kl"}, r"divergence = 'kl' is unknown; choose one of forward_kl"),

@@ -10,7 +10,7 @@ from kdtrain_kernels.torch_rows import LogitMap, RowWeights
 
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
-from kdtrain.testing.loss_cases import naive_answer, random_case, relative_error, streamed_answer
+from tests.support.loss_cases import naive_answer, random_case, relative_error, streamed_answer
 
 ROWS = row_kernels("torch", torch.device("cpu"))
 

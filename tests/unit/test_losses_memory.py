@@ -6,7 +6,7 @@ from kdtrain_kernels.blocks import CPU_BLOCK
 
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference
-from kdtrain.testing.live_bytes import LiveBytes
+from tests.support.live_bytes import LiveBytes
 
 VOCAB, BUDGET, WIDTHS = 8192, 1 << 23, (8, 12)
 CHUNK = 128  # tokens: BUDGET / (2 models * 4 bytes * VOCAB), a multiple of 8

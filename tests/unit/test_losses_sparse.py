@@ -17,8 +17,8 @@ from kdtrain.losses import (
     sparse_reference,
     stream,
 )
-from kdtrain.testing.loss_cases import identity_case, random_case, relative_error, streamed_answer
-from kdtrain.testing.sparse_cases import (
+from tests.support.loss_cases import identity_case, random_case, relative_error, streamed_answer
+from tests.support.sparse_cases import (
     SCHEMES,
     SparseCase,
     naive_sparse_answer,

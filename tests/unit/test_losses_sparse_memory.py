@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import SparseTarget, linear_sparse_kd_loss, matrix
-from kdtrain.testing.live_bytes import LiveBytes
+from tests.support.live_bytes import LiveBytes
 
 VOCAB, BUDGET, WIDTH, SLOTS = 8192, 1 << 23, 8, 6
 CHUNK = 128  # tokens: BUDGET / (2 slabs * 4 bytes * VOCAB), a multiple of 8

@@ -8,7 +8,7 @@ from kdtrain_kernels import sparse_dispatch, sparse_rows
 
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_sparse_kd_loss, matrix, reference
-from kdtrain.testing.sparse_cases import sparse_case
+from tests.support.sparse_cases import sparse_case
 
 GOOD = sparse_case(9, 101, "top_k_tail")
 SAMPLED = sparse_case(9, 101, "sampled").target

@@ -9,8 +9,8 @@ from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import reference
 from kdtrain.losses.sparse_targets import target_kind
 from kdtrain.teacher.sampling import sample_targets
-from kdtrain.testing.loss_cases import identity_case, random_case, relative_error
-from kdtrain.testing.sparse_cases import SparseCase, naive_sparse_answer, streamed_sparse_answer
+from tests.support.loss_cases import identity_case, random_case, relative_error
+from tests.support.sparse_cases import SparseCase, naive_sparse_answer, streamed_sparse_answer
 
 ESTIMATORS = {
     "top_k": ({}, "top_k"),

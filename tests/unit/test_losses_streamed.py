@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
-from kdtrain.testing.loss_cases import (
+from tests.support.loss_cases import (
     cut_head,
     identity_case,
     loss_of,

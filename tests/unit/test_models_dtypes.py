@@ -17,12 +17,12 @@ from kdtrain.models.load import ModelSpec, load_backbone, model_facts, parameter
 from kdtrain.models.quantize import quantizable_layers
 from kdtrain.models.tiny import tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 from kdtrain.training import build
 from kdtrain.training.describe import print_check
 from kdtrain.training.estimate import ModelSize, estimate_memory
 from kdtrain.training.inputs import open_inputs
 from kdtrain.training.sequence_prefix import prefix_choice
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 HYBRID = tiny_config(
     "olmo2",

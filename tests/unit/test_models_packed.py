@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kdtrain.models.packed import attend_documents, by_document
 from kdtrain.models.packed_sdpa import LARGE_BLOCK, SMALL_BLOCK
 from kdtrain.models.packed_written import Written
-from kdtrain.testing.packed_cases import CUTS, TOLERANCE, backward, compare, inputs, packing_of
+from tests.support.packed_cases import CUTS, TOLERANCE, backward, compare, inputs, packing_of
 
 SETTINGS = {
     "plain": {},

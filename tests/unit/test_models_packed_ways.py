@@ -14,8 +14,8 @@ from kdtrain.models.context import ARGUMENT, Context, _View, packed_attention
 from kdtrain.models.packed import attend_documents, by_varlen, plan
 from kdtrain.models.packed_layout import SHORT, WASTE, Layout, Run
 from kdtrain.models.packed_sdpa import repeated
-from kdtrain.testing.live_bytes import LiveBytes
-from kdtrain.testing.packed_cases import CUTS, backward, compare, definition, inputs, packing_of
+from tests.support.live_bytes import LiveBytes
+from tests.support.packed_cases import CUTS, backward, compare, definition, inputs, packing_of
 
 
 def test_layout_bounds_padding_and_keeps_every_token_once():

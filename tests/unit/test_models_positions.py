@@ -11,9 +11,9 @@ from kdtrain.errors import ConfigError
 from kdtrain.models.load import ModelSpec, parameters_on_meta
 from kdtrain.models.positions import check_positions, positions_of
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_data import random_documents, write_store
-from kdtrain.testing.tiny_run import write_run
 from kdtrain.training.run import run_evaluation, run_training
+from tests.support.tiny_data import random_documents, write_store
+from tests.support.tiny_run import write_run
 
 OPT = {"word_embed_proj_dim": 32, "ffn_dim": 44}
 LEFT_OUT = ("model_type", "intermediate_size", "max_position_embeddings")

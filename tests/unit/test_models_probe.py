@@ -17,11 +17,11 @@ from kdtrain.models.load import ModelSpec, build_config, check_architecture, loa
 from kdtrain.models.probe import check_model, measure
 from kdtrain.models.shrink import tiny_settings
 from kdtrain.models.tiny import TINY, save_random, tiny_config
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 from kdtrain.training import build
 from kdtrain.training.describe import print_check
 from kdtrain.training.inputs import open_inputs
 from kdtrain.training.sequence_prefix import prefix_choice
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 COMMON = {key: value for key, value in tiny_config("llama").items() if key != "model_type"}
 README = {

@@ -12,8 +12,8 @@ from kdtrain.files import TOKENIZER_FILES
 from kdtrain.models.export import export_hf, tokenizer_files
 from kdtrain.models.special_tokens import special_token_ids
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_data import write_tokenizer
 from kdtrain.training import export
+from tests.support.tiny_data import write_tokenizer
 
 MORE = ("<s>", "<|im_end|>", "<pad>")
 BOS, END, PAD = 257, 258, 259

@@ -17,7 +17,7 @@ from kdtrain.models.load import ModelSpec, load_backbone, model_facts
 from kdtrain.models.positions import check_positions
 from kdtrain.models.stock import stock_settings
 from kdtrain.models.tiny import save_random, tiny_config
-from kdtrain.testing.model_folders import check_and_load, edit_json
+from tests.support.model_folders import check_and_load, edit_json
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 8}
 INFINITE = {

@@ -18,9 +18,9 @@ from kdtrain.models.tiny import tiny_config
 from kdtrain.models.tiny_mixtures import mixture_config
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.signal_loss import HeadLayout
-from kdtrain.testing.validation_reference import uneven_batches
 from kdtrain.training.build import Models
 from kdtrain.training.quantized import quantize_teacher
+from tests.support.validation_reference import uneven_batches
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 VOCAB = 299

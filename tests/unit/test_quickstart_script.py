@@ -228,8 +228,9 @@ NOTE = (
 def demo(tree):
     """A tree whose stages are one-line scripts; the teacher is there already."""
     pretend_installed(tree)
-    for name in ("import_gguf", "prepare_corpus", "demo_report"):
-        (tree / f"launch/{name}.py").write_text(NOTE)
+    (tree / "examples").mkdir()
+    for script in ("launch/import_gguf.py", "launch/prepare_corpus.py", "examples/demo_report.py"):
+        (tree / script).write_text(NOTE)
     (tree / "kdtrain/assets/demo").mkdir(parents=True)
     (tree / "kdtrain/models").mkdir()
     (tree / "kdtrain/data").mkdir()

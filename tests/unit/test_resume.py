@@ -13,7 +13,6 @@ from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
 from kdtrain.engine.slices import Fragment
 from kdtrain.errors import CheckpointError, ConfigError, StoreMismatch
-from kdtrain.testing.tiny_data import write_store, write_tokenizer
 from kdtrain.training.cadence import Cadence
 from kdtrain.training.inputs import Inputs
 from kdtrain.training.progress import Progress
@@ -21,6 +20,7 @@ from kdtrain.training.resume import config_changes, find_resume_point, saved_con
 from kdtrain.training.sequence_prefix import PrefixChoice
 from kdtrain.training.start import find_start, kept_prefix
 from kdtrain.training.trainer import step_seed
+from tests.support.tiny_data import write_store, write_tokenizer
 
 
 def write(run, step, origin=None, **more):

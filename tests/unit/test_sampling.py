@@ -13,7 +13,7 @@ from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.teacher import sampling
 from kdtrain.teacher.estimators import ESTIMATORS, UNBIASED, WITH_TAIL
 from kdtrain.teacher.sampling import sample_targets
-from kdtrain.testing.topk_cases import LargestTensor, dense_weights, random_teacher, slab_bytes_for, whole_logits
+from tests.support.topk_cases import LargestTensor, dense_weights, random_teacher, slab_bytes_for, whole_logits
 
 SETTINGS = {"top_k_samples": {"tail_samples": 4}, "top_p_k": {"top_p": 0.6}}
 INF = float("inf")

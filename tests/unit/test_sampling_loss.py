@@ -9,7 +9,7 @@ from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_kd_loss, linear_sparse_kd_loss
 from kdtrain.teacher.estimators import ESTIMATORS, UNBIASED, WITH_TAIL
 from kdtrain.teacher.sampling import sample_targets
-from kdtrain.testing.topk_cases import random_teacher
+from tests.support.topk_cases import random_teacher
 
 VOCAB, TEMPERATURE = 60, 2.0
 SETTINGS = {"top_k_samples": {"tail_samples": 3}, "top_p_k": {"top_p": 1.0}}

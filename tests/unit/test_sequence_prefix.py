@@ -17,13 +17,13 @@ from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError, DataError, StoreMismatch
 from kdtrain.models.tiny import save_random, tiny_config
-from kdtrain.testing.bos_models import BOS, EOS, VOCAB, write_bos_run, write_counting_store
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
 from kdtrain.training import build, sequence_prefix
 from kdtrain.training.export import exported_prefix
 from kdtrain.training.inputs import open_inputs
 from kdtrain.training.run import run_evaluation, run_training
 from kdtrain.training.sequence_prefix import decide_prefix, measure_prefixes, nll_function, prefix_choice
+from tests.support.bos_models import BOS, EOS, VOCAB, write_bos_run, write_counting_store
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.side_stream import SideStream
-from kdtrain.testing.validation_reference import uneven_batches
+from tests.support.validation_reference import uneven_batches
 
 CPU = torch.device("cpu")
 VOCAB, SEQ_LEN = 299, 8

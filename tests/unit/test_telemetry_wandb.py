@@ -14,7 +14,7 @@ import pytest
 from kdtrain.config.schema import WandbSection
 from kdtrain.errors import ConfigError
 from kdtrain.telemetry.wandb_sink import WandbSink
-from kdtrain.testing.wandb_server import WandbServer
+from tests.support.wandb_server import WandbServer
 
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
 needs_wandb = pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed")

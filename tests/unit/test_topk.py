@@ -12,7 +12,7 @@ from kdtrain_kernels.topk_rows import NO_ID, order_keys, split_keys, topk_merge,
 
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.teacher.topk import linear_topk
-from kdtrain.testing.topk_cases import LargestTensor, assert_same_topk, random_teacher, slab_bytes_for, whole_logits
+from tests.support.topk_cases import LargestTensor, assert_same_topk, random_teacher, slab_bytes_for, whole_logits
 
 INF = float("inf")
 

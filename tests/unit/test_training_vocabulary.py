@@ -10,11 +10,11 @@ from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.data.used_ids import scan_ids
 from kdtrain.errors import ConfigError, DataError, StoreMismatch
 from kdtrain.models.tiny import save_random, tiny_config
-from kdtrain.testing.tiny_data import random_documents, write_tokenizer
 from kdtrain.training import build
 from kdtrain.training.inputs import open_inputs
 from kdtrain.training.run import run_evaluation
 from kdtrain.training.sequence_prefix import prefix_choice
+from tests.support.tiny_data import random_documents, write_tokenizer
 
 FEW, MANY = ["<a>"], ["<a>", "<tool>", "<think>"]
 TOOL, THINK = 258, 259

@@ -17,8 +17,8 @@ from kdtrain_kernels.blocks import Scratch, front_of_rows
 from kdtrain_kernels.torch_rows import LogitMap, RowWeights, merge_pair_stats
 
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
-from kdtrain.testing.loss_cases import naive_answer, random_case, reference_fields, relative_error, streamed_answer
 from kdtrain.testing.ranks import RankPool
+from tests.support.loss_cases import naive_answer, random_case, reference_fields, relative_error, streamed_answer
 
 pytestmark = [
     pytest.mark.dist,

@@ -21,8 +21,8 @@ from kdtrain_kernels.sparse_table import SparseGradient
 from kdtrain_kernels.torch_rows import LogitMap
 
 from kdtrain.losses import sparse_kl
-from kdtrain.testing.loss_cases import relative_error
-from kdtrain.testing.sparse_cases import naive_sparse_answer, sparse_case, streamed_sparse_answer
+from tests.support.loss_cases import relative_error
+from tests.support.sparse_cases import naive_sparse_answer, sparse_case, streamed_sparse_answer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

@@ -119,7 +119,7 @@ def check_whole_operations():
     from kdtrain.distributed.vocab import VocabShard
     from kdtrain.teacher.sampling import sample_targets
     from kdtrain.teacher.topk import linear_topk
-    from kdtrain.testing.topk_cases import assert_same_topk, random_teacher, slab_bytes_for, whole_logits
+    from tests.support.topk_cases import assert_same_topk, random_teacher, slab_bytes_for, whole_logits
 
     twin = topk_dispatch.row_kernels
     shard = VocabShard.of(101, multiple=1)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from kdtrain.errors import ConfigError
 from kdtrain.models.export import export_hf
 from kdtrain.models.tiny import save_random, tiny_config
-from kdtrain.testing.model_folders import check_and_load, edit_json, edit_tensors
+from tests.support.model_folders import check_and_load, edit_json, edit_tensors
 
 LLAMA = tiny_config("llama")
 INDEX = "model.safetensors.index.json"

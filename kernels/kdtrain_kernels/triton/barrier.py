@@ -3,7 +3,7 @@
 A row's bfloat16 are stored over logits that other threads of the program have loaded. PTX and LLVM promise that a
 barrier orders those loads before the stores, and their code leaves loads in flight across it: whether the promise is
 kept cannot be read from the code. Here the values to be stored go through the barrier, so that it depends on every
-load that they were computed from, and the wait stands in the machine code (benchmarks/triton_sass.py looks for it).
+load that they were computed from, and the wait stands in the machine code (proofs/triton_sass.py looks for it).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Its process group is a global of the process, so it must run in ranks that do nothing else. It cuts a stock Hugging Face
 model inside deepspeed.initialize; the loss here is torch's cross-entropy on the logits the model returns. Used by
-benchmarks/layouts.py, whose table shows how far it and kdtrain are from plain torch and from each other.
+proofs/layouts.py, whose table shows how far it and kdtrain are from plain torch and from each other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def run_step(rank: int, world_size: int, folder: str, weights: str) -> tuple[flo
     import torch.nn.functional as F
 
     from kdtrain.engine import bootstrap
-    from kdtrain.testing.layout_steps import VOCAB, step_batch
+    from tests.support.layout_steps import VOCAB, step_batch
 
     bootstrap.start()
     full = torch.load(weights, weights_only=True)
@@ -84,8 +84,8 @@ def compare(folder: Path, want: Any) -> list[str]:
 
     from kdtrain.distributed.mesh import Mesh
     from kdtrain.engine.slices import CheckpointReader
-    from kdtrain.testing.layout_steps import MAX_NORM, Case, build_backbone
     from kdtrain.testing.ranks import RankPool
+    from tests.support.layout_steps import MAX_NORM, Case, build_backbone
 
     weights = folder / "autotp_weights.pt"
     backbone = build_backbone(folder, FAMILY, Mesh())

@@ -1,4 +1,4 @@
-"""Compare runs of the demo.   python launch/demo_report.py DISTILL_RUN PRETRAIN_RUN [--prompt TEXT]"""
+"""Compare runs of the demo.   python examples/demo_report.py DISTILL_RUN PRETRAIN_RUN [--prompt TEXT]"""
 
 import argparse
 import sys
@@ -14,7 +14,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--prompt", default="The database file is", help="text for the distilled student to continue")
     parser.add_argument("--markdown", type=Path, help="also write the table to this file")
     request = parser.parse_args(argv)
-    from kdtrain.evaluation.compare import compare_runs, table_text
+    from compare_runs import compare_runs, table_text
+
     from kdtrain.models.generate import continue_text
 
     text = table_text(compare_runs(request.distill, request.pretrain))
@@ -22,8 +23,8 @@ def main(argv: list[str]) -> int:
     if request.markdown:
         head = (
             "# Distillation against plain cross-entropy, on two CPU ranks\n\n"
-            "Written by `python launch/demo_report.py DISTILL_RUN PRETRAIN_RUN --markdown docs/results/demo.md` after\n"
-            "`sh launch/quickstart.sh`. Teacher, text, sizes, held-out tokens: configs/demo. One seed.\n\n"
+            "Written by `python examples/demo_report.py DISTILL_RUN PRETRAIN_RUN --markdown docs/results/demo.md`\n"
+            "after `sh launch/quickstart.sh`. Teacher, text, sizes, held-out tokens: configs/demo. One seed.\n\n"
         )
         request.markdown.write_text(head + text, encoding="utf-8")
     print(f"\nthe distilled student continues: {continue_text(request.distill / 'export', request.prompt)!r}")

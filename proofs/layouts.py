@@ -1,17 +1,17 @@
 """Every layout that fits 1, 2 and 4 gloo ranks, three optimizer steps each, against plain torch in one process.
 
-    python benchmarks/layouts.py            # a few minutes -> docs/results/layouts.md, and prints it
-    python benchmarks/layouts.py --match tp4     # only the layouts whose name contains it; writes nothing
-    python benchmarks/layouts.py --device cuda --ranks 1 2   # a GPU per rank, NCCL -> docs/results/layouts_cuda.md
+    python proofs/layouts.py            # a few minutes -> docs/results/layouts.md, and prints it
+    python proofs/layouts.py --match tp4     # only the layouts whose name contains it; writes nothing
+    python proofs/layouts.py --device cuda --ranks 1 2   # a GPU per rank, NCCL -> docs/results/layouts_cuda.md
 
-The steps are those of kdtrain/testing/layout_steps.py: whole logits, autograd and torch's AdamW on one side, kdtrain
+The steps are those of tests/support/layout_steps.py: whole logits, autograd and torch's AdamW on one side, kdtrain
 under DeepSpeed on the other; eight sequences with 11, 0, 1, ... valid tokens, rates that change, clipping that bites,
 weight decay. tests/distributed/test_engine_layouts.py has a few layouts for every submission; here are all that make
 sense. Columns, all against plain torch in float32: relative error of step 1's loss and of its gradient norm (before
 clipping); the worst parameter's |gradient - right| / |right| in the 2-norm, each gradient gathered from all ranks out
 of AdamW's first moment after step 1; the worst absolute error of any weight after three steps; the relative error of
 the loss on other data then. A layout is right if all five are within the limits of its dtype: 1e-5 in float32; in
-bfloat16 those of kdtrain/testing/layout_oracle.py, for gradients 1.5 times the error of plain torch in one process in
+bfloat16 those of tests/support/layout_oracle.py, for gradients 1.5 times the error of plain torch in one process in
 bfloat16.
 """
 
@@ -31,21 +31,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import autotp_oracle
 import measuring as common
 
-from kdtrain.testing.layout_oracle import ERRORS, LIMITS, Oracle, errors_of, oracle
-from kdtrain.testing.layout_steps import SEQUENCES, Case, run_cases
 from kdtrain.testing.ranks import ENGINE_MODULES, RankPool
+from tests.support.layout_oracle import ERRORS, LIMITS, Oracle, errors_of, oracle
+from tests.support.layout_steps import SEQUENCES, Case, run_cases
 
 TABLE, CUDA_TABLE = (common.ROOT / f"docs/results/{name}.md" for name in ("layouts", "layouts_cuda"))
 GROUP, TIMEOUT_S = 16, 300
 FAMILIES = ("llama", "llama_untied", "qwen3", "qwen3_tied", "gpt_neox", "gpt_neox_tied", "qwen2", "gemma3")
 
 SECOND_OPINION = (
-    "The same step under AutoTP, in ranks of its own (`benchmarks/autotp_oracle.py`); errors are the worst",
+    "The same step under AutoTP, in ranks of its own (`proofs/autotp_oracle.py`); errors are the worst",
     "parameter's, as above. Nine query heads in three key/value groups: two ranks hold unequal parts.",
 )
 
@@ -258,7 +259,7 @@ def table_of(rows: list[Row], more: list[str], device_type: str = "cpu") -> str:
         [
             "# Layouts against plain torch in one process",
             "",
-            f"Made by {made} (`benchmarks/layouts.py`, which says what the columns mean).",
+            f"Made by {made} (`proofs/layouts.py`, which says what the columns mean).",
             f"Commit {common.current_commit()}, {common.today()}, torch {torch.__version__}, deepspeed "
             f"{deepspeed.__version__}, {where}.",
             "",

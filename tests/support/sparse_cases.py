@@ -11,7 +11,7 @@ from torch import Tensor
 from kdtrain.distributed.collectives import Group, group_rank, group_size
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import SparseTarget, linear_sparse_kd_loss, merge_duplicates, reference, sparse_reference, stream
-from kdtrain.testing.loss_cases import Answer, LossCase, answer_of, cut_head, random_case, student_leaves
+from tests.support.loss_cases import Answer, LossCase, answer_of, cut_head, random_case, student_leaves
 
 SCHEMES = ("top_k_tail", "top_k", "truncated", "sampled", "conditional")
 """How a record is made: exact probabilities and the tail; renormalised without it; as they are without it; multinomial

@@ -1,7 +1,7 @@
 """Compile the kernels of sparse records, top-k lists and samples for every target, and look at their machine code.
 
-    python benchmarks/triton_sass_lists.py          # two minutes -> docs/results/triton_sass_lists.md; no GPU is needed
-    python benchmarks/triton_sass_lists.py --json   # the same, as JSON lines on stdout; no table
+    python proofs/triton_sass_lists.py          # two minutes -> docs/results/triton_sass_lists.md; no GPU is needed
+    python proofs/triton_sass_lists.py --json   # the same, as JSON lines on stdout; no table
 
 Variants are those that the tests compile for sm_90. Exit code 1 if a kernel touches local memory, if one that streams
 a slab does not read it 16 bytes at a time, or if one that rounds in place reaches a barrier before its loads have
@@ -52,7 +52,7 @@ def table(measured: list[dict[str, Any]]) -> str:
     lines = [
         "# Machine code of the kernels of records, lists and samples",
         "",
-        f"Made by `python benchmarks/triton_sass_lists.py` with triton {triton.__version__}, without a GPU. Registers",
+        f"Made by `python proofs/triton_sass_lists.py` with triton {triton.__version__}, without a GPU. Registers",
         "per thread (gfx942: vector registers) and 16-byte loads in the code.",
         "",
         f"{len(measured)} compiled, {len(wrong)} with a fault: local memory, a streamed slab read in narrow pieces, or",

@@ -2,7 +2,7 @@
 
     apt-get download sqlite3-doc r-cran-janeaustenr
     pip install rdata
-    python benchmarks/make_demo_corpus.py sqlite3-doc_*.deb r-cran-janeaustenr_*.deb
+    python examples/make_demo_corpus.py sqlite3-doc_*.deb r-cran-janeaustenr_*.deb
 
 Writes sqlite.jsonl.xz and austen.jsonl.xz, one JSON object per line with "text" and "source", and SOURCES.md. Menus,
 footers, machine-made indices and repeated pages are left out: a document that mostly stands elsewhere would let
@@ -144,7 +144,7 @@ def write(documents, path: Path) -> tuple[int, int]:
 SOURCES = """# The demo corpus
 
 Public-domain English text, one JSON object per line ("text", "source"), xz-compressed. Made by
-`python benchmarks/make_demo_corpus.py` from two Debian packages:
+`python examples/make_demo_corpus.py` from two Debian packages:
 
 | file | documents | bytes of JSON | sha256 of the file | from | rights |
 | --- | ---: | ---: | --- | --- | --- |

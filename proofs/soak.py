@@ -1,8 +1,8 @@
 """Kill a training run at random moments, again and again; every resume must reach the same weights, bit for bit.
 
-    python benchmarks/soak.py               # until 200 kills are behind it -> docs/results/soak.md
-    python benchmarks/soak.py --kills 50    # fewer
-    python benchmarks/soak.py --behind      # the same with checkpoint.async_write -> docs/results/soak_behind.md
+    python proofs/soak.py               # until 200 kills are behind it -> docs/results/soak.md
+    python proofs/soak.py --kills 50    # fewer
+    python proofs/soak.py --behind      # the same with checkpoint.async_write -> docs/results/soak_behind.md
 
 Each round starts launch/train.py in a process of its own on a new run folder: a tiny student with dropout distilled
 from a tiny teacher, a checkpoint after every step. It is killed at a moment drawn from a seed, with SIGKILL or
@@ -39,7 +39,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import measuring as common
 
@@ -67,7 +68,7 @@ def write_world(name: str) -> None:
     from transformers.utils import logging
 
     from kdtrain.models.tiny import tiny_config
-    from kdtrain.testing.tiny_run import write_run
+    from tests.support.tiny_run import write_run
 
     logging.disable_progress_bar()
     folder = Path(name)
@@ -318,7 +319,7 @@ def table_of(found: list[dict[str, Any]], *, behind: bool = False) -> str:
     lines = [
         "# Killed at random moments" + (", checkpoints written while training goes on" if behind else ""),
         "",
-        f"Made by `make soak{' ARGS=--behind' if behind else ''}` (`benchmarks/soak.py`, which says what is done and",
+        f"Made by `make soak{' ARGS=--behind' if behind else ''}` (`proofs/soak.py`, which says what is done and",
         "checked).",
         f"Commit {', '.join(sorted({record['commit'] for record in found}))}, {common.today()}, torch "
         f"{torch.__version__}, deepspeed {deepspeed.__version__}, one process on a CPU.",

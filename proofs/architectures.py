@@ -1,7 +1,7 @@
 """Every causal language model that transformers knows, cut over two ranks, against the stock model in one process.
 
-    python benchmarks/architectures.py           # a few minutes -> docs/results/architectures.md, and prints it
-    python benchmarks/architectures.py --match phi     # only model types that contain it; writes nothing
+    python proofs/architectures.py           # a few minutes -> docs/results/architectures.md, and prints it
+    python proofs/architectures.py --match phi     # only model types that contain it; writes nothing
 
 A tiny random copy of each model type's default config (2 layers, 4 heads in 2 key/value groups where it has groups,
 299 tokens) goes through kdtrain's own `load_backbone` at tp 2. Compared with the stock class, run whole by
@@ -33,7 +33,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import measuring as common
 from architecture_documents import NOT_MEASURED, Apart, documents_apart

@@ -43,7 +43,7 @@ NOTES = (
     "and every parameter's gradient, relative, in the 2-norm.",
     "",
     "Packed documents: the attention implementations that keep them apart, measured on a copy of the default config",
-    "(`benchmarks/architecture_documents.py`); the detail says why the others do not. `flash` is flash-attention 2, 3",
+    "(`proofs/architecture_documents.py`); the detail says why the others do not. `flash` is flash-attention 2, 3",
     "and 4, where their package is installed; `none` is a class that runs with `data.reset_positions=false` only.",
 )
 SECTIONS = {
@@ -74,7 +74,7 @@ def table_of(rows: list[Row], command: str) -> str:
     lines = [
         "# Architectures over two tensor-parallel ranks against the stock model",
         "",
-        f"Made by `{command}` (`benchmarks/architectures.py`, which says how it is measured).",
+        f"Made by `{command}` (`proofs/architectures.py`, which says how it is measured).",
         f"{common.today()}, torch {torch.__version__}, transformers {transformers.__version__}, gloo on a CPU.",
         "",
         *counts_of(rows),

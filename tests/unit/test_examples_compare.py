@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from compare_runs import DEMO_TEACHER_SHA256, compare_runs, table_text
 
 from kdtrain.errors import DataError
-from kdtrain.evaluation.compare import DEMO_TEACHER_SHA256, compare_runs, table_text
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {"data.validation": "val", "teacher.weights": "teachers/big", "data.seq_len": 128, "eval.max_tokens": 4096}

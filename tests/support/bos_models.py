@@ -22,7 +22,7 @@ from kdtrain.losses.types import LossParts
 from kdtrain.models.backbone import call_with_head
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import save_random, tiny_config
-from kdtrain.testing.tiny_data import write_store, write_tokenizer
+from tests.support.tiny_data import write_store, write_tokenizer
 
 BOS, EOS = 257, 258
 VOCAB = 259

@@ -1,7 +1,7 @@
 """Compile every row kernel by several releases of triton: which of them setup.py may allow. No GPU is needed.
 
-    python benchmarks/triton_releases.py                 # RELEASES, 15 minutes -> docs/results/triton_releases.md
-    python benchmarks/triton_releases.py --only 3.10.0   # what is wrong with one release, printed
+    python proofs/triton_releases.py                 # RELEASES, 15 minutes -> docs/results/triton_releases.md
+    python proofs/triton_releases.py --only 3.10.0   # what is wrong with one release, printed
 
 Each release is installed by pip into a folder of its own, without its needs, and runs `triton_sass.py --json` and
 `triton_sass_lists.py --json`. Exit code 1 if setup.py allows a release with a fault, or without its machine code here.
@@ -73,7 +73,7 @@ def table(measured: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Machine code by release of triton",
         "",
-        "Made by `python benchmarks/triton_releases.py` without a GPU: every variant of `triton_sass.md` on sm_90 and",
+        "Made by `python proofs/triton_releases.py` without a GPU: every variant of `triton_sass.md` on sm_90 and",
         "each kernel's heaviest on sm_80, sm_100, sm_120 and gfx942; all of `triton_sass_lists.md`. Faults:",
         "local memory, slabs read or written in narrow pieces, loads in flight at a barrier where a block is",
         f"rounded in place, or a compiler that may fuse products and sums. setup.py allows triton{bound}:",

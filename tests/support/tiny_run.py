@@ -8,7 +8,7 @@ from typing import Any
 
 from kdtrain.files import write_atomic
 from kdtrain.models.tiny import save_random
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 TOKENS_PER_STEP = 128
 

@@ -1,8 +1,8 @@
 """Compile every variant of the dense row kernels ahead of time and look at the machine code. No GPU is needed.
 
-    python benchmarks/triton_sass.py            # every variant and target, 15 minutes -> docs/results/triton_sass.md
-    python benchmarks/triton_sass.py --json     # all on sm_90, each kernel's heaviest form on every target: JSON lines
-    python benchmarks/triton_sass.py --quick    # a representative few, as JSON lines: what the tests run
+    python proofs/triton_sass.py            # every variant and target, 15 minutes -> docs/results/triton_sass.md
+    python proofs/triton_sass.py --json     # all on sm_90, each kernel's heaviest form on every target: JSON lines
+    python proofs/triton_sass.py --quick    # a representative few, as JSON lines: what the tests run
 
 Needs triton (`pip install triton`), whose wheel brings the compilers and cuobjdump. Compiled with the types, promises
 and options of a launch by kdtrain_kernels.triton.rows: float32 slabs, strides divisible by 128, base pointers by 16.
@@ -229,7 +229,7 @@ def table(measured: list[dict[str, Any]]) -> str:
     lines = [
         "# Machine code of the dense row kernels",
         "",
-        f"Made by `python benchmarks/triton_sass.py` with triton {triton.__version__}, without a GPU. Registers per",
+        f"Made by `python proofs/triton_sass.py` with triton {triton.__version__}, without a GPU. Registers per",
         "thread (gfx942: vector registers), and 16-byte loads + 16-byte stores in the code (gfx942 stores bf16 in 8).",
         "Blocks and warps:",
         "; ".join(f"{name} {launch.block} x {launch.warps}" for name, launch in rows.LAUNCHES.items()) + ".",

@@ -16,7 +16,7 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.slices import CheckpointReader
 from kdtrain.losses.reference import skew_kl
 from kdtrain.models.backbone import Backbone
-from kdtrain.testing import layout_steps as given
+from tests.support import layout_steps as given
 
 ERRORS = ("loss", "norm", "gradient", "weight", "evaluation")
 LIMITS: dict[str, dict[str, float]] = {
