@@ -75,9 +75,9 @@ def estimate_memory(
     (`zero_memory`). With zero.offload_optimizer the states are on the host, and at stage 3 the gradients too; with
     checkpoint.async_write a copy of the states is. Teacher: weights, whole or cut; of a dedicated one the answers that
     are under way, on the host. Loss: two fp32 slabs within train.slab_bytes plus the gradients it returns, in fp32 and,
-    where that is another, in the weights' dtype. Activations: as `_layer_width` without recomputation, 1 width with it (and one layer's
-    worth), and what backward begins with. Masks: as `mask_bytes` for each attention, an implementation's name, of which
-    "auto" is none.
+    where that is another, in the weights' dtype. Activations: as `_layer_width` without recomputation, 1 width with it
+    (and one layer's worth), and what backward begins with. Masks: as `mask_bytes` for each attention, an
+    implementation's name, of which "auto" is none.
     """
     tp, stage, offload, cp = cfg.parallel.tp, cfg.zero.stage, cfg.zero.offload_optimizer, cfg.parallel.cp
     local = student.num_parameters / tp
@@ -129,9 +129,9 @@ def _activations(cfg: RunConfig, student: ModelSize, tokens: int, attention: str
 def _layer_width(size: ModelSize, item: int, *, copied: bool) -> float:
     """Elements per token that a layer keeps for backward; 16 widths where the inner one is not known.
 
-    Queries, keys, values and output 4 widths; two norms 3 each, 4 where they compute in float32 beside bfloat16; a gated
-    MLP 4 inner widths. copied: packed attention calls documents one by one: its output is put together in a copy, and
-    short documents are gathered in others (up to 3 widths where long ones share the batch; 1 is counted).
+    Queries, keys, values and output 4 widths; two norms 3 each, 4 where they compute in float32 beside bfloat16; a
+    gated MLP 4 inner widths. copied: packed attention calls documents one by one: its output is put together in a copy,
+    and short documents are gathered in others (up to 3 widths where long ones share the batch; 1 is counted).
     """
     if not size.inner_width:
         return 16 * size.width
