@@ -57,9 +57,7 @@ class Bench:
         cfg = RunConfig()
         cfg.student.dtype, cfg.data.sequences_per_micro_batch = "float32", SEQUENCES
         spec = ModelSpec(architecture=model, dtype="float32")
-        student = load_backbone(
-            spec, self.mesh, vocab_size=VOCAB, device=self.rank.device, trainable=True, seed=1
-        )  # fmt: skip
+        student = load_backbone(spec, self.mesh, vocab_size=VOCAB, device=self.rank.device, trainable=True, seed=1)
         self.engine = StudentEngine(student, self.mesh, cfg, device=self.rank.device)
         self.writer = BackgroundWriter(self.mesh, self.rank.device)
         self.tokens = torch.randint(VOCAB, (SEQUENCES, SEQ_LEN + 1), device=self.rank.device)
@@ -79,10 +77,13 @@ class Bench:
         parts = self.engine(
             batch,
             lambda hidden, head: linear_cross_entropy(
-                hidden, head, batch.labels.reshape(-1), weight=batch.loss_mask.reshape(-1),
+                hidden,
+                head,
+                batch.labels.reshape(-1),
+                weight=batch.loss_mask.reshape(-1),
                 shard=self.engine.backbone.shard,
             ),
-        )  # fmt: skip
+        )
         self.engine.backward(parts.loss, SEQUENCES * SEQ_LEN)
         self.engine.step(1e-4)
         self.step += 1
@@ -109,9 +110,13 @@ class Bench:
 
         began = time.perf_counter()
         checkpoint.save_behind(
-            self.writer, self.folder, self.engine, step=self.step, state={},
+            self.writer,
+            self.folder,
+            self.engine,
+            step=self.step,
+            state={},
             tidy=lambda saved: commit.remove_older(self.folder, 1, None, saved),
-        )  # fmt: skip
+        )
         stall, steps = time.perf_counter() - began, []
         while self.writer.in_flight is not None:
             steps.append(self.train())

@@ -45,20 +45,36 @@ BOUND = 0.1
 """Allocated bytes differ from the estimate by less than this part of it, in every published total."""
 TOUCHED = {"MALLOC_PERTURB_": "165", "MALLOC_MMAP_THRESHOLD_": "65536", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 STUDENT = {
-    "model_type": "llama", "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8,
-    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}, "tie_word_embeddings": True,
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "tie_word_embeddings": True,
     "attention_bias": False,
-}  # fmt: skip
+}
 LAYOUTS = tuple((dtype, zero) for dtype in ("bfloat16", "float32") for zero in (1, 2, 3))
 
 
 def jobs() -> list[dict]:
     """Every layout with both buckets."""
     shared = {
-        "student": STUDENT, "vocab": 4096, "seq_len": 512, "sequences": 8, "micro": 2, "tp": 1, "ranks": 2,
-        "slab_bytes": 1 << 23, "steps": 2, "device": "cpu", "threads": 1,
-    }  # fmt: skip
+        "student": STUDENT,
+        "vocab": 4096,
+        "seq_len": 512,
+        "sequences": 8,
+        "micro": 2,
+        "tp": 1,
+        "ranks": 2,
+        "slab_bytes": 1 << 23,
+        "steps": 2,
+        "device": "cpu",
+        "threads": 1,
+    }
     return [
         {**shared, "dtype": dtype, "zero": zero, "bucket": bucket}
         for dtype, zero in LAYOUTS

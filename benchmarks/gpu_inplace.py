@@ -120,9 +120,12 @@ def sparse_gradient(
     ids[:, -1] = -1  # one slot is empty
     ones = torch.ones(rows, dtype=torch.float64, device=setting.device)
     gradient = SparseGradient(
-        peak=student.amax(1).double(), tail=0.7 * ones, softmax=0.3 * ones, ce=0.5 * ones,
+        peak=student.amax(1).double(),
+        tail=0.7 * ones,
+        softmax=0.3 * ones,
+        ce=0.5 * ones,
         at_ids=torch.randn(ids.shape, device=setting.device).double(),
-    )  # fmt: skip
+    )
 
     def sparse(s: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
         kernels.sparse_stats(s, ids, labels, temperature, scratch)

@@ -80,9 +80,16 @@ def step(student: Stack, teacher: OnlineTeacher, batches: list[Batch]) -> list[T
     for batch in batches:
         signal, ones = teacher.signal(batch), batch.loss_mask.flatten()
         loss = linear_kd_loss(
-            student.hidden_states(batch), student.head, signal.hidden_states, signal.head.weight,
-            batch.labels.flatten(), divergence="forward_kl", kd_weight=ones, ce_weight=ones, shard=student.shard,
-        ).loss  # fmt: skip
+            student.hidden_states(batch),
+            student.head,
+            signal.hidden_states,
+            signal.head.weight,
+            batch.labels.flatten(),
+            divergence="forward_kl",
+            kd_weight=ones,
+            ce_weight=ones,
+            shard=student.shard,
+        ).loss
         loss.backward()
         losses.append(loss.detach())
     return losses

@@ -84,9 +84,14 @@ class Bench:
         command = [sys.executable, str(script), str(config), "schedule.shape=constant", *settings]
         try:
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-                env=environment, timeout=limit,
-            )  # fmt: skip
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+                env=environment,
+                timeout=limit,
+            )
         except subprocess.TimeoutExpired as expired:
             output: Any = expired.output or b""  # bytes, whatever text says
             output = output.decode(errors="replace") if isinstance(output, bytes) else output
@@ -209,8 +214,14 @@ def wheels(names: list[str]) -> str:
 def absent_rows(runs: list[Run], names: list[str]) -> Iterator[dict]:
     """What is written where deepspeed cannot be had."""
     for run in runs:
-        yield {"name": run.name, "settings": " ".join(run.settings), "steps": 0, "tolerance": run.tolerance,
-               "verdict": "absent", "note": f"not installed: {' '.join(names)}"}  # fmt: skip
+        yield {
+            "name": run.name,
+            "settings": " ".join(run.settings),
+            "steps": 0,
+            "tolerance": run.tolerance,
+            "verdict": "absent",
+            "note": f"not installed: {' '.join(names)}",
+        }
 
 
 def main() -> None:

@@ -57,14 +57,20 @@ RUNS = (
     Run("resumed", ("zero.stage=2", "checkpoint.async_write=true"), resumed=True),
     Run("longrope", ("zero.stage=2", "teacher.overlap=true"), models="longrope", reference="longrope"),
     Run(
-        "teacher3_two_dtypes", ("zero.stage=3", "teacher.zero_stage=3", *HALF), BFLOAT16,
-        models="recurrent_teacher", reference="recurrent_teacher",
+        "teacher3_two_dtypes",
+        ("zero.stage=3", "teacher.zero_stage=3", *HALF),
+        BFLOAT16,
+        models="recurrent_teacher",
+        reference="recurrent_teacher",
     ),
     Run(
-        "student_two_dtypes_overlap", ("zero.stage=2", "teacher.overlap=true", *HALF), BFLOAT16,
-        models="recurrent_student", reference="recurrent_student",
+        "student_two_dtypes_overlap",
+        ("zero.stage=2", "teacher.overlap=true", *HALF),
+        BFLOAT16,
+        models="recurrent_student",
+        reference="recurrent_student",
     ),
-)  # fmt: skip
+)
 
 REFERENCES = {
     "llama": Run("llama", ("zero.stage=1",)),

@@ -191,9 +191,13 @@ def estimated(cfg: Any, models: Any, dp_size: int) -> dict[str, Any]:
 
     facts, shard = models.student.facts(), models.student.shard
     size = ModelSize(
-        facts.num_parameters, facts.config.hidden_size, facts.config.num_hidden_layers, shard.vocab_size,
-        num_heads=facts.config.num_attention_heads, inner_width=facts.config.intermediate_size,
-    )  # fmt: skip
+        facts.num_parameters,
+        facts.config.hidden_size,
+        facts.config.num_hidden_layers,
+        shard.vocab_size,
+        num_heads=facts.config.num_attention_heads,
+        inner_width=facts.config.intermediate_size,
+    )
     attention = facts.config._attn_implementation
     found = estimate_memory(cfg, size, None, dp_size=dp_size, on_cuda=False, student_attention=attention)
     return {"parameters": facts.num_parameters, "parts": found.parts, "estimate_bytes": found.total}

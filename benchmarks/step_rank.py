@@ -165,10 +165,20 @@ class Bench:
         watch: Any = Stopwatch()
         progress = Progress()
         trainer = Trainer(
-            cfg=self.cfg, mesh=self.mesh, device=self.device, engine=self.engine, objective=Unmeasured(objective),
-            loader=loader, evaluator=nothing, checkpoints=nothing, reporter=watch, timer=self.timer, stop=StopRequest(),
-            guards=Guards(self.cfg.guard, self.mesh, self.device, progress), progress=progress,
-        )  # fmt: skip
+            cfg=self.cfg,
+            mesh=self.mesh,
+            device=self.device,
+            engine=self.engine,
+            objective=Unmeasured(objective),
+            loader=loader,
+            evaluator=nothing,
+            checkpoints=nothing,
+            reporter=watch,
+            timer=self.timer,
+            stop=StopRequest(),
+            guards=Guards(self.cfg.guard, self.mesh, self.device, progress),
+            progress=progress,
+        )
         try:
             trainer.run()
         finally:
@@ -207,17 +217,25 @@ class Bench:
             facts = model_facts(ModelSpec(architecture=name, dtype=job["dtype"]), job["vocab"])
             config = facts.config
             return ModelSize(
-                facts.num_parameters, config.hidden_size, config.num_hidden_layers, job["vocab"],
-                num_heads=config.num_attention_heads, inner_width=config.intermediate_size,
-            )  # fmt: skip
+                facts.num_parameters,
+                config.hidden_size,
+                config.num_hidden_layers,
+                job["vocab"],
+                num_heads=config.num_attention_heads,
+                inner_width=config.intermediate_size,
+            )
 
         assert self.models.teacher_backbone is not None
         names = [model.config._attn_implementation for model in (self.models.student, self.models.teacher_backbone)]
         sizes = size(job["student"]), size(job["teacher"])
         return estimate_memory(
-            self.cfg, *sizes, dp_size=self.mesh.dp_size, on_cuda=self.device.type == "cuda",
-            student_attention=names[0], teacher_attention=names[1],
-        )  # fmt: skip
+            self.cfg,
+            *sizes,
+            dp_size=self.mesh.dp_size,
+            on_cuda=self.device.type == "cuda",
+            student_attention=names[0],
+            teacher_attention=names[1],
+        )
 
 
 def warm_up(job: dict, folder: Path) -> None:

@@ -83,13 +83,15 @@ def compare_runs(distill: Path, pretrain: Path) -> Comparison:
         )
     return Comparison(
         rows=(
-            _row("untrained", kd_evals[0]), kd, _row("plain CE, equal tokens", same_tokens[-1].record),
+            _row("untrained", kd_evals[0]),
+            kd,
+            _row("plain CE, equal tokens", same_tokens[-1].record),
             _row("plain CE, equal seconds", nearest.record),
         ),
         teacher=teacher,
         tokens_per_s=(_throughput(kd_steps), _throughput(ce_steps)),
         peak_gib=(max(map(_peak_gib, kd_steps)), max(map(_peak_gib, ce_steps))),
-    )  # fmt: skip
+    )
 
 
 def table_text(found: Comparison) -> str:

@@ -159,11 +159,21 @@ def main():
     OUTPUT.mkdir(parents=True, exist_ok=True)
     rows = SOURCES
     for name, deb, reader, origin, rights in (
-        ("sqlite.jsonl.xz", request.sqlite_deb, sqlite_documents, "sqlite3-doc: documentation of SQLite",
-         "dedicated to the public domain by its authors"),
-        ("austen.jsonl.xz", request.austen_deb, austen_documents, "r-cran-janeaustenr: six novels by Jane Austen",
-         "text in the public domain (Project Gutenberg); the package around it is MIT"),
-    ):  # fmt: skip
+        (
+            "sqlite.jsonl.xz",
+            request.sqlite_deb,
+            sqlite_documents,
+            "sqlite3-doc: documentation of SQLite",
+            "dedicated to the public domain by its authors",
+        ),
+        (
+            "austen.jsonl.xz",
+            request.austen_deb,
+            austen_documents,
+            "r-cran-janeaustenr: six novels by Jane Austen",
+            "text in the public domain (Project Gutenberg); the package around it is MIT",
+        ),
+    ):
         with tempfile.TemporaryDirectory() as folder:
             count, size = write(reader(deb, Path(folder)), OUTPUT / name)
         digest = hashlib.sha256((OUTPUT / name).read_bytes()).hexdigest()

@@ -249,9 +249,13 @@ def run_cut(rank: int, world_size: int, path: str) -> dict[str, Any]:
         batch = batch_of()
         hidden = backbone.hidden_states(batch)
         parts = linear_cross_entropy(
-            hidden, backbone.lm_head_shard, batch.labels.flatten(), weight=batch.loss_mask.flatten(),
-            shard=backbone.shard, group=mesh.tp_group,
-        )  # fmt: skip
+            hidden,
+            backbone.lm_head_shard,
+            batch.labels.flatten(),
+            weight=batch.loss_mask.flatten(),
+            shard=backbone.shard,
+            group=mesh.tp_group,
+        )
         parts.loss.backward()
     except build_errors() as error:
         return {"failure": f"{type(error).__name__}: {first_line(error)}"}

@@ -74,9 +74,13 @@ def write_world(name: str) -> None:
     folder = Path(name)
     shutil.rmtree(folder, ignore_errors=True)
     write_run(
-        folder, student=tiny_config("gpt_neox", hidden_dropout=0.2), teacher=tiny_config("qwen3"), steps=STEPS,
-        run={"name": "whole"}, checkpoint={"keep_last": 2},
-    )  # fmt: skip
+        folder,
+        student=tiny_config("gpt_neox", hidden_dropout=0.2),
+        teacher=tiny_config("qwen3"),
+        steps=STEPS,
+        run={"name": "whole"},
+        checkpoint={"keep_last": 2},
+    )
 
 
 def train(config: str, name: str, log: str, *words: str) -> None:

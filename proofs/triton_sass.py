@@ -107,9 +107,16 @@ def _suffix(flags: dict[str, Any]) -> str:
 
 
 HEAVY = (
-    "row_stats, T", "coupling, T", "pair_measure, T", "row_grad, cap, bf16", "first_argmax", "pair_sums alpha_beta, T",
-    "pair_grad alpha_beta, T, cap, bf16", "pair_grad reverse_kl, T, cap, bf16", "pair_grad jsd, T, bf16",
-)  # fmt: skip
+    "row_stats, T",
+    "coupling, T",
+    "pair_measure, T",
+    "row_grad, cap, bf16",
+    "first_argmax",
+    "pair_sums alpha_beta, T",
+    "pair_grad alpha_beta, T, cap, bf16",
+    "pair_grad reverse_kl, T, cap, bf16",
+    "pair_grad jsd, T, bf16",
+)
 """Each kernel's heaviest forms."""
 
 

@@ -22,6 +22,8 @@ def checkpoint_problems(c: CheckpointSection) -> Iterator[Problem]:
         yield Problem(key, c.keep_every, f"is no multiple of checkpoint.every_steps = {every}", f"use {near}")
     if c.async_write and every is None:
         yield Problem(
-            "checkpoint.async_write", True, "would change nothing: checkpoint.every_steps = null, and the last save is "
-            "waited for", "set checkpoint.every_steps too",
-        )  # fmt: skip
+            "checkpoint.async_write",
+            True,
+            "would change nothing: checkpoint.every_steps = null, and the last save is waited for",
+            "set checkpoint.every_steps too",
+        )

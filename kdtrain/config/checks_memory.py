@@ -26,26 +26,32 @@ def _no_teacher(cfg: RunConfig) -> Iterator[Problem]:
         value, default = getattr(cfg.teacher, field.name), getattr(TeacherSection(), field.name)
         if value != default and field.name not in ("dtype", "attention"):
             yield Problem(
-                f"teacher.{field.name}", value, "would be ignored: teacher.weights = null",
+                f"teacher.{field.name}",
+                value,
+                "would be ignored: teacher.weights = null",
                 f"set teacher.weights, or teacher.{field.name}={show(default)}",
-            )  # fmt: skip
+            )
 
 
 def _offload_optimizer(cfg: RunConfig) -> Iterator[Problem]:
     if cfg.zero.offload_optimizer and cfg.zero.stage == 0:
         yield Problem(
-            "zero.offload_optimizer", True, "would be ignored: zero.stage = 0 steps the weights where they are",
+            "zero.offload_optimizer",
+            True,
+            "would be ignored: zero.stage = 0 steps the weights where they are",
             "use zero.stage=1, or set zero.offload_optimizer=false",
-        )  # fmt: skip
+        )
 
 
 def _tokens_per_forward(cfg: RunConfig) -> Iterator[Problem]:
     limit, seq_len = cfg.teacher.max_tokens_per_forward, cfg.data.seq_len
     if limit is not None and limit < max(1, seq_len):
         yield Problem(
-            "teacher.max_tokens_per_forward", limit, f"is less than one sequence (data.seq_len = {seq_len})",
+            "teacher.max_tokens_per_forward",
+            limit,
+            f"is less than one sequence (data.seq_len = {seq_len})",
             f"use {seq_len} or more, or null for no limit",
-        )  # fmt: skip
+        )
 
 
 def _overlap(cfg: RunConfig) -> Iterator[Problem]:
@@ -53,14 +59,18 @@ def _overlap(cfg: RunConfig) -> Iterator[Problem]:
         return
     if cfg.objective.name == "pretrain":
         yield Problem(
-            "teacher.overlap", True, "would be ignored: objective.name = pretrain runs no teacher in a step",
+            "teacher.overlap",
+            True,
+            "would be ignored: objective.name = pretrain runs no teacher in a step",
             "set teacher.overlap=false",
-        )  # fmt: skip
+        )
     if cfg.teacher.zero_stage == 3:
         yield Problem(
-            "teacher.overlap", True, "would be ignored: with teacher.zero_stage = 3 a whole step runs ahead",
+            "teacher.overlap",
+            True,
+            "would be ignored: with teacher.zero_stage = 3 a whole step runs ahead",
             "set teacher.overlap=false, or teacher.zero_stage=0 if the teacher fits",
-        )  # fmt: skip
+        )
 
 
 def _quantize(cfg: RunConfig) -> Iterator[Problem]:
@@ -69,11 +79,16 @@ def _quantize(cfg: RunConfig) -> Iterator[Problem]:
         return
     if t.zero_stage == 3:
         yield Problem(
-            "teacher.quantize", t.quantize, "cannot be used with teacher.zero_stage = 3, which divides ordinary "
-            "weights only, without their scales", "cut the teacher with teacher.layout=tp, or teacher.quantize=null",
-        )  # fmt: skip
+            "teacher.quantize",
+            t.quantize,
+            "cannot be used with teacher.zero_stage = 3, which divides ordinary weights only, without their scales",
+            "cut the teacher with teacher.layout=tp, or teacher.quantize=null",
+        )
     elif t.layout == "dedicated":
         yield Problem(
-            "teacher.quantize", t.quantize, "cannot be used with teacher.layout = dedicated: what it costs is "
-            "measured where the head is, on the student's ranks", "use teacher.layout=plain or tp",
-        )  # fmt: skip
+            "teacher.quantize",
+            t.quantize,
+            "cannot be used with teacher.layout = dedicated: what it costs is "
+            "measured where the head is, on the student's ranks",
+            "use teacher.layout=plain or tp",
+        )

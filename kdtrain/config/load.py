@@ -72,9 +72,12 @@ def load_run(argv: Sequence[str]) -> Loaded:
 
 
 def _apply(
-    settings: Sequence[Setting], tree: DictConfig, known: dict[str, Key], origins: dict[str, str],
+    settings: Sequence[Setting],
+    tree: DictConfig,
+    known: dict[str, Key],
+    origins: dict[str, str],
     problems: list[Problem],
-) -> tuple[set[str], set[str]]:  # fmt: skip
+) -> tuple[set[str], set[str]]:
     """Write the settings into `tree` and `origins`. Returns the keys that were refused, and those left at ???."""
     refused: set[str] = set()
     placeholders = {name for name, key in known.items() if key.default == MUST_BE_SET}

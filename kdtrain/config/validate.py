@@ -90,9 +90,11 @@ def _run(cfg: RunConfig) -> Iterator[Problem]:
     run = cfg.run
     if run.name and (run.name[0] in "._-" or not NAME_LETTERS.issuperset(run.name) or len(run.name) > MAX_NAME_LENGTH):
         yield Problem(
-            "run.name", run.name, "cannot name a folder and a wandb run",
+            "run.name",
+            run.name,
+            "cannot name a folder and a wandb run",
             f"use at most {MAX_NAME_LENGTH} letters, digits, '.', '_' and '-', a letter or digit first",
-        )  # fmt: skip
+        )
     if run.seed < 0:
         yield Problem("run.seed", run.seed, "is negative", "use 0 or more")
     if run.seed > MAX_SEED:
@@ -105,26 +107,34 @@ def _models(cfg: RunConfig) -> Iterator[Problem]:
     weights, architecture = cfg.student.weights, cfg.student.architecture
     if weights is None and architecture is None:
         yield Problem(
-            "student.architecture", None, "and student.weights is null too: there is no student",
+            "student.architecture",
+            None,
+            "and student.weights is null too: there is no student",
             "name an architecture to start from scratch, or a Hugging Face folder as student.weights",
-        )  # fmt: skip
+        )
     if weights is not None and architecture is not None:
         yield Problem(
-            "student.architecture", architecture, f"would be ignored: student.weights = {weights}",
+            "student.architecture",
+            architecture,
+            f"would be ignored: student.weights = {weights}",
             "set one of the two to null: architecture is for a student from scratch",
-        )  # fmt: skip
+        )
     if cfg.objective.name == "distill" and cfg.teacher.weights is None:
         yield Problem(
-            "teacher.weights", None, "but objective.name = distill needs a teacher",
+            "teacher.weights",
+            None,
+            "but objective.name = distill needs a teacher",
             "name a Hugging Face model folder, or set objective.name=pretrain",
-        )  # fmt: skip
+        )
     has_teacher = cfg.teacher.weights is not None
     for role, model in (("student", cfg.student), *((("teacher", cfg.teacher),) if has_teacher else ())):
         if model.attention.startswith("flash") and model.dtype == "float32":
             yield Problem(
-                f"{role}.attention", model.attention, f"cannot work on {role}.dtype = float32",
+                f"{role}.attention",
+                model.attention,
+                f"cannot work on {role}.dtype = float32",
                 f"set {role}.dtype=bfloat16, or {role}.attention=auto",
-            )  # fmt: skip
+            )
 
 
 def _data(cfg: RunConfig) -> Iterator[Problem]:
@@ -133,9 +143,11 @@ def _data(cfg: RunConfig) -> Iterator[Problem]:
         yield Problem("data.train", [], "names no token store", "make one with launch/prepare_corpus.py")
     if d.train_weights is not None and len(d.train_weights) != len(d.train):
         yield Problem(
-            "data.train_weights", d.train_weights, f"gives {len(d.train_weights)} weights for the {len(d.train)} "
-            "stores of data.train", "list as many weights as stores, or null: in proportion to their tokens",
-        )  # fmt: skip
+            "data.train_weights",
+            d.train_weights,
+            f"gives {len(d.train_weights)} weights for the {len(d.train)} stores of data.train",
+            "list as many weights as stores, or null: in proportion to their tokens",
+        )
     if d.train_weights is not None and not all(0 < weight < math.inf for weight in d.train_weights):
         yield Problem(
             "data.train_weights", d.train_weights, "are not all positive numbers", "leave a store out to not use it"
@@ -154,17 +166,20 @@ def _layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
     cp = max(1, cfg.parallel.cp)
     if cfg.parallel.sequence and (tp == 1 or d.seq_len // cp % tp):
         yield Problem(
-            "parallel.sequence", True, f"needs ranks to share the tokens: parallel.tp = {tp}, parallel.cp = {cp}, "
-            f"data.seq_len = {d.seq_len}",
+            "parallel.sequence",
+            True,
+            f"needs ranks to share the tokens: parallel.tp = {tp}, parallel.cp = {cp}, data.seq_len = {d.seq_len}",
             "set parallel.tp above 1 and data.seq_len to a multiple of tp x cp, or parallel.sequence=false",
-        )  # fmt: skip
+        )
     if world_size % tp:
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
         ranks = "the student's ranks" if teacher_ranks(cfg) else "ranks"
         yield Problem(
-            "parallel.tp", tp, f"does not divide the number of {ranks} ({world_size})",
+            "parallel.tp",
+            tp,
+            f"does not divide the number of {ranks} ({world_size})",
             f"use one of {divisors}, or start a multiple of {tp} ranks (deepspeed --num_accelerators {tp})",
-        )  # fmt: skip
+        )
         return
     dp = data_ranks(cfg, world_size)
     if dp is None:  # said by context_problems
@@ -174,10 +189,12 @@ def _layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
         below = d.tokens_per_step // unit * unit
         near = f"{below} or {below + unit}" if below else f"{unit}"
         yield Problem(
-            "data.tokens_per_step", d.tokens_per_step, f"is not a multiple of {unit} = seq_len {d.seq_len} x "
+            "data.tokens_per_step",
+            d.tokens_per_step,
+            f"is not a multiple of {unit} = seq_len {d.seq_len} x "
             f"sequences_per_micro_batch {d.sequences_per_micro_batch} x dp {dp}",
             f"use {near}, or another data.sequences_per_micro_batch",
-        )  # fmt: skip
+        )
 
 
 def _teacher_layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
@@ -186,9 +203,11 @@ def _teacher_layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
         return
     if t.zero_stage not in (0, 3):
         yield Problem(
-            "teacher.zero_stage", t.zero_stage, "is neither 0 nor 3",
+            "teacher.zero_stage",
+            t.zero_stage,
+            "is neither 0 nor 3",
             "0 keeps weights on every data rank, 3 divides them; stages 1 and 2 divide what a frozen model has not",
-        )  # fmt: skip
+        )
     if t.offload and t.zero_stage != 3:
         yield Problem("teacher.offload", True, "would be ignored: teacher.zero_stage is not 3", "set zero_stage=3 too")
     if t.tp is None or t.layout == "dedicated":
@@ -199,18 +218,22 @@ def _teacher_layout(cfg: RunConfig, world_size: int) -> Iterator[Problem]:
         yield Problem("teacher.tp", t.tp, f"is no multiple of parallel.tp = {tp}", f"use {tp}, {2 * tp} or {4 * tp}")
     elif world_size % t.tp:
         yield Problem(
-            "teacher.tp", t.tp, f"does not divide the number of ranks ({world_size})",
+            "teacher.tp",
+            t.tp,
+            f"does not divide the number of ranks ({world_size})",
             f"use a divisor of {world_size}, or start a multiple of {t.tp} ranks",
-        )  # fmt: skip
+        )
 
 
 def _zero(cfg: RunConfig) -> Iterator[Problem]:
     zero = cfg.zero
     if zero.stage == 0 and cfg.student.dtype == "bfloat16":
         yield Problem(
-            "zero.stage", 0, "with student.dtype = bfloat16 would keep no float32 master weights",
+            "zero.stage",
+            0,
+            "with student.dtype = bfloat16 would keep no float32 master weights",
             "use zero.stage=1, which costs no more memory, or student.dtype=float32",
-        )  # fmt: skip
+        )
     for name, value in zero.extra.items():
         key = f"zero.extra.{name}"
         if name in OWNED_ZERO_KEYS:
@@ -239,9 +262,11 @@ def _objective(cfg: RunConfig) -> Iterator[Problem]:
             continue
         for field, value in _changed(chosen, type(chosen)()):
             yield Problem(
-                f"objective.{section.name}.{field}", value, f"would be ignored: objective.name = {cfg.objective.name}",
+                f"objective.{section.name}.{field}",
+                value,
+                f"would be ignored: objective.name = {cfg.objective.name}",
                 f"remove it, or set objective.name={section.name}",
-            )  # fmt: skip
+            )
 
 
 def _z_loss(cfg: RunConfig) -> Iterator[Problem]:
@@ -261,9 +286,11 @@ def _distill(d: DistillObjective) -> Iterator[Problem]:
     for name, value in _changed(d, DistillObjective()):
         if d.divergence not in DIVERGENCE_SETTINGS.get(name, (d.divergence,)):
             yield Problem(
-                key + name, value, f"would be ignored: {key}divergence = {d.divergence}",
+                key + name,
+                value,
+                f"would be ignored: {key}divergence = {d.divergence}",
                 f"remove it, or use the divergence {' or '.join(DIVERGENCE_SETTINGS[name])}",
-            )  # fmt: skip
+            )
     if not 0 <= d.kd_weight <= 1:
         yield Problem(key + "kd_weight", d.kd_weight, "is not in [0, 1]", "it is a mixing weight, 0.5 mixes evenly")
     low, high = TEMPERATURES
@@ -279,9 +306,11 @@ def _distill(d: DistillObjective) -> Iterator[Problem]:
     for name, value in exponents:
         if not (math.isfinite(value) and abs(value) >= LEAST_EXPONENT):
             yield Problem(
-                key + name, value, f"is not a finite number of at least {LEAST_EXPONENT} in size",
+                key + name,
+                value,
+                f"is not a finite number of at least {LEAST_EXPONENT} in size",
                 "the limits (1, 0) and (0, 1) are the two KLs",
-            )  # fmt: skip
+            )
     if all(math.isfinite(value) for _, value in exponents) and d.ab_alpha + d.ab_beta <= 0:
         yield Problem(
             key + "ab_beta", d.ab_beta, f"and ab_alpha = {d.ab_alpha} do not add up to more than 0", "0.5, 0.5 works"
@@ -308,27 +337,35 @@ def _schedule(cfg: RunConfig) -> Iterator[Problem]:
     s, total = cfg.schedule, cfg.train.total_tokens
     if total < max(1, cfg.data.tokens_per_step):
         yield Problem(
-            "train.total_tokens", total, f"is less than one step (data.tokens_per_step = {cfg.data.tokens_per_step})",
+            "train.total_tokens",
+            total,
+            f"is less than one step (data.tokens_per_step = {cfg.data.tokens_per_step})",
             "train for at least one step",
-        )  # fmt: skip
+        )
         return
     if not 0 <= s.warmup_tokens <= total:
         yield Problem(
-            "schedule.warmup_tokens", s.warmup_tokens, f"is not in [0, {total}] (train.total_tokens)",
+            "schedule.warmup_tokens",
+            s.warmup_tokens,
+            f"is not in [0, {total}] (train.total_tokens)",
             "a hundredth of the run is usual",
-        )  # fmt: skip
+        )
     elif s.shape == "wsd":
         yield from _decay(s, total)
     if s.decay_tokens is not None and s.shape != "wsd":
         yield Problem(
-            "schedule.decay_tokens", s.decay_tokens, f"would be ignored: schedule.shape = {s.shape}",
+            "schedule.decay_tokens",
+            s.decay_tokens,
+            f"would be ignored: schedule.shape = {s.shape}",
             "remove it, or set schedule.shape=wsd",
-        )  # fmt: skip
+        )
     if s.shape == "constant" and s.min_lr_ratio != ScheduleSection().min_lr_ratio:
         yield Problem(
-            "schedule.min_lr_ratio", s.min_lr_ratio, "would be ignored: schedule.shape = constant",
+            "schedule.min_lr_ratio",
+            s.min_lr_ratio,
+            "would be ignored: schedule.shape = constant",
             "remove it, or choose a shape that decays",
-        )  # fmt: skip
+        )
     if not 0 <= s.min_lr_ratio <= 1:
         yield Problem("schedule.min_lr_ratio", s.min_lr_ratio, "is not in [0, 1]", "0.1 is usual")
 
@@ -337,14 +374,18 @@ def _decay(s: ScheduleSection, total: int) -> Iterator[Problem]:
     left = total - s.warmup_tokens
     if s.decay_tokens is None and total // 10 > left:
         yield Problem(
-            "schedule.decay_tokens", None, f"means {total // 10} tokens, but the warm-up leaves {left}",
+            "schedule.decay_tokens",
+            None,
+            f"means {total // 10} tokens, but the warm-up leaves {left}",
             "shorten schedule.warmup_tokens, or set schedule.decay_tokens",
-        )  # fmt: skip
+        )
     if s.decay_tokens is not None and not 0 < s.decay_tokens <= left:
         yield Problem(
-            "schedule.decay_tokens", s.decay_tokens, f"is not in (0, {left}], what the warm-up leaves",
+            "schedule.decay_tokens",
+            s.decay_tokens,
+            f"is not in (0, {left}], what the warm-up leaves",
             "a tenth of train.total_tokens is usual",
-        )  # fmt: skip
+        )
 
 
 def _cadence(cfg: RunConfig) -> Iterator[Problem]:
@@ -364,15 +405,19 @@ def _cadence(cfg: RunConfig) -> Iterator[Problem]:
         )
     if not MIN_SLAB_BYTES <= cfg.train.slab_bytes <= MAX_SLAB_BYTES:
         yield Problem(
-            "train.slab_bytes", cfg.train.slab_bytes, f"is not in [{MIN_SLAB_BYTES}, {MAX_SLAB_BYTES}]",
+            "train.slab_bytes",
+            cfg.train.slab_bytes,
+            f"is not in [{MIN_SLAB_BYTES}, {MAX_SLAB_BYTES}]",
             "1073741824 is usual",
-        )  # fmt: skip
+        )
     wandb = cfg.log.wandb
     if set(wandb.project) & set("/\\#?%:") or len(wandb.project) > MAX_NAME_LENGTH:
         yield Problem(
-            "log.wandb.project", wandb.project, "is no name that wandb accepts",
+            "log.wandb.project",
+            wandb.project,
+            "is no name that wandb accepts",
             f"at most {MAX_NAME_LENGTH} characters, none of / \\ # ? % :",
-        )  # fmt: skip
+        )
     if wandb.entity is not None and "/" in wandb.entity:
         yield Problem("log.wandb.entity", wandb.entity, "is not one name", "entity and project are two settings")
 
@@ -381,19 +426,25 @@ def _guard(g: GuardSection) -> Iterator[Problem]:
     if g.max_skipped_steps < 0:
         yield Problem("guard.max_skipped_steps", g.max_skipped_steps, "is negative", "0 stops at the first such step")
     for name, value in (
-        ("spike_sigmas", g.spike_sigmas), ("stall_warn_s", g.stall_warn_s), ("stall_exit_s", g.stall_exit_s),
-    ):  # fmt: skip
+        ("spike_sigmas", g.spike_sigmas),
+        ("stall_warn_s", g.stall_warn_s),
+        ("stall_exit_s", g.stall_exit_s),
+    ):
         if value is not None and not 0 < value < math.inf:
             yield Problem(f"guard.{name}", value, "is not a positive number", "null switches it off")
     if not 0 < g.data_wait_share <= 1:
         yield Problem("guard.data_wait_share", g.data_wait_share, "is not in (0, 1]", "0.1 is usual, 1 never warns")
     if g.stall_exit_s is not None and g.stall_warn_s is None:
         yield Problem(
-            "guard.stall_exit_s", g.stall_exit_s, "would be ignored: guard.stall_warn_s = null, so nobody watches",
+            "guard.stall_exit_s",
+            g.stall_exit_s,
+            "would be ignored: guard.stall_warn_s = null, so nobody watches",
             "set guard.stall_warn_s too, or guard.stall_exit_s=null",
-        )  # fmt: skip
+        )
     elif g.stall_exit_s is not None and g.stall_warn_s is not None and g.stall_exit_s < g.stall_warn_s:
         yield Problem(
-            "guard.stall_exit_s", g.stall_exit_s, f"is less than guard.stall_warn_s = {g.stall_warn_s}",
+            "guard.stall_exit_s",
+            g.stall_exit_s,
+            f"is less than guard.stall_warn_s = {g.stall_warn_s}",
             "warn first, exit later",
-        )  # fmt: skip
+        )

@@ -133,8 +133,11 @@ def _problems(m: Manifest) -> Iterator[str]:
     if m.dtype not in DTYPES:
         yield f"dtype is {m.dtype!r}, must be one of {DTYPES}"
     for name, low, high in (
-        ("num_documents", 1, None), ("num_tokens", 1, None), ("text_bytes", 0, None), ("vocab_size", 1, 1 << 31),
-    ):  # fmt: skip
+        ("num_documents", 1, None),
+        ("num_tokens", 1, None),
+        ("text_bytes", 0, None),
+        ("vocab_size", 1, 1 << 31),
+    ):
         yield from _count(name, getattr(m, name), low, high)
     yield from _count("separator_id", m.separator_id, 0, m.vocab_size)
     for place, token in enumerate(m.document_prefix):

@@ -19,9 +19,32 @@ from kdtrain.log import LOGGER
 JSON_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".txt", ".md", ".rst")
 COMPRESSED = (".xz", ".gz")
 FOREIGN = (
-    ".zst", ".zstd", ".bz2", ".lz4", ".lzma", ".br", ".z", ".snappy", ".zip", ".7z", ".rar", ".tar", ".tgz", ".txz",
-    ".parquet", ".arrow", ".feather", ".orc", ".avro", ".pdf", ".docx", ".bin", ".idx", ".npy", ".npz",
-)  # fmt: skip
+    ".zst",
+    ".zstd",
+    ".bz2",
+    ".lz4",
+    ".lzma",
+    ".br",
+    ".z",
+    ".snappy",
+    ".zip",
+    ".7z",
+    ".rar",
+    ".tar",
+    ".tgz",
+    ".txz",
+    ".parquet",
+    ".arrow",
+    ".feather",
+    ".orc",
+    ".avro",
+    ".pdf",
+    ".docx",
+    ".bin",
+    ".idx",
+    ".npy",
+    ".npz",
+)
 """Suffixes of what is certainly neither text nor JSON lines as it stands."""
 
 
@@ -78,10 +101,13 @@ def _in_folder(folder: Path, all_ignored: Counter[str]) -> list[Path]:
     all_ignored += ignored
     if ignored:
         LOGGER.warning(
-            "prepare  %s: %s files are ignored (%s); read are %s, also with %s", folder, f"{ignored.total():,}",
+            "prepare  %s: %s files are ignored (%s); read are %s, also with %s",
+            folder,
+            f"{ignored.total():,}",
             ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common()),
-            " ".join(TEXT_SUFFIXES + JSON_SUFFIXES), " ".join(COMPRESSED),
-        )  # fmt: skip
+            " ".join(TEXT_SUFFIXES + JSON_SUFFIXES),
+            " ".join(COMPRESSED),
+        )
     return kept
 
 

@@ -305,10 +305,15 @@ class TokenStoreWriter:
         tokens = int(np.sum(self._sizes, dtype=np.int64))
         self._shards.append(
             Shard(
-                name, len(self._sizes), tokens, tokens * self._dtype.itemsize, len(index), sha256,
+                name,
+                len(self._sizes),
+                tokens,
+                tokens * self._dtype.itemsize,
+                len(index),
+                sha256,
                 hashlib.sha256(index).hexdigest(),
             )
-        )  # fmt: skip
+        )
         self._sizes = []
 
     def finish(self, left_out: Mapping[str, int] | None = None) -> Manifest:
@@ -330,14 +335,21 @@ class TokenStoreWriter:
                 if file.name in TOKENIZER_FILES:
                     write_synced(self._temporary / TOKENIZER / file.name, file.read_bytes())
             manifest = Manifest(
-                dtype=str(self._dtype), num_documents=sum(s.num_documents for s in self._shards),
-                num_tokens=sum(s.num_tokens for s in self._shards), text_bytes=self._text_bytes,
-                vocab_size=self._vocab_size, separator_id=self._separator_id,
-                tokenizer_fingerprint=fingerprint(self._tokenizer_dir), source=self._source,
-                fingerprint=shards_fingerprint(self._shards), shards=tuple(self._shards),
-                document_prefix=self._prefix, added_ids=self._added_ids(), linked=tuple(self._linked),
+                dtype=str(self._dtype),
+                num_documents=sum(s.num_documents for s in self._shards),
+                num_tokens=sum(s.num_tokens for s in self._shards),
+                text_bytes=self._text_bytes,
+                vocab_size=self._vocab_size,
+                separator_id=self._separator_id,
+                tokenizer_fingerprint=fingerprint(self._tokenizer_dir),
+                source=self._source,
+                fingerprint=shards_fingerprint(self._shards),
+                shards=tuple(self._shards),
+                document_prefix=self._prefix,
+                added_ids=self._added_ids(),
+                linked=tuple(self._linked),
                 left_out={reason: count for reason, count in (left_out or {}).items() if count},
-            )  # fmt: skip
+            )
             write_synced(self._temporary / "manifest.json", manifest_bytes(manifest))
             sync(self._temporary / TOKENIZER)
             sync(self._temporary)

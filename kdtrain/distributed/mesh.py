@@ -68,9 +68,15 @@ class Mesh:
     def without_tp(self) -> Mesh:
         """For a model that every tp rank holds whole: of this mesh only the cp axis is left. Does not communicate."""
         return replace(
-            self, world_size=self.cp_size, rank=self.cp_rank, tp_size=1, tp_group=None, dp_group=None,
-            world_group=None, zero_group=None,
-        )  # fmt: skip
+            self,
+            world_size=self.cp_size,
+            rank=self.cp_rank,
+            tp_size=1,
+            tp_group=None,
+            dp_group=None,
+            world_group=None,
+            zero_group=None,
+        )
 
     @property
     def tp_rank(self) -> int:

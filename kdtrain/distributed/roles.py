@@ -69,7 +69,10 @@ def split_world(store: Store, roles: Roles, backend: str, timeout: timedelta) ->
     store: shared by all ranks of the job. timeout: of the role's collectives. Communicates: rendezvous of all ranks.
     """
     dist.init_process_group(
-        backend, store=PrefixStore(f"kdtrain_{roles.name}", store), rank=roles.rank_in_role,
-        world_size=roles.role_size, timeout=timeout,
-    )  # fmt: skip
+        backend,
+        store=PrefixStore(f"kdtrain_{roles.name}", store),
+        rank=roles.rank_in_role,
+        world_size=roles.role_size,
+        timeout=timeout,
+    )
     return Wire(store, roles.rank, roles.student_ranks + roles.teacher_ranks)

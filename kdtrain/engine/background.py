@@ -108,9 +108,14 @@ class BackgroundWriter:
         return self._snapshot.num_bytes
 
     def begin(
-        self, root: Path, about: Description, fragments: Sequence[Fragment], adam_steps: dict[str, int], *,
+        self,
+        root: Path,
+        about: Description,
+        fragments: Sequence[Fragment],
+        adam_steps: dict[str, int],
+        *,
         tidy: Tidy = lambda saved: None,
-    ) -> Path:  # fmt: skip
+    ) -> Path:
         """Copy `fragments` and begin to write `root`/step_NNNNNN; the path it will have.
 
         about, fragments, adam_steps: as for `checkpoint.write_checkpoint`. tidy: called with the path on rank 0 once it

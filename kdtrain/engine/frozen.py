@@ -55,9 +55,11 @@ class FrozenEngine:
         with redirect_stdout(io.StringIO()) as said:
             # Before `initialize`, which would first move an undivided model to the device, whole.
             deepspeed.zero.Init(
-                module=body, data_parallel_group=mesh.get_data_parallel_group(),
-                config_dict_or_path=frozen_config(dtype, offload=offload), mpu=mesh,
-            )  # fmt: skip
+                module=body,
+                data_parallel_group=mesh.get_data_parallel_group(),
+                config_dict_or_path=frozen_config(dtype, offload=offload),
+                mpu=mesh,
+            )
             move_buffers(body, device)
             self.deepspeed: Any = deepspeed.initialize(
                 model=body, config=frozen_config(dtype, offload=offload), mpu=mesh, dist_init_required=False

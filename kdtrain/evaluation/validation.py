@@ -68,12 +68,26 @@ class Validation:
         def head_fn(hidden: Tensor, head: HeadShard) -> LossParts:
             if signal is None:
                 return linear_cross_entropy(
-                    hidden, head, labels, weight=weight, shard=layout.shard, group=layout.group,
-                    slab_bytes=layout.slab_bytes, backend=layout.backend,
-                )  # fmt: skip
+                    hidden,
+                    head,
+                    labels,
+                    weight=weight,
+                    shard=layout.shard,
+                    group=layout.group,
+                    slab_bytes=layout.slab_bytes,
+                    backend=layout.backend,
+                )
             return dense_loss(
-                hidden, head, signal, labels, weight, weight, layout, divergence="forward_kl", temperature=1.0,
+                hidden,
+                head,
+                signal,
+                labels,
+                weight,
+                weight,
+                layout,
+                divergence="forward_kl",
+                temperature=1.0,
                 measure=True,
-            )  # fmt: skip
+            )
 
         return self._student(batch, head_fn)

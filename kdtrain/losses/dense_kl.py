@@ -161,9 +161,15 @@ class _LinearKd(torch.autograd.Function):
             if call.wanted.any:
                 weights = call.weights.of_chunk(chunk, table[_LSE, chunk])
                 value, operand = call.kernels.pair_grad(
-                    *slabs, totals, weights, call.temperature, spec=call.spec, logit_map=student.logit_map,
-                    scratch=scratch, operand_dtype=student.operand_dtype,
-                )  # fmt: skip
+                    *slabs,
+                    totals,
+                    weights,
+                    call.temperature,
+                    spec=call.spec,
+                    logit_map=student.logit_map,
+                    scratch=scratch,
+                    operand_dtype=student.operand_dtype,
+                )
                 table[_KD, chunk] += value
                 grads.add(student, chunk, operand)
 

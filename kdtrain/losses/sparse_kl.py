@@ -186,9 +186,15 @@ class _LinearSparseKd(torch.autograd.Function):
                 weights = call.weights.of_chunk(chunk, lse[chunk])
                 gradient = sparse_gradient(totals, terms, weights, columns, temperature, logit_map=side.logit_map)
                 operand = call.kernels.sparse_grad(
-                    logits, columns, weights.labels, gradient, temperature,
-                    logit_map=side.logit_map, scratch=scratch, operand_dtype=side.operand_dtype,
-                )  # fmt: skip
+                    logits,
+                    columns,
+                    weights.labels,
+                    gradient,
+                    temperature,
+                    logit_map=side.logit_map,
+                    scratch=scratch,
+                    operand_dtype=side.operand_dtype,
+                )
                 grads.add(side, chunk, operand)
 
         stream.in_turns(hidden.shape[0], rows, depth, begin, finish)

@@ -59,9 +59,17 @@ says nothing; flash-attn even holds files of the names of flash-attn-4's. Where 
 distribution, it fetches kernels from a hub."""
 
 BROKEN = (
-    ImportError, OSError, RuntimeError, AttributeError, NameError, LookupError, TypeError, ValueError, SyntaxError,
+    ImportError,
+    OSError,
+    RuntimeError,
+    AttributeError,
+    NameError,
+    LookupError,
+    TypeError,
+    ValueError,
+    SyntaxError,
     AssertionError,
-)  # fmt: skip
+)
 """What the import of a package raises that was made for another torch, Python or CUDA."""
 
 

@@ -40,9 +40,14 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, model: Any, shard: VocabShard, cuts: dict[str, Cut], cp_group: Group = None, *,
+        self,
+        model: Any,
+        shard: VocabShard,
+        cuts: dict[str, Cut],
+        cp_group: Group = None,
+        *,
         implementation: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.model: Any = model
         self.config: Any = model.config

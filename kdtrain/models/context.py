@@ -112,9 +112,15 @@ def use_context(model: Any, mesh: Mesh, source: str) -> None:
 
 
 def ulysses_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *,
-    implementation: str, **settings: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *,
+    implementation: str,
+    **settings: Any,
+) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, H, s, d], key and value perhaps with fewer heads -> [B, s, H, d].
 
     implementation: the stock one that computes it on [B, H / cp, S, d]. Communicates: two all-to-alls over the cp

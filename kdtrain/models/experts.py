@@ -23,10 +23,26 @@ from kdtrain.models.weight_files import Place
 from kdtrain.parallel.experts import expert_modules
 
 TEACHERS = (
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss", "cohere2_moe", "deepseek_v2",
-    "dots1", "exaone_moe", "flex_olmo", "glm4_moe_lite", "granitemoe", "granitemoeshared", "hy_v3", "mimo_v2_flash",
-    "phimoe", "solar_open",
-)  # fmt: skip
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "glm4_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "cohere2_moe",
+    "deepseek_v2",
+    "dots1",
+    "exaone_moe",
+    "flex_olmo",
+    "glm4_moe_lite",
+    "granitemoe",
+    "granitemoeshared",
+    "hy_v3",
+    "mimo_v2_flash",
+    "phimoe",
+    "solar_open",
+)
 """Kinds whose hidden states, read from either form of folder, tests compare with those of `from_pretrained`."""
 
 
@@ -51,9 +67,13 @@ class PerExpert:
         return shape[1] // len(self.places)
 
     def read(
-        self, get: Callable[[Place, tuple[int, ...], tuple[slice, ...]], Tensor], shape: tuple[int, ...], dim: int,
-        start: int, stop: int,
-    ) -> Tensor:  # fmt: skip
+        self,
+        get: Callable[[Place, tuple[int, ...], tuple[slice, ...]], Tensor],
+        shape: tuple[int, ...],
+        dim: int,
+        start: int,
+        stop: int,
+    ) -> Tensor:
         """Elements [start, stop) along `dim` of the packed parameter, whose full shape is `shape`.
 
         get(place, full shape, index): a slice of one expert's matrix; no other element is read. Raises as `rows_of`.

@@ -254,9 +254,7 @@ def _checked_and_cut(
     return Backbone(model, shard, kept, mesh.cp_group, implementation=implementation)
 
 
-def _cut(
-    model: Any, source: str, mesh: Mesh, shard: VocabShard, *, trainable: bool, sequence: bool
-) -> dict[str, Cut]:  # fmt: skip
+def _cut(model: Any, source: str, mesh: Mesh, shard: VocabShard, *, trainable: bool, sequence: bool) -> dict[str, Cut]:
     """Cut `model`, whole until now, for this rank of `mesh`, in place; every cut by parameter name."""
     if trainable and mesh.tp_size > 1:
         _refuse_dropout(model)

@@ -23,9 +23,16 @@ from kdtrain.models.shrink import VOCAB_SIZE
 from kdtrain.models.stock import BUILD_ERRORS, parameters_on_meta, stock_model
 
 DECLARED = (
-    "max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "max_seq_length",
-    "max_sequence_length", "seq_length", "n_ctx", "context_length",
-)  # fmt: skip
+    "max_position_embeddings",
+    "n_positions",
+    "max_target_positions",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "seq_length",
+    "n_ctx",
+    "context_length",
+)
 """Keys of a config that say for how many positions a model was made, under every name in use."""
 
 FEW, SLACK = 16, 4
@@ -63,8 +70,12 @@ def check_positions(spec: ModelSpec, role: str, *, vocab_size: int, seq_len: int
     if key is not None and found.declared[key] < seq_len:
         LOGGER.warning(
             "data.seq_len = %d is more than the %d positions that %s was made for (%s in its config): where documents "
-            "are longer, it extrapolates", seq_len, found.declared[key], source, key,
-        )  # fmt: skip
+            "are longer, it extrapolates",
+            seq_len,
+            found.declared[key],
+            source,
+            key,
+        )
 
 
 def positions_of(model: Any, source: str, seq_len: int) -> Positions:

@@ -104,9 +104,14 @@ def _quantized(weight: Tensor, kind: str, largest: Tensor | None) -> Any:
     # This class takes no scale: a column that carries it is quantised too, and left out afterwards.
     whole = Float8Tensor.from_hp(torch.cat([weight, largest], 1), granularity=rows)
     return Float8Tensor(
-        whole.qdata[:, :-1].contiguous(), whole.scale, [1, weight.shape[1]], whole.mm_config, whole.act_quant_kwargs,
-        whole.kernel_preference, whole.dtype,
-    )  # fmt: skip
+        whole.qdata[:, :-1].contiguous(),
+        whole.scale,
+        [1, weight.shape[1]],
+        whole.mm_config,
+        whole.act_quant_kwargs,
+        whole.kernel_preference,
+        whole.dtype,
+    )
 
 
 def _parameter_bytes(backbone: Backbone) -> int:

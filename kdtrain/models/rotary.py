@@ -122,8 +122,10 @@ def say_document_lengths(kinds: list[str], source: str) -> None:
     if kinds:
         LOGGER.info(
             "rotary embeddings of %s are of the type %s, which depends on length: each document uses the tables of its "
-            "own length", source, ", ".join(kinds),
-        )  # fmt: skip
+            "own length",
+            source,
+            ", ".join(kinds),
+        )
 
 
 def rope_types(module: nn.Module) -> list[str]:

@@ -22,9 +22,17 @@ FLOAT_TAG = "__float__"
 """The only key of an object that stands for a number JSON does not have, as transformers 5 writes it."""
 
 BUILD_ERRORS = (
-    ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, ArithmeticError,
-    ImportError, StrictDataclassError,
-)  # fmt: skip
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    ArithmeticError,
+    ImportError,
+    StrictDataclassError,
+)
 """What stock code raises for a config whose settings do not fit each other."""
 
 

@@ -14,14 +14,21 @@ _FEW: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 24, "
 _LOCAL = {"num_local_experts": 6, "num_experts_per_tok": 2}
 _GROUPED = {"n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 20}
 _LATENT = {
-    "num_key_value_heads": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
     "v_head_dim": 8,
-}  # fmt: skip
+}
 
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
     "qwen2_moe": {
-        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 28,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "shared_expert_intermediate_size": 28,
     },
     # Eight features are a unit where a GPU wants whole rows of 16 bytes: 40 are cut unevenly over 2 and 4 ranks.
     "qwen3_moe": {"num_experts": 12, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "head_dim": 8},
@@ -29,7 +36,9 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "glm4_moe": {**_GROUPED, "head_dim": 8, "n_group": 1, "topk_group": 1, "use_qk_norm": True},
     "deepseek_v3": {**_GROUPED, **_LATENT, "n_group": 2, "topk_group": 1},
     "gpt_oss": {
-        "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 8,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
     "cohere2_moe": {"num_experts": 6, "num_experts_per_tok": 2},
@@ -44,7 +53,7 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {**_FEW, "n_routed_experts": 6},
     "phimoe": _LOCAL,
     "solar_open": {**_FEW, "n_routed_experts": 6},
-}  # fmt: skip
+}
 """model_type -> settings beside the common ones of `kdtrain.models.tiny`."""
 
 

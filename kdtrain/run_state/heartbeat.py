@@ -128,11 +128,19 @@ class Watchdog:
     """
 
     def __init__(
-        self, pulse: Pulse, folder: Path, world_size: int, *, teachers: Sequence[int] = (), warn_s: float,
+        self,
+        pulse: Pulse,
+        folder: Path,
+        world_size: int,
+        *,
+        teachers: Sequence[int] = (),
+        warn_s: float,
         exit_s: float | None = None,
-        give_up: Callable[[str], None] = lambda why: None, end: Callable[[int], None] = os._exit,
-        clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
+        give_up: Callable[[str], None] = lambda why: None,
+        end: Callable[[int], None] = os._exit,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
         self._pulse, self._folder, self._world_size, self._teachers = pulse, folder, world_size, list(teachers)
         self._warn_s, self._exit_s = warn_s, exit_s
         self._give_up, self._end, self._clock, self._wall = give_up, end, clock, wall
@@ -215,9 +223,17 @@ class Watchdog:
         late = f"{self._report(waited)}\n  why: guard.stall_exit_s = {self._exit_s:g} s have passed"
         beats, now = read_beats(self._folder, self._world_size), self._wall()
         rows = [
-            {"rank": b.rank, "host": b.host, "step": b.step, "phases": b.count, "completed": f"{b.done}/{b.done_step}",
-             "in": b.now or "-", "seconds ago": round(now - b.time)} for b in beats.values()
-        ]  # fmt: skip
+            {
+                "rank": b.rank,
+                "host": b.host,
+                "step": b.step,
+                "phases": b.count,
+                "completed": f"{b.done}/{b.done_step}",
+                "in": b.now or "-",
+                "seconds ago": round(now - b.time),
+            }
+            for b in beats.values()
+        ]
         with contextlib.suppress(OSError):  # whoever read what this process says may be gone
             print(f"kdtrain: {late}", format_table(rows) if rows else "", sep="\n", file=sys.stderr, flush=True)
             faulthandler.dump_traceback(all_threads=True)

@@ -86,9 +86,13 @@ class LockKeeper:
     """
 
     def __init__(
-        self, folder: Path, mine: dict[str, Any], *, lost: Callable[[str], None] = lambda why: None,
+        self,
+        folder: Path,
+        mine: dict[str, Any],
+        *,
+        lost: Callable[[str], None] = lambda why: None,
         end: Callable[[int], object] = os._exit,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._path, self._mine, self._lost, self._end = folder / NAME, mine, lost, end
         self._can_touch = True
         self._stop = threading.Event()
@@ -139,8 +143,9 @@ class LockKeeper:
                 f"kdtrain: {why}\n  why: it was not touched for run.lock_lease_s = {self._mine['lease_s']:g} s, "
                 "and two runs in one folder would overwrite each other's checkpoints\n"
                 "  fix: let the other run go on; set run.lock_lease_s higher if this host stood still for long",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
+                file=sys.stderr,
+                flush=True,
+            )
             self._lost(why)
         self._end(EXIT_OTHER)
 

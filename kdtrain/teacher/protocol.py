@@ -62,7 +62,7 @@ def failure_of(board: Board, rank: int, fallback: PeerLost) -> PeerLost:
 
 def compare_facts(
     board: Board, teachers: Sequence[int], mine: dict[str, Any], timeout: timedelta
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """What each teacher has told of itself, once it has been held against `mine`: ConfigError naming both values,
     PeerLost if one failed."""
     found = []

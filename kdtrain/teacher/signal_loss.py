@@ -48,7 +48,18 @@ def dense_loss(
         z_weight = None if z_weight is None else spread.gather(z_weight)
         shard, group = spread.shard, spread.group
     parts = linear_kd_loss(
-        hidden, head, signal.hidden_states, signal.head, labels, kd_weight=kd_weight, ce_weight=ce_weight,
-        z_weight=z_weight, shard=shard, group=group, slab_bytes=layout.slab_bytes, backend=layout.backend, **settings,
-    )  # fmt: skip
+        hidden,
+        head,
+        signal.hidden_states,
+        signal.head,
+        labels,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        z_weight=z_weight,
+        shard=shard,
+        group=group,
+        slab_bytes=layout.slab_bytes,
+        backend=layout.backend,
+        **settings,
+    )
     return parts if spread is None else spread.own(parts)

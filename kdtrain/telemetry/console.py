@@ -77,8 +77,10 @@ EVAL_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 def format_line(label: str, pairs: Sequence[tuple[str, str]]) -> str:
     """`label`, padded, then `name value` pairs two spaces apart."""
-    return "  ".join([f"{label:<{LABEL_WIDTH}}".rstrip() if not pairs else f"{label:<{LABEL_WIDTH - 2}}"]
-                     + [f"{name} {value}" for name, value in pairs])  # fmt: skip
+    return "  ".join(
+        [f"{label:<{LABEL_WIDTH}}".rstrip() if not pairs else f"{label:<{LABEL_WIDTH - 2}}"]
+        + [f"{name} {value}" for name, value in pairs]
+    )
 
 
 def format_step(record: Mapping[str, float], last_step: int | None = None) -> str:

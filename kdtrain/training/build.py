@@ -114,9 +114,15 @@ def check_lengths(cfg: RunConfig, inputs: Inputs, *, trainable: bool) -> None:
 
 
 def build_models(
-    cfg: RunConfig, inputs: Inputs, mesh: Mesh, device: torch.device, *, trainable: bool, wire: Wire | None = None,
+    cfg: RunConfig,
+    inputs: Inputs,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    trainable: bool,
+    wire: Wire | None = None,
     on_stop: Callable[[], None] = lambda: None,
-) -> Models:  # fmt: skip
+) -> Models:
     """Both models, their heads cut into the same rows; no engine of the student yet. Every rank must call it.
 
     wire: to a teacher on ranks of its own. on_stop: called when that teacher has been asked to end.
@@ -127,9 +133,16 @@ def build_models(
     check_kernels(cfg.train.kernels, device)
     rows = head_rows(cfg, inputs.total_rows)
     student = load_backbone(
-        student_spec(cfg), mesh, vocab_size=inputs.vocab_size, total_rows=rows, device=device, trainable=trainable,
-        seed=cfg.run.seed, packed=cfg.data.reset_positions, sequence=cfg.parallel.sequence,
-    )  # fmt: skip
+        student_spec(cfg),
+        mesh,
+        vocab_size=inputs.vocab_size,
+        total_rows=rows,
+        device=device,
+        trainable=trainable,
+        seed=cfg.run.seed,
+        packed=cfg.data.reset_positions,
+        sequence=cfg.parallel.sequence,
+    )
     layout = HeadLayout(student.shard, mesh.tp_group, cfg.train.slab_bytes, cfg.train.kernels)
     if spec is None:
         return Models(student, None, layout, None)
@@ -163,18 +176,29 @@ def add_teacher(cfg: RunConfig, spec: ModelSpec, models: Models, mesh: Mesh, dev
     own_mesh = sharded_mesh if tp > 1 else mesh.without_tp()
     cut_mesh, gather_mesh = _ahead_meshes(mesh, tp) if t.overlap else (own_mesh, mesh)
     backbone = load_backbone(
-        spec, cut_mesh, vocab_size=shard.vocab_size, total_rows=shard.rows * mesh.tp_size,
-        device=device if t.zero_stage == 0 else "cpu", trainable=False, packed=cfg.data.reset_positions,
-    )  # fmt: skip
+        spec,
+        cut_mesh,
+        vocab_size=shard.vocab_size,
+        total_rows=shard.rows * mesh.tp_size,
+        device=device if t.zero_stage == 0 else "cpu",
+        trainable=False,
+        packed=cfg.data.reset_positions,
+    )
     if t.zero_stage == 0:
         side = SideStream(device) if t.overlap else None
         teacher = OnlineTeacher(backbone, gather_mesh, shard, own_mesh, side=side, max_tokens=t.max_tokens_per_forward)
         return replace(models, teacher=teacher, teacher_backbone=backbone)
     engine = FrozenEngine(backbone, sharded_mesh, device=device, dtype=t.dtype, offload=t.offload)
     teacher = OnlineTeacher(
-        backbone, mesh, shard, own_mesh, forward=engine.hidden_states, head=engine.head, together=True,
+        backbone,
+        mesh,
+        shard,
+        own_mesh,
+        forward=engine.hidden_states,
+        head=engine.head,
+        together=True,
         max_tokens=t.max_tokens_per_forward,
-    )  # fmt: skip
+    )
     return replace(models, teacher=teacher, teacher_backbone=backbone)
 
 
@@ -196,20 +220,33 @@ def packing_of(cfg: RunConfig, prefix: tuple[int, ...] = ()) -> Packing:
 
 
 def build_loader(
-    cfg: RunConfig, inputs: Inputs, mesh: Mesh, prefix: tuple[int, ...] = (), *, prefetch: int | None = None,
+    cfg: RunConfig,
+    inputs: Inputs,
+    mesh: Mesh,
+    prefix: tuple[int, ...] = (),
+    *,
+    prefetch: int | None = None,
     pin_memory: bool = False,
-) -> StepLoader:  # fmt: skip
+) -> StepLoader:
     """This data rank's micro-batches; their global order depends on run.seed alone. prefetch: default data.prefetch.
 
     pin_memory: for a run on CUDA, as `StepLoader`.
     """
     d = cfg.data
     return StepLoader(
-        inputs.train, d.train_weights, packing=packing_of(cfg, prefix),
-        sequences_per_step=d.tokens_per_step // d.seq_len, sequences_per_micro_batch=d.sequences_per_micro_batch,
-        dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, cp_rank=mesh.cp_rank, cp_size=mesh.cp_size, seed=cfg.run.seed,
-        prefetch=d.prefetch if prefetch is None else prefetch, pin_memory=pin_memory,
-    )  # fmt: skip
+        inputs.train,
+        d.train_weights,
+        packing=packing_of(cfg, prefix),
+        sequences_per_step=d.tokens_per_step // d.seq_len,
+        sequences_per_micro_batch=d.sequences_per_micro_batch,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        cp_rank=mesh.cp_rank,
+        cp_size=mesh.cp_size,
+        seed=cfg.run.seed,
+        prefetch=d.prefetch if prefetch is None else prefetch,
+        pin_memory=pin_memory,
+    )
 
 
 class TimedTeacher:
@@ -246,10 +283,15 @@ def evaluation_batches(cfg: RunConfig, inputs: Inputs, mesh: Mesh, prefix: tuple
     if inputs.validation is None:
         raise ConfigError("data.validation is not set\n  fix: name a token store to evaluate on")
     return validation_batches(
-        inputs.validation, packing=packing_of(cfg, prefix), sequences_per_batch=cfg.data.sequences_per_micro_batch,
-        dp_rank=mesh.dp_rank, dp_size=mesh.dp_size, cp_rank=mesh.cp_rank, cp_size=mesh.cp_size,
+        inputs.validation,
+        packing=packing_of(cfg, prefix),
+        sequences_per_batch=cfg.data.sequences_per_micro_batch,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        cp_rank=mesh.cp_rank,
+        cp_size=mesh.cp_size,
         max_tokens=cfg.eval.max_tokens,
-    )  # fmt: skip
+    )
 
 
 def costs_of(cfg: RunConfig, models: Models, mesh: Mesh, device: torch.device) -> Costs:
@@ -259,6 +301,7 @@ def costs_of(cfg: RunConfig, models: Models, mesh: Mesh, device: torch.device) -
     teacher = forward_flops_per_token(facts.config, facts.num_active_parameters, seq_len) if distils and facts else 0.0
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return Costs(
-        training_flops_per_token(student.config, student.num_parameters(), seq_len), teacher,
+        training_flops_per_token(student.config, student.num_parameters(), seq_len),
+        teacher,
         None if peak is None else peak * (mesh.world_size + teacher_ranks(cfg)),
-    )  # fmt: skip
+    )

@@ -33,9 +33,14 @@ from kdtrain.teacher.server import Inbox, TeacherServer
 
 
 def serve(
-    cfg: RunConfig, spec: ModelSpec, vocab_size: int, runtime: Runtime, *, folder: Path | None = None,
+    cfg: RunConfig,
+    spec: ModelSpec,
+    vocab_size: int,
+    runtime: Runtime,
+    *,
+    folder: Path | None = None,
     wants_stop: Callable[[], bool] = lambda: False,
-) -> None:  # fmt: skip
+) -> None:
     """The whole life of a teacher's rank: load, tell what was loaded, answer until the student's ranks have ended.
 
     folder: of the run, where heartbeats and warnings are written; None: nowhere. Every teacher rank must call it.
@@ -66,9 +71,18 @@ def serve(
 
     with stack:
         TeacherServer(
-            wire, mesh, inbox, clients, answer_of(backbone), device=runtime.device, in_flight=in_flight(cfg),
-            max_tokens=cfg.teacher.max_tokens_per_forward, begun=begun, wants_stop=wants_stop, pulse=pulse,
-        ).run()  # fmt: skip
+            wire,
+            mesh,
+            inbox,
+            clients,
+            answer_of(backbone),
+            device=runtime.device,
+            in_flight=in_flight(cfg),
+            max_tokens=cfg.teacher.max_tokens_per_forward,
+            begun=begun,
+            wants_stop=wants_stop,
+            pulse=pulse,
+        ).run()
 
 
 def answer_of(backbone: Backbone) -> Callable[[Batch], Tensor]:
@@ -117,9 +131,14 @@ def student_side(cfg: RunConfig, runtime: Runtime) -> Iterator[None]:
 
 
 def remote_teacher(
-    cfg: RunConfig, spec: ModelSpec, shard: VocabShard, mesh: Mesh, device: torch.device, wire: Wire,
+    cfg: RunConfig,
+    spec: ModelSpec,
+    shard: VocabShard,
+    mesh: Mesh,
+    device: torch.device,
+    wire: Wire,
     on_stop: Callable[[], None],
-) -> tuple[RemoteTeacher, LoadedHead, str]:  # fmt: skip
+) -> tuple[RemoteTeacher, LoadedHead, str]:
     """The teacher as a student's rank holds it: whom to ask for hidden states, its rows of the head, and the name of
     what computes attention on the first teacher's ranks.
 

@@ -37,14 +37,22 @@ def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh,
     origin = "from scratch" if cfg.student.weights is None else f"from {cfg.student.weights}"
     LOGGER.info("mesh     %s   zero: student %d", mesh_line(cfg, mesh.world_size), cfg.zero.stage)
     LOGGER.info(
-        "student  %s   %s parameters, %s, %s, %s", cfg.student.architecture or cfg.student.weights,
-        f"{student.num_parameters():,}", origin, cfg.student.dtype, common_name(student.implementation),
-    )  # fmt: skip
+        "student  %s   %s parameters, %s, %s, %s",
+        cfg.student.architecture or cfg.student.weights,
+        f"{student.num_parameters():,}",
+        origin,
+        cfg.student.dtype,
+        common_name(student.implementation),
+    )
     if models.teacher_facts is not None:
         LOGGER.info(
-            "teacher  %s   %s, frozen, %s, %s, %s", cfg.teacher.weights, _parameters(models.teacher_facts),
-            _teacher_layout(cfg), cfg.teacher.dtype, common_name(models.teacher_attention),
-        )  # fmt: skip
+            "teacher  %s   %s, frozen, %s, %s, %s",
+            cfg.teacher.weights,
+            _parameters(models.teacher_facts),
+            _teacher_layout(cfg),
+            cfg.teacher.dtype,
+            common_name(models.teacher_attention),
+        )
     LOGGER.info("loss     %s", loss_line(cfg))
     LOGGER.info("data     %s", data_line(cfg, inputs, mesh.dp_size))
     attention = student.implementation, models.teacher_attention
@@ -140,8 +148,9 @@ def log_memory(cfg: RunConfig, inputs: Inputs, dp_size: int, *, attention: tuple
         without = estimate(usual, inputs, dp_size, attention=attention, on_cuda=on_cuda)
         LOGGER.info(
             "memory   buckets take %.2f GiB by zero.extra.reduce_bucket_size; %.2f GiB without it",
-            found.parts["buckets"] / GIB, without.parts["buckets"] / GIB,
-        )  # fmt: skip
+            found.parts["buckets"] / GIB,
+            without.parts["buckets"] / GIB,
+        )
     teacher = build.teacher_spec(cfg)
     if teacher is not None and teacher_ranks(cfg):
         size = _size(teacher, inputs, trainable=False)
@@ -152,10 +161,15 @@ def log_memory(cfg: RunConfig, inputs: Inputs, dp_size: int, *, attention: tuple
 def _size(spec: ModelSpec, inputs: Inputs, *, trainable: bool = True) -> ModelSize:
     facts = model_facts(spec, inputs.vocab_size, trainable=trainable)
     return ModelSize(
-        facts.num_parameters, _int(facts.config, "hidden_size"), _int(facts.config, "num_hidden_layers"),
-        inputs.total_rows, facts.num_expert_parameters, facts.num_float32_parameters,
-        _known(facts.config, "num_attention_heads"), _known(facts.config, "intermediate_size"),
-    )  # fmt: skip
+        facts.num_parameters,
+        _int(facts.config, "hidden_size"),
+        _int(facts.config, "num_hidden_layers"),
+        inputs.total_rows,
+        facts.num_expert_parameters,
+        facts.num_float32_parameters,
+        _known(facts.config, "num_attention_heads"),
+        _known(facts.config, "intermediate_size"),
+    )
 
 
 def _known(config: Any, name: str) -> int:

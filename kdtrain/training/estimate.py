@@ -64,9 +64,15 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    cfg: RunConfig, student: ModelSize, teacher: ModelSize | None, *, dp_size: int, on_cuda: bool,
-    student_attention: str, teacher_attention: str = "sdpa",
-) -> MemoryEstimate:  # fmt: skip
+    cfg: RunConfig,
+    student: ModelSize,
+    teacher: ModelSize | None,
+    *,
+    dp_size: int,
+    on_cuda: bool,
+    student_attention: str,
+    teacher_attention: str = "sdpa",
+) -> MemoryEstimate:
     """Persistent and peak bytes per rank (our derivation; docs/results/memory_cpu.md holds it against runs).
 
     Student: weights; an fp32 gradient; fp32 master copy (at stage 0 the weights) and two Adam moments; ZeRO divides the
@@ -177,10 +183,14 @@ def _student_masks(cfg: RunConfig, student: ModelSize, attention: str) -> float:
     """With parallel.cp a rank has whole sequences inside attention, and a part of the heads."""
     layers = 1 if cfg.student.activation_checkpointing else student.num_layers
     return mask_bytes(
-        attention, sequences=cfg.data.sequences_per_micro_batch, seq_len=cfg.data.seq_len,
-        item=BYTES[cfg.student.dtype], layers=layers, heads=student.num_heads // (cfg.parallel.tp * cfg.parallel.cp),
+        attention,
+        sequences=cfg.data.sequences_per_micro_batch,
+        seq_len=cfg.data.seq_len,
+        item=BYTES[cfg.student.dtype],
+        layers=layers,
+        heads=student.num_heads // (cfg.parallel.tp * cfg.parallel.cp),
         packed=cfg.data.reset_positions,
-    )  # fmt: skip
+    )
 
 
 def estimate_teacher_rank(cfg: RunConfig, teacher: ModelSize, *, dp_size: int, attention: str) -> MemoryEstimate:
@@ -238,9 +248,14 @@ def _teacher_masks(cfg: RunConfig, teacher: ModelSize, attention: str, sequences
     if (limit := cfg.teacher.max_tokens_per_forward) is not None:
         sequences = min(sequences, max(1, limit // cfg.data.seq_len))
     return mask_bytes(
-        attention, sequences=sequences, seq_len=cfg.data.seq_len, item=BYTES[cfg.teacher.dtype], layers=1,
-        heads=teacher.num_heads // teacher_tp(cfg), packed=cfg.data.reset_positions,
-    )  # fmt: skip
+        attention,
+        sequences=sequences,
+        seq_len=cfg.data.seq_len,
+        item=BYTES[cfg.teacher.dtype],
+        layers=1,
+        heads=teacher.num_heads // teacher_tp(cfg),
+        packed=cfg.data.reset_positions,
+    )
 
 
 def _teacher_bytes(cfg: RunConfig, teacher: ModelSize) -> float:

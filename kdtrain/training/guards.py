@@ -188,9 +188,10 @@ class SlowRanks:
         worst = max(range(len(shares)), key=shares.__getitem__)
         if shares[worst] > self._share and self._may_warn("data"):
             _warn(
-                self._mesh, "slow     %s waited for data in %.0f%% of the steps' time (guard.data_wait_share = %g)",
+                self._mesh,
+                "slow     %s waited for data in %.0f%% of the steps' time (guard.data_wait_share = %g)",
                 *(self._name(worst), 100 * shares[worst], self._share),
-            )  # fmt: skip
+            )
 
     def _straggler(self, own: list[float]) -> dict[str, float]:
         if len(own) == 1:

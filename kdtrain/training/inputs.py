@@ -117,5 +117,10 @@ def _compare_prefix(store: TokenStore, role: str, folder: Path) -> None:
         LOGGER.warning(
             "the tokenizer of %s.weights = %s puts the ids %s before every text, %s has %s before every document; a "
             "model that misses what it was trained with predicts badly (launch/prepare_corpus.py --bos auto puts it "
-            "there)", role, folder, usual, store.path, stored,
-        )  # fmt: skip
+            "there)",
+            role,
+            folder,
+            usual,
+            store.path,
+            stored,
+        )

@@ -47,8 +47,12 @@ def quantize_teacher(cfg: RunConfig, models: Models, batch: Batch, mesh: Mesh) -
     cost = QuantizationCost(total / max(count, 1.0), int(count) // mesh.tp_size, new / old)
     LOGGER.info(
         "teacher  %s: KL to its %s self %.3g nats/token over %d tokens, weights %.2f of the bytes",
-        kind, cfg.teacher.dtype, cost.kl, cost.num_tokens, cost.bytes_share,
-    )  # fmt: skip
+        kind,
+        cfg.teacher.dtype,
+        cost.kl,
+        cost.num_tokens,
+        cost.bytes_share,
+    )
     return cost
 
 
@@ -64,10 +68,19 @@ def divergence(one: DenseSignal, other: DenseSignal, batch: Batch, layout: HeadL
     if spread is not None:
         labels, weight = spread.gather(labels), spread.gather(weight)
     parts = linear_kd_loss(
-        other.hidden_states, other.head, one.hidden_states, one.head, labels, divergence="forward_kl",
-        kd_weight=weight, ce_weight=torch.zeros_like(weight), shard=shard, group=group, slab_bytes=layout.slab_bytes,
+        other.hidden_states,
+        other.head,
+        one.hidden_states,
+        one.head,
+        labels,
+        divergence="forward_kl",
+        kd_weight=weight,
+        ce_weight=torch.zeros_like(weight),
+        shard=shard,
+        group=group,
+        slab_bytes=layout.slab_bytes,
         backend=layout.backend,
-    )  # fmt: skip
+    )
     if spread is not None:
         parts = spread.own(parts)
     assert parts.kd is not None

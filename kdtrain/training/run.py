@@ -150,14 +150,25 @@ def _trained_prefix(cfg: RunConfig, inputs: Inputs, choice: PrefixChoice) -> Pre
 
 
 def _train(
-    request: Request, inputs: Inputs, choice: PrefixChoice, mesh: Mesh, rank: bootstrap.Runtime, folder: Path,
-    opened: RunFolder | None, stop: StopRequest,
-) -> None:  # fmt: skip
+    request: Request,
+    inputs: Inputs,
+    choice: PrefixChoice,
+    mesh: Mesh,
+    rank: bootstrap.Runtime,
+    folder: Path,
+    opened: RunFolder | None,
+    stop: StopRequest,
+) -> None:
     cfg, device = request.config, rank.device
     models = build.build_models(
-        cfg, inputs, mesh, device, trainable=True, wire=rank.wire,
+        cfg,
+        inputs,
+        mesh,
+        device,
+        trainable=True,
+        wire=rank.wire,
         on_stop=lambda: stop.ask("a dedicated teacher's rank was asked to stop"),
-    )  # fmt: skip
+    )
     resume_from = on_main(mesh, lambda: find_start(cfg, inputs, folder))
     prefix = _prepare_teacher(cfg, inputs, choice, models, mesh, rank, resume_from)
     loader = build.build_loader(cfg, inputs, mesh, prefix, pin_memory=device.type == "cuda")
@@ -178,15 +189,28 @@ def _train(
     reporter = Reporter(sinks, mesh, device, costs, last_step)
     reporter.resumed(progress)
     evaluator = Evaluator(
-        Validation(engine, models.teacher, models.layout, mesh), engine,
-        lambda: build.evaluation_batches(cfg, inputs, mesh, prefix), reporter, device,
-    )  # fmt: skip
+        Validation(engine, models.teacher, models.layout, mesh),
+        engine,
+        lambda: build.evaluation_batches(cfg, inputs, mesh, prefix),
+        reporter,
+        device,
+    )
     trainer = Trainer(
-        cfg=cfg, mesh=mesh, device=device, engine=engine,
-        objective=build.build_objective(cfg, engine, models, timer), loader=loader, evaluator=evaluator,
-        checkpoints=checkpoints, reporter=reporter, guards=Guards(cfg.guard, mesh, device, progress, events),
-        timer=timer, stop=stop, progress=progress, looks_ahead=cfg.teacher.layout == "dedicated",
-    )  # fmt: skip
+        cfg=cfg,
+        mesh=mesh,
+        device=device,
+        engine=engine,
+        objective=build.build_objective(cfg, engine, models, timer),
+        loader=loader,
+        evaluator=evaluator,
+        checkpoints=checkpoints,
+        reporter=reporter,
+        guards=Guards(cfg.guard, mesh, device, progress, events),
+        timer=timer,
+        stop=stop,
+        progress=progress,
+        looks_ahead=cfg.teacher.layout == "dedicated",
+    )
     try:
         with _watchdog(cfg.guard, pulse, mesh, folder, opened, rank.roles.teachers):
             trainer.run()
@@ -251,7 +275,7 @@ def _sinks(cfg: RunConfig, folder: Path, progress: Progress) -> tuple[list[Sink]
 
 def _watchdog(
     settings: GuardSection, pulse: Pulse, mesh: Mesh, folder: Path, opened: RunFolder | None, teachers: range
-) -> AbstractContextManager[object]:  # fmt: skip
+) -> AbstractContextManager[object]:
     """Who notices on this rank that nothing moves; ending the run, rank 0 says so in STATUS."""
     if settings.stall_warn_s is None:
         return nullcontext()
@@ -261,9 +285,14 @@ def _watchdog(
             opened.set_status("failed", why)
 
     return Watchdog(
-        pulse, folder, mesh.world_size, teachers=teachers, warn_s=settings.stall_warn_s, exit_s=settings.stall_exit_s,
+        pulse,
+        folder,
+        mesh.world_size,
+        teachers=teachers,
+        warn_s=settings.stall_warn_s,
+        exit_s=settings.stall_exit_s,
         give_up=give_up,
-    )  # fmt: skip
+    )
 
 
 @contextmanager

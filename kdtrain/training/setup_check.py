@@ -50,11 +50,14 @@ def run_checks(cfg: RunConfig) -> int:
         share = Share.of_this_rank(socket.gethostname())
         shares = gather_objects(share, world)
         mine = [
-            *versions(), device_row(rank.device), mesh_row(cfg, mesh),
+            *versions(),
+            device_row(rank.device),
+            mesh_row(cfg, mesh),
             *settings_rows(cfg, mesh, rank.device, share, shares, os.environ),
-            *kernel_rows(mesh, rank.device, cfg.train.kernels), *collective_rows(mesh, rank.device),
+            *kernel_rows(mesh, rank.device, cfg.train.kernels),
+            *collective_rows(mesh, rank.device),
             *disk_rows(Path(cfg.run.output_dir), mesh),
-        ]  # fmt: skip
+        ]
         rows = merge(gather_objects(mine, world), [share.host for share in shares])
         if mesh.is_main:
             print(headline(describe(world_size=mesh.world_size)))

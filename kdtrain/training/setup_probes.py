@@ -83,10 +83,12 @@ def _compared(mesh: Mesh, device: torch.device, dtype: torch.dtype, backend: str
     errors = {name: loss_error(name, mesh, device, dtype, backend) for name in reference.DIVERGENCES}
     worst = max(errors, key=lambda name: errors[name])
     return Row.judged(
-        f"kernels {backend} {str(dtype).removeprefix('torch.')}", errors[worst] <= TOLERANCE[dtype],
+        f"kernels {backend} {str(dtype).removeprefix('torch.')}",
+        errors[worst] <= TOLERANCE[dtype],
         f"{len(errors)} divergences over tp {mesh.tp_size}: gradients within {TOLERANCE[dtype]:g} of float64"
-        if errors[worst] <= TOLERANCE[dtype] else f"over tp {mesh.tp_size}: {worst} is off by {errors[worst]:.1e}",
-    )  # fmt: skip
+        if errors[worst] <= TOLERANCE[dtype]
+        else f"over tp {mesh.tp_size}: {worst} is off by {errors[worst]:.1e}",
+    )
 
 
 def loss_error(divergence: str, mesh: Mesh, device: torch.device, dtype: torch.dtype, backend: str) -> float:
@@ -105,16 +107,32 @@ def loss_error(divergence: str, mesh: Mesh, device: torch.device, dtype: torch.d
 
     student, head = hidden[0].clone().requires_grad_(), heads[0][mine].clone().requires_grad_()
     loss = linear_kd_loss(
-        student, head, hidden[1], heads[1][mine], labels, divergence=divergence, temperature=2.0, shard=shard,
-        kd_weight=weights[0], ce_weight=weights[1], group=mesh.tp_group, slab_bytes=1 << 20, backend=backend,
-    ).loss  # fmt: skip
+        student,
+        head,
+        hidden[1],
+        heads[1][mine],
+        labels,
+        divergence=divergence,
+        temperature=2.0,
+        shard=shard,
+        kd_weight=weights[0],
+        ce_weight=weights[1],
+        group=mesh.tp_group,
+        slab_bytes=1 << 20,
+        backend=backend,
+    ).loss
     loss.backward()
 
     x, w = (tensor.double().requires_grad_() for tensor in (hidden[0], heads[0]))
     expected = reference.total_loss(
-        reference.head_logits(x, w, VOCAB), reference.head_logits(hidden[1], heads[1], VOCAB), labels,
-        divergence=divergence, temperature=2.0, kd_weight=weights[0], ce_weight=weights[1],
-    )  # fmt: skip
+        reference.head_logits(x, w, VOCAB),
+        reference.head_logits(hidden[1], heads[1], VOCAB),
+        labels,
+        divergence=divergence,
+        temperature=2.0,
+        kd_weight=weights[0],
+        ce_weight=weights[1],
+    )
     expected.backward()
     pairs = ((loss.detach(), expected.detach()), (_grad(student), _grad(x)), (_grad(head), _grad(w)[mine]))
     return max(_relative(found, right) for found, right in pairs)

@@ -74,8 +74,12 @@ def _build_problem(compiler: str) -> str:
             source.write_text("#include <Python.h>\nPyObject *none(void) { Py_RETURN_NONE; }\n")
             done = subprocess.run(
                 [compiler, str(source), "-shared", "-fPIC", f"-I{include}", "-o", f"{folder}/launcher.so"],
-                capture_output=True, text=True, timeout=60, check=False, env={**os.environ, "LC_ALL": "C"},
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+                env={**os.environ, "LC_ALL": "C"},
+            )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"{compiler} cannot be run: {getattr(error, 'strerror', None) or type(error).__name__}"
     if done.returncode == 0:
@@ -167,11 +171,13 @@ def float32_row(device: torch.device, environ: Mapping[str, str]) -> Row:
     factor = torch.full((SIDE, SIDE), 1 + 2.0**-12, device=device)
     exact = bool((factor @ torch.ones_like(factor) == SIDE * (1 + 2.0**-12)).all())
     precision, override = torch.get_float32_matmul_precision(), environ.get("NVIDIA_TF32_OVERRIDE")
-    about = ", ".join([
-        f"torch's precision is {precision}",
-        *(f"{name}={environ[name]}" for name in TF32_VARIABLES if name in environ),
-        *(["convolutions may use TF32"] if torch.backends.cudnn.allow_tf32 and override != "0" else []),
-    ])  # fmt: skip
+    about = ", ".join(
+        [
+            f"torch's precision is {precision}",
+            *(f"{name}={environ[name]}" for name in TF32_VARIABLES if name in environ),
+            *(["convolutions may use TF32"] if torch.backends.cudnn.allow_tf32 and override != "0" else []),
+        ]
+    )
     if not exact:
         return Row("float32 products", "warn", f"rounded to TF32 or less ({about})")
     if override not in (None, "0") or (precision != "highest" and override is None):

@@ -67,9 +67,12 @@ def _stage_1(cfg: RunConfig, share: Share, size: float, reduced: float, *, on_cu
     gradients, part = 4 * share.parameters, share.parameters / share.zero_size
     copy = max(0.0, 8 * part - gradients)  # this rank's part, flattened, beside what is left of them
     return ZeroMemory(
-        gradients, _step(cfg, share, part, copy=copy, fused=on_cuda), reducing=4 * reduced,
-        bucket=4 * size + _staging(cfg, share), moved=4 * reduced,
-    )  # fmt: skip
+        gradients,
+        _step(cfg, share, part, copy=copy, fused=on_cuda),
+        reducing=4 * reduced,
+        bucket=4 * size + _staging(cfg, share),
+        moved=4 * reduced,
+    )
 
 
 def _stage_2(cfg: RunConfig, share: Share, size: float, reduced: float, *, on_cuda: bool) -> ZeroMemory:

@@ -25,9 +25,16 @@ Probe = Callable[[torch.device], None]
 
 
 FAILURES = (
-    RuntimeError, ImportError, OSError, ValueError, TypeError, AttributeError, LookupError, AssertionError,
+    RuntimeError,
+    ImportError,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
     subprocess.SubprocessError,
-)  # fmt: skip
+)
 """What triton, torch, a driver and a C compiler raise where a launch fails."""
 
 

@@ -278,9 +278,15 @@ def stopping_by_its_second_rank(rank, world_size, folder):
     if rank > 0:
         mesh = Mesh(world_size=2, rank=rank - 1, tp_size=2, tp_group=group)
         server = TeacherServer(
-            wire, mesh, Inbox(wire, [0]) if rank == 1 else None, [0], hidden_of, device=torch.device("cpu"),
-            in_flight=4, wants_stop=lambda: rank == 2 and server.num_answers > 1,
-        )  # fmt: skip
+            wire,
+            mesh,
+            Inbox(wire, [0]) if rank == 1 else None,
+            [0],
+            hidden_of,
+            device=torch.device("cpu"),
+            in_flight=4,
+            wants_stop=lambda: rank == 2 and server.num_answers > 1,
+        )
         with pytest.raises(RunStopped):
             server.run()
         return None

@@ -49,12 +49,18 @@ class Case:
 CASES = {
     1: [Case(1, 1, "plain"), Case(1, 2, "plain zero3", odd=True)],
     2: [
-        Case(2, 1, "tp"), Case(2, 2, "tp", odd=True), Case(2, 3, "plain"), Case(1, 1, "tp2"), Case(1, 2, "plain"),
-        Case(1, 1, "plain zero3", odd=True), Case(1, 3, "plain zero3"), Case(2, 1, "plain zero3", odd=True),
+        Case(2, 1, "tp"),
+        Case(2, 2, "tp", odd=True),
+        Case(2, 3, "plain"),
+        Case(1, 1, "tp2"),
+        Case(1, 2, "plain"),
+        Case(1, 1, "plain zero3", odd=True),
+        Case(1, 3, "plain zero3"),
+        Case(2, 1, "plain zero3", odd=True),
         Case(1, 2, "plain zero3 offload"),
     ],
     4: [Case(2, 1, "tp zero3", odd=True), Case(2, 2, "tp zero3"), Case(2, 1, "tp4"), Case(1, 1, "tp2 zero3", odd=True)],
-}  # fmt: skip
+}
 
 
 def student_of(folder, mesh, rows=None):
@@ -62,9 +68,13 @@ def student_of(folder, mesh, rows=None):
     if not path.exists():
         path.write_text(json.dumps(tiny_config("qwen3")))
     return load_backbone(
-        ModelSpec(architecture=str(path), dtype="float32"), mesh, vocab_size=VOCAB, total_rows=rows, trainable=True,
+        ModelSpec(architecture=str(path), dtype="float32"),
+        mesh,
+        vocab_size=VOCAB,
+        total_rows=rows,
+        trainable=True,
         seed=3,
-    )  # fmt: skip
+    )
 
 
 def teacher_spec(folder, case):

@@ -66,8 +66,9 @@ def test_what_one_rank_meets_all_ranks_learn(fresh_pool, tmp_path):
     assert answers[0][0] == answers[1][0]
     assert [answer[1] for answer in answers] == [2, 2]
     assert [answer[2].partition(" (")[0] for answer in answers] == [
-        "  samples of data rank 0: [8, 9, 10, 11]", "  samples of data rank 1: [12, 13, 14, 15]",
-    ]  # fmt: skip
+        "  samples of data rank 0: [8, 9, 10, 11]",
+        "  samples of data rank 1: [12, 13, 14, 15]",
+    ]
     both = [[8, 9, 10, 11], [12, 13, 14, 15]]
     for folder in (folders[0], folders[0] / "stops"):
         assert test.records(folder / "skipped.jsonl") == [{"data/step": 2, "grad_norm": "nan", "sample_ids": both}]

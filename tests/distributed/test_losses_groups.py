@@ -218,9 +218,17 @@ def run_extras(rank, world_size):
         if op == "kd":
             head_t = cut_head(case.head_t, shard)
             loss = linear_kd_loss(
-                hidden, head, case.hidden_t, head_t, case.labels, divergence="jsd", kd_weight=case.kd_weight,
-                ce_weight=case.ce_weight, temperature=2.0, **shared,
-            ).loss  # fmt: skip
+                hidden,
+                head,
+                case.hidden_t,
+                head_t,
+                case.labels,
+                divergence="jsd",
+                kd_weight=case.kd_weight,
+                ce_weight=case.ce_weight,
+                temperature=2.0,
+                **shared,
+            ).loss
         else:
             loss = linear_cross_entropy(hidden, head, case.labels, weight=case.ce_weight, **shared).loss
         loss.backward()
@@ -290,8 +298,9 @@ def run_wrong_group(rank, world_size):
         (VocabShard.of(101, (rank + 1) % world_size, world_size), group),
     ):
         try:
-            linear_cross_entropy(case.hidden_s, cut_head(case.head_s, shard), case.labels, weight=case.ce_weight,
-                                 shard=shard, group=used)  # fmt: skip
+            linear_cross_entropy(
+                case.hidden_s, cut_head(case.head_s, shard), case.labels, weight=case.ce_weight, shard=shard, group=used
+            )
         except ValueError as error:
             said.append(str(error))
     return said

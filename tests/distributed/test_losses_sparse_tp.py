@@ -144,9 +144,16 @@ def _gradients_of_a_trunk(rank: int, world_size: int) -> list[torch.Tensor]:
     trunk = torch.eye(16, dtype=torch.float64).requires_grad_()
     head = cut_head(case.base.head_s, shard)
     linear_sparse_kd_loss(
-        case.base.hidden_s @ trunk, head, case.target, case.base.labels, divergence="reverse_kl", shard=shard,
-        kd_weight=case.base.kd_weight, ce_weight=case.base.ce_weight, group=dist.group.WORLD,
-    ).loss.backward()  # fmt: skip
+        case.base.hidden_s @ trunk,
+        head,
+        case.target,
+        case.base.labels,
+        divergence="reverse_kl",
+        shard=shard,
+        kd_weight=case.base.kd_weight,
+        ce_weight=case.base.ce_weight,
+        group=dist.group.WORLD,
+    ).loss.backward()
     return [trunk.grad, head.weight.grad[: shard.valid_rows]]
 
 

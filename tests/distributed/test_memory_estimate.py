@@ -28,9 +28,16 @@ def job(stage, dtype, bucket, rank, folder):
     student = folder / f"student_{rank}.json"
     student.write_text(json.dumps({**STUDENT, "num_hidden_layers": 4}))
     return {
-        **jobs()[0], "student": str(student), "vocab": 1024, "seq_len": 384, "micro": 1, "sequences": 4,
-        "dtype": dtype, "zero": stage, "bucket": bucket,
-    }  # fmt: skip
+        **jobs()[0],
+        "student": str(student),
+        "vocab": 1024,
+        "seq_len": 384,
+        "micro": 1,
+        "sequences": 4,
+        "dtype": dtype,
+        "zero": stage,
+        "bucket": bucket,
+    }
 
 
 def measured(rank, world_size, folder):

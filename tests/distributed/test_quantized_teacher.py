@@ -127,9 +127,14 @@ def test_its_cost_is_the_same_in_every_layout_and_on_all_ranks(kind, fresh_pool,
 
 
 LATENT = {
-    "model_type": "minicpm3", "num_key_value_heads": 8, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 4, "v_head_dim": 4,
-}  # fmt: skip
+    "model_type": "minicpm3",
+    "num_key_value_heads": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+}
 
 
 def latent_weights(rank, world_size, folder, kind):

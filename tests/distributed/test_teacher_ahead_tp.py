@@ -74,5 +74,7 @@ def groups_in_use(rank, world_size, folder):
 def test_an_overlapping_teacher_shares_no_group_with_student_and_loss(fresh_pool, tmp_path):
     for found in fresh_pool(2).run(groups_in_use, folder=tmp_path):
         assert found == {
-            (2, "plain overlap"): (1, 0, True), (2, "tp overlap"): (1, 0, True), (1, "tp2 overlap"): (1, 0, True),
-        }  # fmt: skip
+            (2, "plain overlap"): (1, 0, True),
+            (2, "tp overlap"): (1, 0, True),
+            (1, "tp2 overlap"): (1, 0, True),
+        }

@@ -54,9 +54,11 @@ def environment(folder):
     hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {
         **{name: value for name, value in os.environ.items() if name not in hidden and not name.startswith("SLURM")},
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
         "PATH": os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }  # fmt: skip
+    }
 
 
 def replaced(text, **names):
@@ -84,9 +86,13 @@ def test_a_job_that_is_warned_saves_is_requeued_and_goes_on(tmp_path, config):
 
     def start(**more):
         return subprocess.Popen(
-            ["bash", str(script)], cwd=tmp_path, env=environment(tmp_path) | slurm | more, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            ["bash", str(script)],
+            cwd=tmp_path,
+            env=environment(tmp_path) | slurm | more,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     job = start()
     deadline = time.monotonic() + 150

@@ -32,9 +32,7 @@ def numbers(folder):
 
 
 def test_a_deterministic_run_keeps_its_numbers_and_says_what_it_does(tmp_path):
-    config = write_run(
-        tmp_path, student=tiny_config("llama"), teacher=tiny_config("qwen3"), steps=3, zero={"stage": 2}
-    )  # fmt: skip
+    config = write_run(tmp_path, student=tiny_config("llama"), teacher=tiny_config("qwen3"), steps=3, zero={"stage": 2})
     plain, strict = run(config, "plain"), run(config, "strict", "debug.deterministic=true")
     assert (plain.returncode, strict.returncode) == (0, 0), plain.stderr + strict.stderr
     assert "deterministic algorithms only" in strict.stdout

@@ -17,8 +17,12 @@ def test_the_probe_and_two_whole_runs_pass_on_the_cpu(tmp_path):
     names = {"PYTHON": sys.executable, "ARGS": "--cpu", "RUNS": "zero2_overlap_async resumed", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         ["sh", str(ROOT / "benchmarks/gpu_suite.sh"), "gpu-1", str(tmp_path)],
-        capture_output=True, text=True, timeout=560, check=False, env={**os.environ, **names},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=560,
+        check=False,
+        env={**os.environ, **names},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "gpu-1.txt").read_text(encoding="utf-8").splitlines()[1:]
     stages = ("products", "streams", "snapshot", "packed", "inplace", "train")

@@ -59,8 +59,10 @@ def status(config, name):
 
 def test_ranks_with_different_settings_are_refused_on_all_of_them(config):
     port = free_port()
-    both = [start(config, "run.name=differ", f"optim.lr={rate}", rank=r, ranks=2, port=port)
-            for r, rate in enumerate((1e-3, 2e-3))]  # fmt: skip
+    both = [
+        start(config, "run.name=differ", f"optim.lr={rate}", rank=r, ranks=2, port=port)
+        for r, rate in enumerate((1e-3, 2e-3))
+    ]
     (code, said), (other, _) = [end_of(process) for process in both]
     assert (code, other) == (2, 2), said
     assert "the configuration of ranks [1] differs from rank 0's (" in said

@@ -74,9 +74,16 @@ def test_the_soak_goes_on_from_whole_lines_only(soak, killed, work):
 
 def test_the_table_counts_kills_and_shows_faults(soak):
     record = {
-        "signal": 9, "in_save_of": 3, "name": "a", "code": -9, "left": [], "step": 4, "wrong": "", "same": True,
+        "signal": 9,
+        "in_save_of": 3,
+        "name": "a",
+        "code": -9,
+        "left": [],
+        "step": 4,
+        "wrong": "",
+        "same": True,
         "commit": "abc",
-    }  # fmt: skip
+    }
     inside = {**record, "left": [".step_000005.writing"]}
     text = soak.table_of([record, inside, inside])
     assert "**3 kills in 1 runs, 0 with a fault.** 3 were aimed" in text

@@ -37,9 +37,15 @@ def launcher(*words, ranks=2):
         port = s.getsockname()[1]
     tool = Path(sys.executable).with_name("deepspeed")
     return [
-        sys.executable, str(tool), "--num_accelerators", str(ranks), "--master_port", str(port),
-        str(ROOT / "launch/train.py"), *map(str, words),
-    ]  # fmt: skip
+        sys.executable,
+        str(tool),
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        str(port),
+        str(ROOT / "launch/train.py"),
+        *map(str, words),
+    ]
 
 
 def deepspeed(*words, ranks=2):
@@ -78,9 +84,19 @@ def world(tmp_path_factory):
     student = folder / "student.json"
     student.write_text(json.dumps(tiny_config("qwen3", max_position_embeddings=64, tie_word_embeddings=True)))
     done = script(
-        "prepare_corpus.py", "--tokenizer", teacher, "--output", folder / "data", "--validation-share", 0.1,
-        "--workers", 1, "--inner-separators", "keep", folder / "text.jsonl",
-    )  # fmt: skip
+        "prepare_corpus.py",
+        "--tokenizer",
+        teacher,
+        "--output",
+        folder / "data",
+        "--validation-share",
+        0.1,
+        "--workers",
+        1,
+        "--inner-separators",
+        "keep",
+        folder / "text.jsonl",
+    )
     assert done.returncode == 0, done.stderr
     (folder / "config.yaml").write_text(
         f"""
@@ -201,9 +217,15 @@ def test_dropout_is_the_same_after_a_resume(world):
 
     def train(name, tokens):
         done = script(
-            "train.py", world / "config.yaml", f"student.architecture={student}", "parallel.tp=1", f"run.name={name}",
-            f"train.total_tokens={tokens}", "schedule.shape=constant", "checkpoint.export=false",
-        )  # fmt: skip
+            "train.py",
+            world / "config.yaml",
+            f"student.architecture={student}",
+            "parallel.tp=1",
+            f"run.name={name}",
+            f"train.total_tokens={tokens}",
+            "schedule.shape=constant",
+            "checkpoint.export=false",
+        )
         assert done.returncode == 0, done.stderr
         return records(world / "runs" / name)
 
@@ -317,9 +339,14 @@ def test_a_teacher_with_another_tokenizer_is_refused_with_both_ids(world, tmp_pa
 def test_neither_the_teachers_layout_nor_what_saves_memory_changes_anything(world, finished):
     whole, _ = finished
     done = deepspeed(
-        world / "config.yaml", "run.name=cut", "teacher.layout=tp", "debug.check_replicas=true",
-        "teacher.overlap=true", "teacher.max_tokens_per_forward=64", "zero.offload_optimizer=true",
-    )  # fmt: skip
+        world / "config.yaml",
+        "run.name=cut",
+        "teacher.layout=tp",
+        "debug.check_replicas=true",
+        "teacher.overlap=true",
+        "teacher.max_tokens_per_forward=64",
+        "zero.offload_optimizer=true",
+    )
     assert done.returncode == 0, done.stderr
     for mine, theirs in zip(records(world / "runs/cut"), records(whole), strict=True):
         for key in ("loss/total", "loss/kd", "optim/grad_norm", "eval/kl_to_teacher"):

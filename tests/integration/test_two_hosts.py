@@ -89,10 +89,25 @@ class Host:
         script = SSHD.format(name=self.name, sshd=sshd, folder=self.folder, address=self.address)
         with (self.folder / f"{self.name}.log").open("ab") as log:
             self.process = subprocess.Popen(
-                [_ip(), "netns", "exec", self.netns, "unshare", "--pid", "--fork", "--kill-child", "--mount", "--uts",
-                 "--mount-proc", "sh", "-c", script],
-                stdout=log, stderr=log,
-            )  # fmt: skip
+                [
+                    _ip(),
+                    "netns",
+                    "exec",
+                    self.netns,
+                    "unshare",
+                    "--pid",
+                    "--fork",
+                    "--kill-child",
+                    "--mount",
+                    "--uts",
+                    "--mount-proc",
+                    "sh",
+                    "-c",
+                    script,
+                ],
+                stdout=log,
+                stderr=log,
+            )
 
     def inside(self, *command):
         """The command line that runs `command` on this host."""
@@ -186,13 +201,20 @@ def start(hosts, folder, name, *, node=None, alone=False):
         f"OMP_NUM_THREADS=1\nHF_HUB_OFFLINE=1\nDS_ACCELERATOR=cpu\nPATH={path_with_sbin()}\nGLOO_SOCKET_IFNAME={WIRE}\n"
     )
     environment = {
-        **os.environ, "PATH": path_with_sbin(), "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-        "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": WIRE, "PDSH_SSH_ARGS_APPEND": ssh_options(folder),
-    }  # fmt: skip
+        **os.environ,
+        "PATH": path_with_sbin(),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "DS_ACCELERATOR": "cpu",
+        "GLOO_SOCKET_IFNAME": WIRE,
+        "PDSH_SSH_ARGS_APPEND": ssh_options(folder),
+    }
     names = {
-        " hostfile": f" {folder}/hostfile", "node-a": hosts[0].address, "=NAME": f"={name}",
-        "launch/train.py": ROOT / "launch/train.py", "CONFIG.yaml": folder / "config.yaml",
-    }  # fmt: skip
+        " hostfile": f" {folder}/hostfile",
+        "node-a": hosts[0].address,
+        "=NAME": f"={name}",
+        "launch/train.py": ROOT / "launch/train.py",
+        "CONFIG.yaml": folder / "config.yaml",
+    }
     if alone:
         command, host = ["deepspeed", "--num_accelerators=2", *driven("hostfile", **names)[-3:]], hosts[node]
     elif node is None:
@@ -241,9 +263,14 @@ def test_hosts_that_lose_power_end_the_run_and_the_same_command_goes_on_bitwise(
     if reason := what_is_missing():
         pytest.skip(reason)
     write_run(
-        tmp_path, student=tiny_config("smollm"), teacher=tiny_config("qwen3"), num_documents=600, steps=STEPS,
-        run={"lock_lease_s": 4}, guard={"stall_warn_s": 5, "stall_exit_s": LOST_S},
-    )  # fmt: skip
+        tmp_path,
+        student=tiny_config("smollm"),
+        teacher=tiny_config("qwen3"),
+        num_documents=600,
+        steps=STEPS,
+        run={"lock_lease_s": 4},
+        guard={"stall_warn_s": 5, "stall_exit_s": LOST_S},
+    )
     with two_hosts(tmp_path) as hosts:
         wait_for_ssh(hosts, tmp_path)
         whole = start(hosts, tmp_path, "whole")

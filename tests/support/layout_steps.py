@@ -257,9 +257,16 @@ def join(world_size: int, device_type: str = "cpu") -> dict[int, Mesh]:
 def student_of(folder: Path, mesh: Mesh, case: Case, device: torch.device = CPU) -> Backbone:
     """The case's student, cut for this rank, on `device`."""
     return build_backbone(
-        folder, case.family, mesh, dtype=case.dtype, recompute=case.recompute, teacher=case.teacher,
-        sequence=case.sequence, device=device, attention=case.attention,
-    )  # fmt: skip
+        folder,
+        case.family,
+        mesh,
+        dtype=case.dtype,
+        recompute=case.recompute,
+        teacher=case.teacher,
+        sequence=case.sequence,
+        device=device,
+        attention=case.attention,
+    )
 
 
 def engine_of(

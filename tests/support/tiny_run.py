@@ -14,9 +14,14 @@ TOKENS_PER_STEP = 128
 
 
 def write_run(
-    folder: Path, *, student: dict[str, Any], teacher: dict[str, Any] | None = None, num_documents: int = 400,
-    steps: int, **sections: dict[str, Any],
-) -> Path:  # fmt: skip
+    folder: Path,
+    *,
+    student: dict[str, Any],
+    teacher: dict[str, Any] | None = None,
+    num_documents: int = 400,
+    steps: int,
+    **sections: dict[str, Any],
+) -> Path:
     """folder/config.yaml, written last, and all it names; runs go to folder/runs.
 
     student: a Hugging Face config. teacher: likewise; None: the student is pre-trained alone. sections: settings to add
@@ -29,7 +34,9 @@ def write_run(
         "run": {"output_dir": str(folder / "runs")},
         "student": {"architecture": str(folder / "student.json"), "dtype": "float32"},
         "data": {
-            "train": [str(folder / "store")], "seq_len": 16, "tokens_per_step": TOKENS_PER_STEP,
+            "train": [str(folder / "store")],
+            "seq_len": 16,
+            "tokens_per_step": TOKENS_PER_STEP,
             "sequences_per_micro_batch": 4,
         },
         "objective": {"name": "pretrain"},
@@ -38,7 +45,7 @@ def write_run(
         "checkpoint": {"every_steps": 1, "export": False},
         "log": {"every_steps": 1},
         "debug": {"self_check": False},
-    }  # fmt: skip
+    }
     if teacher is not None:
         save_random(tokenizer, {**teacher, "vocab_size": 257})
         settings["teacher"] = {"weights": str(tokenizer), "dtype": "float32"}

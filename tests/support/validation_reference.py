@@ -24,9 +24,11 @@ def reference_means(student: Any, teacher: Any, batches: Iterable[Batch], vocab_
         labels = batch.labels.flatten()[valid].unsqueeze(1)
         q, p = (
             model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
-            .logits.double().flatten(0, 1)[valid, :vocab_size].log_softmax(-1)
+            .logits.double()
+            .flatten(0, 1)[valid, :vocab_size]
+            .log_softmax(-1)
             for model in (student, teacher)
-        )  # fmt: skip
+        )
         values = {
             "eval/val_nll": -q.gather(1, labels),
             "eval/teacher_nll": -p.gather(1, labels),

@@ -26,8 +26,12 @@ def test_one_round_of_a_tiny_model_saves_both_ways_and_keeps_one_checkpoint(tmp_
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "benchmarks")))
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "student.json"), str(tmp_path / "saved")],
-        capture_output=True, text=True, check=False, timeout=200, env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
     assert done.returncode == 0, done.stderr
     size, table = json.loads(done.stdout.splitlines()[-1])
     (kept,) = (tmp_path / "saved").iterdir()

@@ -123,8 +123,10 @@ def test_an_operation_that_raises_is_a_row_and_the_next_one_is_checked(tmp_path,
         correct.main()
     rows = rows_of(tmp_path / "dry_correct.csv")
     assert [(row["op"], row["verdict"]) for row in rows[:3]] == [
-        ("linear_kd_loss", "ok"), ("raised", "FAIL"), ("linear_sparse_kd_loss", "ok"),
-    ]  # fmt: skip
+        ("linear_kd_loss", "ok"),
+        ("raised", "FAIL"),
+        ("linear_sparse_kd_loss", "ok"),
+    ]
     assert rows[1]["errors"] == "RuntimeError: out of resources"
     assert rows[-1]["op"] == "linear_topk"
 

@@ -48,19 +48,28 @@ def test_nested_phases_become_disjoint_ones():
         {"data_wait": 1.0, "forward": 10.0, "teacher": 4.0, "head": 3.0, "backward": 5.0, "optimizer": 2.0}, 20.0
     )
     assert found == {
-        "data": 1.0, "teacher": 4.0, "decoder": 3.0, "head": 3.0, "backward": 5.0, "optimizer": 2.0, "rest": 2.0,
-    }  # fmt: skip
+        "data": 1.0,
+        "teacher": 4.0,
+        "decoder": 3.0,
+        "head": 3.0,
+        "backward": 5.0,
+        "optimizer": 2.0,
+        "rest": 2.0,
+    }
 
 
 def test_the_ratio_is_of_medians_and_memory_is_held_against_the_estimate(bench, tmp_path):
     phases = dict.fromkeys(bench.PHASES, 0.001)
     more = {**phases, "teacher": 0.050, "head": 0.020, "backward": 0.003}
     answer = {
-        "device": "d", "threads": 1, "peak_bytes": 3 << 20, "parts": {"weights": 1 << 20, "teacher": 1 << 20},
+        "device": "d",
+        "threads": 1,
+        "peak_bytes": 3 << 20,
+        "parts": {"weights": 1 << 20, "teacher": 1 << 20},
         "estimate_bytes": 2 << 20,
         "seconds": {"distill": [0.1, 0.3, 0.2], "lm": [0.05, 0.9, 0.1], "teacher": [0.06]},
         "phases": {"distill": more, "lm": {**phases, "teacher": 0.0}},
-    }  # fmt: skip
+    }
     rows = bench.rows_of(toy(tmp_path), answer, "abc")
     assert [row["median_ms"] for row in rows] == ["200", "100", "60"]
     assert [row.get("ratio") for row in rows] == ["1.250", None, None]

@@ -172,17 +172,25 @@ def test_no_error_of_another_rank_is_lost(rank, local_rank, error, lines, monkey
 
 
 SLURM_STEP = {
-    "SLURM_STEP_ID": "2", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "2",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "123456",
     "SLURM_STEP_NODELIST": "gpu[007-008]",
-}  # fmt: skip
+}
 
 
 def test_a_slurm_step_becomes_ranks_that_find_each_other():
     environ = dict(SLURM_STEP)
     fill_launcher_environment(environ)
     assert {name: environ[name] for name in LAUNCHER_VARIABLES} == {
-        "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu007", "MASTER_PORT": "23458",
-    }  # fmt: skip
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu007",
+        "MASTER_PORT": "23458",
+    }
     require_meeting_point(environ)
 
 
@@ -346,10 +354,16 @@ def runnable_words(tmp_path, *more):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     return [
-        str(tmp_path / "c.yaml"), "run.name=a", f"run.output_dir={tmp_path}", "student.architecture=llama-5m",
-        f"data.train=[{tmp_path / 'store'}]", "objective.name=pretrain", "train.total_tokens=2e9",
-        "data.tokens_per_step=524288", *more,
-    ]  # fmt: skip
+        str(tmp_path / "c.yaml"),
+        "run.name=a",
+        f"run.output_dir={tmp_path}",
+        "student.architecture=llama-5m",
+        f"data.train=[{tmp_path / 'store'}]",
+        "objective.name=pretrain",
+        "train.total_tokens=2e9",
+        "data.tokens_per_step=524288",
+        *more,
+    ]
 
 
 def test_a_launcher_that_started_fewer_ranks_than_expected_is_refused_with_both_numbers(tmp_path, monkeypatch):

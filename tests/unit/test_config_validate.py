@@ -28,10 +28,16 @@ def runnable(**changes):
     """A configuration without a problem on 4 ranks, then changed: dotted keys with __ for the dots."""
     cfg = RunConfig()
     base = {
-        "run__name": "a-1.x_Y", "student__architecture": "llama-5m", "teacher__weights": "t", "data__train": ["a", "b"],
-        "data__seq_len": 8, "data__sequences_per_micro_batch": 3, "data__tokens_per_step": 96, "parallel__tp": 2,
+        "run__name": "a-1.x_Y",
+        "student__architecture": "llama-5m",
+        "teacher__weights": "t",
+        "data__train": ["a", "b"],
+        "data__seq_len": 8,
+        "data__sequences_per_micro_batch": 3,
+        "data__tokens_per_step": 96,
+        "parallel__tp": 2,
         "train__total_tokens": 960,
-    }  # fmt: skip
+    }
     for name, value in {**base, **changes}.items():
         *path, leaf = name.split("__")
         section = cfg
@@ -47,9 +53,10 @@ def distill(**changes):
 
 def dedicated(ranks, **changes):
     return {
-        "teacher__layout": "dedicated", "teacher__ranks": ranks,
+        "teacher__layout": "dedicated",
+        "teacher__ranks": ranks,
         **{f"teacher__{name}": value for name, value in changes.items()},
-    }  # fmt: skip
+    }
 
 
 # (changes to a configuration that runs on 4 ranks, key of the one problem, words of its reason or fix)
@@ -70,11 +77,13 @@ CASES = {
     "two students": ({"student__weights": "w"}, "student.architecture", "would be ignored: student.weights = w"),
     "no teacher": ({"teacher__weights": None}, "teacher.weights", "objective.name = distill needs a teacher"),
     "flash in fp32": (
-        {"student__attention": "flash_attention_2", "student__dtype": "float32"}, "student.attention",
+        {"student__attention": "flash_attention_2", "student__dtype": "float32"},
+        "student.attention",
         "cannot work on student.dtype = float32",
     ),
     "flash teacher in fp32": (
-        {"teacher__attention": "flash_attention_3", "teacher__dtype": "float32"}, "teacher.attention",
+        {"teacher__attention": "flash_attention_3", "teacher__dtype": "float32"},
+        "teacher.attention",
         "cannot work on teacher.dtype = float32",
     ),
     "no data": ({"data__train": []}, "data.train", "names no token store"),
@@ -92,112 +101,154 @@ CASES = {
     "tp 0": ({"parallel__tp": 0}, "parallel.tp", "is smaller than 1"),
     "sequence at tp 1": ({"parallel__tp": 1, "parallel__sequence": True}, "parallel.sequence", "parallel.tp = 1,"),
     "sequence of odd length": (
-        {"parallel__sequence": True, "data__seq_len": 3, "data__tokens_per_step": 90}, "parallel.sequence",
+        {"parallel__sequence": True, "data__seq_len": 3, "data__tokens_per_step": 90},
+        "parallel.sequence",
         "data.seq_len = 3",
     ),
     "tp 3": ({"parallel__tp": 3}, "parallel.tp", r"does not divide the number of ranks (4)"),
     "tp 8": ({"parallel__tp": 8}, "parallel.tp", r"use one of [1, 2, 4]"),
     "tokens not a multiple": ({"data__tokens_per_step": 100}, "data.tokens_per_step", "use 96 or 144"),
     "tokens below a micro-batch": (
-        {"data__tokens_per_step": 40}, "data.tokens_per_step", "multiple of 48 = seq_len 8 x sequences_per_micro_batch "
-        "3 x dp 2\n      fix: use 48, or",
+        {"data__tokens_per_step": 40},
+        "data.tokens_per_step",
+        "multiple of 48 = seq_len 8 x sequences_per_micro_batch 3 x dp 2\n      fix: use 48, or",
     ),
     "teacher's stage": ({"teacher__zero_stage": 1}, "teacher.zero_stage", "is neither 0 nor 3"),
     "optimizer offload at stage 0": (
-        {"zero__stage": 0, "student__dtype": "float32", "zero__offload_optimizer": True}, "zero.offload_optimizer",
+        {"zero__stage": 0, "student__dtype": "float32", "zero__offload_optimizer": True},
+        "zero.offload_optimizer",
         "would be ignored: zero.stage = 0",
     ),
     "teacher's tokens": (
-        {"teacher__max_tokens_per_forward": 7}, "teacher.max_tokens_per_forward", "is less than one sequence",
+        {"teacher__max_tokens_per_forward": 7},
+        "teacher.max_tokens_per_forward",
+        "is less than one sequence",
     ),
     "overlap without a teacher's step": (
-        {"objective__name": "pretrain", "teacher__overlap": True}, "teacher.overlap", "objective.name = pretrain",
+        {"objective__name": "pretrain", "teacher__overlap": True},
+        "teacher.overlap",
+        "objective.name = pretrain",
     ),
     "nothing to quantise": (
-        {"objective__name": "pretrain", "teacher__weights": None, "teacher__quantize": "int8"}, "teacher.quantize",
+        {"objective__name": "pretrain", "teacher__weights": None, "teacher__quantize": "int8"},
+        "teacher.quantize",
         "would be ignored: teacher.weights = null",
     ),
     **{
         f"{name} of no teacher": (
-            {"objective__name": "pretrain", "teacher__weights": None, f"teacher__{name}": value}, f"teacher.{name}",
+            {"objective__name": "pretrain", "teacher__weights": None, f"teacher__{name}": value},
+            f"teacher.{name}",
             f"would be ignored: teacher.weights = null\n      fix: set teacher.weights, or teacher.{name}={default}",
         )
         for name, value, default in (
-            ("layout", "dedicated", "plain"), ("tp", 2, "null"), ("ranks", 2, "null"), ("zero_stage", 3, "0"),
-            ("offload", True, "false"), ("overlap", True, "false"), ("max_tokens_per_forward", 64, "null"),
+            ("layout", "dedicated", "plain"),
+            ("tp", 2, "null"),
+            ("ranks", 2, "null"),
+            ("zero_stage", 3, "0"),
+            ("offload", True, "false"),
+            ("overlap", True, "false"),
+            ("max_tokens_per_forward", 64, "null"),
         )
     },
     "quantised in pieces": (
-        {"teacher__quantize": "int8", "teacher__zero_stage": 3}, "teacher.quantize", "divides ordinary weights only",
+        {"teacher__quantize": "int8", "teacher__zero_stage": 3},
+        "teacher.quantize",
+        "divides ordinary weights only",
     ),
     "quantised on ranks of its own": (
         {"teacher__layout": "dedicated", "teacher__ranks": 2, "teacher__quantize": "fp8", "data__tokens_per_step": 24},
-        "teacher.quantize", "measured where the head is",
+        "teacher.quantize",
+        "measured where the head is",
     ),
     "overlap with ZeRO-3": (
-        {"teacher__zero_stage": 3, "teacher__overlap": True}, "teacher.overlap", "a whole step runs ahead",
+        {"teacher__zero_stage": 3, "teacher__overlap": True},
+        "teacher.overlap",
+        "a whole step runs ahead",
     ),
     "offload alone": ({"teacher__offload": True}, "teacher.offload", "would be ignored: teacher.zero_stage is not 3"),
     "teacher's tp alone": ({"teacher__tp": 4}, "teacher.tp", "would be ignored: teacher.layout = plain"),
     "teacher's tp no multiple": (
-        {"teacher__tp": 3, "teacher__layout": "tp"}, "teacher.tp", "is no multiple of parallel.tp = 2",
+        {"teacher__tp": 3, "teacher__layout": "tp"},
+        "teacher.tp",
+        "is no multiple of parallel.tp = 2",
     ),
     "teacher's tp 0": ({"teacher__tp": 0, "teacher__layout": "tp"}, "teacher.tp", "use 2, 4 or 8"),
     "teacher's tp 8": ({"teacher__tp": 8, "teacher__layout": "tp"}, "teacher.tp", "does not divide the number"),
     "cp 0": ({"parallel__cp": 0}, "parallel.cp", "is smaller than 1"),
     "cp 4": ({"parallel__cp": 4}, "parallel.cp", "times parallel.tp = 2 does not divide the number of ranks (4)"),
     "cp of an odd length": (
-        {"parallel__cp": 2, "data__seq_len": 3, "data__tokens_per_step": 90}, "data.seq_len",
+        {"parallel__cp": 2, "data__seq_len": 3, "data__tokens_per_step": 90},
+        "data.seq_len",
         "is not a multiple of parallel.cp = 2",
     ),
     "cp beside a teacher cut further": (
-        {"parallel__cp": 2, "teacher__layout": "tp", "teacher__tp": 4}, "teacher.tp", "differs from parallel.tp = 2",
+        {"parallel__cp": 2, "teacher__layout": "tp", "teacher__tp": 4},
+        "teacher.tp",
+        "differs from parallel.tp = 2",
     ),
     "cp beside a teacher elsewhere": (
-        {**dedicated(2), "parallel__tp": 1, "parallel__cp": 2}, "teacher.layout", "is asked for whole sequences",
+        {**dedicated(2), "parallel__tp": 1, "parallel__cp": 2},
+        "teacher.layout",
+        "is asked for whole sequences",
     ),
     "ranks alone": ({"teacher__ranks": 2}, "teacher.ranks", "would be ignored: teacher.layout = plain"),
     "in_flight alone": ({"teacher__in_flight": 2}, "teacher.in_flight", "would be ignored: teacher.layout = plain"),
     "no number of ranks": ({"teacher__layout": "dedicated"}, "teacher.ranks", "needs a number of ranks"),
     "no teacher's rank": (dedicated(0), "teacher.ranks", "is smaller than 1"),
     "no student's rank": (
-        {**dedicated(4), "parallel__tp": 1}, "teacher.ranks", "leaves no rank for the student: the job has 4",
+        {**dedicated(4), "parallel__tp": 1},
+        "teacher.ranks",
+        "leaves no rank for the student: the job has 4",
     ),
     "dedicated tp": (
-        dedicated(2, tp=3), "teacher.tp", "does not divide teacher.ranks = 2\n      fix: use one of [1, 2]",
+        dedicated(2, tp=3),
+        "teacher.tp",
+        "does not divide teacher.ranks = 2\n      fix: use one of [1, 2]",
     ),
     "dedicated tp 0": (dedicated(2, tp=0), "teacher.tp", "does not divide teacher.ranks = 2"),
     "dedicated in pieces": (dedicated(2, zero_stage=3), "teacher.zero_stage", "must all run at once"),
     "dedicated overlap": (dedicated(2, overlap=True), "teacher.overlap", "always works ahead"),
     "nothing in flight": (dedicated(2, in_flight=0), "teacher.in_flight", "is not in [1, 1024]"),
     "idle teacher": (
-        {**dedicated(2), "objective__name": "pretrain"}, "teacher.layout", "asks the teacher only while it evaluates",
+        {**dedicated(2), "objective__name": "pretrain"},
+        "teacher.layout",
+        "asks the teacher only while it evaluates",
     ),
     "student's tp beside teachers": (
-        dedicated(1), "parallel.tp", "does not divide the number of the student's ranks (3)\n      fix: use one of",
+        dedicated(1),
+        "parallel.tp",
+        "does not divide the number of the student's ranks (3)\n      fix: use one of",
     ),
     "stage 0 in bf16": ({"zero__stage": 0}, "zero.stage", "keep no float32 master weights"),
     "owned zero key": ({"zero__extra": {"stage": 1}}, "zero.extra.stage", "is not yours to set: it is zero.stage"),
     "unknown zero key": (
-        {"zero__extra": {"reduce_bucketsize": 1}}, "zero.extra.reduce_bucketsize", "did you mean reduce_bucket_size?",
+        {"zero__extra": {"reduce_bucketsize": 1}},
+        "zero.extra.reduce_bucketsize",
+        "did you mean reduce_bucket_size?",
     ),
     "alien zero key": ({"zero__extra": {"xyz": 1}}, "zero.extra.xyz", "known: reduce_bucket_size, "),
     "zero switch": ({"zero__extra": {"reduce_scatter": 1}}, "zero.extra.reduce_scatter", "neither true nor false"),
     "zero count": (
-        {"zero__extra": {"sub_group_size": 0.5}}, "zero.extra.sub_group_size", "is not a whole number of elements",
+        {"zero__extra": {"sub_group_size": 0.5}},
+        "zero.extra.sub_group_size",
+        "is not a whole number of elements",
     ),
     "zero bucket of nothing": (
-        {"zero__extra": {"reduce_bucket_size": 0}}, "zero.extra.reduce_bucket_size", "number of elements above 0",
+        {"zero__extra": {"reduce_bucket_size": 0}},
+        "zero.extra.reduce_bucket_size",
+        "number of elements above 0",
     ),
     "zero count bool": ({"zero__extra": {"sub_group_size": True}}, "zero.extra.sub_group_size", "whole number"),
     "zero count nan": ({"zero__extra": {"sub_group_size": math.nan}}, "zero.extra.sub_group_size", "whole number"),
     "other objective": (
-        {"objective__name": "pretrain", **distill(kd_weight=0.9)}, "objective.distill.kd_weight",
+        {"objective__name": "pretrain", **distill(kd_weight=0.9)},
+        "objective.distill.kd_weight",
         "would be ignored: objective.name = pretrain",
     ),
     "skew without use": (distill(skew=0.2), "objective.distill.skew", "or use the divergence skew_kl or skew_reverse"),
     "share without use": (
-        distill(divergence="skew_kl", teacher_share=0.2), "objective.distill.teacher_share",
+        distill(divergence="skew_kl", teacher_share=0.2),
+        "objective.distill.teacher_share",
         "would be ignored: objective.distill.divergence = skew_kl",
     ),
     "exponent without use": (distill(ab_beta=0.2), "objective.distill.ab_beta", "use the divergence alpha_beta"),
@@ -225,16 +276,19 @@ CASES = {
     "warm-up": ({"schedule__warmup_tokens": 961}, "schedule.warmup_tokens", "is not in [0, 960]"),
     "negative warm-up": ({"schedule__warmup_tokens": -1}, "schedule.warmup_tokens", "is not in [0, 960]"),
     "default decay": (
-        {"schedule__shape": "wsd", "schedule__warmup_tokens": 900}, "schedule.decay_tokens",
+        {"schedule__shape": "wsd", "schedule__warmup_tokens": 900},
+        "schedule.decay_tokens",
         "means 96 tokens, but the warm-up leaves 60",
     ),
     "decay": (
         {"schedule__shape": "wsd", "schedule__warmup_tokens": 900, "schedule__decay_tokens": 61},
-        "schedule.decay_tokens", "is not in (0, 60]",
+        "schedule.decay_tokens",
+        "is not in (0, 60]",
     ),
     "decay without use": ({"schedule__decay_tokens": 96}, "schedule.decay_tokens", "ignored: schedule.shape = cosine"),
     "floor without use": (
-        {"schedule__shape": "constant", "schedule__min_lr_ratio": 0.2}, "schedule.min_lr_ratio",
+        {"schedule__shape": "constant", "schedule__min_lr_ratio": 0.2},
+        "schedule.min_lr_ratio",
         "would be ignored: schedule.shape = constant",
     ),
     "floor": ({"schedule__min_lr_ratio": 1.1}, "schedule.min_lr_ratio", "is not in [0, 1]"),
@@ -242,16 +296,22 @@ CASES = {
     "save": ({"checkpoint__every_steps": 0}, "checkpoint.every_steps", "is smaller than 1"),
     "keep": ({"checkpoint__keep_last": 0}, "checkpoint.keep_last", "is smaller than 1"),
     "keep every": (
-        {"checkpoint__keep_every": 0, "checkpoint__every_steps": 2}, "checkpoint.keep_every", "is smaller than 1"
+        {"checkpoint__keep_every": 0, "checkpoint__every_steps": 2},
+        "checkpoint.keep_every",
+        "is smaller than 1",
     ),
     "keep every of none": ({"checkpoint__keep_every": 4}, "checkpoint.keep_every", "would be ignored"),
     "keep every between": (
-        {"checkpoint__keep_every": 5, "checkpoint__every_steps": 2}, "checkpoint.keep_every", "is no multiple of"
+        {"checkpoint__keep_every": 5, "checkpoint__every_steps": 2},
+        "checkpoint.keep_every",
+        "is no multiple of",
     ),
     "other number of ranks": ({"parallel__world_size": 16}, "parallel.world_size", "expected, and 4 were started"),
     "no ranks": ({"parallel__world_size": 0}, "parallel.world_size", "is smaller than 1"),
     "two beginnings": (
-        {"run__continue_from": "a", "run__resume": "b"}, "run.continue_from", "while run.resume = b: a run begins at"
+        {"run__continue_from": "a", "run__resume": "b"},
+        "run.continue_from",
+        "while run.resume = b: a run begins at",
     ),
     "lease": ({"run__lock_lease_s": 0.0}, "run.lock_lease_s", "is not a positive number"),
     "async at the end": ({"checkpoint__async_write": True}, "checkpoint.async_write", "would change nothing"),
@@ -269,9 +329,11 @@ CASES = {
     "wait share": ({"guard__data_wait_share": 0.0}, "guard.data_wait_share", "is not in (0, 1]"),
     "exit before the warning": ({"guard__stall_exit_s": 299.0}, "guard.stall_exit_s", "less than guard.stall_warn_s"),
     "exit that nobody watches for": (
-        {"guard__stall_warn_s": None, "guard__stall_exit_s": 9.0}, "guard.stall_exit_s", "so nobody watches",
+        {"guard__stall_warn_s": None, "guard__stall_exit_s": 9.0},
+        "guard.stall_exit_s",
+        "so nobody watches",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -292,13 +354,22 @@ def test_each_mistake_is_one_problem_that_says_why_and_how_to_mend_it(case):
         {},
         {"parallel__tp": 4, "data__tokens_per_step": 24},
         {"objective__name": "pretrain", "teacher__weights": None},
-        {"objective__name": "pretrain", "teacher__weights": None, "teacher__attention": "flash_attention_2",
-         "teacher__dtype": "float32"},
+        {
+            "objective__name": "pretrain",
+            "teacher__weights": None,
+            "teacher__attention": "flash_attention_2",
+            "teacher__dtype": "float32",
+        },
         {"student__weights": "w", "student__architecture": None},
         {"zero__stage": 0, "student__dtype": "float32"},
         {"teacher__layout": "tp", "teacher__tp": 4, "teacher__zero_stage": 3, "teacher__offload": True},
-        {"teacher__layout": "dedicated", "teacher__ranks": 2, "teacher__tp": 2, "teacher__in_flight": 1,
-         "teacher__max_tokens_per_forward": 8},
+        {
+            "teacher__layout": "dedicated",
+            "teacher__ranks": 2,
+            "teacher__tp": 2,
+            "teacher__in_flight": 1,
+            "teacher__max_tokens_per_forward": 8,
+        },
         {"teacher__layout": "dedicated", "teacher__ranks": 3, "parallel__tp": 1},
         {"teacher__overlap": True, "teacher__max_tokens_per_forward": 8, "zero__offload_optimizer": True},
         {"run__seed": 2**64 - 1},
@@ -313,7 +384,7 @@ def test_each_mistake_is_one_problem_that_says_why_and_how_to_mend_it(case):
         distill(kd_weight=1.0, divergence="jsd", teacher_share=0.9),
         distill(divergence="alpha_beta", ab_alpha=-0.5, ab_beta=1.5),
     ],
-)  # fmt: skip
+)
 def test_what_can_run_has_no_problem(changes):
     assert list(validate.problems(runnable(**changes), world_size=4)) == []
 
@@ -333,9 +404,11 @@ def path_cases(tmp_path):
             (folder / content).write_text("{}")
     file.write_text("")
     good = {
-        "data__train": [str(store)], "data__validation": str(store), "teacher__weights": str(model),
+        "data__train": [str(store)],
+        "data__validation": str(store),
+        "teacher__weights": str(model),
         "run__output_dir": str(tmp_path / "new" / "runs"),
-    }  # fmt: skip
+    }
     changes = [
         ({}, None, ""),
         ({"run__resume": str(store)}, None, ""),

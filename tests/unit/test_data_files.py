@@ -28,10 +28,19 @@ def names(files, folder):
 def test_a_folder_is_read_whatever_the_case_and_through_links_and_the_rest_is_counted(tmp_path, logged):
     other = fill(tmp_path / "other", h__txt=b"linked")
     corpus = fill(
-        tmp_path / "corpus", a__txt=b"a", B__TXT=b"B", c__jsonl__zst=b"\x28\xb5\x2f\xfd", d__parquet=b"PAR1",
-        e__ndjson=LINE, f__dat=b"f", g__json__bz2=bz2.compress(LINE), i__JSONL__GZ=gzip.compress(LINE), README=b"x",
-        k__tar__xz=lzma.compress(b"tar"), l__DAT=b"l",
-    )  # fmt: skip
+        tmp_path / "corpus",
+        a__txt=b"a",
+        B__TXT=b"B",
+        c__jsonl__zst=b"\x28\xb5\x2f\xfd",
+        d__parquet=b"PAR1",
+        e__ndjson=LINE,
+        f__dat=b"f",
+        g__json__bz2=bz2.compress(LINE),
+        i__JSONL__GZ=gzip.compress(LINE),
+        README=b"x",
+        k__tar__xz=lzma.compress(b"tar"),
+        l__DAT=b"l",
+    )
     (corpus / "sub").symlink_to(other)
     (corpus / "gone.txt").symlink_to(tmp_path / "nowhere")
     found = find_files([corpus])
@@ -40,8 +49,14 @@ def test_a_folder_is_read_whatever_the_case_and_through_links_and_the_rest_is_co
     (said,) = logged.messages
     assert f"{corpus}: 8 files are ignored" in said
     for part in (
-        "2 .dat", "1 .zst", "1 .parquet", "1 .bz2", "1 .tar.xz", "1 without a suffix", "1 broken links and the like",
-    ):  # fmt: skip
+        "2 .dat",
+        "1 .zst",
+        "1 .parquet",
+        "1 .bz2",
+        "1 .tar.xz",
+        "1 without a suffix",
+        "1 broken links and the like",
+    ):
         assert part in said
 
 

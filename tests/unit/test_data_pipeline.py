@@ -102,9 +102,7 @@ def steps(store, number, **layout):
 def test_neither_dp_nor_micro_batch_nor_prefetch_changes_a_step(tmp_path, tokenizer_dir):
     store = write_store(tmp_path / "s", tokenizer_dir, random_documents(60))
     whole = [s[0].sample_ids.tolist() for s in steps(store, 5, sequences_per_micro_batch=8, prefetch=0)]
-    halves = [
-        steps(store, 5, sequences_per_micro_batch=2, dp_rank=r, dp_size=2, prefetch=3) for r in range(2)
-    ]  # fmt: skip
+    halves = [steps(store, 5, sequences_per_micro_batch=2, dp_rank=r, dp_size=2, prefetch=3) for r in range(2)]
     for step, ids in enumerate(whole):
         assert [i for half in halves for batch in half[step] for i in batch.sample_ids.tolist()] == ids
 

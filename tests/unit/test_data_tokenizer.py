@@ -72,10 +72,15 @@ def test_texts_are_neither_cut_nor_filled_up_by_what_the_file_keeps_for_a_models
 @pytest.mark.parametrize(
     "content",
     [
-        "{", "[]", "{}", '{"model": {"type": "BPE", "vocab": 3}}', '{"model": {}}',
-        pytest.param(f'{{"model": {"9" * 5000}}}', id="digits"), pytest.param("[" * 100_000, id="nesting"),
+        "{",
+        "[]",
+        "{}",
+        '{"model": {"type": "BPE", "vocab": 3}}',
+        '{"model": {}}',
+        pytest.param(f'{{"model": {"9" * 5000}}}', id="digits"),
+        pytest.param("[" * 100_000, id="nesting"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match=r"tokenizer\.json .*\n  fix: "):

@@ -15,16 +15,24 @@ CONFIG = {"data.validation": "val", "teacher.weights": "teachers/big", "data.seq
 
 def evaluation(tokens, seconds, **changes):
     return {
-        "data/step": tokens // 100, "data/tokens_seen": tokens, "time/train_s": seconds,
-        "eval/val_nll": 9 - seconds / 99, "eval/kl_to_teacher": 1.0, "eval/top1_agreement": 0.5,
-        "eval/teacher_nll": 3.0, **changes,
-    }  # fmt: skip
+        "data/step": tokens // 100,
+        "data/tokens_seen": tokens,
+        "time/train_s": seconds,
+        "eval/val_nll": 9 - seconds / 99,
+        "eval/kl_to_teacher": 1.0,
+        "eval/top1_agreement": 0.5,
+        "eval/teacher_nll": 3.0,
+        **changes,
+    }
 
 
 def step(tokens, seconds):
     return {
-        "data/tokens_seen": tokens, "time/train_s": seconds, "throughput/tokens_per_s": 1.0, "memory/host_gib": 1.25
-    }  # fmt: skip
+        "data/tokens_seen": tokens,
+        "time/train_s": seconds,
+        "throughput/tokens_per_s": 1.0,
+        "memory/host_gib": 1.25,
+    }
 
 
 def run(path, records, **config):
@@ -44,16 +52,22 @@ def kd(tmp_path):
 
 
 PLAIN = [
-    evaluation(0, 0.0), evaluation(1000, 50.0), step(5000, 250.0), evaluation(5000, 250.0), evaluation(6000, 290.0)
-]  # fmt: skip
+    evaluation(0, 0.0),
+    evaluation(1000, 50.0),
+    step(5000, 250.0),
+    evaluation(5000, 250.0),
+    evaluation(6000, 290.0),
+]
 
 
 def test_rows_are_at_equal_tokens_and_at_equal_seconds(tmp_path, kd):
     found = compare_runs(kd, run(tmp_path / "ce", PLAIN))
     assert [(row.name, row.tokens, row.seconds) for row in found.rows] == [
-        ("untrained", 0, 0.0), ("KD", 1000, 300.0), ("plain CE, equal tokens", 1000, 50.0),
+        ("untrained", 0, 0.0),
+        ("KD", 1000, 300.0),
+        ("plain CE, equal tokens", 1000, 50.0),
         ("plain CE, equal seconds", 6000, 290.0),
-    ]  # fmt: skip
+    ]
     assert found.tokens_per_s == (1000 / 300, 20.0)
     text = table_text(found)
     assert "| plain CE, equal seconds | 6,000 | 290 | 6.071 | 1.000 | 50.0 % |" in text
@@ -91,10 +105,18 @@ def test_incomplete_runs_are_refused_with_what_is_missing(tmp_path, kd):
         with pytest.raises(DataError, match=match):
             compare_runs(kd, run(tmp_path / name, records, **config))
 
-    refuse("lacks eval/kl_to_teacher, eval/top1_agreement", [
-        {k: v for k, v in evaluation(1000, 300.0).items() if k not in ("eval/kl_to_teacher", "eval/top1_agreement")},
-        step(1000, 300.0),
-    ], "no_teacher")  # fmt: skip
+    refuse(
+        "lacks eval/kl_to_teacher, eval/top1_agreement",
+        [
+            {
+                k: v
+                for k, v in evaluation(1000, 300.0).items()
+                if k not in ("eval/kl_to_teacher", "eval/top1_agreement")
+            },
+            step(1000, 300.0),
+        ],
+        "no_teacher",
+    )
     refuse("no complete record of training", [evaluation(1000, 300.0)], "no_steps")
     refuse("holds no evaluation", [step(1000, 300.0)], "no_evals")
     with pytest.raises(DataError, match=r"config\.yaml: no such file"):

@@ -21,9 +21,17 @@ def call(case, op, *, hidden, head, **extra):
     if op == "ce":
         return linear_cross_entropy(hidden, head, case.labels, weight=case.ce_weight, **shared)
     return linear_kd_loss(
-        hidden, head, case.hidden_t, case.head_t, case.labels, divergence=case.divergence,
-        kd_weight=case.kd_weight, ce_weight=case.ce_weight, **case.parameters, **shared,
-    )  # fmt: skip
+        hidden,
+        head,
+        case.hidden_t,
+        case.head_t,
+        case.labels,
+        divergence=case.divergence,
+        kd_weight=case.kd_weight,
+        ce_weight=case.ce_weight,
+        **case.parameters,
+        **shared,
+    )
 
 
 def leaves(case):

@@ -268,14 +268,21 @@ def test_tied_heads_and_a_frozen_trunk_get_their_gradients():
     weight = case.base.head_s.weight.clone().requires_grad_()
     tokens = torch.arange(9) * 7
     shared = {
-        "kd_weight": case.base.kd_weight, "ce_weight": case.base.ce_weight, "shard": shard, "slab_bytes": 8 * 2048 * 3
-    }  # fmt: skip
+        "kd_weight": case.base.kd_weight,
+        "ce_weight": case.base.ce_weight,
+        "shard": shard,
+        "slab_bytes": 8 * 2048 * 3,
+    }
     linear_sparse_kd_loss(weight[tokens], weight, case.target, case.base.labels, **shared).loss.backward()
     naive = case.base.head_s.weight.clone().requires_grad_()
     sparse_reference.sparse_total_loss(
-        naive[tokens] @ naive.T, case.target, case.base.labels, temperature=1.0,
-        kd_weight=case.base.kd_weight, ce_weight=case.base.ce_weight,
-    ).backward()  # fmt: skip
+        naive[tokens] @ naive.T,
+        case.target,
+        case.base.labels,
+        temperature=1.0,
+        kd_weight=case.base.kd_weight,
+        ce_weight=case.base.ce_weight,
+    ).backward()
     torch.testing.assert_close(weight.grad, naive.grad, rtol=1e-10, atol=1e-12)
 
     head = case.base.head_s.weight.clone().requires_grad_()
@@ -297,9 +304,16 @@ def test_z_loss_and_main_grad_work_as_in_the_dense_loss():
     base, buffer = case.base, torch.ones(101, 16, dtype=torch.float64)
     head = replace(base.head_s, weight=base.head_s.weight.clone().requires_grad_())
     linear_sparse_kd_loss(
-        base.hidden_s, head, case.target, base.labels, temperature=2.0, kd_weight=base.kd_weight,
-        ce_weight=base.ce_weight, shard=VocabShard.of(101, multiple=1), main_grad=buffer,
-    ).loss.backward()  # fmt: skip
+        base.hidden_s,
+        head,
+        case.target,
+        base.labels,
+        temperature=2.0,
+        kd_weight=base.kd_weight,
+        ce_weight=base.ce_weight,
+        shard=VocabShard.of(101, multiple=1),
+        main_grad=buffer,
+    ).loss.backward()
     assert head.weight.grad is None
     torch.testing.assert_close(buffer - 1.0, plain.grad_weight, rtol=1e-9, atol=1e-11)
 
@@ -341,9 +355,15 @@ def test_no_grad_gives_the_same_bits_and_an_empty_batch_is_fine():
     shared = {"divergence": "jsd", "temperature": 2.0, "shard": shard}
     with torch.no_grad():
         parts = linear_sparse_kd_loss(
-            base.hidden_s.clone().requires_grad_(), base.head_s, case.target, base.labels, kd_weight=base.kd_weight,
-            ce_weight=base.ce_weight, slab_bytes=stream.bytes_per_token(shard, None, torch.float32) * 8, **shared,
-        )  # fmt: skip
+            base.hidden_s.clone().requires_grad_(),
+            base.head_s,
+            case.target,
+            base.labels,
+            kd_weight=base.kd_weight,
+            ce_weight=base.ce_weight,
+            slab_bytes=stream.bytes_per_token(shard, None, torch.float32) * 8,
+            **shared,
+        )
     assert not parts.loss.requires_grad
     assert torch.equal(parts.loss, with_grad.loss.detach())
     assert torch.equal(parts.kd, with_grad.kd)

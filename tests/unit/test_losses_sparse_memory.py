@@ -29,9 +29,17 @@ def problem(tokens):
 def loss_of(hidden, head, target, labels, divergence):
     weight = torch.ones(len(labels))
     return linear_sparse_kd_loss(
-        hidden, head, target, labels, divergence=divergence, temperature=2.0, kd_weight=weight, ce_weight=weight,
-        shard=VocabShard.of(VOCAB, multiple=1), slab_bytes=BUDGET,
-    ).loss  # fmt: skip
+        hidden,
+        head,
+        target,
+        labels,
+        divergence=divergence,
+        temperature=2.0,
+        kd_weight=weight,
+        ce_weight=weight,
+        shard=VocabShard.of(VOCAB, multiple=1),
+        slab_bytes=BUDGET,
+    ).loss
 
 
 @pytest.mark.parametrize("name", matrix.F_DIVERGENCES)

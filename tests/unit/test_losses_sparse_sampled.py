@@ -25,9 +25,17 @@ ESTIMATORS = {
 def sampled(hidden, head, vocab_size, estimator, temperature):
     count = torch.arange(len(hidden))
     return sample_targets(
-        hidden, head, estimator=estimator, k=8, seed=3, sample_ids=count, positions=count, temperature=temperature,
-        shard=VocabShard.of(vocab_size, multiple=1), **ESTIMATORS[estimator][0],
-    )  # fmt: skip
+        hidden,
+        head,
+        estimator=estimator,
+        k=8,
+        seed=3,
+        sample_ids=count,
+        positions=count,
+        temperature=temperature,
+        shard=VocabShard.of(vocab_size, multiple=1),
+        **ESTIMATORS[estimator][0],
+    )
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -346,8 +346,9 @@ def test_float32_keeps_its_digits_near_the_ends_of_a_parameters_range(name, para
     teacher = student + apart * torch.randn(9, 500, generator=rng)
     case = replace(
         identity_case(student, teacher, random_case(9, 500, divergence=name, **parameters)),
-        kd_weight=torch.ones(9), ce_weight=torch.zeros(9),
-    )  # fmt: skip
+        kd_weight=torch.ones(9),
+        ce_weight=torch.zeros(9),
+    )
     got = streamed_answer(case)[0].grad_hidden.double()
     scale = teacher.double().softmax(-1).norm(dim=1) + student.double().softmax(-1).norm(dim=1)
     error = float(((got - naive_answer(case).grad_hidden).norm(dim=1) / scale).max())

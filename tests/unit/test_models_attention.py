@@ -85,8 +85,10 @@ def test_flash_classes_of_an_architectures_own_are_not_used(name):
 
     code = getattr(getattr(models, name), f"modeling_{name}")
     own = any("FlashAttention2" in kind for kind in vars(code))
-    assert own == (name != "gptj" or not AutoModelForCausalLM._model_mapping[
-        type(AutoConfig.for_model(name))]._can_set_attn_implementation())  # fmt: skip
+    assert own == (
+        name != "gptj"
+        or not AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(name))]._can_set_attn_implementation()
+    )
     for implementation in ("packed", *FLASH):
         found = obstacle(name, implementation)
         assert ("chooses its attention code by itself" in found) if own else found is None
@@ -147,9 +149,15 @@ def test_the_stand_in_computes_what_masked_attention_computes(window, scaling):
 
     def found(**more):
         return flash_stand_in(
-            module, query, key, value, implementation="flash_attention_2", scaling=scaling, sliding_window=window,
+            module,
+            query,
+            key,
+            value,
+            implementation="flash_attention_2",
+            scaling=scaling,
+            sliding_window=window,
             **more,
-        )[0]  # fmt: skip
+        )[0]
 
     torch.testing.assert_close(found(**boundaries, max_length_k=8), want)
     assert (found(**boundaries) - want).abs().max() > 0.01, "three of the four are not enough"

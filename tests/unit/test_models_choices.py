@@ -106,9 +106,13 @@ def test_an_explicit_choice_that_works_is_taken():
 
 def config_of(*, tied):
     return SimpleNamespace(
-        vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=16,
+        vocab_size=1000,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        head_dim=16,
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
 
 
 def test_flops_count_the_head_once_and_attention_by_length():

@@ -36,9 +36,11 @@ def load(folder, kind="", **changes):
 
 def stock(folder, like, dtype):
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=like.attention,
+        folder,
+        dtype=dtype,
+        attn_implementation=like.attention,
         experts_implementation=like.config._experts_implementation,
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def on_meta(kind, **changes):
@@ -106,9 +108,10 @@ def test_a_folder_that_lacks_experts_is_refused(tmp_path):
 
 def test_a_rule_that_does_more_than_stacking_is_refused():
     rule = WeightConverter(
-        source_patterns=[".experts.*.w2.weight"], target_patterns=".experts.down_proj",
+        source_patterns=[".experts.*.w2.weight"],
+        target_patterns=".experts.down_proj",
         operations=[MergeModulelist(dim=0), Transpose(1, 2)],
-    )  # fmt: skip
+    )
     named = [("model.layers.0.mlp.experts.down_proj", ".experts.*.w2.weight", ("a", "b"))]
     with pytest.raises(ConfigError, match=r"experts.down_proj' would be made .*MergeModulelist(.|\n)*save_original"):
         group_experts(named, [rule])

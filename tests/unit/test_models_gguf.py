@@ -31,9 +31,13 @@ FIELDS = {
 
 def llama():
     settings = tiny_config(
-        "smollm", vocab_size=len(TOKENS), hidden_size=96, intermediate_size=128, num_attention_heads=6,
+        "smollm",
+        vocab_size=len(TOKENS),
+        hidden_size=96,
+        intermediate_size=128,
+        num_attention_heads=6,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(1)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -67,10 +71,16 @@ def write_gguf(path, model, *, quantised=False):
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     tensors = {"token_embd": model.model.embed_tokens.weight, "output_norm": model.model.norm.weight}
     for index, layer in enumerate(model.model.layers):

@@ -25,11 +25,16 @@ from tests.support.tiny_data import random_documents, write_store, write_tokeniz
 
 COMMON = {key: value for key, value in tiny_config("llama").items() if key != "model_type"}
 README = {
-    "llama": {}, "qwen2": {}, "qwen3": {}, "gpt_neox": {}, "mistral": {"sliding_window": None},
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gpt_neox": {},
+    "mistral": {"sliding_window": None},
     "gemma2": {"sliding_window": 16, "final_logit_softcapping": 4.0},
     "gemma3_text": {"sliding_window": 16, "final_logit_softcapping": 5.0},
-    "cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 8.0, "embedding_multiplier": 3.0},
-}  # fmt: skip
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 8.0, "embedding_multiplier": 3.0},
+}
 """Every architecture that the README names (SmolLM is a Llama)."""
 
 LEAKY = {
@@ -229,10 +234,13 @@ def test_a_config_of_which_no_copy_can_run_is_refused_with_what_was_tried():
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("mixtral", {"num_local_experts": 4}), ("qwen3_moe", {"num_experts": 4}), ("dbrx", {}),
-        ("deepseek_v3", {"n_routed_experts": 8}), ("ernie4_5_moe", {"moe_num_experts": 4}),
+        ("mixtral", {"num_local_experts": 4}),
+        ("qwen3_moe", {"num_experts": 4}),
+        ("dbrx", {}),
+        ("deepseek_v3", {"n_routed_experts": 8}),
+        ("ernie4_5_moe", {"moe_num_experts": 4}),
     ],
-)  # fmt: skip
+)
 def test_a_mixture_of_experts_is_refused_for_what_is_missing(tmp_path, name, settings):
     spec = folder_of(tmp_path, name, **settings)
     with pytest.raises(ConfigError, match=r"mixture of experts(.|\n)*router losses(.|\n)*packed experts"):

@@ -33,10 +33,13 @@ def dynamic(**more):
 
 def longrope(pairs, **more):
     return {
-        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": ORIGINAL,
-        "short_factor": [1.0 + 0.1 * i for i in range(pairs)], "long_factor": [2.0 + 3 * i for i in range(pairs)],
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": ORIGINAL,
+        "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
+        "long_factor": [2.0 + 3 * i for i in range(pairs)],
         **more,
-    }  # fmt: skip
+    }
 
 
 def config_of(name, rope, **changes):
@@ -50,28 +53,40 @@ KINDS = {
     "llama longrope": config_of("llama", longrope(4, factor=4.0), head_dim=8),
     # as Phi-3.5 and Phi-4-mini are published
     "phi3 longrope": tiny_config(
-        "phi3", rope_theta=1e4, max_position_embeddings=4 * ORIGINAL, original_max_position_embeddings=ORIGINAL,
+        "phi3",
+        rope_theta=1e4,
+        max_position_embeddings=4 * ORIGINAL,
+        original_max_position_embeddings=ORIGINAL,
         rope_scaling={"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [2.0, 5.0]},
     ),
     "gpt_neox dynamic": config_of("gpt_neox", dynamic(partial_rotary_factor=0.5), num_attention_heads=2),
     "olmo2 dynamic": config_of("olmo2", dynamic(), head_dim=8),
     "cohere dynamic": {**config_of("llama", dynamic(), head_dim=8), "model_type": "cohere"},
     "gemma3 dynamic": config_of(
-        "gemma3", {"full_attention": dynamic(), "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
-        sliding_window=6, layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=None,
+        "gemma3",
+        {"full_attention": dynamic(), "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        final_logit_softcapping=None,
     ),
     "gemma3 longrope": config_of(
-        "gemma3", {"full_attention": longrope(4, factor=4.0), "sliding_attention": dynamic()},
-        sliding_window=6, layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=None,
+        "gemma3",
+        {"full_attention": longrope(4, factor=4.0), "sliding_attention": dynamic()},
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        final_logit_softcapping=None,
     ),
     "minicpm3 longrope": {
-        **config_of("llama", longrope(4, factor=4.0)), **LATENT, "model_type": "minicpm3", "num_key_value_heads": 8,
+        **config_of("llama", longrope(4, factor=4.0)),
+        **LATENT,
+        "model_type": "minicpm3",
+        "num_key_value_heads": 8,
     },
     "phimoe longrope": {
         **config_of("llama", longrope(2, factor=4.0, short_mscale=1.1, long_mscale=1.3), **MIXTURE),
         "model_type": "phimoe",
     },
-}  # fmt: skip
+}
 """One of each way in which stock code computes or carries these types."""
 
 TRAINABLE = [name for name in KINDS if not name.startswith("phimoe")]
@@ -122,7 +137,7 @@ def test_a_packed_document_is_what_the_stock_model_makes_of_it_alone(tmp_path, n
     torch.testing.assert_close(hidden, want, rtol=1e-4, atol=1e-5)
     packed_by_stock = stock.base_model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-    ).last_hidden_state  # fmt: skip
+    ).last_hidden_state
     assert (packed_by_stock.flatten(0, 1) - want).abs().max() > 1e-2, "the lengths do not matter here"
     if not trains:
         return
@@ -237,11 +252,16 @@ def test_a_model_that_cannot_be_packed_may_depend_on_the_length_of_its_one_docum
 @pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
 def test_other_types_are_left_alone(tmp_path, kind):
     rope = {
-        "default": {}, "linear": {"factor": 4.0}, "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+        "default": {},
+        "linear": {"factor": 4.0},
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
         "llama3": {
-            "factor": 4.0, "original_max_position_embeddings": 32, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
         },
-    }[kind]  # fmt: skip
+    }[kind]
     config = tiny_config("llama", rope_parameters={"rope_type": kind, "rope_theta": 1e4, **rope})
     backbone = load(folder_of(tmp_path, config))
     assert not any(isinstance(module, DocumentRotary) for module in backbone.modules())

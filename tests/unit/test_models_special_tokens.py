@@ -38,9 +38,12 @@ def model(**ids):
 def test_a_new_model_takes_its_ends_from_the_tokenizer(tmp_path):
     new = model()
     out = export_hf(
-        dict(new.named_parameters()), new.config, tmp_path / "out", dtype=torch.float32,
+        dict(new.named_parameters()),
+        new.config,
+        tmp_path / "out",
+        dtype=torch.float32,
         tokenizer_dir=tokenizer(tmp_path / "tokenizer"),
-    )  # fmt: skip
+    )
     config = AutoConfig.from_pretrained(out)
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (BOS, END, PAD)
     assert new.config.eos_token_id is None, "the caller's config was changed"

@@ -49,9 +49,14 @@ def tools(tmp_path):
 def run(tree, *words, path, **env):
     return subprocess.run(
         [SHELL, "launch/quickstart.sh", *words],
-        cwd=tree, env={"PATH": str(path), "HOME": str(tree)} | env,
-        capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
+        cwd=tree,
+        env={"PATH": str(path), "HOME": str(tree)} | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
 
 
 def pretend_installed(tree):
@@ -59,8 +64,12 @@ def pretend_installed(tree):
     executable(tree / ".venv/bin/python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     seen = subprocess.run(
         [SHELL, "-c", '(cat constraints-cpu.txt setup.py && printf "%s" "$PWD") | cksum'],
-        cwd=tree, capture_output=True, text=True, check=True, timeout=20,
-    )  # fmt: skip
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
     (tree / ".venv/.kdtrain").write_text(seen.stdout)
 
 
@@ -163,9 +172,12 @@ def test_an_interruption_reaches_pip_itself(tree, tools):
     (tools / "cp").symlink_to(shutil.which("cp"))
     script = subprocess.Popen(
         [SHELL, "launch/quickstart.sh", "install"],
-        cwd=tree, env={"PATH": str(tools), "HOME": str(tree), "KDTRAIN_FREE_KB": "99999999"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=tree,
+        env={"PATH": str(tools), "HOME": str(tree), "KDTRAIN_FREE_KB": "99999999"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+    )
     try:
         wait_for(lambda: (marks / "pid").exists() and (marks / "pid").read_text().strip())
         pid = int((marks / "pid").read_text())
@@ -251,8 +263,11 @@ def demo(tree):
     (tree / ".quickstart").mkdir()
     key = subprocess.run(
         [SHELL, "-c", "cat launch/import_gguf.py kdtrain/models/import_gguf.py | cksum | tr ' ' '-'"],
-        cwd=tree, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     sha = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
     (tree / ".quickstart/teacher.done").write_text(f"{key.stdout.strip()}-{sha}\n")
     return tree

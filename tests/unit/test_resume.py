@@ -96,8 +96,11 @@ def test_a_stage_begins_at_a_checkpoint_and_the_same_command_then_resumes_the_st
         found = resume(tmp_path / "run", how, named)
         assert (found.path, found.is_stage) == (source.resolve(), True)
         assert {key: found.origin[key] for key in ("is_stage", "step", "tokens_seen", "origin")} == {
-            "is_stage": True, "step": 5, "tokens_seen": 50, "origin": {"path": "before"},
-        }  # fmt: skip
+            "is_stage": True,
+            "step": 5,
+            "tokens_seen": 50,
+            "origin": {"path": "before"},
+        }
     own = write(tmp_path / "run", 1, found.origin)
     shutil.rmtree(tmp_path / "source")
     again = resume(tmp_path / "run", "auto", tmp_path / "source")

@@ -132,9 +132,12 @@ def test_without_a_teacher_the_student_that_begins_with_weights_is_measured(worl
 
 def test_measuring_a_student_leaves_it_in_training_mode(world):
     cfg = configured(
-        world, "teacher.weights=null", "objective.name=pretrain", "student.architecture=null",
+        world,
+        "teacher.weights=null",
+        "objective.name=pretrain",
+        "student.architecture=null",
         f"student.weights={world / 'needs'}",
-    )  # fmt: skip
+    )
     inputs = open_inputs(cfg, build.specs(cfg))
     models = build.build_models(cfg, inputs, Mesh(), CPU, trainable=True)
     assert models.student.training

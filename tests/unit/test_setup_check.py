@@ -40,10 +40,17 @@ def test_two_ranks_under_the_launcher_try_every_axis_and_leave_nothing_behind(tm
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     done = launch(
-        Path(sys.executable).with_name("deepspeed"), "--num_accelerators", 2, "--master_port", port,
-        ROOT / "launch/check_setup.py", ROOT / "configs/demo/distill_cpu.yaml", "parallel.tp=2",
-        f"run.output_dir={tmp_path}/runs", NCCL_DEBUG="WARN",
-    )  # fmt: skip
+        Path(sys.executable).with_name("deepspeed"),
+        "--num_accelerators",
+        2,
+        "--master_port",
+        port,
+        ROOT / "launch/check_setup.py",
+        ROOT / "configs/demo/distill_cpu.yaml",
+        "parallel.tp=2",
+        f"run.output_dir={tmp_path}/runs",
+        NCCL_DEBUG="WARN",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = table(done.stdout)
     assert found["ranks"] == ("-", f"2 on 1 hosts: {socket.gethostname()}")
@@ -83,8 +90,10 @@ def test_help_and_mistakes_need_no_torch():
 def test_a_kernel_with_a_wrong_gradient_is_a_failed_row(monkeypatch, spoil):
     good = setup_probes.kernel_rows(Mesh(), CPU, "auto")
     assert [(row.check, row.result) for row in good] == [
-        ("kernels torch float32", "ok"), ("kernels torch bfloat16", "ok"), ("kernels triton", "-"),
-    ]  # fmt: skip
+        ("kernels torch float32", "ok"),
+        ("kernels torch bfloat16", "ok"),
+        ("kernels triton", "-"),
+    ]
     real = setup_probes.linear_kd_loss
 
     def wrong(hidden, head, *given, **settings):
@@ -116,14 +125,18 @@ def test_a_loss_that_is_not_finite_is_infinitely_wrong():
 @pytest.mark.deepspeed
 def test_an_attention_that_cannot_be_had_fails_and_a_setting_of_tf32_warns(tmp_path):
     done = launch(
-        ROOT / "launch/check_setup.py", "student.attention=flash_attention_4", "student.dtype=bfloat16",
-        f"run.output_dir={tmp_path}", TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1",
-    )  # fmt: skip
+        ROOT / "launch/check_setup.py",
+        "student.attention=flash_attention_4",
+        "student.dtype=bfloat16",
+        f"run.output_dir={tmp_path}",
+        TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1",
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     found = table(done.stdout)
     assert found["attention student"] == (
-        "FAIL", "attention = 'flash_attention_4' cannot be used: flash_attention_4 needs a CUDA device, this is cpu"
-    )  # fmt: skip
+        "FAIL",
+        "attention = 'flash_attention_4' cannot be used: flash_attention_4 needs a CUDA device, this is cpu",
+    )
     assert found["float32 products"][0] == "warn"
     assert "1 of 31 checks failed, 1 warning" in done.stdout
 
@@ -142,10 +155,16 @@ def test_ranks_that_found_the_same_share_a_line_and_versions_must_agree():
 
 
 def test_ranks_that_would_choose_otherwise_are_named():
-    one = [Row("attention auto bfloat16", "-", "flash_attention_2"), Row("nccl settings", "-", "none set"),
-           Row("threads", "ok", "8 per rank")]  # fmt: skip
-    other = [Row("attention auto bfloat16", "-", "sdpa"), Row("nccl settings", "ok", "NCCL_DEBUG=INFO"),
-             Row("threads", "ok", "4 per rank")]  # fmt: skip
+    one = [
+        Row("attention auto bfloat16", "-", "flash_attention_2"),
+        Row("nccl settings", "-", "none set"),
+        Row("threads", "ok", "8 per rank"),
+    ]
+    other = [
+        Row("attention auto bfloat16", "-", "sdpa"),
+        Row("nccl settings", "ok", "NCCL_DEBUG=INFO"),
+        Row("threads", "ok", "4 per rank"),
+    ]
     ranks = [one, other, one, one, other]
     assert setup_check.merge(ranks, ["a"] * 5)[1:] == [
         Row("attention auto bfloat16", "FAIL", "flash_attention_2   [ranks 0, 2-3]"),

@@ -38,9 +38,13 @@ def test_a_compiler_without_pythons_headers_is_no_compiler_for_triton(tmp_path, 
     monkeypatch.setattr(setup_settings.sysconfig, "get_paths", lambda **given: {"include": str(tmp_path)})
     rows = {compiler_row(CUDA, {"CC": "gcc"}) for _ in range(2)}
     assert rows == {
-        Row("compiler", "warn", "gcc cannot build with Python's headers: fatal error: Python.h: No such file or "
-            "directory; Triton compiles a launcher for each kernel")
-    }  # fmt: skip
+        Row(
+            "compiler",
+            "warn",
+            "gcc cannot build with Python's headers: fatal error: Python.h: No such file or "
+            "directory; Triton compiles a launcher for each kernel",
+        )
+    }
 
 
 def test_no_compiler_is_a_warning_where_triton_would_run_and_nothing_on_a_cpu(tmp_path):
@@ -58,8 +62,11 @@ def test_no_compiler_is_a_warning_where_triton_would_run_and_nothing_on_a_cpu(tm
 def test_rows_of_attention_say_what_is_installed_and_what_auto_takes():
     cfg = RunConfig()
     rows = {row.check: row for row in setup_settings.attention_rows(cfg, CPU)}
-    assert list(rows) == [*(f"attention flash_attention_{n}" for n in (2, 3, 4)), "attention auto bfloat16",
-                          "attention auto float32"]  # fmt: skip
+    assert list(rows) == [
+        *(f"attention flash_attention_{n}" for n in (2, 3, 4)),
+        "attention auto bfloat16",
+        "attention auto float32",
+    ]
     assert rows["attention auto float32"] == Row(
         "attention auto float32", "-", "packed: flash_attention_2 needs a CUDA device, this is cpu"
     )
@@ -83,9 +90,10 @@ def test_an_attention_of_the_run_passes_or_fails():
     *_, student, teacher = setup_settings.attention_rows(cfg, CUDA)
     assert student == Row("attention student", "ok", f"eager in {cfg.student.dtype}, as asked for")
     assert teacher == Row(
-        "attention teacher", "FAIL",
+        "attention teacher",
+        "FAIL",
         "attention = 'flash_attention_2' cannot be used: flash_attention_2 needs bfloat16, this is float32",
-    )  # fmt: skip
+    )
 
 
 def test_settings_of_nccl_are_listed_and_only_those():

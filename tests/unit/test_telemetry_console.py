@@ -56,9 +56,17 @@ def test_eval_line_names_its_step():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (412, "412"), (999.7, "1.00k"), (88123, "88.1k"), (999_960, "1.00M"), (1.25e6, "1.25M"),
-     (float("nan"), "nan"), (float("inf"), "inf")],
-)  # fmt: skip
+    [
+        (0, "0"),
+        (412, "412"),
+        (999.7, "1.00k"),
+        (88123, "88.1k"),
+        (999_960, "1.00M"),
+        (1.25e6, "1.25M"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
 def test_rates_have_three_digits_and_a_prefix(value, text):
     assert format_rate(value) == text
 

@@ -230,8 +230,13 @@ def start_online(folder, key):
     }
     return subprocess.run(
         [sys.executable, "-c", START_ONLINE, str(folder)],
-        check=False, capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL, env=env,
-    )  # fmt: skip
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        stdin=subprocess.DEVNULL,
+        env=env,
+    )
 
 
 @needs_wandb

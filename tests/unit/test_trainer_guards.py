@@ -47,9 +47,7 @@ class Loader:
         first = self.position + self.mesh.dp_rank * SEQUENCES
         self.position += self.mesh.dp_size * SEQUENCES
         ids = torch.ones(2, SEQ_LEN, dtype=torch.int64)
-        return [
-            Batch(ids, ids, ids.float(), ids, torch.arange(start, start + 2)) for start in (first, first + 2)
-        ]  # fmt: skip
+        return [Batch(ids, ids, ids.float(), ids, torch.arange(start, start + 2)) for start in (first, first + 2)]
 
 
 class Engine:
@@ -133,11 +131,20 @@ def trainer(folder, steps, values=(), *, mesh=ALONE, saved=None, every=10, log=3
     reporter = Reporter(sinks, mesh, CPU, Costs(1.0), steps)
     reporter.resumed(progress)
     return Trainer(
-        cfg=cfg, mesh=mesh, device=CPU, engine=engine, objective=Objective(engine, dict(values)), loader=loader,
-        evaluator=SimpleNamespace(run=lambda p: None), checkpoints=Checkpoints(), reporter=reporter,
-        guards=Guards(cfg.guard, mesh, CPU, progress, events), timer=PhaseTimer(CPU, Pulse(mesh.rank)),
-        stop=StopRequest(), progress=progress,
-    )  # fmt: skip
+        cfg=cfg,
+        mesh=mesh,
+        device=CPU,
+        engine=engine,
+        objective=Objective(engine, dict(values)),
+        loader=loader,
+        evaluator=SimpleNamespace(run=lambda p: None),
+        checkpoints=Checkpoints(),
+        reporter=reporter,
+        guards=Guards(cfg.guard, mesh, CPU, progress, events),
+        timer=PhaseTimer(CPU, Pulse(mesh.rank)),
+        stop=StopRequest(),
+        progress=progress,
+    )
 
 
 def records(path):

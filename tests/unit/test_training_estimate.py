@@ -13,9 +13,14 @@ STUDENT, TEACHER = ModelSize(8_000_000, 256, 4, 1024), ModelSize(32_000_000, 512
 
 def estimate(cfg, student=STUDENT, teacher=None, *, dp_size=1, on_cuda=True, attention="sdpa"):
     return estimate_memory(
-        cfg, student, teacher, dp_size=dp_size, on_cuda=on_cuda, student_attention=attention,
+        cfg,
+        student,
+        teacher,
+        dp_size=dp_size,
+        on_cuda=on_cuda,
+        student_attention=attention,
         teacher_attention=attention,
-    )  # fmt: skip
+    )
 
 
 def estimated(stage, *, offload, teacher=None, dp_size=2):
@@ -111,11 +116,15 @@ def zero_of(stage, *, parameters=1000.0, dtype="float32", on_cuda=False, extra=N
 @pytest.mark.parametrize(
     ("stage", "dtype", "on_cuda", "bucket", "reducing"),
     [
-        (1, "bfloat16", True, 0, 4), (1, "float32", True, 4, 4),
-        (2, "bfloat16", False, 2, 6), (2, "bfloat16", True, 4, 6), (2, "float32", True, 8, 4),
-        (3, "bfloat16", True, 4, 4), (3, "float32", False, 4, 8),
+        (1, "bfloat16", True, 0, 4),
+        (1, "float32", True, 4, 4),
+        (2, "bfloat16", False, 2, 6),
+        (2, "bfloat16", True, 4, 6),
+        (2, "float32", True, 8, 4),
+        (3, "bfloat16", True, 4, 4),
+        (3, "float32", False, 4, 8),
     ],
-)  # fmt: skip
+)
 def test_buckets_take_what_the_stage_the_dtype_and_the_device_make_of_them(stage, dtype, on_cuda, bucket, reducing):
     found = zero_of(stage, dtype=dtype, on_cuda=on_cuda)
     assert (found.bucket, found.reducing) == (bucket * 1000, reducing * 1000)

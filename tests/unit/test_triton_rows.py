@@ -218,9 +218,13 @@ def _check_row_grad(rank, world_size):
             for twin, dtype in [(torch_rows, torch.float32), (rows, torch.float32), (rows, torch.bfloat16)]:
                 slab = _slab(student)
                 operand = twin.row_grad(
-                    slab, totals, _weights(_labels(columns)), logit_map=logit_map, scratch=Scratch.of(slab),
+                    slab,
+                    totals,
+                    _weights(_labels(columns)),
+                    logit_map=logit_map,
+                    scratch=Scratch.of(slab),
                     operand_dtype=dtype,
-                )  # fmt: skip
+                )
                 assert operand.dtype == dtype
                 assert operand.data_ptr() == slab.data_ptr()
                 answers.append(operand)
@@ -241,11 +245,18 @@ def _check_bfloat16_pair(rank, world_size):
         slabs = [_slab(student), _slab(student)]
         whole, rounded = (
             rows.pair_grad(
-                slab, _slab(teacher), totals, _weights(labels), temperature, spec=spec, logit_map=MAPS[0],
-                scratch=Scratch.of(slab), operand_dtype=dtype,
+                slab,
+                _slab(teacher),
+                totals,
+                _weights(labels),
+                temperature,
+                spec=spec,
+                logit_map=MAPS[0],
+                scratch=Scratch.of(slab),
+                operand_dtype=dtype,
             )[1]
             for slab, dtype in zip(slabs, (torch.float32, torch.bfloat16), strict=True)
-        )  # fmt: skip
+        )
         assert rounded.stride() == (2 * slabs[1].stride(0), 1)
         assert rounded.data_ptr() == slabs[1].data_ptr()
         assert torch.equal(rounded, _cut_off(whole))
@@ -335,9 +346,15 @@ def _check_cross_entropy(rank, world_size):
     weight = case.head_s.weight.clone().requires_grad_()
     hidden = case.hidden_s.clone().requires_grad_()
     parts = linear_cross_entropy(
-        hidden, weight, case.labels, weight=case.ce_weight, shard=stream.VocabShard.of(101, multiple=1),
-        z_weight=torch.full((9,), 0.01), backend="triton", slab_bytes=4 * 128 * 8,
-    )  # fmt: skip
+        hidden,
+        weight,
+        case.labels,
+        weight=case.ce_weight,
+        shard=stream.VocabShard.of(101, multiple=1),
+        z_weight=torch.full((9,), 0.01),
+        backend="triton",
+        slab_bytes=4 * 128 * 8,
+    )
     parts.loss.backward()
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
     logits = h @ w.T
@@ -366,9 +383,13 @@ def _check_rows_far_apart(rank, world_size):
         expected = torch_rows.row_stats(values.double(), labels, 1.0, Scratch.of(values.double()))
         torch.testing.assert_close(stats, expected, rtol=1e-6, atol=1e-6)
         rows.row_grad(
-            slab, rows.merge_stats(stats[None], 1.0), RowWeights(ones, ones, labels, ones), logit_map=LogitMap(),
-            scratch=Scratch.of(values), operand_dtype=torch.float32,
-        )  # fmt: skip
+            slab,
+            rows.merge_stats(stats[None], 1.0),
+            RowWeights(ones, ones, labels, ones),
+            logit_map=LogitMap(),
+            scratch=Scratch.of(values),
+            operand_dtype=torch.float32,
+        )
         right = values.double().softmax(-1) - torch.eye(5, dtype=torch.float64)[labels]
         torch.testing.assert_close(slab.double(), right, rtol=1e-6, atol=1e-7)
         del slab, flat
@@ -415,7 +436,14 @@ def test_triton_on_a_cpu_without_the_interpreter_is_refused_and_auto_takes_torch
     case = random_case(3, 11)
     with pytest.raises(ValueError, match="choose torch"):
         linear_kd_loss(
-            case.hidden_s, case.head_s, case.hidden_t, case.head_t, case.labels, divergence="jsd",
-            kd_weight=case.kd_weight, ce_weight=case.ce_weight, shard=stream.VocabShard.of(11, multiple=1),
+            case.hidden_s,
+            case.head_s,
+            case.hidden_t,
+            case.head_t,
+            case.labels,
+            divergence="jsd",
+            kd_weight=case.kd_weight,
+            ce_weight=case.ce_weight,
+            shard=stream.VocabShard.of(11, multiple=1),
             backend="triton",
-        )  # fmt: skip
+        )

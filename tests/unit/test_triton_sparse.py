@@ -82,9 +82,15 @@ def check_grad():
         for module in (sparse_rows, triton_rows):
             own = memory.clone()
             operand = module.sparse_grad(
-                own[:, :n], columns, labels, gradient, temperature,
-                logit_map=logit_map, scratch=Scratch(4, own[:, :n]), operand_dtype=dtype,
-            )  # fmt: skip
+                own[:, :n],
+                columns,
+                labels,
+                gradient,
+                temperature,
+                logit_map=logit_map,
+                scratch=Scratch(4, own[:, :n]),
+                operand_dtype=dtype,
+            )
             assert operand.dtype == dtype
             assert operand.shape == (ROWS, n)
             assert operand.untyped_storage().data_ptr() == own.untyped_storage().data_ptr(), "not in place"

@@ -72,9 +72,17 @@ def row_stats_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def coupling_kernel(
-    student, teacher, stride_s, stride_t, n, stats, stats_stride, inv_temperature,
-    AT_ONE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    student,
+    teacher,
+    stride_s,
+    stride_t,
+    n,
+    stats,
+    stats_stride,
+    inv_temperature,
+    AT_ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """stats[row, 8:10] = sum e^x (x - y) and sum e^x where y is FLOOR, from the maxima in columns 0 and 4."""
     row = tl.program_id(0).to(tl.int64)
     answer = stats + row * stats_stride
@@ -116,9 +124,21 @@ def _pair(numbers):
 
 @triton.jit(do_not_specialize=["n"])
 def pair_sums_kernel(
-    student, teacher, stride_s, stride_t, n, numbers, out, inv_temperature, inv_vocab,
-    KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, AT_ONE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    student,
+    teacher,
+    stride_s,
+    stride_t,
+    n,
+    numbers,
+    out,
+    inv_temperature,
+    inv_vocab,
+    KIND: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    AT_ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """out[row, :2] = sums of the slope and of the value over the row's columns."""
     row = tl.program_id(0).to(tl.int64)
     peak_s, peak_t, log_sum_s, log_sum_t, inv_s, inv_t, offset = _pair(numbers)
@@ -144,9 +164,20 @@ def _label_term(x, inv, cols, label, softmax, ce):
 
 @triton.jit
 def _finish(
-    grad, logits, cols, n, stride, row_start, inv_cap, logit_scale, CAPPED: tl.constexpr, SCALED: tl.constexpr,
-    NARROW: tl.constexpr, BACKEND: tl.constexpr, PER_THREAD: tl.constexpr,
-):  # fmt: skip
+    grad,
+    logits,
+    cols,
+    n,
+    stride,
+    row_start,
+    inv_cap,
+    logit_scale,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    NARROW: tl.constexpr,
+    BACKEND: tl.constexpr,
+    PER_THREAD: tl.constexpr,
+):
     """Times d logits / d product; stored in the operand's row, which may share the slab's memory."""
     if CAPPED:
         ratio = logits * inv_cap
@@ -162,10 +193,22 @@ def _finish(
 
 @triton.jit(do_not_specialize=["n"])
 def row_grad_kernel(
-    slab, operand, stride, operand_stride, n, numbers, labels, inv_cap, logit_scale,
-    CAPPED: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, BACKEND: tl.constexpr, PER_THREAD: tl.constexpr,
+    slab,
+    operand,
+    stride,
+    operand_stride,
+    n,
+    numbers,
+    labels,
+    inv_cap,
+    logit_scale,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    NARROW: tl.constexpr,
+    BACKEND: tl.constexpr,
+    PER_THREAD: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """The row's d loss / d product for cross-entropy and z-loss. numbers: peak, log_sum_1, ce, softmax."""
     row = tl.program_id(0).to(tl.int64)
     peak = _number(numbers, 0).to(tl.float32)
@@ -178,18 +221,50 @@ def row_grad_kernel(
         s = _load(slab + row * stride, cols, n, stride)
         grad = _label_term(shifted(s, peak, 1.0, True), inv_1, cols, label, softmax, ce)
         _finish(
-            grad, s, cols, n, stride, operand + row * operand_stride, inv_cap, logit_scale, CAPPED, SCALED, NARROW,
-            BACKEND, PER_THREAD,
-        )  # fmt: skip
+            grad,
+            s,
+            cols,
+            n,
+            stride,
+            operand + row * operand_stride,
+            inv_cap,
+            logit_scale,
+            CAPPED,
+            SCALED,
+            NARROW,
+            BACKEND,
+            PER_THREAD,
+        )
 
 
 @triton.jit(do_not_specialize=["n"])
 def pair_grad_kernel(
-    student, teacher, operand, stride_s, stride_t, operand_stride, n, numbers, labels, out, inv_temperature, inv_vocab,
-    inv_cap, logit_scale, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, AT_ONE: tl.constexpr,
-    CAPPED: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, BACKEND: tl.constexpr, PER_THREAD: tl.constexpr,
-    VALUED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    student,
+    teacher,
+    operand,
+    stride_s,
+    stride_t,
+    operand_stride,
+    n,
+    numbers,
+    labels,
+    out,
+    inv_temperature,
+    inv_vocab,
+    inv_cap,
+    logit_scale,
+    KIND: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    AT_ONE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    NARROW: tl.constexpr,
+    BACKEND: tl.constexpr,
+    PER_THREAD: tl.constexpr,
+    VALUED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The row's d loss / d product, and if VALUED out[row] = the divergence's value.
 
     numbers: those of `_pair`, then log_sum_1 of the student, z, kd times temperature, ce, softmax.
@@ -216,9 +291,20 @@ def pair_grad_kernel(
         grad = _label_term(shifted(s, peak_s, 1.0, True), inv_1, cols, label, softmax, ce)
         grad = tl.where(kd == 0, grad, grad + slope * kd)  # a row that is not distilled: cross-entropy's bits
         _finish(
-            grad, s, cols, n, stride_s, operand + row * operand_stride, inv_cap, logit_scale, CAPPED, SCALED, NARROW,
-            BACKEND, PER_THREAD,
-        )  # fmt: skip
+            grad,
+            s,
+            cols,
+            n,
+            stride_s,
+            operand + row * operand_stride,
+            inv_cap,
+            logit_scale,
+            CAPPED,
+            SCALED,
+            NARROW,
+            BACKEND,
+            PER_THREAD,
+        )
     if VALUED:
         tl.store(out + row, tl.sum(values, 0))
 

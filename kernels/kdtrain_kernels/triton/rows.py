@@ -96,9 +96,20 @@ def row_grad(
     operand = _operand(slab, operand_dtype)
     numbers = torch.stack([totals.peak, totals.log_sum_1, weights.ce, weights.softmax])
     _launch(
-        kernels.row_grad_kernel, "row_grad", slab, slab, operand, slab.stride(0), operand.stride(0), slab.shape[1],
-        numbers, weights.labels, *_chain(logit_map), **_chain_flags(logit_map), **_rounding(slab, operand, "row_grad"),
-    )  # fmt: skip
+        kernels.row_grad_kernel,
+        "row_grad",
+        slab,
+        slab,
+        operand,
+        slab.stride(0),
+        operand.stride(0),
+        slab.shape[1],
+        numbers,
+        weights.labels,
+        *_chain(logit_map),
+        **_chain_flags(logit_map),
+        **_rounding(slab, operand, "row_grad"),
+    )
     return operand
 
 
@@ -110,9 +121,17 @@ def pair_round2(
     pair, flags = _pair_arguments(student, teacher, temperature)
     numbers = torch.stack(_pair_numbers(totals, temperature))
     _launch(
-        kernels.pair_sums_kernel, "sums", student, *pair, numbers, out, 1.0 / temperature, 1.0 / spec.vocab_size,
-        **flags, **parameters(spec),
-    )  # fmt: skip
+        kernels.pair_sums_kernel,
+        "sums",
+        student,
+        *pair,
+        numbers,
+        out,
+        1.0 / temperature,
+        1.0 / spec.vocab_size,
+        **flags,
+        **parameters(spec),
+    )
     return out
 
 
@@ -150,10 +169,28 @@ def pair_grad(
     )
     (s, t, stride_s, stride_t, n), flags = _pair_arguments(student, teacher, temperature)
     _launch(
-        kernels.pair_grad_kernel, "pair_grad", student, s, t, operand, stride_s, stride_t, operand.stride(0), n,
-        numbers, weights.labels, value, 1.0 / temperature, 1.0 / spec.vocab_size, *_chain(logit_map), **flags,
-        **_chain_flags(logit_map), **parameters(spec), **_rounding(s, operand, "pair_grad"), VALUED=not spec.two_rounds,
-    )  # fmt: skip
+        kernels.pair_grad_kernel,
+        "pair_grad",
+        student,
+        s,
+        t,
+        operand,
+        stride_s,
+        stride_t,
+        operand.stride(0),
+        n,
+        numbers,
+        weights.labels,
+        value,
+        1.0 / temperature,
+        1.0 / spec.vocab_size,
+        *_chain(logit_map),
+        **flags,
+        **_chain_flags(logit_map),
+        **parameters(spec),
+        **_rounding(s, operand, "pair_grad"),
+        VALUED=not spec.two_rounds,
+    )
     return value, operand
 
 
@@ -193,9 +230,18 @@ def parameters(spec: DivergenceSpec) -> dict[str, Any]:
 def _stats_into(out: Tensor, slab: Tensor, labels: Tensor, temperature: float) -> None:
     _check(slab)
     _launch(
-        kernels.row_stats_kernel, "stats", slab, slab, slab.stride(0), slab.shape[1], labels, out, out.stride(0),
-        1.0 / temperature, AT_ONE=temperature == 1.0,
-    )  # fmt: skip
+        kernels.row_stats_kernel,
+        "stats",
+        slab,
+        slab,
+        slab.stride(0),
+        slab.shape[1],
+        labels,
+        out,
+        out.stride(0),
+        1.0 / temperature,
+        AT_ONE=temperature == 1.0,
+    )
 
 
 def _pair_arguments(student: Tensor, teacher: Tensor, temperature: float) -> tuple[tuple[Any, ...], dict[str, bool]]:

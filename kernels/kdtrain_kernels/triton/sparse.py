@@ -147,10 +147,23 @@ def sparse_stats(slab: Tensor, columns: Tensor, labels: Tensor, temperature: flo
     num_rows, num_ids = columns.shape
     out = slab.new_empty(num_rows, ROW_STATS + num_ids)
     launch(
-        sparse_stats_kernel, slab, num_rows, slab, columns.contiguous(), labels, out, slab.stride(0), slab.shape[1],
-        num_ids, 1.0 / temperature, OUT_OFFSET=ROW_STATS, AT_ONE=temperature == 1.0, BLOCK=BLOCK,
-        IDS=_ids_block(num_ids), warps=WARPS,
-    )  # fmt: skip
+        sparse_stats_kernel,
+        slab,
+        num_rows,
+        slab,
+        columns.contiguous(),
+        labels,
+        out,
+        slab.stride(0),
+        slab.shape[1],
+        num_ids,
+        1.0 / temperature,
+        OUT_OFFSET=ROW_STATS,
+        AT_ONE=temperature == 1.0,
+        BLOCK=BLOCK,
+        IDS=_ids_block(num_ids),
+        warps=WARPS,
+    )
     return out
 
 
@@ -174,12 +187,29 @@ def sparse_grad(
     factors = torch.stack([gradient.peak, gradient.tail, gradient.softmax, gradient.ce], 1).float()
     cap, scale = logit_map.softcap, logit_map.logit_scale
     launch(
-        sparse_grad_kernel, slab, num_rows, slab, columns.contiguous(), labels, gradient.at_ids.float().contiguous(),
-        factors, operand, slab.stride(0), slab.shape[1], num_ids, 1.0 / temperature, scale,
-        0.0 if cap is None else 1 / cap, AT_ONE=temperature == 1.0, CAPPED=cap is not None,
-        WIDENING=slab.element_size() // operand.element_size(), **rounding(slab, operand, BLOCK, WARPS), BLOCK=BLOCK,
-        IDS=_ids_block(num_ids), warps=WARPS,
-    )  # fmt: skip
+        sparse_grad_kernel,
+        slab,
+        num_rows,
+        slab,
+        columns.contiguous(),
+        labels,
+        gradient.at_ids.float().contiguous(),
+        factors,
+        operand,
+        slab.stride(0),
+        slab.shape[1],
+        num_ids,
+        1.0 / temperature,
+        scale,
+        0.0 if cap is None else 1 / cap,
+        AT_ONE=temperature == 1.0,
+        CAPPED=cap is not None,
+        WIDENING=slab.element_size() // operand.element_size(),
+        **rounding(slab, operand, BLOCK, WARPS),
+        BLOCK=BLOCK,
+        IDS=_ids_block(num_ids),
+        warps=WARPS,
+    )
     return operand
 
 
