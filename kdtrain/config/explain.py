@@ -1,4 +1,4 @@
-"""The documentation of every setting, read from the strings below the fields of schema.py.
+"""The documentation of every setting, read from the strings below the fields of the schema.
 
 `python -m kdtrain.config.explain > docs/configuration.md` regenerates the reference page.
 """
@@ -60,7 +60,9 @@ def documented() -> list[Doc]:
 def _strings() -> dict[str, str]:
     """ "Class" -> its docstring and "Class.field" -> the string below the field, on one line each."""
     found: dict[str, str] = {}
-    for node in ast.parse(Path(schema.__file__).read_text(encoding="utf-8")).body:
+    sources = sorted(Path(schema.__file__).parent.glob("*.py"))
+    nodes = [node for path in sources for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    for node in nodes:
         if not isinstance(node, ast.ClassDef):
             continue
         found[node.name] = " ".join((ast.get_docstring(node) or "").split())
