@@ -12,11 +12,12 @@ SECTION_OF_CLASS = {RunConfig.__name__: ""} | {key.section.__name__: name for na
 ROOTS = ("cfg", "config")
 """Names and attributes that hold a whole RunConfig."""
 READ_ELSEWHERE = {
-    "parallel.world_size": "kdtrain.config.checks_start refuses a job of another number of ranks",
+    "parallel.world_size": "kdtrain.config.checks.parallel refuses a job of another number of ranks",
+    "teacher.in_flight": "kdtrain.config.ranks.in_flight, which training calls, reads it",
     "teacher.ranks": "kdtrain.config.ranks.teacher_ranks, which splits the job, reads it",
-    "teacher.tp": "kdtrain.config.ranks.teacher_tp, which training asks, reads it",
+    "teacher.tp": "kdtrain.config.ranks.teacher_tp, which training calls, reads it",
 }
-"""Settings that nobody outside kdtrain.config reads, and why that misleads no user."""
+"""Settings that no module outside kdtrain.config reads, and why that misleads no user."""
 
 
 class Reads:
@@ -74,7 +75,13 @@ def test_every_setting_is_read_by_the_code_that_it_is_for():
 
 
 def test_settings_are_read_where_the_exceptions_say():
-    for key, module in (("zero.extra", "deepspeed_config"), ("teacher.ranks", "ranks"), ("teacher.tp", "ranks")):
+    for key, module in (
+        ("parallel.world_size", "checks/parallel"),
+        ("teacher.in_flight", "ranks"),
+        ("teacher.ranks", "ranks"),
+        ("teacher.tp", "ranks"),
+        ("zero.extra", "deepspeed_config"),
+    ):
         assert key in keys_read((PACKAGE / "config" / f"{module}.py").read_text(encoding="utf-8"))
 
 
