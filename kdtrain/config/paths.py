@@ -1,4 +1,4 @@
-"""What is at a path, or why that cannot be known. Reads the file system, writes nothing.
+"""The status of a path, or the reason why it cannot be read. Writes nothing.
 
 Whatever the lookup can raise (a name that is too long, a loop of links, a folder that may not be entered, text that is
 no path) becomes the reason of a problem, so that all problems of a configuration are reported at once.
@@ -13,11 +13,11 @@ from pathlib import Path
 
 ABSENT = "does not exist"
 LONGEST_NAME, LONGEST_PATH = 255, 4095
-"""Bytes that Linux takes, of one name between slashes and of a whole path."""
+"""Largest number of bytes on Linux, of one name between slashes and of a whole path."""
 
 
 def look(path: Path) -> os.stat_result | str:
-    """What is at `path`, links followed; or why that cannot be known, in words that follow it. Raises nothing."""
+    """Status of `path`, links followed; on an error the reason, phrased to follow the path. Raises nothing."""
     try:
         return os.stat(path)
     except OSError as error:
@@ -27,7 +27,7 @@ def look(path: Path) -> os.stat_result | str:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder that can be looked at. Raises nothing."""
+    """Whether `path` is a folder whose status can be read. Raises nothing."""
     found = look(path)
     return not isinstance(found, str) and stat.S_ISDIR(found.st_mode)
 
@@ -45,12 +45,12 @@ def _reason(path: Path, error: OSError) -> str:
         return f"{ABSENT}: {file} is not a folder"
     if error.errno == errno.EACCES:
         shut = next((parent for parent in parents if not os.access(parent, os.X_OK)), path.parent)
-        return f"cannot be looked at: you have no permission in {shut}"
-    return f"cannot be looked at: {error.strerror}"
+        return f"cannot be accessed: you have no permission in {shut}"
+    return f"cannot be accessed: {error.strerror}"
 
 
 def too_long(path: Path) -> str | None:
-    """Why Linux refuses a path of this length, in words that follow it; None if it does not."""
+    """The reason, phrased to follow the path, if it is longer than Linux accepts; else None."""
     longest = max((_bytes(part) for part in path.parts), default=0)
     if longest > LONGEST_NAME:
         return f"holds a name of {longest} bytes, longer than the {LONGEST_NAME} that a file name may have"

@@ -87,7 +87,7 @@ CASES: dict[str, dict[str, Case]] = {
         "dedicated teacher": (
             {**dedicated(2), "parallel__tp": 1, "parallel__cp": 2},
             "teacher.layout",
-            "is asked for whole sequences",
+            "computes whole sequences",
         ),
     },
     "zero": {
@@ -97,7 +97,7 @@ CASES: dict[str, dict[str, Case]] = {
             "would be ignored: zero.stage = 0",
         ),
         "stage 0 in bf16": ({"zero__stage": 0}, "zero.stage", "keep no float32 master weights"),
-        "owned key": ({"zero__extra": {"stage": 1}}, "zero.extra.stage", "is not yours to set: it is zero.stage"),
+        "owned key": ({"zero__extra": {"stage": 1}}, "zero.extra.stage", "may not be set: it is zero.stage"),
         "misspelt key": (
             {"zero__extra": {"reduce_bucketsize": 1}},
             "zero.extra.reduce_bucketsize",

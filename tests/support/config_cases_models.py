@@ -11,7 +11,7 @@ CASES: dict[str, dict[str, Case]] = {
         "empty text": ({"run__output_dir": ""}, "run.output_dir", "is empty"),
         "empty item": ({"data__train": ["a", ""]}, "data.train", "is empty"),
         "control character": ({"log__wandb__entity": "a\nb"}, "log.wandb.entity", "holds a control character"),
-        "home folder": ({"run__output_dir": "~/runs"}, "run.output_dir", "which only a shell replaces"),
+        "home folder": ({"run__output_dir": "~/runs"}, "run.output_dir", "which only a shell expands"),
     },
     "run": {
         "slash in name": ({"run__name": "a/b"}, "run.name", "cannot name a folder"),
@@ -92,7 +92,7 @@ CASES: dict[str, dict[str, Case]] = {
         "tp no multiple": (
             {"teacher__tp": 3, "teacher__layout": "tp"},
             "teacher.tp",
-            "is no multiple of parallel.tp = 2",
+            "is not a multiple of parallel.tp = 2",
         ),
         "tp 0": ({"teacher__tp": 0, "teacher__layout": "tp"}, "teacher.tp", "use 2, 4 or 8"),
         "tp 8": ({"teacher__tp": 8, "teacher__layout": "tp"}, "teacher.tp", "does not divide the number"),
@@ -136,12 +136,12 @@ CASES: dict[str, dict[str, Case]] = {
         ),
         "tp 0": (dedicated(2, tp=0), "teacher.tp", "does not divide teacher.ranks = 2"),
         "ZeRO-3": (dedicated(2, zero_stage=3), "teacher.zero_stage", "must all run at once"),
-        "overlap": (dedicated(2, overlap=True), "teacher.overlap", "always works ahead"),
+        "overlap": (dedicated(2, overlap=True), "teacher.overlap", "always runs ahead"),
         "in_flight 0": (dedicated(2, in_flight=0), "teacher.in_flight", "is not in [1, 1024]"),
         "with pretrain": (
             {**dedicated(2), "objective__name": "pretrain"},
             "teacher.layout",
-            "asks the teacher only while it evaluates",
+            "uses the teacher only in evaluations",
         ),
     },
 }

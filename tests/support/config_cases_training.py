@@ -113,7 +113,7 @@ CASES: dict[str, dict[str, Case]] = {
         "keep_every no multiple": (
             {"checkpoint__keep_every": 5, "checkpoint__every_steps": 2},
             "checkpoint.keep_every",
-            "is no multiple of",
+            "is not a multiple of",
         ),
         "async_write without every_steps": (
             {"checkpoint__async_write": True},
@@ -128,8 +128,8 @@ CASES: dict[str, dict[str, Case]] = {
     },
     "log": {
         "every_steps": ({"log__every_steps": 0}, "log.every_steps", "is smaller than 1"),
-        "wandb project": ({"log__wandb__project": "a/b"}, "log.wandb.project", "is no name that wandb accepts"),
-        "wandb entity": ({"log__wandb__entity": "a/b"}, "log.wandb.entity", "is not one name"),
+        "wandb project": ({"log__wandb__project": "a/b"}, "log.wandb.project", "is not a name that wandb accepts"),
+        "wandb entity": ({"log__wandb__entity": "a/b"}, "log.wandb.entity", "is not a single name"),
     },
     "guard": {
         "skipped steps": ({"guard__max_skipped_steps": -1}, "guard.max_skipped_steps", "is negative"),
@@ -145,7 +145,7 @@ CASES: dict[str, dict[str, Case]] = {
         "stall exit without a warning": (
             {"guard__stall_warn_s": None, "guard__stall_exit_s": 9.0},
             "guard.stall_exit_s",
-            "so nobody watches",
+            "switches the watch off",
         ),
     },
 }

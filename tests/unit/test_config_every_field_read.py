@@ -1,4 +1,4 @@
-"""A setting that nobody reads would be accepted and change nothing."""
+"""Every setting is read: one that is not would be accepted without effect."""
 
 import ast
 from pathlib import Path
@@ -66,7 +66,7 @@ def keys_read(source):
     return set().union(*(Reads(scope).keys for scope in scopes))
 
 
-def test_every_setting_is_read_by_the_code_that_it_is_for():
+def test_every_setting_is_read_outside_config():
     files = [path for path in PACKAGE.rglob("*.py") if not path.is_relative_to(PACKAGE / "config")]
     assert len(files) > 40
     read = set().union(*(keys_read(path.read_text(encoding="utf-8")) for path in files))
@@ -74,7 +74,7 @@ def test_every_setting_is_read_by_the_code_that_it_is_for():
     assert unread == set(READ_ELSEWHERE)
 
 
-def test_settings_are_read_where_the_exceptions_say():
+def test_settings_read_inside_config_are_read_there():
     for key, module in (
         ("parallel.world_size", "checks/parallel"),
         ("teacher.in_flight", "ranks"),
@@ -85,7 +85,7 @@ def test_settings_are_read_where_the_exceptions_say():
         assert key in keys_read((PACKAGE / "config" / f"{module}.py").read_text(encoding="utf-8"))
 
 
-def test_a_setting_counts_as_read_only_in_its_own_section():
+def test_setting_counts_as_read_only_in_its_own_section():
     assert "train.kernels" not in keys_read("def f(cfg, call):\n    return call.kernels, cfg.log.kernels")
     assert "train.kernels" not in keys_read("def f(cfg):\n    cfg.train.kernels = 'torch'")
     assert "train.kernels" in keys_read("def f(self):\n    t, d = self.cfg.train, 1\n    return t.kernels")

@@ -122,7 +122,7 @@ def test_folder_without_permission_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(paths.os, "stat", refuse)  # root may enter any folder
     monkeypatch.setattr(paths.os, "access", lambda path, mode: Path(path) != tmp_path)
-    assert paths.look(tmp_path / "a" / "b") == f"cannot be looked at: you have no permission in {tmp_path}"
+    assert paths.look(tmp_path / "a" / "b") == f"cannot be accessed: you have no permission in {tmp_path}"
 
 
 def test_output_folder_too_long_for_a_run_folder_is_refused(tmp_path):

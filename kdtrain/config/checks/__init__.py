@@ -1,4 +1,4 @@
-"""Every reason why a configuration cannot run, found before torch is imported and reported all at once.
+"""Every reason why a configuration cannot run, found before torch is imported and reported together.
 
 The checks of a section are in the module of its name. Checks that concern several sections are in a module named after
 what they check: texts, dedicated_teacher, context_parallel, paths. `check` is the one entrance.

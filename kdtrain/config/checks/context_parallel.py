@@ -34,5 +34,5 @@ def _teacher(cfg: RunConfig, report: Report) -> None:
         fix = "set teacher.tp=null, or teacher.layout=plain with teacher.zero_stage=3, or parallel.cp=1"
         report.add("teacher.tp", why, fix)
     if t.layout == "dedicated":
-        why = f"while parallel.cp = {cp}: such a teacher is asked for whole sequences"
+        why = f"while parallel.cp = {cp}: a dedicated teacher computes whole sequences"
         report.add("teacher.layout", why, "use teacher.layout=plain or tp, or parallel.cp=1")

@@ -20,18 +20,15 @@ def check_dedicated_teacher(cfg: RunConfig, world_size: int, report: Report) -> 
         return
     if t.zero_stage != 0:
         why = (
-            "cannot be used with teacher.layout = dedicated: those ranks answer whoever asks first, and ranks that "
-            "divide a teacher must all run at once"
+            "cannot be used with teacher.layout = dedicated: a dedicated rank serves requests in the order in which "
+            "they arrive, and ranks that divide a teacher must all run at once"
         )
         report.add("teacher.zero_stage", why, "set teacher.zero_stage=0, and cut a large teacher with teacher.tp")
     if t.overlap:
         fix = "set teacher.overlap=false, and how far ahead by teacher.in_flight"
-        report.ignored("teacher.overlap", "teacher.layout = dedicated always works ahead", fix)
+        report.ignored("teacher.overlap", "teacher.layout = dedicated always runs ahead", fix)
     if cfg.objective.name == "pretrain":
-        why = (
-            "but objective.name = pretrain asks the teacher only while it evaluates: its ranks would be idle all the "
-            "time between"
-        )
+        why = "but objective.name = pretrain uses the teacher only in evaluations: its ranks would be idle between them"
         report.add("teacher.layout", why, "use teacher.layout=plain or tp")
     if t.in_flight is not None and not 1 <= t.in_flight <= MAX_IN_FLIGHT:
         report.add("teacher.in_flight", f"is not in [1, {MAX_IN_FLIGHT}]", "null: two per teacher")
@@ -41,7 +38,7 @@ def check_dedicated_teacher(cfg: RunConfig, world_size: int, report: Report) -> 
 def _ranks(t: TeacherSection, world_size: int, report: Report) -> None:
     key, ranks, tp = "teacher.ranks", t.ranks, t.tp
     if ranks is None:
-        fix = "say how many of the job's ranks hold the teacher"
+        fix = "set it to the number of the job's ranks that hold the teacher"
         report.add(key, "but teacher.layout = dedicated needs a number of ranks", fix)
     elif ranks < 1:
         report.at_least(key, 1)

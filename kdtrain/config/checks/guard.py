@@ -16,7 +16,7 @@ def check_guard(g: GuardSection, report: Report) -> None:
         report.add("guard.data_wait_share", "is not in (0, 1]", "0.1 is usual, 1 never warns")
     if g.stall_exit_s is not None and g.stall_warn_s is None:
         fix = "set guard.stall_warn_s too, or guard.stall_exit_s=null"
-        report.ignored("guard.stall_exit_s", "guard.stall_warn_s = null, so nobody watches", fix)
+        report.ignored("guard.stall_exit_s", "guard.stall_warn_s = null switches the watch off", fix)
     elif g.stall_exit_s is not None and g.stall_warn_s is not None and g.stall_exit_s < g.stall_warn_s:
         why = f"is less than guard.stall_warn_s = {g.stall_warn_s}"
         report.add("guard.stall_exit_s", why, "warn first, exit later")

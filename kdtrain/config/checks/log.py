@@ -15,6 +15,6 @@ def check_log(log: LogSection, report: Report) -> None:
     project, entity = log.wandb.project, log.wandb.entity
     if NOT_IN_A_PROJECT & set(project) or len(project) > MAX_PROJECT_LENGTH:
         fix = f"at most {MAX_PROJECT_LENGTH} characters, none of / \\ # ? % :"
-        report.add("log.wandb.project", "is no name that wandb accepts", fix)
+        report.add("log.wandb.project", "is not a name that wandb accepts", fix)
     if entity is not None and "/" in entity:
-        report.add("log.wandb.entity", "is not one name", "entity and project are two settings")
+        report.add("log.wandb.entity", "is not a single name", "entity and project are two settings")

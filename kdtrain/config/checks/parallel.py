@@ -32,7 +32,7 @@ def _world_size(expected: int | None, world_size: int, report: Report) -> None:
         report.at_least(key, 1, "use the number of ranks of the job, or null")
     elif expected is not None and expected != world_size:
         fix = (
-            "look at the launcher: deepspeed starts this node alone when it does not find its --hostfile "
-            "(/job/hostfile unless named), srun as many as --ntasks says; or set parallel.world_size=null"
+            "check the launcher: deepspeed starts this node alone when it does not find its --hostfile "
+            "(/job/hostfile unless named), srun starts --ntasks ranks; or set parallel.world_size=null"
         )
         report.add(key, f"ranks are expected, and {world_size} {'was' if world_size == 1 else 'were'} started", fix)

@@ -1,4 +1,4 @@
-"""Checks of the settings that are paths: whether they lead to what they should. Writes nothing."""
+"""Checks of the settings that are paths: whether the right files and folders are there. Writes nothing."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _checkpoints(cfg: RunConfig, report: Report) -> None:
 
 
 def _architecture(name: str | None, report: Report) -> None:
-    """Known names hold no slash. A name that is neither known nor a path is reported when the model is read."""
+    """Known names hold no slash. Any other name without a slash is checked when the model is read."""
     if not name:
         return
     path = _path(name)

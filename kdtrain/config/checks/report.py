@@ -1,4 +1,4 @@
-"""Where checks put what they find: one call per problem, whose value is looked up by its key."""
+"""Collects the problems that checks find: one call each, which reads the value by its key."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def check_teacher(cfg: RunConfig, num_students: int, report: Report) -> None:
 
 
 def _no_teacher(cfg: RunConfig, report: Report) -> None:
-    """dtype and attention may stay: they describe a teacher, and no rank acts on them."""
+    """dtype and attention may differ from their defaults: without a teacher they have no effect on any rank."""
     if cfg.objective.name == "distill":
         fix = "name a Hugging Face model folder, or set objective.name=pretrain"
         report.add("teacher.weights", "but objective.name = distill needs a teacher", fix)
@@ -40,7 +40,7 @@ def _no_teacher(cfg: RunConfig, report: Report) -> None:
 def _layout(cfg: RunConfig, num_students: int, report: Report) -> None:
     t, tp = cfg.teacher, cfg.parallel.tp
     if t.zero_stage not in (0, 3):
-        fix = "0 keeps weights on every data rank, 3 divides them; stages 1 and 2 divide what a frozen model has not"
+        fix = "0 keeps weights on every data rank, 3 divides them; stages 1 and 2 divide states of training"
         report.add("teacher.zero_stage", "is neither 0 nor 3", fix)
     if t.offload and t.zero_stage != 3:
         report.ignored("teacher.offload", "teacher.zero_stage is not 3", "set zero_stage=3 too")
@@ -49,7 +49,7 @@ def _layout(cfg: RunConfig, num_students: int, report: Report) -> None:
     if t.layout != "tp":
         report.ignored("teacher.tp", "teacher.layout = plain", "set teacher.layout=tp, or null")
     elif tp >= 1 and (t.tp < 1 or t.tp % tp):
-        report.add("teacher.tp", f"is no multiple of parallel.tp = {tp}", f"use {tp}, {2 * tp} or {4 * tp}")
+        report.add("teacher.tp", f"is not a multiple of parallel.tp = {tp}", f"use {tp}, {2 * tp} or {4 * tp}")
     elif num_students % t.tp:
         fix = f"use a divisor of {num_students}, or start a multiple of {t.tp} ranks"
         report.add("teacher.tp", f"does not divide the number of ranks ({num_students})", fix)

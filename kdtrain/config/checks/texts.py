@@ -21,4 +21,4 @@ def check_texts(section: Any, report: Report, prefix: str = "") -> None:
             elif isinstance(text, str) and not text.isprintable():
                 report.add(key, "holds a control character", "remove it", value=repr(text))
             elif isinstance(text, str) and text.startswith("~"):
-                report.add(key, "begins with ~, which only a shell replaces", "write the whole path", value=text)
+                report.add(key, "begins with ~, which only a shell expands", "write the whole path", value=text)
