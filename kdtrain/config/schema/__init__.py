@@ -1,7 +1,7 @@
 """Every setting of a run, one module per section. Standard library only.
 
 The string below a field is its documentation: `kdtrain.config.explain` reads it from the source. Sizes are in tokens
-unless the name says otherwise. `None` means "chosen automatically" or "off", as documented.
+unless the name has another unit. `None` means "chosen automatically" or "off", as documented.
 """
 
 from kdtrain.config.schema.checkpoint import CheckpointSection

@@ -28,8 +28,8 @@ class DataSection:
     """What begins every packed sequence: a token of the tokenizer, none, or auto. auto takes what the teacher's
     tokenizer puts before a text, most often one `<bos>`, if the teacher predicts 64 sequences that begin inside a
     document better with it than without; with student.weights and no teacher, the student's; else none. Decided once,
-    when a run begins; a new stage (run.continue_from) without a teacher keeps that of the run it goes on with. A prefix
-    takes its place from the seq_len tokens and is not predicted."""
+    when a run begins; a new stage (run.continue_from) without a teacher keeps that of the run it continues from. A
+    prefix takes its place from the seq_len tokens and is not predicted."""
     allow_worse_prefix: bool = False
     """Accept an explicit sequence_prefix with which the teacher is worse by 0.05 nats per token or more."""
     prefetch: int = 2

@@ -26,5 +26,5 @@ class RunSection:
     time_limit_s: float | None = None
     """Wall-clock seconds after which the run saves and exits with code 75. null: no limit."""
     lock_lease_s: float | None = 60.0
-    """The run touches its LOCK several times in this; a run on another host that finds it untouched for as long takes
+    """The run updates its LOCK several times in this time; a run on another host that sees no update for as long takes
     the folder over. null: a LOCK left by a killed run on another host has to be removed by hand."""

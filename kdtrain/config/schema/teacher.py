@@ -25,7 +25,7 @@ class TeacherSection:
     """As student.allow_unused_weights."""
     layout: Literal["plain", "tp", "dedicated"] = "plain"
     """plain: a whole copy per rank; tp ranks share out the sequences. tp: cut over teacher.tp ranks. dedicated: on
-    teacher.ranks ranks of its own, which hold no student and work ahead while the student's ranks train."""
+    teacher.ranks ranks of its own, which hold no student and run ahead while the student's ranks train."""
     tp: int | None = None
     """With layout tp: ranks over which the teacher is cut, parallel.tp or a multiple of it; replicas of the student
     then share one teacher; null: parallel.tp. With layout dedicated: ranks that hold one teacher together; null: 1."""
@@ -33,8 +33,8 @@ class TeacherSection:
     """With layout dedicated: how many of the job's ranks, the last ones, hold only the teacher. They make
     teacher.ranks / teacher.tp teachers, which share out the micro-batches."""
     in_flight: int | None = None
-    """With layout dedicated: micro-batches of a data rank that may be under way at a time; each needs room for its
-    hidden states in host memory, there and here. null: two per teacher, at least 4."""
+    """With layout dedicated: micro-batches of a data rank that may be in flight at a time; each needs room for its
+    hidden states in host memory, on both sides. null: two per teacher, at least 4."""
     zero_stage: int = 0
     """0: weights stay on every data rank. 3: they are divided among data ranks by ZeRO-3 and gathered layer by layer;
     the teacher then runs once over all micro-batches of a step."""
@@ -48,5 +48,5 @@ class TeacherSection:
     """Limit of one forward pass of the teacher on a rank; bounds its activations, never changes the result. With
     zero_stage 3 every pass gathers all weights once. null: a micro-batch, with zero_stage 3 a whole step, at once."""
     overlap: bool = False
-    """On CUDA: run the teacher on the next micro-batch while the student learns from the present one, on a second
-    stream. Costs the hidden states of one more micro-batch. Anywhere else the same calls are made one by one."""
+    """On CUDA: run the teacher on the next micro-batch while the student trains on the current one, on a second
+    stream. Costs the hidden states of one more micro-batch. On other devices the same calls run one after another."""

@@ -15,5 +15,5 @@ class TrainSection:
     slab_bytes: int = 1 << 30
     """Budget in bytes for the loss's temporary logits; larger is faster up to a point."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
-    """Backend of the loss's row kernels. auto: triton on CUDA where one row can be launched, else torch; the log says
-    why. An explicit choice never falls back."""
+    """Backend of the loss's row kernels. auto: triton on CUDA where one row can be launched, else torch; the reason is
+    logged. An explicit choice never falls back."""

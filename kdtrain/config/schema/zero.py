@@ -19,4 +19,4 @@ class ZeroSection:
     extra: dict[str, Any] = field(default_factory=dict)
     """Expert: further keys of DeepSpeed's zero_optimization section, e.g. {reduce_bucket_size: 2e8}; only keys
     that trade memory for speed are accepted. Without that one a bucket has 5e8 elements, or as many as a rank has
-    parameters; with it, as many as it says, and `--check` prints what they cost."""
+    parameters; with it, as many as it names, and `--check` prints their memory."""
