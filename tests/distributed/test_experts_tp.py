@@ -11,7 +11,7 @@ from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny_mixtures import write_mixture
 from kdtrain.parallel import merge_state_dict, shard_model
 from kdtrain.parallel.experts import expert_modules
-from kdtrain.parallel.plan import plan_cuts
+from kdtrain.parallel.plan import plan_shards
 
 pytestmark = pytest.mark.dist
 
@@ -123,7 +123,7 @@ def gradients(rank, world_size, kind):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, experts_implementation="eager").double()
     mesh = Mesh.build(world_size)
     shard = VocabShard.of(99, mesh.tp_rank, mesh.tp_size, total_rows=101)
-    cuts = plan_cuts(model, mesh.tp_size, shard.rows)
+    cuts = plan_shards(model, mesh.tp_size, shard.rows)
     backbone = Backbone(shard_model(model, mesh, shard), shard, cuts)
     hidden = backbone.hidden_states(batch_of())
     (hidden * torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)).sum().backward()
