@@ -202,6 +202,7 @@ def _measure(rank: int, world_size: int, *, subject: dict[str, Any], dtype: str)
         mine = {name: _cut(name, whole, shard) for name, whole in tensors.items()}
         loss = loss_of(*mine.values(), group=dist.group.WORLD, shard=shard, **arguments)
         torch.autograd.backward(loss)
+        # A "partial" loss is the sum of the values of all ranks.
         value = gather_ranks(loss.detach().double(), dist.group.WORLD).sum() if subject["value"] == "partial" else loss
         error = float((value.detach() - expected).abs() / expected.abs())
         for name, whole in wanted.items():
@@ -259,6 +260,7 @@ def _whole_gradient(name: str, leaf: Tensor, group: dist.ProcessGroup | None) ->
     gradient = leaf.grad.double()
     if name == "hidden_s":
         return gradient
+    # Each rank has the gradient of its own columns or rows.
     return torch.cat(list(gather_ranks(gradient, group)), dim=1 if name == "student" else 0)
 
 

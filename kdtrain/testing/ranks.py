@@ -69,6 +69,7 @@ def _worker(rank: int, world_size: int, store: str, jobs: Any, results: Any, env
         except BaseException as error:  # a worker reports whatever a test raised, assertion or exit
             answer = (rank, None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         results.put(answer)
+    # No rank may close its connections while another still uses them.
     dist.barrier()
     dist.destroy_process_group()
     results.close()

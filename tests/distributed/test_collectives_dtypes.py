@@ -72,12 +72,12 @@ def summed(rank, world_size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [*CARRIED, *OTHERS])
-def test_what_moves_between_ranks_arrives_bit_for_bit_whatever_its_dtype(rank_pool, dtype):
+def test_gather_exchange_and_broadcast_keep_every_bit_of_every_dtype(rank_pool, dtype):
     rank_pool(2).run(moved, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [*CARRIED, *OTHERS])
-def test_a_sum_is_right_or_refused_on_every_rank(rank_pool, dtype):
+def test_a_sum_is_exact_or_refused_on_every_rank(rank_pool, dtype):
     rank_pool(2).run(summed, dtype=dtype)
 
 
@@ -91,6 +91,6 @@ def without_help(rank, world_size, dtype):
     return None
 
 
-def test_the_backend_refuses_what_is_moved_as_bytes(rank_pool):
+def test_the_backend_refuses_dtypes_that_are_transferred_as_bytes(rank_pool):
     for dtype in ("int16", "uint16", "uint32", "float8_e4m3fn"):
         assert all(rank_pool(2).run(without_help, dtype=dtype)), f"{dtype} is carried now: no need to view it as bytes"

@@ -198,17 +198,17 @@ def check_sequence_parallel(rank, world_size):
 
 
 @pytest.mark.parametrize(("world_size", "tied"), [(1, False), (2, False), (2, True)])
-def test_cross_entropy_has_the_models_own_gradients(rank_pool, world_size, tied):
+def test_cross_entropy_gradients_equal_those_of_the_model(rank_pool, world_size, tied):
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     rank_pool(world_size).run(check_cross_entropy, tied=tied)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_distillation_has_float64s_gradients(rank_pool, world_size):
+def test_distillation_gradients_equal_float64(rank_pool, world_size):
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     rank_pool(world_size).run(check_distillation)
 
 
-def test_sequence_parallel_hidden_states_get_their_part_of_the_gradient(rank_pool):
+def test_sequence_parallel_hidden_states_get_the_gradient_of_their_tokens(rank_pool):
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     rank_pool(2).run(check_sequence_parallel)

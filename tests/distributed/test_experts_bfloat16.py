@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_a_router_is_in_the_dtype_of_transformers_in_every_layout(fresh_pool, folder):
+def test_routers_have_the_dtype_of_transformers_in_every_layout(fresh_pool, folder):
     from transformers import AutoModelForCausalLM
 
     answers = fresh_pool(2).run(run_layouts, timeout_s=300, folder=folder)

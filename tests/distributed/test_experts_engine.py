@@ -175,7 +175,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("world_size", CASES)
-def test_a_mixture_teaches_a_dense_student_in_every_layout(world_size, fresh_pool, folder):
+def test_a_mixture_teacher_equals_plain_torch_in_every_layout(world_size, fresh_pool, folder):
     answers = fresh_pool(world_size).run(run_cases, timeout_s=300, folder=folder, cases=CASES[world_size])
     right = {case.folder: oracle(folder, case) for case in (Case(1, 0, "plain"), Case(1, 0, "plain", odd=True))}
     for rank in range(world_size):

@@ -11,7 +11,7 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.quantize import quantize_decoder_
 from kdtrain.models.tiny import tiny_config
-from kdtrain.parallel.pieces import split_tensor
+from kdtrain.parallel.shard_tensors import split_tensor
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.training.build import Models
@@ -78,7 +78,7 @@ def run(rank, world_size, folder, kind):
 
 
 @pytest.mark.parametrize(("world_size", "kind"), CASES)
-def test_a_quantised_teacher_makes_the_steps_of_plain_torch_with_its_weights(world_size, kind, fresh_pool, tmp_path):
+def test_a_quantised_teacher_equals_plain_torch_with_the_rounded_weights(world_size, kind, fresh_pool, tmp_path):
     answers = fresh_pool(world_size).run(run, folder=tmp_path, kind=kind)
     want = oracle(tmp_path, "llama", True, partial(rounded_teacher, kind=kind))
     for rank in range(world_size):
@@ -110,7 +110,7 @@ def measured(rank, world_size, folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_its_cost_is_the_same_in_every_layout_and_on_all_ranks(kind, fresh_pool, tmp_path):
+def test_the_cost_of_quantisation_is_equal_in_every_layout_and_on_all_ranks(kind, fresh_pool, tmp_path):
     answers = fresh_pool(2).run(measured, folder=tmp_path, kind=kind)
     assert answers[0] == answers[1]
     backbone = whole_teacher(tmp_path)
@@ -152,7 +152,7 @@ def latent_weights(rank, world_size, folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_latent_projections_are_quantised_when_cut_as_they_are_when_whole(kind, rank_pool, tmp_path):
+def test_quantised_latent_projections_are_equal_sharded_and_whole(kind, rank_pool, tmp_path):
     (tmp_path / "latent.json").write_text(json.dumps({**tiny_config("llama"), **LATENT}))
     for whole, cut in rank_pool(2).run(latent_weights, folder=tmp_path, kind=kind):
         assert cut == whole

@@ -51,7 +51,7 @@ def compare(rank, world_size, heads, strided):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("heads", HEADS)
-def test_attention_over_ranks_is_attention_over_the_whole(rank_pool, world_size, heads):
+def test_attention_over_cp_ranks_equals_attention_of_the_whole_sequence(rank_pool, world_size, heads):
     for strided in (False, True):
         for errors in rank_pool(world_size).run(compare, heads=heads, strided=strided):
             assert max(errors) < 1e-12
@@ -71,7 +71,7 @@ def strided_inside(rank, world_size):
     return float((part.grad - 3 * pull.permute(1, 3, 2, 0)[:, :, mine]).abs().max())
 
 
-def test_a_gradient_with_strides_of_its_own_is_not_traded_in_the_order_of_memory(rank_pool):
+def test_a_non_contiguous_gradient_is_exchanged_by_index(rank_pool):
     assert max(rank_pool(2).run(strided_inside)) < 1e-12
 
 
@@ -83,7 +83,7 @@ def refused(rank, world_size):
     return str(caught.value), str(other.value)
 
 
-def test_heads_and_ranks_that_cannot_be_shared_out_are_refused(rank_pool):
+def test_heads_and_ranks_that_do_not_divide_are_refused(rank_pool):
     for heads, ranks in rank_pool(2).run(refused):
         assert heads.startswith("parallel.cp = 2 does not divide the 3 query heads on a rank of Attn")
         assert "fix: set parallel.cp to one of [1, 3]" in heads

@@ -55,7 +55,7 @@ def numbered(micro_batches):
     ]
 
 
-def test_with_overlap_the_next_micro_batch_is_begun_before_the_student_takes_the_present_one(backbone):
+def test_with_overlap_the_next_micro_batch_starts_before_the_student_trains_on_the_present_one(backbone):
     steps = [numbered(batches(4)) for _ in range(2)]
     log, plain_log = [], []
     ahead = teacher_of(backbone, log, side=SideStream(CPU))
@@ -71,7 +71,7 @@ def test_with_overlap_the_next_micro_batch_is_begun_before_the_student_takes_the
     assert [entry[:2] for entry in plain_log] == [(who, i) for i in range(4) for who in ("teacher", "student")] * 2
 
 
-def test_overlap_disturbs_neither_a_validation_nor_a_step_that_was_given_up(backbone):
+def test_overlap_is_independent_of_validation_and_of_an_abandoned_step(backbone):
     log = []
     teacher = teacher_of(backbone, log, side=SideStream(CPU))
     step, other = numbered(batches(3)), batches(1, sequences=2)[0]
@@ -105,14 +105,14 @@ def test_a_limit_on_tokens_splits_passes_by_sequences_and_changes_nothing(backbo
         assert float((got - want).norm() / want.norm()) < 1e-6
 
 
-def test_an_answer_of_a_side_stream_is_that_of_its_work():
+def test_a_side_stream_on_the_cpu_runs_work_at_once():
     value = torch.arange(4.0)
     finish = SideStream(CPU).start(lambda: value * 2, [value])
     value.zero_()
     assert finish().tolist() == [0, 2, 4, 6], "on the CPU work is done when it is started"
 
 
-def test_a_side_stream_is_given_all_memory_that_its_work_reads(backbone):
+def test_a_side_stream_records_all_tensors_that_its_work_reads(backbone):
     """What it is not given could be taken for something else while the work reads it."""
     given = []
 
@@ -131,7 +131,7 @@ def test_a_side_stream_is_given_all_memory_that_its_work_reads(backbone):
     assert torch.equal(teacher.signal(batch).hidden_states, backbone.hidden_states(batch))
 
 
-def test_an_answer_is_never_that_of_an_earlier_batch_in_the_same_place(backbone):
+def test_a_batch_with_the_id_of_an_earlier_one_gets_its_own_result(backbone):
     """Batches that are dropped leave their ids to later ones."""
     teacher = OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh(), together=True)
     for _ in range(20):
