@@ -1,4 +1,4 @@
-"""The conformance check calls right losses right, and names what is wrong with wrong ones, at tp 1, 2 and 4."""
+"""The conformance check accepts right losses and reports the error of wrong ones, at tp 1, 2 and 4."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def _forward_kl(parts):
 
 
 def whole(student, teacher, labels, *, group, shard, divergence, temperature):
-    """Forward KL with one forward reduction, whose gradient is passed on untouched: right."""
+    """Forward KL with one forward reduction, whose gradient passes back unchanged: right."""
     return temperature**2 * _forward_kl(reduce_from_tp(_parts(student, teacher, temperature), group))
 
 

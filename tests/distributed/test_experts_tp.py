@@ -1,4 +1,4 @@
-"""Mixtures of experts cut over tensor-parallel ranks: hidden states and gradients of one process, slices only read."""
+"""Mixtures of experts over tensor-parallel ranks: hidden states and gradients equal one process, only slices read."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ KINDS = {
         "mimo_v2_flash",
     ),
 }
-"""By tp; all that may teach, but gpt-oss. Packed on disk every second one."""
+"""By tp: all supported mixtures but gpt-oss. Every second one is packed on disk."""
 
 
 def batch_of():
@@ -44,7 +44,7 @@ def batch_of():
 
 
 def routes_of(backbone, batch):
-    """(hidden states, indices of experts that every token of every layer was sent to)"""
+    """(hidden states, indices of experts of every token in every layer)"""
     chosen = []
     hooks = [
         module.register_forward_pre_hook(lambda module, args: chosen.append(args[1].clone()))
@@ -109,7 +109,7 @@ def check_reading(kind, answers, one, tp):
 
 
 def gradients(rank, world_size, kind):
-    """Gradients of a sum over hidden states, of a trainable mixture: what a hook forgets shows here.
+    """Gradients of a sum over hidden states, of a trainable mixture: a missing hook would make them differ.
 
     Routers compute in float32 whatever the model's dtype, hence the tolerance.
     """

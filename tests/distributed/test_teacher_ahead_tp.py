@@ -1,4 +1,4 @@
-"""A teacher that runs ahead on groups of its own, or on few tokens at once: the steps of plain torch in all layouts."""
+"""Teachers with overlap, on process groups of their own, or with a token limit, against plain torch in all layouts."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_overlap_and_token_limits_equal_plain_torch(world_size, fresh_pool, fold
 
 
 def groups_in_use(rank, world_size, folder):
-    """Per layout of an overlapping teacher: the groups of its layers and gathers, and those of the student and loss."""
+    """Per layout of an overlapping teacher: its number of groups, and how many it shares with student and loss."""
     meshes = join(world_size)
     found = {}
     for tp, words in ((2, "plain overlap"), (2, "tp overlap"), (1, "tp2 overlap")):

@@ -14,7 +14,7 @@ from tests.support.topk_cases import assert_same_topk, random_teacher, shard_of,
 pytestmark = pytest.mark.dist
 
 # vocabulary, rows are a multiple of, k, tokens per chunk, bias + scale + soft-cap.
-# 101 in multiples of 128 leaves every rank but the first with padding only; with multiple 1 and 4 ranks, k = 40 and
+# With 101 rows in multiples of 128 all ranks but the first hold only padding; with multiple 1 and 4 ranks, k = 40 and
 # 101 are more than a rank has.
 LAYOUTS = [
     (101, 1, 40, 8, False),
@@ -128,7 +128,7 @@ def _sample(rank: int, world_size: int, chunk: int, dtype: torch.dtype) -> list[
     answers = []
     for vocab, multiple, k, _, properties in [*LAYOUTS[:-1], (101, 1, 12, 0, None)]:
         shard = shard_of(vocab, group, multiple)
-        integers = properties is None  # ties, also between what is kept and what is not
+        integers = properties is None  # equal logits, also between kept and other ids
         hidden, head = random_teacher(37, vocab, dtype=dtype, properties=bool(properties), integers=integers)
         for estimator in ESTIMATORS:
             got = sample_targets(

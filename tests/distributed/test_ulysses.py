@@ -1,4 +1,4 @@
-"""Trading heads for tokens: attention over cp ranks is attention over the whole sequence, in value and gradients."""
+"""Ulysses: attention over cp ranks equals attention over the whole sequence, in value and gradients."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def compare(rank, world_size, heads, strided):
     parts = [x[:, :, mine].clone().requires_grad_() for x in tensors]
     output = scatter_sequence(attention(*gather_sequence(*parts, mesh.cp_group)), mesh.cp_group)
     grad = pull[:, mine]
-    if strided:  # as autograd may hand it on: memory in another order than the shape says
+    if strided:  # as autograd may pass it: not contiguous
         grad = grad.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
         assert not grad.is_contiguous()
     output.backward(grad)
@@ -58,7 +58,7 @@ def test_attention_over_cp_ranks_equals_attention_of_the_whole_sequence(rank_poo
 
 
 def strided_inside(rank, world_size):
-    """The gradient that reaches the exchange itself has strides of its own here: a product of transposed views."""
+    """The gradient at the exchange itself is not contiguous: a product of transposed views."""
     mesh = Mesh.build(1, world_size)
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(2, 4, TOKENS, 6, generator=generator, dtype=torch.float64)

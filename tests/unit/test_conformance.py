@@ -1,4 +1,4 @@
-"""What the conformance check says about numbers, subjects that cannot run, and what is published."""
+"""Verdicts and tables of the conformance check, subjects that cannot run, and the published table."""
 
 import re
 from pathlib import Path

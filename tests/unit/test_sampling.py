@@ -202,7 +202,7 @@ DISTRIBUTIONS = {"peaked": 3.0, "flat": 0.5}
 
 
 def distribution(shape, vocab=64):
-    """[V] float64 logits; float64 also in the teacher, so that p is what it says."""
+    """[V] float64 logits; float64, so that the teacher's p has no rounding error to speak of."""
     rng = torch.Generator().manual_seed(5)
     return torch.randn(vocab, generator=rng, dtype=torch.float64) * DISTRIBUTIONS[shape]
 
@@ -216,14 +216,14 @@ def test_the_expectation_of_the_weights_is_the_distribution(estimator, shape):
     p = logits.softmax(0)
     weights = dense_weights(sample(*repeated(logits, times), estimator, 8), 64)
     error = (weights.mean(0) - p).abs()
-    # an estimator's own spread, but for an id that was (almost) never drawn that of one draw in all
+    # the standard error of the estimator; ids that were almost never drawn are compared with one draw in all
     standard_error = (weights.std(0) / math.sqrt(times)).clamp(min=1e-12)
     rare = (weights > 0).sum(0) < 10
     assert (error[~rare] <= 4.8 * standard_error[~rare] + 1e-12).all()
     assert (error[rare] <= 20 * weights.max() / times).all()
     assert standard_error.max() < 2e-3
     biased = dense_weights(sample(*repeated(logits, 1), "top_k", 8), 64)[0]
-    assert (biased - p).abs().max() > 5 * error.max(), "the test could not tell a biased estimator"
+    assert (biased - p).abs().max() > 5 * error.max(), "the test could not detect a biased estimator"
 
 
 def test_weights_are_unbiased_over_seeds_samples_and_positions():

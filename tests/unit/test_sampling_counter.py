@@ -1,4 +1,4 @@
-"""Counter-based random numbers: as documented, uniform, and unrelated to one another."""
+"""Counter-based random numbers: as documented, uniform and uncorrelated."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Sparse targets drawn from a teacher, in the loss that takes them: against the loss on the whole teacher."""
+"""The sparse loss with sampled targets against the dense loss with the whole teacher."""
 
 import math
 

@@ -18,7 +18,7 @@ INF = float("inf")
 
 
 def rows(n, seed=0):
-    """[rows, n] logits that try the order: ties, constants, masked ids, signed zeros, a peak, clusters, infinities."""
+    """[rows, n] logits with ties, constants, masked ids, signed zeros, a peak, clusters and infinities."""
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(12, n, generator=rng)
     x[1] = x[1].round()
@@ -36,7 +36,7 @@ def rows(n, seed=0):
 
 
 def padded(x, garbage):
-    """The same numbers in rows that are further apart, with garbage between them."""
+    """The same numbers with a larger row stride and garbage between the rows."""
     memory = torch.full((x.shape[0], x.shape[1] + 7), garbage, dtype=x.dtype)
     memory[:, : x.shape[1]] = x
     return memory[:, : x.shape[1]]
@@ -54,7 +54,7 @@ def test_selection_is_a_stable_descending_sort_of_any_row(n, k, dtype):
     assert torch.equal(got.values, values[:, :k])
     assert not got.values.signbit()[got.values == 0].any(), "a zero kept its sign"
     assert not got.stats[:, 0].any()
-    assert torch.equal(slab, x.scatter(1, order[:, :k], -INF)), "listed entries are masked, nothing else is touched"
+    assert torch.equal(slab, x.scatter(1, order[:, :k], -INF)), "only listed entries are masked"
 
 
 def test_tail_sums_are_accurate_relative_to_the_tail_at_any_temperature():
@@ -117,7 +117,7 @@ def test_keys_keep_values_ids_and_their_order():
 def test_equal_logits_of_a_head_are_in_the_order_of_ids(vocab, k, chunk, dtype):
     hidden, head = random_teacher(37, vocab, dtype=dtype, integers=True)
     logits = whole_logits(hidden, head)
-    assert k < 3 or (logits.topk(k).values.diff(dim=1) == 0).any(), "no ties to speak of"
+    assert k < 3 or (logits.topk(k).values.diff(dim=1) == 0).any(), "the logits must have ties"
     shard = VocabShard.of(vocab, multiple=1)
     got = linear_topk(
         hidden,
@@ -243,7 +243,7 @@ def test_invalid_arguments_are_refused_by_name(change, message):
 
 
 def test_auto_uses_torch_where_triton_has_no_kernel_and_explicit_triton_is_refused(monkeypatch, caplog):
-    """As if the dense row kernels of a device were another backend's."""
+    """With the row kernels of a device replaced by none."""
     cpu = torch.device("cpu")
     assert topk_kernels("auto", cpu, torch.float32, 5) is topk_rows
     monkeypatch.setattr(topk_dispatch, "row_kernels", lambda backend, device, work: None)
