@@ -119,7 +119,7 @@ def _embedding_scale(embedding: Any) -> float | None:
     scale = getattr(embedding, "scalar_embed_scale", getattr(embedding, "embed_scale", None))
     if not isinstance(embedding, nn.Embedding) or scale is None:
         raise ParallelError(
-            f"the input embedding is a {type(embedding).__name__}, whose forward kdtrain does not know\n"
+            f"the input embedding is a {type(embedding).__name__}, whose forward is unknown\n"
             "  fix: use an architecture with a plain or a scaled torch.nn.Embedding"
         )
     return float(scale)

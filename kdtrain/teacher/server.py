@@ -150,7 +150,7 @@ class TeacherServer:
             if request.lost is not None:
                 raise request.lost
             if request.exit_code not in (EXIT_DONE, EXIT_STOPPED):
-                raise PeerLost(f"rank {request.client} (student) failed; its message says why", request.exit_code)
+                raise PeerLost(f"rank {request.client} (student) failed; see its error message", request.exit_code)
         return exit_codes
 
     def _next_request(self) -> Request:

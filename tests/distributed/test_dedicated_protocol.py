@@ -241,7 +241,7 @@ def failing_student(rank, world_size, folder):
 
 def test_a_failing_client_ends_the_teacher_with_its_exit_code(rank_pool, tmp_path):
     other, _, (text, code) = rank_pool(3).run(failing_student, folder=tmp_path)
-    assert text == "rank 1 (student) failed; its message says why"
+    assert text == "rank 1 (student) failed; see its error message"
     assert code == EXIT_NON_FINITE
     assert other == (f"the teacher on rank 2 ended: {text}", EXIT_NON_FINITE)
 
