@@ -42,7 +42,7 @@ class _Linear(nn.Module):
 class ColumnParallelLinear(_Linear):
     """y_local = x W_local^T + b_local: replicated [..., in] -> sharded [..., out_local].
 
-    Does not communicate: the enclosing block's `hook_block_input` hook sums the gradient of x.
+    Does not communicate: the hook of the enclosing block (`hook_block_input`) sums the gradient of x.
     """
 
     def forward(self, x: Tensor) -> Tensor:
