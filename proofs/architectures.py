@@ -167,7 +167,7 @@ def load(path: Path, mesh: Any) -> Any:
     import torch
 
     from kdtrain.models.load import load_backbone
-    from kdtrain.parallel.pieces import split_tensor
+    from kdtrain.parallel.shard_tensors import split_tensor
 
     backbone = load_backbone(spec_of(path), mesh, vocab_size=VOCAB, trainable=True, seed=SEED, packed=False)
     shapes = backbone.full_shapes()
@@ -268,7 +268,7 @@ def errors_of(stock: dict[str, Any], cuts: dict[str, Any], answers: list[dict[st
     import numpy as np
     import torch
 
-    from kdtrain.parallel.pieces import merge_state_dict
+    from kdtrain.parallel.shard_tensors import merge_state_dict
 
     norm = np.linalg.norm
     found = {"loss": max(abs(answer["loss"] / stock["loss"] - 1) for answer in answers)}

@@ -1,1 +1,1 @@
-"""Ranks: mesh, collectives, vocabulary shards."""
+"""Mesh, collectives, vocabulary shards, point-to-point channel."""

@@ -1,25 +1,25 @@
-"""Collectives used by layers and losses; each states what it communicates forward and backward.
+"""Collectives of layers and losses; each states what it communicates forward and backward.
 
-The convention about factors of tp, written once, here:
+The convention about factors of tp:
 
 * A scalar loss is *replicated*: every tensor-parallel rank computes the same number, and calls backward on it once.
 * A *replicated* activation has a *replicated* gradient: every rank holds the whole gradient, not a share of it.
 * A *sharded* weight has the gradient of its own rows or columns.
-* Where a replicated activation enters sharded weights, each rank's backward yields a *partial* gradient; it is
-  summed exactly once, by `copy_to_tp`. Where partial activations leave them, they are summed forward, by
-  `reduce_from_tp`, and the (replicated) gradient passes back untouched.
+* A replicated activation that is the input of sharded weights gets a *partial* gradient on each rank's backward;
+  `copy_to_tp` sums it, exactly once. Partial outputs of sharded weights are summed forward, by `reduce_from_tp`; their
+  (replicated) gradient passes back unchanged.
 * Under sequence parallelism activations between blocks are divided by token instead of replicated. Both sums are
-  then taken as reduce-scatters (`gather_tokens` backward, `scatter_tokens` forward): the same sum, of which each rank
-  keeps its tokens. What works on divided tokens (norms, the bias of a row layer) has a partial gradient.
+  then reduce-scatters (`gather_tokens` backward, `scatter_tokens` forward): the same sum, of which each rank keeps its
+  tokens. Parameters applied to divided tokens (norms, the bias of a row layer) have a partial gradient.
 
-Hence no gradient is ever multiplied or divided by tp. Peers that differentiate through an all-reduce whose
-backward is again an all-reduce get losses right to every digit and gradients wrong by a factor of tp.
+Hence no gradient is ever multiplied or divided by tp. Code that differentiates through an all-reduce whose backward is
+again an all-reduce has exact losses and gradients that are wrong by a factor of tp.
 
-Every function does nothing when its group is None or has one rank.
+No function communicates when its group is None or has one rank.
 
-Dtypes: gloo and NCCL move and add floats of 16, 32 and 64 bits and integers of 8, 32 and 64. int16, uint16, uint32 and
-float8 gloo of torch 2.13 sends from rank to rank, but its collectives refuse them. What only moves values (gather,
-broadcast, exchange) therefore moves every other dtype as bytes, bit for bit; sums refuse it.
+Dtypes: gloo and NCCL transfer and add floats of 16, 32 and 64 bits and integers of 8, 32 and 64. gloo of torch 2.13
+sends int16, uint16, uint32 and float8 point to point, but its collectives refuse them. Collectives that do no
+arithmetic (gather, broadcast, exchange) therefore transfer every other dtype as bytes, bit for bit; sums refuse it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
-Move = Callable[[Tensor, Group], Tensor]
-"""A tensor on this rank -> what the ranks of a group make of it."""
+Collective = Callable[[Tensor, Group], Tensor]
+"""(this rank's tensor, group) -> this rank's result of a collective over the group."""
 
-# Of one buffer for all ranks: NCCL copies lists of tensors into such a buffer first. torch 2.13 gave them new names.
+# The variants with one buffer for all ranks: NCCL would copy a list of tensors into such a buffer first. torch 2.13
+# renamed them.
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -53,11 +54,11 @@ _CARRIED = frozenset(
         torch.int64,
     )
 )
-"""Dtypes that the collectives of every backend take."""
+"""Dtypes that the collectives of every backend support."""
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """A contiguous tensor as one row of what every backend can move: its values, or their bytes. Shares its memory."""
+    """A contiguous tensor as a flat view that every backend can transfer: its values, or their bytes."""
     row = tensor.view(-1)
     return row if tensor.dtype in _CARRIED else row.view(torch.uint8)
 
@@ -76,20 +77,21 @@ def group_size(group: Group) -> int:
 
 
 def group_rank(group: Group) -> int:
-    """This rank's place in `group`; 0 for None. Does not communicate."""
+    """This rank's index in `group`; 0 for None. Does not communicate."""
     return 0 if group is None else dist.get_rank(group)
 
 
 def reduce_sum_(tensor: Tensor, group: Group) -> Tensor:
     """Sum `tensor` over the group, in place, and return it. Communicates: one all-reduce. Not differentiable.
 
-    Raises ValueError for a dtype that backends do not add, and for a non-contiguous tensor: the collective would fill
+    Raises ValueError for a dtype that backends cannot add, and for a non-contiguous tensor: the collective would write
     its memory in the wrong order.
     """
     if group_size(group) > 1:
         _check_sum("reduce_sum_", tensor)
         if not tensor.is_contiguous():
             raise ValueError(f"reduce_sum_ needs a contiguous tensor, got strides {tensor.stride()}")
+        # Each rank holds one addend.
         dist.all_reduce(tensor, group=group)
     return tensor
 
@@ -103,9 +105,9 @@ def gather_ranks(tensor: Tensor, group: Group) -> Tensor:
 
 
 def start_gather(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
-    """Start what `gather_ranks` does and return at once; the answer's call waits for it and gives the tensor.
+    """Start a `gather_ranks` and return at once; the returned function waits for it and gives the tensor.
 
-    Communicates: one all-gather, beside whatever the caller computes before it asks. All ranks must start and finish
+    Communicates: one all-gather, which overlaps with computation until that call. All ranks must start and complete
     their gathers in the same order.
     """
     size = group_size(group)
@@ -113,38 +115,41 @@ def start_gather(tensor: Tensor, group: Group) -> Callable[[], Tensor]:
         return lambda: tensor.unsqueeze(0)
     mine = tensor.contiguous()
     out = torch.empty((size, *mine.shape), dtype=mine.dtype, device=mine.device)
+    # Each rank holds one row of the result. Asynchronous, so that the caller can compute meanwhile.
     work = _all_gather(_flat(out), _flat(mine), group=group, async_op=True)
 
-    def finish() -> Tensor:
+    def wait() -> Tensor:
         work.wait()
         return out
 
-    return finish
+    return wait
 
 
 def gather_objects(value: Any, group: Group) -> list[Any]:
-    """Every rank's value, in rank order. Communicates: one all-gather of what pickles; not for anything large."""
+    """Every rank's value, in rank order. Communicates: one all-gather of pickled values, which should be small."""
     if group_size(group) == 1:
         return [value]
     found: list[Any] = [None] * group_size(group)
+    # Each rank holds one value of the list.
     dist.all_gather_object(found, value, group=group)
     return found
 
 
 def broadcast_first_(tensor: Tensor, group: Group) -> Tensor:
-    """Fill `tensor` with that of the group's first rank, in place, and return it. One broadcast. Not differentiable.
+    """Copy the tensor of the group's first rank into `tensor` and return it. One broadcast. Not differentiable.
 
-    Raises ValueError for a non-contiguous tensor: the collective would fill its memory in the wrong order.
+    Raises ValueError for a non-contiguous tensor: the collective would write its memory in the wrong order.
     """
     if group_size(group) > 1:
         if not tensor.is_contiguous():
             raise ValueError(f"broadcast_first_ needs a contiguous tensor, got strides {tensor.stride()}")
+        # Only the first rank of the group has the values.
         dist.broadcast(_flat(tensor), group=group, group_src=0)
     return tensor
 
 
 def exchange_ranks(tensor: Tensor, group: Group) -> Tensor:
-    """[ranks, ...] -> [ranks, ...]: row j of this rank's tensor goes to rank j, row i of the answer came from rank i.
+    """[ranks, ...] -> [ranks, ...]: row j of this rank's tensor goes to rank j, row i of the result is from rank i.
 
     Communicates: one all-to-all. Not differentiable. Raises ValueError unless dim 0 is the number of ranks.
     """
@@ -155,33 +160,37 @@ def exchange_ranks(tensor: Tensor, group: Group) -> Tensor:
         return tensor
     tensor = tensor.contiguous()
     out = torch.empty_like(tensor)
+    # Each rank holds one row for every other rank.
     dist.all_to_all_single(_flat(out), _flat(tensor), group=group)
     return out
 
 
 class _Transfer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group, there: Move, back: Move) -> Tensor:
-        ctx.group, ctx.back = group, back
-        return there(x, group)
+    def forward(ctx: Any, x: Tensor, group: Group, forward: Collective, backward: Collective) -> Tensor:
+        ctx.group, ctx.gradient = group, backward
+        return forward(x, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return ctx.back(grad, ctx.group), None, None, None
+        return ctx.gradient(grad, ctx.group), None, None, None
 
 
-def transfer(x: Tensor, group: Group, there: Move, back: Move) -> Tensor:
-    """there(x, group), whose gradient is back(gradient, group); x itself in a group of one. Neither may change x."""
-    return x if group_size(group) == 1 else _Transfer.apply(x, group, there, back)
+def transfer(x: Tensor, group: Group, forward: Collective, backward: Collective) -> Tensor:
+    """forward(x, group), with the gradient backward(gradient, group); x itself in a group of one.
+
+    Neither function may change its input. Communicates what the two functions do.
+    """
+    return x if group_size(group) == 1 else _Transfer.apply(x, group, forward, backward)
 
 
 def copy_to_tp(x: Tensor, group: Group) -> Tensor:
-    """Replicated activation -> input of sharded weights. Forward: nothing. Backward: one all-reduce (sum)."""
+    """Replicated activation -> input of sharded weights. Communicates: nothing forward, one all-reduce backward."""
     return transfer(x, group, _unchanged, _sum)
 
 
 def reduce_from_tp(x: Tensor, group: Group) -> Tensor:
-    """Partial activation -> replicated. Forward: one all-reduce (sum). Backward: nothing."""
+    """Partial activation -> replicated. Communicates: one all-reduce forward, nothing backward."""
     return transfer(x, group, _sum, _unchanged)
 
 
@@ -213,7 +222,8 @@ def _unchanged(x: Tensor, group: Group) -> Tensor:
 
 
 def _sum(x: Tensor, group: Group) -> Tensor:
-    # A fresh contiguous buffer: autograd may still hold the incoming one elsewhere.
+    # Every rank has a partial sum; the convention above needs the whole on each. A new contiguous buffer, because
+    # autograd may use the incoming one elsewhere.
     return reduce_sum_(x.clone(memory_format=torch.contiguous_format), group)
 
 
@@ -225,11 +235,12 @@ def _shares(x: Tensor, group: Group) -> Tensor:
     """[B, S, D] -> [ranks, B, S/ranks, D], the tokens of each rank; a view."""
     size = group_size(group)
     if x.dim() != 3 or x.shape[1] % size:
-        raise ValueError(f"{size} ranks cannot share the tokens of activations [B, S, D] = {list(x.shape)}")
+        raise ValueError(f"{size} ranks cannot divide the tokens of activations [B, S, D] = {list(x.shape)}")
     return x.unflatten(1, (size, -1)).transpose(0, 1)
 
 
 def _all_tokens(x: Tensor, group: Group) -> Tensor:
+    # Attention and MLP weights are sharded by feature, so each rank needs all tokens.
     return gather_ranks(x, group).transpose(0, 1).flatten(1, 2).contiguous()
 
 
@@ -237,5 +248,6 @@ def _summed_share(x: Tensor, group: Group) -> Tensor:
     _check_sum("a reduce-scatter", x)
     shares = _shares(x, group).contiguous()
     mine = torch.empty_like(shares[0])
+    # Every rank has a partial sum for all tokens; each needs the whole sum of its own tokens only.
     _reduce_scatter(mine.view(-1), shares.view(-1), group=group)
     return mine

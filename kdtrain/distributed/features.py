@@ -1,6 +1,6 @@
-"""Put together or take apart the last dim of activations over the tensor-parallel axis; `collectives` has the rules.
+"""Gather or split the last dim of activations over the tensor-parallel axis.
 
-Both sides of each function keep its convention: a replicated activation has a replicated, whole gradient.
+The convention of `collectives` holds: a replicated activation has a replicated, whole gradient.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ Sizes = tuple[int, ...]
 
 def gather_features(x: Tensor, sizes: Sizes, group: Group) -> Tensor:
     """Sharded [..., sizes[rank]] -> replicated [..., sum of sizes]. Forward: one all-gather. Backward: nothing."""
-    return transfer(x, group, partial(_join, sizes=sizes), partial(_own, sizes=sizes))
+    return transfer(x, group, partial(_join, sizes=sizes), partial(_local, sizes=sizes))
 
 
 def split_features(x: Tensor, sizes: Sizes, group: Group) -> Tensor:
     """Replicated [..., sum of sizes] -> sharded [..., sizes[rank]]. Forward: nothing. Backward: one all-gather."""
-    return transfer(x, group, partial(_own, sizes=sizes), partial(_join, sizes=sizes))
+    return transfer(x, group, partial(_local, sizes=sizes), partial(_join, sizes=sizes))
 
 
 def _join(x: Tensor, group: Group, sizes: Sizes) -> Tensor:
     padded = F.pad(x, (0, max(sizes) - x.shape[-1]))
+    # Each rank holds its own features; the layer that follows, or the gradient of the split, needs all of them.
     parts = gather_ranks(padded, group).unbind(0)
     return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], -1)
 
 
-def _own(x: Tensor, group: Group, sizes: Sizes) -> Tensor:
+def _local(x: Tensor, group: Group, sizes: Sizes) -> Tensor:
     rank = group_rank(group)
     return x.narrow(-1, sum(sizes[:rank]), sizes[rank]).contiguous()

@@ -1,10 +1,10 @@
-"""The mesh: one world of ranks as dp x cp x tp, tp fastest, as a plain value.
+"""The mesh: the ranks of a world as dp x cp x tp, tp fastest, as a plain value.
 
-tp ranks share one model and see the same tokens. cp ranks share the sequences of a micro-batch: each holds S / cp
-consecutive tokens of every one (`kdtrain.data.context`). dp ranks hold different sequences. To ZeRO, which cuts what
-is equal and sums gradients of different tokens, the dp x cp ranks with one place in tp are all alike: its group.
+tp ranks share one model and have the same tokens. cp ranks divide the sequences of a micro-batch: each holds S / cp
+consecutive tokens of every sequence (`kdtrain.data.context`). dp ranks have different sequences. ZeRO shards equal
+states and sums gradients of different tokens, so its group is the dp x cp ranks with the same tp_rank.
 
-It is also the `mpu` that a DeepSpeed engine is given, hence the long method names at the end. It must never grow
+The mesh is also the `mpu` of a DeepSpeed engine, hence the long method names at the end. Do not add
 `get_sequence_parallel_*` methods: DeepSpeed would silently rescale gradients.
 """
 
@@ -24,7 +24,7 @@ class Mesh:
     """Sizes, this rank's coordinates and its process groups. Groups are None when there is no process group.
 
     Rank r has tp_rank = r % tp, cp_rank = r // tp % cp and dp_rank = r // (tp cp). Each group holds the ranks that
-    differ in one coordinate alone; zero_group those that differ in dp or cp.
+    differ in one coordinate only; zero_group those that differ in dp or cp.
     """
 
     world_size: int = 1
@@ -57,16 +57,16 @@ class Mesh:
         replica = tp_size * cp_size
         starts = range(0, world_size, replica)
         tp_group = own_group(range(first, first + tp_size) for first in range(0, world_size, tp_size))
-        dp_group = own_group(range(place, world_size, replica) for place in range(replica))
+        dp_group = own_group(range(offset, world_size, replica) for offset in range(replica))
         world = dist.group.WORLD
         if cp_size == 1:
             return cls(world_size, rank, tp_size, tp_group, dp_group, world, zero_group=dp_group)
-        cp_group = own_group(range(i + place, i + replica, tp_size) for i in starts for place in range(tp_size))
-        zero_group = own_group(range(place, world_size, tp_size) for place in range(tp_size))
+        cp_group = own_group(range(i + offset, i + replica, tp_size) for i in starts for offset in range(tp_size))
+        zero_group = own_group(range(offset, world_size, tp_size) for offset in range(tp_size))
         return cls(world_size, rank, tp_size, tp_group, dp_group, world, cp_size, cp_group, zero_group)
 
     def without_tp(self) -> Mesh:
-        """For a model that every tp rank holds whole: of this mesh only the cp axis is left. Does not communicate."""
+        """The cp axis of this mesh only, for a model that every tp rank holds whole. Does not communicate."""
         return replace(
             self,
             world_size=self.cp_size,
@@ -80,17 +80,17 @@ class Mesh:
 
     @property
     def tp_rank(self) -> int:
-        """Place on the tensor-parallel axis."""
+        """Index on the tensor-parallel axis."""
         return self.rank % self.tp_size
 
     @property
     def cp_rank(self) -> int:
-        """Place on the context-parallel axis: which part of every sequence this rank holds."""
+        """Index on the context-parallel axis: which part of every sequence this rank holds."""
         return self.rank // self.tp_size % self.cp_size
 
     @property
     def dp_rank(self) -> int:
-        """Place on the data-parallel axis: which sequences this rank works on."""
+        """Index on the data-parallel axis: which sequences this rank has."""
         return self.rank // (self.tp_size * self.cp_size)
 
     @property
@@ -100,20 +100,20 @@ class Mesh:
 
     @property
     def zero_rank(self) -> int:
-        """Place among the ranks with different tokens: dp and cp as one axis."""
+        """Index among the ranks with different tokens: dp and cp as one axis."""
         return self.rank // self.tp_size
 
     @property
     def zero_size(self) -> int:
-        """Number of ranks with different tokens, dp x cp: what ZeRO divides by and averages over."""
+        """Number of ranks with different tokens, dp x cp: ZeRO shards and averages over them."""
         return self.world_size // self.tp_size
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank prints and writes what only one rank may write."""
+        """Whether this is rank 0, which prints and writes once per job."""
         return self.rank == 0
 
-    # The names DeepSpeed calls on an mpu. The first six are used by every ZeRO stage and by checkpoints.
+    # The methods that DeepSpeed calls on an mpu. The first six are used by every ZeRO stage and by checkpoints.
     def get_model_parallel_rank(self) -> int:
         """DeepSpeed: tp_rank."""
         return self.tp_rank
@@ -143,10 +143,13 @@ class Mesh:
     get_tensor_model_parallel_group = get_model_parallel_group
 
 
-def own_group(everyone: Iterable[range]) -> Group:
-    """Make a process group of each range of ranks; the one that holds this rank. Every rank must call it alike."""
+def own_group(groups: Iterable[range]) -> Group:
+    """Create a process group for each range of ranks and return the one that contains this rank.
+
+    Communicates: every rank must call it with the same ranges, because `new_group` is collective over the world.
+    """
     mine: Group = None
-    for ranks in everyone:
+    for ranks in groups:
         group = dist.new_group(list(ranks))
         mine = group if dist.get_rank() in ranks else mine
     return mine

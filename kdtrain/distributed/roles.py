@@ -1,9 +1,9 @@
-"""One job, two worlds: ranks that train the student, and behind them ranks that hold nothing but the teacher.
+"""Roles of ranks: the first ranks of a job train the student, the last ones may hold a dedicated teacher only.
 
-Each role has a default process group of its own. DeepSpeed and torch synchronise the default group at will (ZeRO-3
-while it is built, `dist.barrier()` without a group), and a rank of another role would not answer. So the student's
-world is whole in itself: a mesh over it, its engine and its checkpoints know nothing of the teacher's ranks. The first
-ranks are the student's: their number in their own world is their number in the job.
+Each role has its own default process group. DeepSpeed and torch use collectives of the default group at any time
+(ZeRO-3 during construction, `dist.barrier()` without a group), and ranks of the other role would not take part in them.
+Meshes, engines and checkpoints of the student therefore do not include the teacher's ranks. A student's rank has the
+same number in its group and in the job.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from kdtrain.distributed.wire import Wire
+from kdtrain.distributed.point_to_point import P2PChannel
 from kdtrain.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """Who does what. rank: this process's number in the job, the one that launchers and messages use."""
+    """How many ranks have which role. rank: this process's number in the job, as launchers and messages use it."""
 
     rank: int
     student_ranks: int
@@ -28,7 +28,7 @@ class Roles:
 
     @classmethod
     def of(cls, rank: int, world_size: int, teacher_ranks: int) -> Roles:
-        """The last teacher_ranks of world_size ranks are teachers. ConfigError if no rank is left for the student."""
+        """The last teacher_ranks of world_size ranks are teachers. ConfigError if none is left for the student."""
         if not 0 <= teacher_ranks < world_size:
             raise ConfigError(
                 f"teacher.ranks = {teacher_ranks}, but the job has {world_size} ranks\n"
@@ -44,7 +44,7 @@ class Roles:
 
     @property
     def rank_in_role(self) -> int:
-        """Number among the ranks of this role."""
+        """Number of this rank within its role."""
         return self.rank - self.student_ranks if self.is_teacher else self.rank
 
     @property
@@ -63,8 +63,8 @@ class Roles:
         return "teacher" if self.is_teacher else "student"
 
 
-def split_world(store: Store, roles: Roles, backend: str, timeout: timedelta) -> Wire:
-    """Make the default process group of this rank's role, and the wire to the other. Every rank of the job calls it.
+def split_world(store: Store, roles: Roles, backend: str, timeout: timedelta) -> P2PChannel:
+    """Create the default process group of this rank's role and the channel between roles. Every rank must call it.
 
     store: shared by all ranks of the job. timeout: of the role's collectives. Communicates: rendezvous of all ranks.
     """
@@ -75,4 +75,4 @@ def split_world(store: Store, roles: Roles, backend: str, timeout: timedelta) ->
         world_size=roles.role_size,
         timeout=timeout,
     )
-    return Wire(store, roles.rank, roles.student_ranks + roles.teacher_ranks)
+    return P2PChannel(store, roles.rank, roles.student_ranks + roles.teacher_ranks)

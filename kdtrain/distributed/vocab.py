@@ -1,4 +1,4 @@
-"""Arithmetic of a vocabulary cut over tensor-parallel ranks, and the head a loss multiplies with.
+"""Arithmetic of a vocabulary sharded over tensor-parallel ranks, and the head of a loss.
 
 Shape letters: V vocabulary, v rows of the vocabulary on this rank, D width.
 """
@@ -17,10 +17,10 @@ ROW_MULTIPLE = 128
 
 @dataclass(frozen=True, slots=True)
 class VocabShard:
-    """The slice [start, stop) of the vocabulary that one tensor-parallel rank owns.
+    """The slice [start, stop) of the vocabulary on one tensor-parallel rank.
 
-    Rows at or past `vocab_size` (ids of the softmax, most often the tokenizer's true size) exist only so that every
-    rank holds the same number of rows; they never take part in a softmax and never receive a gradient.
+    Rows at or past `vocab_size` (number of ids in the softmax, usually the tokenizer's size) are padding, so that every
+    rank holds the same number of rows; they are in no softmax and receive no gradient.
     """
 
     start: int
@@ -28,7 +28,7 @@ class VocabShard:
     vocab_size: int
     tp_rank: int = 0
     tp_size: int = 1
-    """Place in, and size of, the group whose ranks hold the other slices."""
+    """Index in, and size of, the group whose ranks hold the other slices."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.start < self.stop and self.vocab_size >= 1 and 0 <= self.tp_rank < self.tp_size):
@@ -48,8 +48,8 @@ class VocabShard:
     ) -> VocabShard:
         """The shard of `tp_rank`.
 
-        `total_rows` (default `vocab_size`) is the number of rows that must find a place: a Hugging Face head
-        may have more rows than the tokenizer has tokens. Raises ValueError on impossible arguments.
+        `total_rows` (default `vocab_size`) is the number of rows that the shards must hold: a Hugging Face head may
+        have more rows than the tokenizer has tokens. Raises ValueError on impossible arguments.
         """
         total = vocab_size if total_rows is None else total_rows
         if vocab_size < 1 or total < vocab_size or multiple < 1:
@@ -67,13 +67,13 @@ class VocabShard:
 
     @property
     def valid_rows(self) -> int:
-        """Rows that are real tokens; 0 on a rank that holds only padding."""
+        """Rows of real tokens; 0 on a rank that holds only padding."""
         return min(self.stop, self.vocab_size) - min(self.start, self.vocab_size)
 
 
 @dataclass(frozen=True, slots=True)
 class HeadShard:
-    """This rank's rows of a language-model head and everything that stands between them and the logits.
+    """This rank's rows of a language-model head, with the bias, scale and cap of the logits.
 
     logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap); softcap None means no cap.
     weight [v, D]; bias [v] or None.

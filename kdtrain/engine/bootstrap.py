@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from kdtrain.distributed.point_to_point import P2PChannel
 from kdtrain.distributed.roles import Roles, split_world
-from kdtrain.distributed.wire import Wire
 from kdtrain.engine.process import compute_deterministically, order_nccl_launches
 from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, RunStopped
 
@@ -34,20 +34,21 @@ DEFAULT_TIMEOUT_MIN = 60
 class Runtime:
     """Where this rank runs. rank, world_size: in the default process group, which is that of its role.
 
-    wire: to the ranks of the other role; None if all ranks are the student's.
+    channel: to the ranks of the other role; None if all ranks are the student's.
     """
 
     rank: int
     world_size: int
     device: torch.device
     roles: Roles
-    wire: Wire | None = None
+    channel: P2PChannel | None = None
 
     def barrier(self) -> None:
         """Wait for all ranks, of both roles."""
+        # No rank of a role may end while another is still working: the launcher would kill it.
         dist.barrier()
-        if self.wire is not None:
-            self.wire.barrier()
+        if self.channel is not None:
+            self.channel.barrier()
 
 
 def start(teacher_ranks: int = 0, *, deterministic: bool = False) -> Runtime:
@@ -70,14 +71,14 @@ def start(teacher_ranks: int = 0, *, deterministic: bool = False) -> Runtime:
     else:
         os.environ["DS_ACCELERATOR"] = "cpu"
         device = torch.device("cpu")
-    backend, wire = "nccl" if use_cuda else "gloo", None
+    backend, channel = "nccl" if use_cuda else "gloo", None
     if teacher_ranks:
-        roles, wire = _split_job(backend, teacher_ranks)
+        roles, channel = _split_job(backend, teacher_ranks)
     else:
         _start_process_group(backend)
         roles = Roles(dist.get_rank(), dist.get_world_size(), 0)
     _start_deepspeed(use_cuda)
-    return Runtime(dist.get_rank(), dist.get_world_size(), device, roles, wire)
+    return Runtime(dist.get_rank(), dist.get_world_size(), device, roles, channel)
 
 
 def device_index(local_rank: int, visible: int) -> int:
@@ -111,7 +112,7 @@ def collective_timeout() -> timedelta:
     return timedelta(minutes=int(text))
 
 
-def _split_job(backend: str, teacher_ranks: int) -> tuple[Roles, Wire]:
+def _split_job(backend: str, teacher_ranks: int) -> tuple[Roles, P2PChannel]:
     """A default group per role, from the store at which all ranks of the job meet."""
     roles = Roles.of(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")), teacher_ranks)
     timeout = collective_timeout()

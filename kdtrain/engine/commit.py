@@ -29,7 +29,7 @@ from kdtrain.engine.manifest import (
 )
 from kdtrain.errors import CheckpointError
 from kdtrain.files import sync, write_synced
-from kdtrain.parallel.cut import Cut
+from kdtrain.parallel.shard_spec import ShardSpec
 
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -43,7 +43,7 @@ class Description:
 
     step: int
     shapes: dict[str, tuple[int, ...]]
-    cuts: dict[str, Cut]
+    cuts: dict[str, ShardSpec]
     layout: dict[str, Any]
     config: dict[str, Any]
     state: dict[str, Any]
@@ -217,6 +217,7 @@ def together(mesh: Mesh, what: str, action: Callable[[], Any]) -> Any:
         problem, cause = f"{error.filename or what}: {_reason(error)}\n  fix: {fix}", error
     except CheckpointError as error:
         problem, cause = str(error), error
+    # An error may occur on one rank only; all must raise, or the others would wait in the next collective.
     told = gather_objects(problem, mesh.world_group)
     failed = [(rank, text) for rank, text in enumerate(told) if text is not None]
     if failed:
@@ -231,6 +232,7 @@ def gather_on_main(mesh: Mesh, value: Any) -> list[Any]:
     if mesh.world_size == 1:
         return [value]
     answers: list[Any] | None = [None] * mesh.world_size if mesh.is_main else None
+    # Only rank 0 writes the manifest, which lists the slices of every rank.
     dist.gather_object(value, answers, dst=0, group=mesh.world_group)
     return answers or []
 
@@ -239,5 +241,5 @@ def _reason(error: OSError) -> str:
     return f"[Errno {error.errno}] {error.strerror}"
 
 
-def _unpadded(cut: Cut | None) -> Cut | None:
-    return None if cut is None else Cut(cut.dim, cut.pieces, segments=cut.segments)
+def _unpadded(cut: ShardSpec | None) -> ShardSpec | None:
+    return None if cut is None else ShardSpec(cut.dim, cut.shards, segments=cut.segments)

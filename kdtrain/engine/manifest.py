@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.errors import CheckpointError
-from kdtrain.parallel.cut import Cut
+from kdtrain.parallel.shard_spec import ShardSpec
 
 MANIFEST = "checkpoint.json"
 FORMAT = "kdtrain-checkpoint"
@@ -71,14 +71,14 @@ class ParameterEntry:
     """A parameter's full, unpadded shape, its cut when saved (None: replicated) and AdamW's step count."""
 
     shape: tuple[int, ...]
-    cut: Cut | None
+    cut: ShardSpec | None
     adam_step: int
 
     def pieces(self) -> list[int]:
         """Elements of each saved piece, by tp rank; 0 for one that a lower rank has saved."""
         if self.cut is None:
             return [math.prod(self.shape)]
-        return [0 if self.cut.is_copy(rank) else self.held(rank) for rank in range(self.cut.tp_size)]
+        return [0 if self.cut.is_replica(rank) else self.held(rank) for rank in range(self.cut.tp_size)]
 
     def held(self, tp_rank: int) -> int:
         """Elements that `tp_rank` holds, padding left out."""
@@ -224,7 +224,7 @@ def _json_block(key: str, rows: dict[str, Any]) -> str:
 def _parameter_to_json(entry: ParameterEntry) -> dict[str, Any]:
     cut: dict[str, Any] | None = None
     if entry.cut is not None:
-        places = {"segments": entry.cut.segments} if entry.cut.segments else {"pieces": entry.cut.pieces}
+        places = {"segments": entry.cut.segments} if entry.cut.segments else {"pieces": entry.cut.shards}
         cut = {"dim": entry.cut.dim, **places}
     return {"shape": entry.shape, "cut": cut, "adam_step": entry.adam_step}
 
@@ -234,9 +234,9 @@ def _parameter_from_json(found: dict[str, Any]) -> ParameterEntry:
     cut = found["cut"]
     if cut is not None:
         if "segments" in cut:
-            cut = Cut(int(cut["dim"]), (), segments=tuple(_ranges(found) for found in cut["segments"]))
+            cut = ShardSpec(int(cut["dim"]), (), segments=tuple(_ranges(found) for found in cut["segments"]))
         else:
-            cut = Cut(int(cut["dim"]), _ranges(cut["pieces"]))
+            cut = ShardSpec(int(cut["dim"]), _ranges(cut["pieces"]))
         cut.check(shape[cut.dim])
     return ParameterEntry(shape, cut, int(found["adam_step"]))
 

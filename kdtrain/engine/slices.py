@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kdtrain.engine.manifest import FileEntry, Manifest, ParameterEntry, Slice, damaged
-from kdtrain.parallel.cut import Cut
-from kdtrain.parallel.pieces import read_piece
+from kdtrain.parallel.shard_spec import ShardSpec
+from kdtrain.parallel.shard_tensors import read_shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,14 +148,14 @@ class CheckpointReader:
         shape = self.manifest.parameters[name].shape
         return self._read_part(name, kind, 0, 0, shape[0]) if shape else self._read_saved(name, kind, 0, 1).reshape(())
 
-    def read_piece(self, name: str, kind: str, cut: Cut | None, tp_rank: int) -> Tensor:
+    def read_shard(self, name: str, kind: str, cut: ShardSpec | None, tp_rank: int) -> Tensor:
         """What `tp_rank` holds under `cut` (None: all of it), zero padding included, float32 on the CPU."""
         if cut is None:
             return self.read_full(name, kind)
-        return read_piece(partial(self._read_part, name, kind, cut.dim), cut, tp_rank)
+        return read_shard(partial(self._read_part, name, kind, cut.dim), cut, tp_rank)
 
-    def read_range(self, name: str, kind: str, cut: Cut | None, tp_rank: int, start: int, stop: int) -> Tensor:
-        """Flat elements [start, stop) of `read_piece`; past the piece's end, zeros. Reads no more than it must."""
+    def read_range(self, name: str, kind: str, cut: ShardSpec | None, tp_rank: int, start: int, stop: int) -> Tensor:
+        """Flat elements [start, stop) of `read_shard`; past the piece's end, zeros. Reads no more than it must."""
         if cut is not None and cut.padded is not None and cut.dim != 0:
             raise ValueError(f"{name}: only a cut along dim 0 can be padded, else padding is not at the end")
         entry = self.manifest.parameters[name]
@@ -172,7 +172,7 @@ class CheckpointReader:
             origin = sum(now.pieces()[:piece])
             out[: end - begin] = self._read_saved(name, kind, origin + begin, origin + end)
         else:
-            out[: end - begin] = self.read_piece(name, kind, cut, tp_rank).flatten()[begin:end]
+            out[: end - begin] = self.read_shard(name, kind, cut, tp_rank).flatten()[begin:end]
         return out
 
     def _read_part(self, name: str, kind: str, dim: int, start: int, stop: int) -> Tensor:
@@ -223,9 +223,9 @@ def _by_rows(entry: ParameterEntry) -> bool:
     return entry.cut is None or (entry.cut.dim == 0 and entry.cut.in_order)
 
 
-def _places(cut: Cut) -> tuple[object, ...]:
+def _places(cut: ShardSpec) -> tuple[object, ...]:
     """All of a cut but its padding."""
-    return cut.dim, cut.pieces, cut.segments
+    return cut.dim, cut.shards, cut.segments
 
 
 def _copy_overlap(

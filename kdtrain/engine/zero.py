@@ -138,6 +138,7 @@ class StudentEngine:
         counted = [p for p in params if self.mesh.tp_rank == 0 or getattr(p, "tensor_model_parallel", False)]
         squares = [p.grad.double().square().sum() for p in counted if p.grad is not None]
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        # Each tp rank has the squares of its own shards; all must clip by the same norm, that of the whole gradient.
         self._norm = math.sqrt(float(reduce_sum_(total, self.mesh.tp_group)))
         for param in params:
             assert param.grad is not None
@@ -198,7 +199,7 @@ def _check_marks(backbone: Backbone, mesh: Mesh) -> None:
         if cut is not None and cut.tp_size == 1:
             continue  # alone on its tp axis: both ways of counting agree
         marked = bool(getattr(param, "tensor_model_parallel", False))
-        if marked != (cut is not None and not cut.is_copy(mesh.tp_rank)):
+        if marked != (cut is not None and not cut.is_replica(mesh.tp_rank)):
             raise ParallelError(
                 f"{name} is {'replicated' if cut is None else 'cut'} over tp, but tensor_model_parallel is {marked}\n"
                 "  why: the gradient norm, and with it clipping, would silently be wrong\n"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdtrain.engine.manifest import KINDS, ParameterEntry, damaged
 from kdtrain.engine.slices import CheckpointReader, Fragment
-from kdtrain.parallel.cut import Cut
+from kdtrain.parallel.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
     from kdtrain.engine.zero import StudentEngine
@@ -31,7 +31,7 @@ class _Owned:
     """
 
     name: str
-    cut: Cut | None
+    cut: ShardSpec | None
     owner: Tensor
     begin: int
     offset: int
@@ -111,7 +111,7 @@ def refresh_parameters(engine: StudentEngine) -> None:
 
 def _writes(engine: StudentEngine, owned: _Owned) -> bool:
     tp_rank = engine.mesh.tp_rank
-    if owned.valid <= 0 or (tp_rank != 0 if owned.cut is None else owned.cut.is_copy(tp_rank)):
+    if owned.valid <= 0 or (tp_rank != 0 if owned.cut is None else owned.cut.is_replica(tp_rank)):
         return False
     return engine.zero_stage > 0 or engine.mesh.zero_rank == 0
 

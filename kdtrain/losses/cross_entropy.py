@@ -60,9 +60,9 @@ def linear_cross_entropy(
     checks.check_main_grad(main_grad, head.weight, work_dtype(hidden))
     kernels = row_kernels(backend, hidden.device, work_dtype(hidden))
     checks.check_label_range(labels, weight, shard)
-    wanted = stream.Wanted.of(hidden, head)
+    needs_grad = stream.NeedsGrad.of(hidden, head)
     tokens = stream.TokenWeights.of(weight, weight, z_weight, stream.local_labels(labels, shard))
-    call = _Call(head, labels, tokens, shard, group, slab_bytes, main_grad, wanted, kernels)
+    call = _Call(head, labels, tokens, shard, group, slab_bytes, main_grad, needs_grad, kernels)
     with torch.autocast(hidden.device.type, enabled=False):
         loss, ce, lse = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, call)
     return LossParts(loss=loss, ce=ce, lse=lse)
@@ -77,8 +77,12 @@ class _Call:
     group: Group
     slab_bytes: int
     main_grad: Tensor | None
-    wanted: stream.Wanted
+    needs_grad: stream.NeedsGrad
     kernels: ModuleType
+
+
+PendingChunk = tuple[Tensor, Callable[[], Tensor]]
+"""A chunk's logits, and a function that waits for the statistics of all ranks."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -93,26 +97,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         depth = stream.in_flight(call.group)
         side = stream.ModelSide.of(hidden, call.head, call.shard, rows, depth, work)
         scratch = Scratch.of(side.slabs[0])
-        grads = stream.GradientBuffers.zeros(hidden, call.head, call.wanted, work, call.main_grad)
+        grads = stream.GradientBuffers.zeros(hidden, call.head, call.needs_grad, work, call.main_grad)
         ce, lse = torch.zeros(2, hidden.shape[0], dtype=torch.float64, device=hidden.device)
 
-        def begin(chunk: slice, slot: int) -> tuple[Tensor, Callable[[], Tensor]]:
+        def issue(chunk: slice, slot: int) -> PendingChunk:
             logits = side.logits(chunk, slot)
             stats = kernels.row_stats(logits, call.weights.columns[chunk], 1.0, scratch)
+            # The softmax needs the maxima and sums of all ranks' rows.
             return logits, start_gather(stats, call.group)
 
-        def finish(chunk: slice, begun: tuple[Tensor, Callable[[], Tensor]]) -> None:
-            logits, gathered = begun
+        def complete(chunk: slice, pending: PendingChunk) -> None:
+            logits, gathered = pending
             totals = kernels.merge_stats(gathered(), 1.0)
             ce[chunk], lse[chunk] = totals.label_nll(), totals.lse()
-            if call.wanted.any:
+            if call.needs_grad.any:
                 weights = call.weights.of_chunk(chunk, lse[chunk])
                 operand = kernels.row_grad(
                     logits, totals, weights, logit_map=side.logit_map, scratch=scratch, operand_dtype=side.operand_dtype
                 )
                 grads.add(side, chunk, operand)
 
-        stream.in_turns(hidden.shape[0], rows, depth, begin, finish)
+        stream.run_pipelined(hidden.shape[0], rows, depth, issue, complete)
         ce = ce.where(stream.is_token(call.labels, call.shard), 0.0)
         loss = call.weights.loss(lse, ce).to(work)
         stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)

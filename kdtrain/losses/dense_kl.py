@@ -95,7 +95,7 @@ def linear_kd_loss(
         slab_bytes=slab_bytes,
         main_grad=main_grad,
         measure=measure,
-        wanted=stream.Wanted.of(hidden_s, head_s),
+        needs_grad=stream.NeedsGrad.of(hidden_s, head_s),
         kernels=kernels,
     )
     with torch.autocast(hidden_s.device.type, enabled=False):
@@ -125,12 +125,12 @@ class _Call:
     slab_bytes: int
     main_grad: Tensor | None
     measure: bool
-    wanted: stream.Wanted
+    needs_grad: stream.NeedsGrad
     kernels: ModuleType
 
 
-_Begun = tuple[tuple[Tensor, Tensor], Callable[[], Tensor]]
-"""A chunk's student and teacher logits, and its statistics of all ranks once they have been gathered."""
+PendingChunk = tuple[tuple[Tensor, Tensor], Callable[[], Tensor]]
+"""A chunk's student and teacher logits, and a function that waits for the statistics of all ranks."""
 
 
 class _LinearKd(torch.autograd.Function):
@@ -144,21 +144,22 @@ class _LinearKd(torch.autograd.Function):
         student = stream.ModelSide.of(hidden, call.head_s, call.shard, rows, depth, work)
         teacher = stream.ModelSide.of(call.hidden_t, call.head_t, call.shard, rows, depth, work)
         scratch = Scratch.of(student.slabs[0])
-        grads = stream.GradientBuffers.zeros(hidden, call.head_s, call.wanted, work, call.main_grad)
+        grads = stream.GradientBuffers.zeros(hidden, call.head_s, call.needs_grad, work, call.main_grad)
         table = torch.zeros(len(_FIELDS) + 1, hidden.shape[0], dtype=torch.float64, device=hidden.device)
 
-        def begin(chunk: slice, slot: int) -> _Begun:
+        def issue(chunk: slice, slot: int) -> PendingChunk:
             slabs = student.logits(chunk, slot), teacher.logits(chunk, slot)
             stats = call.kernels.pair_stats(
                 *slabs, call.weights.columns[chunk], call.temperature, spec=call.spec, scratch=scratch
             )
+            # The softmax needs the maxima and sums of all ranks' rows.
             return slabs, start_gather(stats, call.group)
 
-        def finish(chunk: slice, begun: _Begun) -> None:
-            slabs, gathered = begun
+        def complete(chunk: slice, pending: PendingChunk) -> None:
+            slabs, gathered = pending
             totals = call.kernels.merge_pair_stats(gathered(), call.temperature, call.spec)
             totals = _divergence_of_chunk(call, slabs, totals, table[:, chunk], scratch)
-            if call.wanted.any:
+            if call.needs_grad.any:
                 weights = call.weights.of_chunk(chunk, table[_LSE, chunk])
                 value, operand = call.kernels.pair_grad(
                     *slabs,
@@ -173,7 +174,7 @@ class _LinearKd(torch.autograd.Function):
                 table[_KD, chunk] += value
                 grads.add(student, chunk, operand)
 
-        stream.in_turns(hidden.shape[0], rows, depth, begin, finish)
+        stream.run_pipelined(hidden.shape[0], rows, depth, issue, complete)
         _finish_table(call, table)
         loss = call.weights.loss(table[_LSE], table[_CE], call.temperature**2 * table[_KD]).to(work)
         stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)
@@ -198,9 +199,10 @@ def _divergence_of_chunk(
         _measure(call, slabs, totals, table, scratch)
     if spec.two_rounds:
         parts = kernels.pair_round2(*slabs, totals, temperature, spec=spec, scratch=scratch)
+        # Each rank has the part of Z of its own rows. A gather and a sum in rank order: equal bits on all ranks.
         totals = replace(totals, z=gather_ranks(parts[:, 0], call.group).sum(0))
         table[_KD] = parts[:, 1]
-    elif not call.wanted.any:
+    elif not call.needs_grad.any:
         table[_KD] = kernels.pair_value(*slabs, totals, temperature, spec=spec, scratch=scratch)
     table[-1] = totals.z
     return totals
@@ -221,6 +223,7 @@ def _agreement(call: _Call, slabs: tuple[Tensor, Tensor], scratch: Scratch) -> T
     """[C] 1 where both models' largest logit belongs to the same id, ties to the smaller id. One all-gather [C, 4]."""
     found = torch.cat([call.kernels.first_argmax(slab, scratch) for slab in slabs], 1)
     found[:, 1::2] += call.shard.start
+    # The largest logit may be on any rank.
     gathered = gather_ranks(found, call.group)
     peaks, ids = gathered[:, :, 0::2], gathered[:, :, 1::2]
     winners = ids.where(peaks == peaks.amax(0), float("inf")).amin(0)
@@ -230,6 +233,7 @@ def _agreement(call: _Call, slabs: tuple[Tensor, Tensor], scratch: Scratch) -> T
 def _finish_table(call: _Call, table: Tensor) -> None:
     """Sum what each rank holds a part of, once per call, in rank order; then what needs the sums."""
     last = _TVD if call.measure else _KD
+    # Each rank has the terms of its own rows only.
     table[_KD : last + 1] = gather_ranks(table[_KD : last + 1], call.group).sum(0)
     table[_KD] = call.spec.finish(table[_KD], table[-1])
     table[_FORWARD_KL].clamp_(min=0.0)

@@ -94,7 +94,7 @@ def linear_sparse_kd_loss(
         group=group,
         slab_bytes=slab_bytes,
         main_grad=main_grad,
-        wanted=stream.Wanted.of(hidden_s, head_s),
+        needs_grad=stream.NeedsGrad.of(hidden_s, head_s),
         kernels=kernels,
     )
     with torch.autocast(hidden_s.device.type, enabled=False):
@@ -134,7 +134,7 @@ class _Call:
     group: Group
     slab_bytes: int
     main_grad: Tensor | None
-    wanted: stream.Wanted
+    needs_grad: stream.NeedsGrad
     kernels: ModuleType
 
     def columns(self, chunk: slice) -> Tensor:
@@ -152,8 +152,8 @@ class _Call:
         )
 
 
-_Begun = tuple[Tensor, Tensor, Callable[[], Tensor]]
-"""A chunk's logits without its ids, the ids' columns, and its statistics of all ranks once they have been gathered."""
+PendingChunk = tuple[Tensor, Tensor, Callable[[], Tensor]]
+"""A chunk's logits without its ids, the ids' columns, and a function that waits for the statistics of all ranks."""
 
 
 class _LinearSparseKd(torch.autograd.Function):
@@ -168,21 +168,22 @@ class _LinearSparseKd(torch.autograd.Function):
         depth = stream.in_flight(call.group)
         side = stream.ModelSide.of(hidden, call.head, call.shard, rows, depth, work)
         scratch = Scratch.of(side.slabs[0])
-        grads = stream.GradientBuffers.zeros(hidden, call.head, call.wanted, work, call.main_grad)
+        grads = stream.GradientBuffers.zeros(hidden, call.head, call.needs_grad, work, call.main_grad)
         kd, ce, lse = table = torch.zeros(3, hidden.shape[0], dtype=torch.float64, device=hidden.device)
 
-        def begin(chunk: slice, slot: int) -> _Begun:
+        def issue(chunk: slice, slot: int) -> PendingChunk:
             logits, columns = side.logits(chunk, slot), call.columns(chunk)
             stats = call.kernels.sparse_stats(logits, columns, call.weights.columns[chunk], temperature, scratch)
+            # The softmax needs the maxima and sums of all ranks' rows.
             return logits, columns, start_gather(stats, call.group)
 
-        def finish(chunk: slice, begun: _Begun) -> None:
-            logits, columns, gathered = begun
+        def complete(chunk: slice, pending: PendingChunk) -> None:
+            logits, columns, gathered = pending
             totals = merge_sparse_stats(gathered(), temperature)
             terms = sparse_terms(totals, call.teacher(chunk), temperature, spec=call.spec)
             kd[chunk], lse[chunk] = terms.value, totals.lse()
             ce[chunk] = lse[chunk] - totals.tail.label
-            if call.wanted.any:
+            if call.needs_grad.any:
                 weights = call.weights.of_chunk(chunk, lse[chunk])
                 gradient = sparse_gradient(totals, terms, weights, columns, temperature, logit_map=side.logit_map)
                 operand = call.kernels.sparse_grad(
@@ -197,7 +198,7 @@ class _LinearSparseKd(torch.autograd.Function):
                 )
                 grads.add(side, chunk, operand)
 
-        stream.in_turns(hidden.shape[0], rows, depth, begin, finish)
+        stream.run_pipelined(hidden.shape[0], rows, depth, issue, complete)
         table[1] = ce.where(stream.is_token(call.labels, call.shard), 0.0)
         loss = call.weights.loss(table[2], table[1], temperature**2 * table[0]).to(work)
         stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)

@@ -26,7 +26,7 @@ DEFAULT_SLAB_BYTES = 1 << 30
 ROW_MULTIPLE = 128
 """Rows of a slab start this many elements apart, or a multiple: row kernels then load 16 bytes at a time."""
 
-Begun = TypeVar("Begun")
+PendingChunk = TypeVar("PendingChunk")
 
 
 def in_flight(group: Group) -> int:
@@ -54,22 +54,26 @@ def chunk_rows(slab_bytes: int, shard: VocabShard, group: Group, work: torch.dty
     return fitting - fitting % 8 if fitting >= 8 else fitting
 
 
-def in_turns(
-    num_tokens: int, rows: int, depth: int, begin: Callable[[slice, int], Begun], finish: Callable[[slice, Begun], None]
+def run_pipelined(
+    num_tokens: int,
+    rows: int,
+    depth: int,
+    issue: Callable[[slice, int], PendingChunk],
+    complete: Callable[[slice, PendingChunk], None],
 ) -> None:
-    """begin(chunk, slot) and finish(chunk, what begin returned) for consecutive chunks of at most `rows` tokens.
+    """Call issue(chunk, slot), then complete(chunk, its result), for consecutive chunks of at most `rows` tokens.
 
-    Up to `depth` chunks are begun before the first of them is finished; `slot` counts 0 to depth - 1 and is not given
-    to another chunk before that. The order is the same on all ranks.
+    Up to `depth` chunks are pending at a time; `slot` is in [0, depth) and is reused only after its chunk is complete.
+    The order is the same on all ranks, so collectives that `issue` starts match.
     """
-    waiting: list[tuple[slice, Begun]] = []
+    pending: list[tuple[slice, PendingChunk]] = []
     for index, first in enumerate(range(0, num_tokens, rows)):
         chunk = slice(first, min(first + rows, num_tokens))
-        if len(waiting) == depth:
-            finish(*waiting.pop(0))
-        waiting.append((chunk, begin(chunk, index % depth)))
-    for entry in waiting:
-        finish(*entry)
+        if len(pending) == depth:
+            complete(*pending.pop(0))
+        pending.append((chunk, issue(chunk, index % depth)))
+    for entry in pending:
+        complete(*entry)
 
 
 def as_head(head: Tensor | HeadShard) -> HeadShard:
@@ -161,7 +165,7 @@ class ModelSide:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class NeedsGrad:
     """Which gradients to compute."""
 
     hidden: bool
@@ -169,15 +173,15 @@ class Wanted:
     bias: bool
 
     @classmethod
-    def of(cls, hidden: Tensor, head: HeadShard) -> Wanted:
-        """What autograd will ask for; nothing under no_grad. Ask before entering an autograd.Function."""
+    def of(cls, hidden: Tensor, head: HeadShard) -> NeedsGrad:
+        """From requires_grad; all False under no_grad. Must be called outside of an autograd.Function."""
         if not torch.is_grad_enabled():
             return cls(False, False, False)
         return cls(hidden.requires_grad, head.weight.requires_grad, head.bias is not None and head.bias.requires_grad)
 
     @property
     def any(self) -> bool:
-        """Whether any gradient is wanted at all."""
+        """Whether any gradient is needed."""
         return self.hidden or self.weight or self.bias
 
 
@@ -185,7 +189,7 @@ class Wanted:
 class GradientBuffers:
     """Accumulated gradients in the working dtype; padding rows stay 0.
 
-    hidden [T, D] (this rank's part), weight [v, D], bias [v]; None where not wanted.
+    hidden [T, D] (this rank's part), weight [v, D], bias [v]; None where not needed.
     """
 
     hidden: Tensor | None
@@ -194,19 +198,19 @@ class GradientBuffers:
 
     @classmethod
     def zeros(
-        cls, hidden: Tensor, head: HeadShard, wanted: Wanted, work: torch.dtype, main_grad: Tensor | None = None
+        cls, hidden: Tensor, head: HeadShard, needs_grad: NeedsGrad, work: torch.dtype, main_grad: Tensor | None = None
     ) -> GradientBuffers:
-        """Buffers for what is wanted. main_grad [v, D] takes the weight's gradient on top of what it holds."""
+        """Buffers for the gradients that are needed. The weight's gradient is added to main_grad [v, D] if given."""
 
-        def zeros(like: Tensor | None, is_wanted: bool) -> Tensor | None:
-            if like is None or not is_wanted:
+        def zeros(like: Tensor | None, is_needed: bool) -> Tensor | None:
+            if like is None or not is_needed:
                 return None
             return torch.zeros_like(like, dtype=work, memory_format=torch.contiguous_format)
 
         return cls(
-            zeros(hidden.detach(), wanted.hidden),
-            zeros(head.weight.detach(), wanted.weight) if main_grad is None else main_grad,
-            zeros(None if head.bias is None else head.bias.detach(), wanted.bias),
+            zeros(hidden.detach(), needs_grad.hidden),
+            zeros(head.weight.detach(), needs_grad.weight) if main_grad is None else main_grad,
+            zeros(None if head.bias is None else head.bias.detach(), needs_grad.bias),
         )
 
     def add(self, side: ModelSide, chunk: slice, grad_logits: Tensor) -> None:
@@ -234,6 +238,7 @@ def save_gradients(
     Communicates: one all-reduce of [T, D] if d(hidden) is wanted. With main_grad the weight's is in place already.
     """
     if grads.hidden is not None:
+        # Each rank has d(hidden) through its own rows of the head only.
         reduce_sum_(grads.hidden, group)
     ctx.fused, ctx.spent = main_grad is not None, False
     ctx.dtypes = [None if like is None else like.dtype for like in inputs]

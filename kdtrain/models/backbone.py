@@ -21,9 +21,9 @@ from kdtrain.models.attention import ONE_MASK, common_name
 from kdtrain.models.context import ARGUMENT, PREFIX, Context, needs_mask, whole_sequences
 from kdtrain.models.facts import ModelFacts, facts_of
 from kdtrain.models.ties import kept_name
-from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.layers import LmHead
 from kdtrain.parallel.plan import vocabulary_modules
+from kdtrain.parallel.shard_spec import ShardSpec
 
 R = TypeVar("R")
 HeadFn = Callable[[Tensor, HeadShard], R]
@@ -43,7 +43,7 @@ class Backbone(nn.Module):
         self,
         model: Any,
         shard: VocabShard,
-        cuts: dict[str, Cut],
+        cuts: dict[str, ShardSpec],
         cp_group: Group = None,
         *,
         implementation: str | None = None,

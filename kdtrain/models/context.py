@@ -32,7 +32,7 @@ from kdtrain.models.attention import IMPLEMENTATIONS, PACKED
 from kdtrain.models.one_mask import additive
 from kdtrain.models.packed import SETTINGS, UNIMPORTANT, attend_documents
 from kdtrain.models.packed_layout import PackedDocuments
-from kdtrain.parallel.heads import HeadCut, largest_tp
+from kdtrain.parallel.heads import HeadSharding, largest_tp
 from kdtrain.parallel.ulysses import check_heads, gather_sequence, scatter_sequence
 
 PREFIX = "ulysses_"
@@ -92,6 +92,7 @@ def needs_mask(implementation: str) -> bool:
 
 def whole_sequences(values: Tensor, group: Group) -> Tensor:
     """[B, s] on every rank of a cp group -> [B, S]. Communicates: one all-gather. Not differentiable."""
+    # Attention covers whole sequences, of which each cp rank has a part.
     return values if group_size(group) == 1 else gather_ranks(values, group).transpose(0, 1).flatten(1)
 
 
@@ -106,7 +107,7 @@ def use_context(model: Any, mesh: Mesh, source: str) -> None:
     kv_heads = settings.get(names.get("num_key_value_heads", "num_key_value_heads")) or heads
     known = isinstance(heads, int) and isinstance(kv_heads, int)  # else each attention call checks its own
     if known and mesh.tp_size <= largest_tp(heads, kv_heads):  # else the cut itself says so
-        for start, stop in HeadCut.of(heads, kv_heads, mesh.tp_size).query:
+        for start, stop in HeadSharding.of(heads, kv_heads, mesh.tp_size).query:
             check_heads(stop - start, mesh.cp_size, source)
     model.config._attn_implementation = PREFIX + str(model.config._attn_implementation)
 

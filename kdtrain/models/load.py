@@ -32,10 +32,10 @@ from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.models.stock import BUILD_ERRORS, parameters_on_meta, refused, stock_model, stock_settings
 from kdtrain.models.stored_weights import check_stored, persistent_buffers, quantised_mark
 from kdtrain.models.ties import kept_name
-from kdtrain.parallel.cut import Cut
-from kdtrain.parallel.pieces import read_piece
-from kdtrain.parallel.plan import plan_cuts
+from kdtrain.parallel.plan import plan_shards
 from kdtrain.parallel.shard import materialize_parameter, shard_model
+from kdtrain.parallel.shard_spec import ShardSpec
+from kdtrain.parallel.shard_tensors import read_shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -254,13 +254,15 @@ def _checked_and_cut(
     return Backbone(model, shard, kept, mesh.cp_group, implementation=implementation)
 
 
-def _cut(model: Any, source: str, mesh: Mesh, shard: VocabShard, *, trainable: bool, sequence: bool) -> dict[str, Cut]:
+def _cut(
+    model: Any, source: str, mesh: Mesh, shard: VocabShard, *, trainable: bool, sequence: bool
+) -> dict[str, ShardSpec]:
     """Cut `model`, whole until now, for this rank of `mesh`, in place; every cut by parameter name."""
     if trainable and mesh.tp_size > 1:
         _refuse_dropout(model)
     model.requires_grad_(trainable)
     try:
-        cuts = plan_cuts(model, mesh.tp_size, shard.rows)
+        cuts = plan_shards(model, mesh.tp_size, shard.rows)
         shard_model(model, mesh, shard, sequence=sequence)
     except ParallelError as error:
         note = "" if trainable else "\n  note: a teacher is cut over teacher.tp ranks, parallel.tp of them by default"
@@ -338,7 +340,7 @@ def _read_weights(
             if cut is None:
                 value = files.read(name, shape)
             else:
-                value = read_piece(partial(files.read, name, shape, cut.dim), cut, mesh.tp_rank)
+                value = read_shard(partial(files.read, name, shape, cut.dim), cut, mesh.tp_rank)
             materialize_parameter(model, name, value.to(device, dtypes[name]), mesh)
         for name, buffer in persistent_buffers(model):
             buffer.copy_(files.read(name, tuple(buffer.shape)))

@@ -24,7 +24,7 @@ from kdtrain.errors import ConfigError
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.shrink import FULL_WIDTH, VOCAB_SIZE, num_layers, tiny_settings
 from kdtrain.models.stock import BUILD_ERRORS, parameters_on_meta
-from kdtrain.parallel.plan import plan_cuts
+from kdtrain.parallel.plan import plan_shards
 from kdtrain.parallel.shard import shard_model
 
 M = TypeVar("M")
@@ -183,7 +183,7 @@ def _shaken(copy: Any) -> Any:
 def whole_backbone(copy: Any) -> Backbone:
     """A tiny copy as kdtrain runs it on one rank."""
     shard = VocabShard.of(VOCAB_SIZE)
-    cuts = plan_cuts(copy, 1, shard.rows)
+    cuts = plan_shards(copy, 1, shard.rows)
     return Backbone(shard_model(copy, Mesh(), shard), shard, cuts).eval()
 
 

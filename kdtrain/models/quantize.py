@@ -49,6 +49,7 @@ def quantize_decoder_(backbone: Backbone, kind: str) -> tuple[int, int]:
         largest = None
         if isinstance(layer, RowParallelLinear):
             here = nn.functional.pad(weight.abs(), (0, 1)).amax(1, keepdim=True)  # padded: a rank may have no inputs
+            # Scales are per output row; each rank has only its inputs of the row, and all layouts must round alike.
             largest = gather_ranks(here, layer.group).amax(0)
         if weight.numel():
             layer.weight = nn.Parameter(_quantized(weight, kind, largest), requires_grad=False)

@@ -1,1 +1,1 @@
-"""Where knowledge comes from."""
+"""Teachers: online and dedicated models, their signals, sparse targets."""

@@ -16,7 +16,7 @@ from kdtrain.teacher.signal import DenseSignal
 
 @dataclass(frozen=True, slots=True)
 class HeadLayout:
-    """How the student's head is cut, how much memory its loss may use, and which row kernels compute it."""
+    """How the student's head is sharded, the memory limit of its loss, and which row kernels compute it."""
 
     shard: VocabShard
     group: Group
@@ -36,17 +36,21 @@ def dense_loss(
     z_weight: Tensor | None = None,
     **settings: Any,
 ) -> LossParts:
-    """`linear_kd_loss` against a teacher that runs along, whether or not replicas of the student share it.
+    """`linear_kd_loss` against a dense signal, whether or not replicas of the student share the teacher.
 
-    Everything [T, ...] is this replica's. settings: divergence, temperature and so on. Communicates as the loss does
-    and, with a spread, one all-gather over the replicas for each of hidden, labels and weights.
+    All [T, ...] are this replica's. settings: divergence, temperature and so on. Communicates as the loss does and,
+    with resharding, one all-gather over the replicas for each of hidden, labels and weights.
     """
-    spread, shard, group = signal.spread, layout.shard, layout.group
-    if spread is not None:
-        hidden, head = spread.gather(hidden), spread.head(head)
-        labels, kd_weight, ce_weight = spread.gather(labels), spread.gather(kd_weight), spread.gather(ce_weight)
-        z_weight = None if z_weight is None else spread.gather(z_weight)
-        shard, group = spread.shard, spread.group
+    resharding, shard, group = signal.resharding, layout.shard, layout.group
+    if resharding is not None:
+        hidden, head = resharding.gather(hidden), resharding.head(head)
+        labels, kd_weight, ce_weight = (
+            resharding.gather(labels),
+            resharding.gather(kd_weight),
+            resharding.gather(ce_weight),
+        )
+        z_weight = None if z_weight is None else resharding.gather(z_weight)
+        shard, group = resharding.shard, resharding.group
     parts = linear_kd_loss(
         hidden,
         head,
@@ -62,4 +66,4 @@ def dense_loss(
         backend=layout.backend,
         **settings,
     )
-    return parts if spread is None else spread.own(parts)
+    return parts if resharding is None else resharding.local_parts(parts)

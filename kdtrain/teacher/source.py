@@ -1,4 +1,4 @@
-"""Where a teacher's signal comes from, as objectives and validation see it."""
+"""The interface of teachers for objectives and validation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from kdtrain.teacher.signal import DenseSignal
 
 
 class TeacherSource(Protocol):
-    """Where the teacher's distribution comes from."""
+    """Gives the teacher's signal for micro-batches."""
 
     def begin_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Told of all micro-batches of a step before the first of them."""
+        """Announce all micro-batches of a step; called before `signal` of the first of them."""
 
     def signal(self, batch: Batch) -> DenseSignal:
-        """The teacher's view of a micro-batch."""
+        """The teacher's signal for a micro-batch."""

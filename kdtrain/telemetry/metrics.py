@@ -118,6 +118,7 @@ class Metrics:
         if not names:
             return names, []
         table = torch.stack([self._sums[name] for name in names])
+        # A metric is a mean over the tokens of all ranks of the group, each of which has the sum of its own.
         return names, reduce_sum_(table, self._group).tolist()
 
     def _check_same_names(self, names: list[str]) -> None:
@@ -125,8 +126,10 @@ class Metrics:
         if group_size(self._group) == 1:
             return
         digest = int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:7], "big")
+        # Ranks with different names would add unlike sums, or hang on unlike shapes.
         digests = gather_ranks(torch.tensor([digest], device=self._device), self._group).flatten().tolist()
         if any(other != digest for other in digests):
+            # The error lists the names that are not on every rank.
             everyone: list[list[str]] = gather_objects(names, self._group)
             shared = set.intersection(*(set(other) for other in everyone))
             odd = sorted({name for other in everyone for name in other} - shared)

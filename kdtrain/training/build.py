@@ -14,8 +14,8 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.data.loader import StepLoader, validation_batches
 from kdtrain.data.packing import Packing
 from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.point_to_point import P2PChannel
 from kdtrain.distributed.vocab import ROW_MULTIPLE
-from kdtrain.distributed.wire import Wire
 from kdtrain.engine.frozen import FrozenEngine
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.errors import ConfigError
@@ -120,12 +120,12 @@ def build_models(
     device: torch.device,
     *,
     trainable: bool,
-    wire: Wire | None = None,
+    channel: P2PChannel | None = None,
     on_stop: Callable[[], None] = lambda: None,
 ) -> Models:
     """Both models, their heads cut into the same rows; no engine of the student yet. Every rank must call it.
 
-    wire: to a teacher on ranks of its own. on_stop: called when that teacher has been asked to end.
+    channel: to a teacher on ranks of its own. on_stop: called when that teacher has been asked to end.
     """
     spec = teacher_spec(cfg)
     if cfg.teacher.quantize is not None:
@@ -146,8 +146,8 @@ def build_models(
     layout = HeadLayout(student.shard, mesh.tp_group, cfg.train.slab_bytes, cfg.train.kernels)
     if spec is None:
         return Models(student, None, layout, None)
-    if wire is not None:
-        remote, head, attention = remote_teacher(cfg, spec, student.shard, mesh, device, wire, on_stop)
+    if channel is not None:
+        remote, head, attention = remote_teacher(cfg, spec, student.shard, mesh, device, channel, on_stop)
         return Models(student, remote, layout, None, head, attention)
     return add_teacher(cfg, spec, Models(student, None, layout, None), mesh, device)
 

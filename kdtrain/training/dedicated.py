@@ -18,8 +18,8 @@ from kdtrain.config.load import config_hash
 from kdtrain.config.ranks import in_flight, servers, student_ranks, teacher_tp
 from kdtrain.config.schema import RunConfig
 from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.point_to_point import P2PChannel
 from kdtrain.distributed.vocab import HeadShard, VocabShard
-from kdtrain.distributed.wire import Wire
 from kdtrain.engine.bootstrap import Runtime, collective_timeout
 from kdtrain.errors import ConfigError, KdtrainError
 from kdtrain.log import LOGGER, setup_logging
@@ -27,7 +27,7 @@ from kdtrain.models.backbone import Backbone
 from kdtrain.models.head import LoadedHead, load_head
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.run_state.heartbeat import Pulse, Watchdog
-from kdtrain.teacher.protocol import compare_facts, farewell, write_facts, write_failure
+from kdtrain.teacher.protocol import compare_facts, shutdown_on_exit, write_facts, write_failure
 from kdtrain.teacher.remote import RemoteTeacher
 from kdtrain.teacher.server import Inbox, TeacherServer
 
@@ -46,18 +46,18 @@ def serve(
     folder: of the run, where heartbeats and warnings are written; None: nowhere. Every teacher rank must call it.
     Raises RunStopped and PeerLost as `TeacherServer.run`, and what loading raises; the student's ranks are told.
     """
-    wire, roles = runtime.wire, runtime.roles
-    assert wire is not None
+    channel, roles = runtime.channel, runtime.roles
+    assert channel is not None
     clients = list(range(0, roles.student_ranks, cfg.parallel.tp))
     mesh = Mesh.build(teacher_tp(cfg))
-    inbox = Inbox(wire, clients) if mesh.tp_rank == 0 else None
+    inbox = Inbox(channel, clients) if mesh.tp_rank == 0 else None
     try:
         backbone = load_backbone(
             spec, mesh, vocab_size=vocab_size, device=runtime.device, trainable=False, packed=cfg.data.reset_positions
         ).eval()
         first = _first_row(backbone.lm_head_shard)
         facts = expected_facts(cfg, spec, vocab_size, backbone.config)
-        write_facts(wire.board, roles.rank, {**facts, FIRST_ROW: first, ATTENTION: backbone.implementation})
+        write_facts(channel.key_values, roles.rank, {**facts, FIRST_ROW: first, ATTENTION: backbone.implementation})
     except BaseException as error:
         _cannot_load(error, runtime, inbox, clients)
         raise
@@ -67,11 +67,11 @@ def serve(
         if folder is not None:
             setup_logging(roles.rank, folder)
             # Only says where this rank is: waiting long for a request is nothing to warn of.
-            stack.enter_context(Watchdog(pulse, folder, wire.world_size, warn_s=math.inf))
+            stack.enter_context(Watchdog(pulse, folder, channel.world_size, warn_s=math.inf))
 
     with stack:
         TeacherServer(
-            wire,
+            channel,
             mesh,
             inbox,
             clients,
@@ -79,8 +79,8 @@ def serve(
             device=runtime.device,
             in_flight=in_flight(cfg),
             max_tokens=cfg.teacher.max_tokens_per_forward,
-            begun=begun,
-            wants_stop=wants_stop,
+            on_first_request=begun,
+            stop_requested=wants_stop,
             pulse=pulse,
         ).run()
 
@@ -110,23 +110,23 @@ def _cannot_load(error: BaseException, runtime: Runtime, inbox: Inbox | None, cl
 
     Said here, too: the launcher ends ranks that are still busy loading before they can learn of it and say it.
     """
-    assert runtime.wire is not None
+    assert runtime.channel is not None
     rank = runtime.roles.rank
-    write_failure(runtime.wire.board, rank, error)
+    write_failure(runtime.channel.key_values, rank, error)
     if isinstance(error, KdtrainError):
         print(f"kdtrain: the teacher on rank {rank} cannot be loaded: {error}", file=sys.stderr, flush=True)
     if inbox is not None:
-        inbox.hear_goodbyes(set(clients))
+        inbox.drain(set(clients))
 
 
 @contextmanager
 def student_side(cfg: RunConfig, runtime: Runtime) -> Iterator[None]:
     """Around all that a student's rank does: however it ends, dedicated teachers are told and end too."""
-    wire, roles = runtime.wire, runtime.roles
-    if wire is None or roles.rank % cfg.parallel.tp:
+    channel, roles = runtime.channel, runtime.roles
+    if channel is None or roles.rank % cfg.parallel.tp:
         yield
         return
-    with farewell(wire, servers(cfg, roles.teachers)):
+    with shutdown_on_exit(channel, servers(cfg, roles.teachers)):
         yield
 
 
@@ -136,7 +136,7 @@ def remote_teacher(
     shard: VocabShard,
     mesh: Mesh,
     device: torch.device,
-    wire: Wire,
+    channel: P2PChannel,
     on_stop: Callable[[], None],
 ) -> tuple[RemoteTeacher, LoadedHead, str]:
     """The teacher as a student's rank holds it: whom to ask for hidden states, its rows of the head, and the name of
@@ -149,11 +149,11 @@ def remote_teacher(
     facts = expected_facts(cfg, spec, shard.vocab_size, loaded.facts.config)
     if mesh.tp_rank == 0:
         facts[FIRST_ROW] = _first_row(loaded.head)
-    asked = servers(cfg, range(student_ranks(cfg, wire.world_size), wire.world_size))
-    told = compare_facts(wire.board, asked, facts, collective_timeout())
+    asked = servers(cfg, range(student_ranks(cfg, channel.world_size), channel.world_size))
+    told = compare_facts(channel.key_values, asked, facts, collective_timeout())
     LOGGER.info("teacher  %d on ranks %s, ready", len(asked), asked)
     remote = RemoteTeacher(
-        wire, mesh, loaded.head, asked, in_flight=in_flight(cfg), timeout=collective_timeout(), on_stop=on_stop
+        channel, mesh, loaded.head, asked, in_flight=in_flight(cfg), timeout=collective_timeout(), on_stop=on_stop
     )
     return remote, loaded, str(told[0][ATTENTION])
 

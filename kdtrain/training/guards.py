@@ -79,6 +79,7 @@ class Guards:
         p, most = self._progress, self._settings.max_skipped_steps
         p.skipped_steps += 1
         p.skipped_in_row += 1
+        # The skipped step has samples of all data ranks; rank 0 writes them.
         everyone = gather_ranks(_ids(micro_batches).to(self._device), self._mesh.dp_group).tolist()
         self._write("skipped", {"data/step": p.step, "grad_norm": str(grad_norm), "sample_ids": everyone})
         if p.skipped_in_row <= most:
@@ -108,6 +109,7 @@ class Guards:
         sigmas = self._settings.spike_sigmas
         assert sigmas is not None
         # [dp cp, n, 2]
+        # A loss is a sum over the ranks with different tokens.
         everyone = gather_ranks(torch.stack([pair for _, pair, _ in self._unseen]), self._mesh.zero_group)
         for (step, _, ids), pairs in zip(self._unseen, everyone.transpose(0, 1).tolist(), strict=True):
             # exact sums: whether a save came between two steps must not show in a bit of what a checkpoint keeps
@@ -121,6 +123,7 @@ class Guards:
         self._unseen.clear()
 
     def _jumped(self, step: int, loss: float, mean: float, deviation: float, ids: Tensor) -> None:
+        # Samples of all data ranks are in the loss; rank 0 writes them.
         everyone = gather_ranks(ids.to(self._device), self._mesh.dp_group).tolist()
         _warn(
             self._mesh,
@@ -162,6 +165,7 @@ class SlowRanks:
         self._step, self._seconds = progress.step, progress.train_seconds
         self._warm = False
         self._quiet_until = {"data": 0, "rank": 0}
+        # Warnings name the host of a slow rank, which may be any rank.
         self._hosts: list[str] = gather_objects(os.uname().nodename, mesh.world_group)
 
     def look(self, phases: Mapping[str, float]) -> dict[str, float]:
@@ -177,6 +181,7 @@ class SlowRanks:
         mine = torch.tensor(
             [wait, wait + phases.get("forward", 0.0), seconds], dtype=torch.float64, device=self._device
         )
+        # A rank is slow only in comparison with the others.
         table = (gather_ranks(mine, self._mesh.world_group) / steps).tolist()
         warm, self._warm = self._warm, True
         if not warm:

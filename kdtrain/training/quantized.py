@@ -43,6 +43,7 @@ def quantize_teacher(cfg: RunConfig, models: Models, batch: Batch, mesh: Mesh) -
     kl = divergence(before, teacher.signal(batch), batch, models.layout)
     table = torch.tensor([0.0, 0.0, *sizes], dtype=torch.float64, device=kl.device)
     table[0], table[1] = kl, batch.num_valid_tokens()
+    # Each rank has the sums of its own tokens and weights.
     total, count, old, new = reduce_sum_(table, mesh.world_group).tolist()  # tokens once per tp rank
     cost = QuantizationCost(total / max(count, 1.0), int(count) // mesh.tp_size, new / old)
     LOGGER.info(
@@ -62,11 +63,11 @@ def divergence(one: DenseSignal, other: DenseSignal, batch: Batch, layout: HeadL
 
     No logits are kept. Replicated over tp, local to the ranks with other tokens. Communicates as linear_kd_loss.
     """
-    spread = one.spread
-    shard, group = (layout.shard, layout.group) if spread is None else (spread.shard, spread.group)
+    resharding = one.resharding
+    shard, group = (layout.shard, layout.group) if resharding is None else (resharding.shard, resharding.group)
     labels, weight = batch.labels.reshape(-1), batch.loss_mask.reshape(-1)
-    if spread is not None:
-        labels, weight = spread.gather(labels), spread.gather(weight)
+    if resharding is not None:
+        labels, weight = resharding.gather(labels), resharding.gather(weight)
     parts = linear_kd_loss(
         other.hidden_states,
         other.head,
@@ -81,8 +82,8 @@ def divergence(one: DenseSignal, other: DenseSignal, batch: Batch, layout: HeadL
         slab_bytes=layout.slab_bytes,
         backend=layout.backend,
     )
-    if spread is not None:
-        parts = spread.own(parts)
+    if resharding is not None:
+        parts = resharding.local_parts(parts)
     assert parts.kd is not None
     valid = batch.loss_mask.reshape(-1) > 0
     return parts.kd.double().where(valid, 0.0).sum()

@@ -21,6 +21,7 @@ def check_replicas(micro_batches: list[Batch], mesh: Mesh) -> None:
     """
     for number, batch in enumerate(micro_batches):
         for field, values in zip(fields(Batch), batch.tensors(), strict=False):  # the first fields are the tensors
+            # Every tp rank compares its tokens with those of the others.
             everyone = gather_ranks(values, mesh.tp_group)
             odd = [rank for rank in range(1, len(everyone)) if not torch.equal(everyone[rank], everyone[0])]
             if odd:
@@ -35,6 +36,7 @@ def check_replicas(micro_batches: list[Batch], mesh: Mesh) -> None:
 def _check_parts(number: int, batch: Batch, mesh: Mesh) -> None:
     """The last label of a part is the first token of the next, and all parts are of the same samples."""
     ends = torch.stack([batch.sample_ids, batch.input_ids[:, 0], batch.labels[:, -1]])
+    # Each part must continue that of the previous cp rank.
     everyone = gather_ranks(ends, mesh.cp_group)  # [cp, 3, B]
     odd = [
         rank

@@ -104,7 +104,7 @@ def run_evaluation(request: Request) -> int:
             return 0
         with dedicated.student_side(cfg, rank):
             mesh = Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
-            models = build.build_models(cfg, inputs, mesh, rank.device, trainable=False, wire=rank.wire)
+            models = build.build_models(cfg, inputs, mesh, rank.device, trainable=False, channel=rank.channel)
             if cfg.teacher.quantize is not None:
                 first = next(build.evaluation_batches(cfg, inputs, mesh, choice.likely)).to(rank.device)
                 quantize_teacher(cfg, models, first, mesh)
@@ -166,7 +166,7 @@ def _train(
         mesh,
         device,
         trainable=True,
-        wire=rank.wire,
+        channel=rank.channel,
         on_stop=lambda: stop.ask("a dedicated teacher's rank was asked to stop"),
     )
     resume_from = on_main(mesh, lambda: find_start(cfg, inputs, folder))
@@ -337,6 +337,7 @@ def on_main(mesh: Mesh, work: Callable[[], T], *, share: bool = True) -> T | Non
             )
     if mesh.world_size > 1:
         told: list[Any] = [(answer if share else None, failure)]
+        # Only rank 0 has the answer or the error.
         dist.broadcast_object_list(told, src=0, group=mesh.world_group)
         if not mesh.is_main:
             answer, failure = told[0]
@@ -347,6 +348,7 @@ def on_main(mesh: Mesh, work: Callable[[], T], *, share: bool = True) -> T | Non
 
 def _same_everywhere(mesh: Mesh, what: str, digest: str) -> None:
     """ConfigError on every rank unless all have the same `digest`. One gather over the world."""
+    # Each rank has read its own files; a difference must raise on every rank.
     found = gather_objects(digest, mesh.world_group)
     odd = [rank for rank, other in enumerate(found) if other != found[0]]
     if odd:

@@ -22,10 +22,10 @@ def nll_sum(signal: DenseSignal, labels: Tensor, mask: Tensor, layout: HeadLayou
     Replicated over tp, to be summed over the ranks with other tokens. Communicates as linear_cross_entropy and, where
     replicas share a teacher, one all-gather over them for each of labels and mask.
     """
-    spread, weight, labels = signal.spread, mask.reshape(-1), labels.reshape(-1)
-    shard, group = (layout.shard, layout.group) if spread is None else (spread.shard, spread.group)
-    if spread is not None:
-        weight, labels = spread.gather(weight), spread.gather(labels)
+    resharding, weight, labels = signal.resharding, mask.reshape(-1), labels.reshape(-1)
+    shard, group = (layout.shard, layout.group) if resharding is None else (resharding.shard, resharding.group)
+    if resharding is not None:
+        weight, labels = resharding.gather(weight), resharding.gather(labels)
     parts = linear_cross_entropy(
         signal.hidden_states,
         signal.head,
@@ -36,7 +36,7 @@ def nll_sum(signal: DenseSignal, labels: Tensor, mask: Tensor, layout: HeadLayou
         slab_bytes=layout.slab_bytes,
         backend=layout.backend,
     )
-    return (parts if spread is None else spread.own(parts)).loss.double()
+    return (parts if resharding is None else resharding.local_parts(parts)).loss.double()
 
 
 @torch.no_grad()
@@ -57,6 +57,7 @@ def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout, me
 
     own = [nll_sum(signal, labels, mask, layout) for labels in (batch.labels, ids, after_next)]
     sums = torch.stack([*own, mask.sum(dtype=torch.float64)])
+    # Each rank has the sums of its own tokens; all ranks must take the same decision.
     *totals, count = reduce_sum_(sums, mesh.zero_group).tolist()
     found = dict(zip(("label", "previous", "after_next"), (total / max(count, 1.0) for total in totals), strict=True))
     if count and not found["label"] < min(found["previous"], found["after_next"]):

@@ -247,6 +247,7 @@ def measure_prefixes(
         for number, batch in enumerate(forms):
             sums[number] += nll(batch.to(device))
         sums[-1] += forms[0].loss_mask.sum(dtype=torch.float64).to(device)
+    # Each rank has the sums of its own tokens; all ranks must take the same decision.
     *totals, count = reduce_sum_(sums, mesh.zero_group).tolist()
     means = (total / max(count, 1.0) for total in totals)
     return Measured(dict(zip(prefixes, means, strict=True)), int(count), len(places))

@@ -48,6 +48,7 @@ def run_checks(cfg: RunConfig) -> int:
         # every rank makes the same rows in the same order, so that they can be laid side by side
         world = mesh.world_group
         share = Share.of_this_rank(socket.gethostname())
+        # Settings are checked per host, for which each rank needs the shares of the others.
         shares = gather_objects(share, world)
         mine = [
             *versions(),
@@ -58,6 +59,7 @@ def run_checks(cfg: RunConfig) -> int:
             *collective_rows(mesh, rank.device),
             *disk_rows(Path(cfg.run.output_dir), mesh),
         ]
+        # Rank 0 prints one table with the findings of all ranks.
         rows = merge(gather_objects(mine, world), [share.host for share in shares])
         if mesh.is_main:
             print(headline(describe(world_size=mesh.world_size)))
@@ -191,6 +193,7 @@ def disk_rows(output_dir: Path, mesh: Mesh) -> list[Row]:
         row = Row("disk", "ok", f"{folder}: writable, {free:.0f} GiB free")
     except OSError as error:
         row = Row("disk", "FAIL", f"{folder}: {error.strerror}; set run.output_dir to a folder you may write")
+    # Every rank looks for the folder that rank 0 made.
     first = gather_objects(made, mesh.world_group)[0]
     seen = first is not None and Path(first).is_dir()
     gather_objects(None, mesh.world_group)  # nobody removes its folder while others look

@@ -71,6 +71,7 @@ def kernel_rows(mesh: Mesh, device: torch.device, wanted: str) -> list[Row]:
                 loss_error("forward_kl", Mesh(), device, dtype, backend)
         except BROKEN as error:
             refused = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").partition("\n")[0]
+        # All ranks must skip or run the comparison together: it communicates.
         if trouble := [(why, bad) for why, bad in gather_objects((refused, kind), mesh.world_group) if why]:
             why, bad = trouble[0]
             rows.append(Row(f"kernels {backend}", "FAIL" if bad or backend == wanted else "-", why))
@@ -162,6 +163,7 @@ def collective_rows(mesh: Mesh, device: torch.device) -> list[Row]:
             continue
         for name, check in (("all-reduce", _all_reduce), ("all-gather", _all_gather), ("all-to-all", _all_to_all)):
             right, seconds, moved = check(group, device)
+            # A collective takes as long as on its slowest rank.
             slowest = max(gather_objects(seconds, mesh.world_group))
             what = f"{size} ranks, {moved / 2**20:.0f} MiB in {1e3 * slowest:.1f} ms: {moved / slowest / 1e9:.2f} GB/s"
             rows.append(Row.judged(f"{name} {axis}", right, what if right else f"{size} ranks: wrong numbers"))

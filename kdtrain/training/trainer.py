@@ -120,6 +120,8 @@ class Trainer:
         table = torch.tensor([count, *flags], dtype=torch.float64)
         if self.mesh.world_size > 1:
             table = table.to(self.device)
+            # The loss is divided by the tokens of all ranks. A stop or a failure on one rank must end the step on all:
+            # the others would wait for it in the step's collectives.
             dist.all_reduce(table, group=self.mesh.world_group)
         valid, stop, failed, busy = table.tolist()
         if failed:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kdtrain.distributed.mesh import Mesh
-from kdtrain.parallel.pieces import split_tensor
+from kdtrain.parallel.shard_tensors import split_tensor
 
 pytestmark = pytest.mark.dist
 

@@ -1,4 +1,4 @@
-"""Every dtype that torch has crosses between ranks bit for bit, or is refused on all of them before they wait."""
+"""Collectives transfer every dtype bit for bit, or refuse it on all ranks before any of them waits."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ OTHERS = [
 
 
 def sample(dtype, rank, shape):
-    """Any bits, other ones on each rank (of a bool 0 and 1)."""
+    """Random bits, different on each rank; for bool random 0 and 1."""
     generator = torch.Generator().manual_seed(rank)
     kind = getattr(torch, dtype)
     if kind == torch.bool:
@@ -37,7 +37,7 @@ def bits(tensor):
     return tensor.contiguous().view(-1).view(torch.uint8).tolist()
 
 
-def moved(rank, world_size, dtype):
+def transferred(rank, world_size, dtype):
     group, shape = dist.group.WORLD, (world_size, 3, 5)
     mine, all_of_them = sample(dtype, rank, shape), [sample(dtype, r, shape) for r in range(world_size)]
     for gathered in (gather_ranks(mine, group), start_gather(mine.transpose(1, 2), group)().transpose(2, 3)):
@@ -68,21 +68,21 @@ def summed(rank, world_size, dtype):
         except ValueError as error:
             assert f"cannot sum torch.{dtype}: gloo and NCCL add torch.bfloat16, " in str(error)  # noqa: PT017
         else:
-            raise AssertionError("summed")
+            raise AssertionError("not refused")
 
 
 @pytest.mark.parametrize("dtype", [*CARRIED, *OTHERS])
-def test_what_moves_between_ranks_arrives_bit_for_bit_whatever_its_dtype(rank_pool, dtype):
-    rank_pool(2).run(moved, dtype=dtype)
+def test_gather_exchange_and_broadcast_keep_every_bit_of_every_dtype(rank_pool, dtype):
+    rank_pool(2).run(transferred, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", [*CARRIED, *OTHERS])
-def test_a_sum_is_right_or_refused_on_every_rank(rank_pool, dtype):
+def test_a_sum_is_exact_or_refused_on_every_rank(rank_pool, dtype):
     rank_pool(2).run(summed, dtype=dtype)
 
 
-def without_help(rank, world_size, dtype):
-    """What the backend itself says of such a gather: None, or the error."""
+def gather_by_backend(rank, world_size, dtype):
+    """The error of the backend's own gather of this dtype, or None."""
     mine = sample(dtype, rank, (4,))
     try:
         dist.all_gather([torch.empty_like(mine) for _ in range(world_size)], mine)
@@ -91,6 +91,6 @@ def without_help(rank, world_size, dtype):
     return None
 
 
-def test_the_backend_refuses_what_is_moved_as_bytes(rank_pool):
+def test_the_backend_refuses_dtypes_that_are_transferred_as_bytes(rank_pool):
     for dtype in ("int16", "uint16", "uint32", "float8_e4m3fn"):
-        assert all(rank_pool(2).run(without_help, dtype=dtype)), f"{dtype} is carried now: no need to view it as bytes"
+        assert all(rank_pool(2).run(gather_by_backend, dtype=dtype)), f"the backend gathers {dtype} now"

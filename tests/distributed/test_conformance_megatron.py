@@ -25,9 +25,9 @@ def adapter_text():
 
 
 def adapter():
-    """The page's names."""
+    """The names that the page's code defines."""
     names = {}
-    exec(compile(adapter_text(), str(PAGE), "exec"), names)  # the page is ours and is what is tested
+    exec(compile(adapter_text(), str(PAGE), "exec"), names)  # the page is part of this repository and is under test
     return names
 
 
@@ -88,7 +88,7 @@ def assert_same(got, expected, where):
 
 
 def on_cpu(check):
-    """Megatron asks for the current CUDA device where it wants a buffer: on the CPU that is the CPU."""
+    """Replace the current CUDA device, on which Megatron allocates buffers, by the CPU."""
 
     @functools.wraps(check)
     def wrapped(*arguments, **options):
@@ -100,7 +100,7 @@ def on_cpu(check):
 
 @on_cpu
 def check_cross_entropy(rank, world_size, tied):
-    """kd_weight 0 and no padding: what the model's own output layer and vocabulary-parallel cross-entropy give."""
+    """With kd_weight 0 and no padding: equal to the model's own output layer and vocabulary-parallel cross-entropy."""
     student = model(1, tied=tied)
     inputs = batch()
     own = student(**inputs).sum()
@@ -116,7 +116,7 @@ def check_cross_entropy(rank, world_size, tied):
 
 @on_cpu
 def check_distillation(rank, world_size):
-    """A padded vocabulary: d(hidden), d(head) in float64, and below them what the model makes of that d(hidden)."""
+    """With a padded vocabulary: d(hidden) and d(head) in float64, and the model's gradients from that d(hidden)."""
     names = adapter()
     student, teacher = (model(seed, tied=False) for seed in (1, 2))
     inputs = batch()
@@ -157,7 +157,7 @@ def test_the_adapter_is_at_most_forty_lines_of_code():
 
 
 class OverSequence(torch.nn.Module):
-    """What the adapter sees of a GPTModel under sequence parallelism: [s / tp, b, h] of its own enter output_layer."""
+    """A GPTModel under sequence parallelism as the adapter sees it: output_layer gets [s / tp, b, h] of each rank."""
 
     def __init__(self, part, weight):
         from types import SimpleNamespace
@@ -198,17 +198,17 @@ def check_sequence_parallel(rank, world_size):
 
 
 @pytest.mark.parametrize(("world_size", "tied"), [(1, False), (2, False), (2, True)])
-def test_cross_entropy_has_the_models_own_gradients(rank_pool, world_size, tied):
+def test_cross_entropy_gradients_equal_those_of_the_model(rank_pool, world_size, tied):
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     rank_pool(world_size).run(check_cross_entropy, tied=tied)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_distillation_has_float64s_gradients(rank_pool, world_size):
+def test_distillation_gradients_equal_float64(rank_pool, world_size):
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     rank_pool(world_size).run(check_distillation)
 
 
-def test_sequence_parallel_hidden_states_get_their_part_of_the_gradient(rank_pool):
+def test_sequence_parallel_hidden_states_get_the_gradient_of_their_tokens(rank_pool):
     pytest.importorskip("megatron.core", reason="megatron-core is not installed")
     rank_pool(2).run(check_sequence_parallel)

@@ -1,4 +1,4 @@
-"""The conformance check calls right losses right, and names what is wrong with wrong ones, at tp 1, 2 and 4."""
+"""The conformance check accepts right losses and reports the error of wrong ones, at tp 1, 2 and 4."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def _forward_kl(parts):
 
 
 def whole(student, teacher, labels, *, group, shard, divergence, temperature):
-    """Forward KL with one forward reduction, whose gradient is passed on untouched: right."""
+    """Forward KL with one forward reduction, whose gradient passes back unchanged: right."""
     return temperature**2 * _forward_kl(reduce_from_tp(_parts(student, teacher, temperature), group))
 
 
@@ -70,13 +70,13 @@ def fails(student, teacher, labels, **arguments):
     return student.sum() * (1 / 0)
 
 
-def test_a_right_loss_on_logits_is_called_right_at_every_tp(rank_pool):
+def test_a_correct_loss_on_logits_is_right_at_every_tp(rank_pool):
     findings = check(whole, modes=FORWARD, pool=rank_pool)
     assert [(f.mode, f.tp) for f in findings] == [(str(mode), tp) for mode in FORWARD for tp in (1, 2, 4)]
     assert [f.verdict for f in findings] == ["right"] * 6
 
 
-def test_a_reduction_too_many_shows_as_a_gradient_tp_times_too_long_behind_a_right_value(rank_pool):
+def test_an_extra_reduction_gives_a_right_value_and_a_gradient_tp_times_too_long(rank_pool):
     findings = check(reduced_twice, modes=FORWARD[:1], pool=rank_pool)
     assert [f.verdict for f in findings] == ["right", "2 times too long", "4 times too long"]
     assert max(f.loss_error for f in findings) <= 1e-6
@@ -95,7 +95,7 @@ def test_a_missing_temperature_factor_shows_unless_declared(rank_pool):
     assert [f.verdict for f in check(**subject, temperature_squared=False)] == ["right", "right"]
 
 
-def test_a_missing_reduction_of_hidden_states_is_named_by_its_gradient(rank_pool):
+def test_a_missing_reduction_of_hidden_states_is_reported_for_its_gradient(rank_pool):
     findings = check(hidden_not_reduced, on="hidden", modes=FORWARD[:1], tp=(1, 2), pool=rank_pool)
     assert [(f.gradient, f.tp, f.verdict) for f in findings] == [
         ("hidden_s", 1, "right"),
@@ -120,6 +120,6 @@ def test_a_loss_that_fails_on_a_rank_is_reported_with_its_traceback(rank_pool):
         check(fails, modes=FORWARD, tp=(1,), pool=rank_pool)
 
 
-def test_a_mode_without_a_definition_asks_for_one(rank_pool):
+def test_a_mode_without_a_definition_is_refused(rank_pool):
     with pytest.raises(AssertionError, match="divergence = 'mine' has no definition here; declare"):
         check(whole, modes=[Mode("mine")], tp=(1,), pool=rank_pool)

@@ -10,7 +10,7 @@ from kdtrain.distributed.vocab import VocabShard
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.context import use_context
 from kdtrain.models.tiny import tiny_config
-from kdtrain.parallel import plan_cuts, shard_model
+from kdtrain.parallel import plan_shards, shard_model
 
 pytestmark = pytest.mark.dist
 
@@ -34,7 +34,7 @@ def step(name, attention, mesh):
     if mesh.cp_size > 1:
         use_context(model, mesh, "it")
     shard = VocabShard.of(101, total_rows=101)
-    cuts = plan_cuts(model, 1, shard.rows)
+    cuts = plan_shards(model, 1, shard.rows)
     backbone = Backbone(shard_model(model, Mesh(), shard), shard, cuts, mesh.cp_group if mesh.cp_size > 1 else None)
     rng = torch.Generator().manual_seed(2)
     ids, pull = torch.randint(0, 101, (3, 16), generator=rng), torch.randn(3, 16, 32, generator=rng)

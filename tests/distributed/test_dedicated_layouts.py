@@ -1,5 +1,6 @@
-"""A teacher on ranks of its own changes nothing: three optimizer steps under DeepSpeed against plain torch."""
+"""Three optimizer steps under DeepSpeed with a dedicated teacher equal those of plain torch."""
 
+import functools
 import os
 import socket
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from kdtrain.distributed.mesh import Mesh
-from kdtrain.distributed.wire import Wire
+from kdtrain.distributed.point_to_point import P2PChannel
 from kdtrain.models.attention import common_name
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.training import dedicated
@@ -62,12 +63,13 @@ def save_teacher(folder):
 
 
 def train(folder, case, cfg, spec, runtime, mesh):
-    """What a student's rank does; (losses and norms of the steps, evaluation after the last)."""
+    """Three steps of a student's rank; (losses and norms of the steps, evaluation after the last)."""
     from kdtrain.engine.zero import StudentEngine
 
     backbone = build_backbone(folder, "llama", mesh, teacher="plain")
+    on_stop = functools.partial(pytest.fail, "no stop signal was sent")
     teacher, head, attention = dedicated.remote_teacher(
-        cfg, spec, backbone.shard, mesh, runtime.device, runtime.wire, on_stop=lambda: pytest.fail("nobody stops")
+        cfg, spec, backbone.shard, mesh, runtime.device, runtime.channel, on_stop=on_stop
     )
     assert common_name(attention) == "sdpa"
     width = head.facts.config.hidden_size
@@ -80,7 +82,7 @@ def train(folder, case, cfg, spec, runtime, mesh):
 
 
 def run_cases(rank, world_size, folder, num_teachers, cases, port):
-    """Every rank of the job: the role its number gives it, case by case."""
+    """All cases on one rank of the job, in the role of its number."""
     from kdtrain.engine import bootstrap
 
     dist.destroy_process_group()  # the pool's, which has the ranks of both roles
@@ -91,9 +93,9 @@ def run_cases(rank, world_size, folder, num_teachers, cases, port):
     meshes = {} if started.roles.is_teacher else {tp: Mesh.build(tp) for tp in (1, 2)}
     answers = []
     for number, case in enumerate(cases):
-        # a wire of its own for each case: what ranks once said of another must not be found
-        wire = Wire(dist.FileStore(str(folder / f"wire{world_size}.{number}"), world_size), rank, world_size)
-        runtime, cfg = replace(started, wire=wire), settings(folder, case, num_teachers)
+        # one channel per case, so that no key of an earlier case is in the store
+        channel = P2PChannel(dist.FileStore(str(folder / f"store{world_size}.{number}"), world_size), rank, world_size)
+        runtime, cfg = replace(started, channel=channel), settings(folder, case, num_teachers)
         spec = ModelSpec(weights=cfg.teacher.weights, dtype="float32", attention="sdpa")
         if started.roles.is_teacher:
             answers.append(dedicated.serve(cfg, spec, VOCAB, runtime))
@@ -105,7 +107,7 @@ def run_cases(rank, world_size, folder, num_teachers, cases, port):
 
 
 @pytest.mark.parametrize(("students", "teachers"), CASES)
-def test_every_dedicated_layout_makes_the_steps_of_plain_torch(students, teachers, fresh_pool, tmp_path):
+def test_every_dedicated_layout_equals_plain_torch(students, teachers, fresh_pool, tmp_path):
     save_teacher(tmp_path)
     want = oracle(tmp_path, "llama", True)
     with socket.socket() as s:

@@ -1,4 +1,4 @@
-"""What must hold to the last bit or stop a run: float32 sums under bfloat16, non-finite steps, forgotten marks."""
+"""Bitwise properties of engine steps, and errors: float32 sums under bfloat16, non-finite steps, missing marks."""
 
 import pytest
 import torch
@@ -20,11 +20,15 @@ pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
 REPEATS = 16  # a power of two, and sums of up to 16 equal bfloat16 numbers are exact in float32, not in bfloat16
 
-# (tp, ZeRO stage, dtype)
-POISONED = [
-    *((1, stage, "float32") for stage in (0, 1, 2, 3)),
-    (2, 0, "float32"),
-    *((2, stage, "bfloat16") for stage in (1, 2, 3)),
+# (tp, ZeRO stage, dtype, AdamW in host memory)
+NON_FINITE = [
+    *((1, stage, "float32", False) for stage in (0, 1, 2, 3)),
+    (2, 0, "float32", False),
+    *((2, stage, "bfloat16", False) for stage in (1, 2, 3)),
+    (1, 1, "float32", True),
+    (2, 2, "float32", True),
+    (1, 2, "bfloat16", True),
+    (2, 3, "bfloat16", True),
 ]
 
 
@@ -114,26 +118,26 @@ def test_gradients_under_bfloat16_are_reduced_over_data_ranks_in_float32(fresh_p
                 assert torch.equal(got.read_full(name, "exp_avg"), right), f"ZeRO {stage}: {name}"
 
 
-def poisoned_steps(rank, world_size, folder):
-    """A step that is non-finite on rank 0 alone changes nothing anywhere, and the next one is as if it never was."""
+def non_finite_steps(rank, world_size, folder):
+    """Two steps whose gradient is NaN or inf on rank 0 only, then a finite one; a second engine makes only that one."""
     meshes = join(world_size)
-    for tp, stage, dtype in POISONED:
+    for tp, stage, dtype, offload in NON_FINITE:
         mesh = meshes[tp]
         case = Case("llama_untied", tp, stage, (0, 0, 0), dtype=dtype)
-        engine = engine_of(student_of(folder, mesh, case), mesh, case)
-        for number, poison in enumerate((float("nan"), float("inf"), None)):
+        engine = engine_of(student_of(folder, mesh, case), mesh, case, offload=offload)
+        for factor in (float("nan"), float("inf"), 1.0):
             before = fragments(engine)
-            for part in micro_batches(step_batch(1), mesh, 4):
+            for part in micro_batches(step_batch(1), mesh, 2 if offload else 4):
                 loss = objective_of(engine)(part).loss_sum
-                engine.backward(loss * poison if rank == 0 and poison is not None else loss, 39.0)
+                engine.backward(loss * factor if rank == 0 else loss, 39.0)
             result = engine.step(1e-3)
-            if poison is not None:
-                assert not result.applied, (case.name, number)
-                assert not result.grad_norm < float("inf"), (case.name, number)
-                assert differences(before, fragments(engine)) == [], (case.name, number)
-        assert result.applied
-        twin = engine_of(student_of(folder, mesh, case), mesh, case)  # the same, without the poisoned steps
-        for part in micro_batches(step_batch(1), mesh, 4):
+            where = (case.name, offload, factor)
+            assert result.applied == (factor == 1.0), where
+            changed = bool(differences(before, fragments(engine)))
+            assert changed == (result.applied and bool(before[0])), where  # a rank may hold no part of the states
+            assert (result.grad_norm < float("inf")) == result.applied, where
+        twin = engine_of(student_of(folder, mesh, case), mesh, case, offload=offload)
+        for part in micro_batches(step_batch(1), mesh, 2 if offload else 4):
             twin.backward(objective_of(twin)(part).loss_sum, 39.0)
         assert twin.step(1e-3) == result
         assert differences(fragments(twin), fragments(engine)) == [], case.name
@@ -142,11 +146,35 @@ def poisoned_steps(rank, world_size, folder):
 
 
 def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(fresh_pool, tmp_path):
-    fresh_pool(2).run(poisoned_steps, folder=tmp_path)
+    fresh_pool(2).run(non_finite_steps, folder=tmp_path)
+
+
+def norm_without_marks(rank, world_size, folder):
+    """The gradient norm of one step per ZeRO stage, with the marks of sharded parameters and without them."""
+    mesh = join(world_size)[2]
+    norms = []
+    for stage in (1, 2, 3):
+        for marked in (True, False):
+            case = Case("qwen3", 2, stage, (0, 0, 0))
+            engine = engine_of(student_of(folder, mesh, case), mesh, case, clip=None)
+            for param in engine.backbone.parameters() if not marked else ():
+                param.tensor_model_parallel = False  # after the engine's own check
+            norms.append(gradients_of_step(engine, [step_batch(1).rows(0, 4)], 39.0)[1])
+            engine.close()
+    return norms
+
+
+def test_without_marks_the_gradient_norm_would_be_wrong(fresh_pool, tmp_path):
+    """DeepSpeed counts unmarked parameters on tp rank 0 only, so the engine must refuse them (next test)."""
+    answers = fresh_pool(2).run(norm_without_marks, folder=tmp_path)
+    assert answers[0] == answers[1]
+    for right, wrong in zip(answers[0][::2], answers[0][1::2], strict=True):
+        assert right == pytest.approx(answers[0][0], rel=1e-5)
+        assert abs(wrong - right) > 0.01 * right
 
 
 def refused_engines(rank, world_size, folder):
-    """Forgotten and superfluous marks, a step without valid tokens, and a run without clipping."""
+    """Engines with a missing and with a superfluous mark, steps without valid tokens, and steps without clipping."""
     from kdtrain.engine.zero import StudentEngine
 
     mesh = join(world_size)[2]
@@ -172,7 +200,7 @@ def refused_engines(rank, world_size, folder):
     return messages, norms
 
 
-def test_forgotten_marks_and_empty_steps_are_refused_and_null_means_no_clipping(fresh_pool, tmp_path):
+def test_wrong_marks_and_empty_steps_are_refused_and_clip_none_does_not_clip(fresh_pool, tmp_path):
     assert DataError.exit_code == EXIT_DATA
     answers = fresh_pool(2).run(refused_engines, folder=tmp_path)
     for messages, _ in answers:

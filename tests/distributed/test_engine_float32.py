@@ -64,7 +64,7 @@ def steps(rank, world_size, folder):
         others = {param.dtype for name, param in engine.backbone.hf_parameters() if name != KEPT}
         with CheckpointReader(folder / name / "step_000001") as reader:
             cut = engine.backbone.cuts.get(KEPT)
-            master = reader.read_piece(KEPT, "master", cut, engine.mesh.tp_rank)
+            master = reader.read_shard(KEPT, "master", cut, engine.mesh.tp_rank)
         answers[name] = {
             "float32": is_float32(first) and is_float32(after),
             "is master": torch.equal(after, master),

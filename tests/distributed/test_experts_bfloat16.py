@@ -1,4 +1,4 @@
-"""Mixtures in bfloat16 whose routers transformers keeps in float32: in every layout they route as they do there."""
+"""Mixtures in bfloat16 whose routers transformers keeps in float32: the same routes as there in all layouts."""
 
 import itertools
 from functools import partial
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
 KINDS = ("glm4_moe", "deepseek_v3", "solar_open")
 LAYOUTS = ((1, False, False), (2, False, False), (1, True, False), (1, True, True), (2, True, False))
-"""(tp, ZeRO-3, its pieces in host memory), on two ranks."""
+"""(tp, ZeRO-3, partitions in host memory), on two ranks."""
 
 
 def batch_of():
@@ -26,7 +26,7 @@ def batch_of():
 
 
 def watched(experts, run):
-    """(hidden states in float32, the experts that every token of every layer was sent to)"""
+    """(hidden states in float32, the experts of every token in every layer)"""
     chosen = []
     hooks = [
         module.register_forward_pre_hook(lambda module, args: chosen.append(args[1].clone())) for module in experts
@@ -39,7 +39,7 @@ def watched(experts, run):
 
 
 def spec_of(folder, kind):
-    """With masks as the stock class, whose bits are compared."""
+    """With masks, as in the stock class, for a bitwise comparison."""
     return ModelSpec(weights=str(folder / kind), dtype="bfloat16", attention="sdpa")
 
 
@@ -57,7 +57,7 @@ def run_layouts(rank, world_size, folder):
             experts, owner = [module for _, module in expert_modules(backbone)], backbone
             if divided:
                 owner = FrozenEngine(backbone, mesh, device=torch.device("cpu"), dtype="bfloat16", offload=offload)
-                owner.hidden_states(batch_of())  # the next pass fetches ahead, in the order that this one records
+                owner.hidden_states(batch_of())  # records the order in which the next pass prefetches
             hidden, chosen = watched(experts, partial(owner.hidden_states, batch_of()))
             dtypes = {name: str(getattr(param, "ds_tensor", param).dtype) for name, param in backbone.hf_parameters()}
             if divided:
@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_a_router_is_in_the_dtype_of_transformers_in_every_layout(fresh_pool, folder):
+def test_routers_have_the_dtype_of_transformers_in_every_layout(fresh_pool, folder):
     from transformers import AutoModelForCausalLM
 
     answers = fresh_pool(2).run(run_layouts, timeout_s=300, folder=folder)
@@ -95,7 +95,7 @@ def test_a_router_is_in_the_dtype_of_transformers_in_every_layout(fresh_pool, fo
             if tp == 1:
                 assert torch.equal(hidden, want), what
                 assert same.all(), what
-            else:  # sums of bfloat16 in another order move a token or two to other experts
+            else:  # sums of bfloat16 in another order route one or two tokens differently
                 assert float((hidden - want).norm() / want.norm()) < 5e-2, what
                 assert same.float().mean() > 0.95, what
 

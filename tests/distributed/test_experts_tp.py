@@ -1,4 +1,4 @@
-"""Mixtures of experts cut over tensor-parallel ranks: hidden states and gradients of one process, slices only read."""
+"""Mixtures of experts over tensor-parallel ranks: hidden states and gradients equal one process, only slices read."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny_mixtures import write_mixture
 from kdtrain.parallel import merge_state_dict, shard_model
 from kdtrain.parallel.experts import expert_modules
-from kdtrain.parallel.plan import plan_cuts
+from kdtrain.parallel.plan import plan_shards
 
 pytestmark = pytest.mark.dist
 
@@ -34,7 +34,7 @@ KINDS = {
         "mimo_v2_flash",
     ),
 }
-"""By tp; all that may teach, but gpt-oss. Packed on disk every second one."""
+"""By tp: all supported mixtures but gpt-oss. Every second one is packed on disk."""
 
 
 def batch_of():
@@ -44,7 +44,7 @@ def batch_of():
 
 
 def routes_of(backbone, batch):
-    """(hidden states, indices of experts that every token of every layer was sent to)"""
+    """(hidden states, indices of experts of every token in every layer)"""
     chosen = []
     hooks = [
         module.register_forward_pre_hook(lambda module, args: chosen.append(args[1].clone()))
@@ -109,7 +109,7 @@ def check_reading(kind, answers, one, tp):
 
 
 def gradients(rank, world_size, kind):
-    """Gradients of a sum over hidden states, of a trainable mixture: what a hook forgets shows here.
+    """Gradients of a sum over hidden states, of a trainable mixture: a missing hook would make them differ.
 
     Routers compute in float32 whatever the model's dtype, hence the tolerance.
     """
@@ -123,7 +123,7 @@ def gradients(rank, world_size, kind):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, experts_implementation="eager").double()
     mesh = Mesh.build(world_size)
     shard = VocabShard.of(99, mesh.tp_rank, mesh.tp_size, total_rows=101)
-    cuts = plan_cuts(model, mesh.tp_size, shard.rows)
+    cuts = plan_shards(model, mesh.tp_size, shard.rows)
     backbone = Backbone(shard_model(model, mesh, shard), shard, cuts)
     hidden = backbone.hidden_states(batch_of())
     (hidden * torch.linspace(-1, 1, hidden.numel(), dtype=hidden.dtype).view_as(hidden)).sum().backward()

@@ -1,4 +1,4 @@
-"""A quantised teacher in every layout: the steps of plain torch with the same weights put back into whole matrices."""
+"""A quantised teacher in every layout against plain torch with the same rounded weights as whole matrices."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.quantize import quantize_decoder_
 from kdtrain.models.tiny import tiny_config
-from kdtrain.parallel.pieces import split_tensor
+from kdtrain.parallel.shard_tensors import split_tensor
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.training.build import Models
@@ -50,7 +50,7 @@ def quantized_teacher(folder, student, mesh, words, kind):
 
 
 def rounded_teacher(folder, kind):
-    """For the oracle: the same weights back in the dtype that they had."""
+    """For the oracle: the rounded weights in their original dtype."""
     teacher = whole_teacher(folder)
     for name, weight in whole_weights(teacher, kind).items():
         dict(teacher.hf_parameters())[name].data = weight
@@ -58,7 +58,7 @@ def rounded_teacher(folder, kind):
 
 
 def whole_weights(backbone, kind):
-    """What every matrix of the decoder is after torchao has rounded it whole."""
+    """Every matrix of the decoder after torchao has rounded it as a whole."""
     from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
 
     rounded = {"int8": Int8Tensor, "fp8": Float8Tensor}[kind].from_hp
@@ -78,7 +78,7 @@ def run(rank, world_size, folder, kind):
 
 
 @pytest.mark.parametrize(("world_size", "kind"), CASES)
-def test_a_quantised_teacher_makes_the_steps_of_plain_torch_with_its_weights(world_size, kind, fresh_pool, tmp_path):
+def test_a_quantised_teacher_equals_plain_torch_with_the_rounded_weights(world_size, kind, fresh_pool, tmp_path):
     answers = fresh_pool(world_size).run(run, folder=tmp_path, kind=kind)
     want = oracle(tmp_path, "llama", True, partial(rounded_teacher, kind=kind))
     for rank in range(world_size):
@@ -88,7 +88,7 @@ def test_a_quantised_teacher_makes_the_steps_of_plain_torch_with_its_weights(wor
 
 
 def measured(rank, world_size, folder, kind):
-    """Per layout the cost as this rank sees it, after comparing its pieces with those of whole matrices."""
+    """The cost on this rank per layout, after a comparison of its shards with those of whole matrices."""
     meshes = join(world_size)
     whole = whole_weights(whole_teacher(folder), kind)
     found = []
@@ -101,16 +101,16 @@ def measured(rank, world_size, folder, kind):
         layout = HeadLayout(student.shard, mesh.tp_group, 16 * student.shard.rows * 3)
         batch = micro_batches(step_batch(1), mesh, 8)[0]
         found.append(quantize_teacher(cfg, Models(student, teacher, layout, teacher.backbone), batch, mesh))
-        params, cuts = dict(teacher.backbone.hf_parameters()), teacher.backbone.cuts
+        params, specs = dict(teacher.backbone.hf_parameters()), teacher.backbone.cuts
         for name, weight in whole.items():
-            cut = cuts.get(name)
-            place = 0 if cut is None else rank % cut.tp_size
-            assert torch.equal(params[name].dequantize(), split_tensor(weight, cut, place)), (words, name)
+            spec = specs.get(name)
+            tp_rank = 0 if spec is None else rank % spec.tp_size
+            assert torch.equal(params[name].dequantize(), split_tensor(weight, spec, tp_rank)), (words, name)
     return found
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_its_cost_is_the_same_in_every_layout_and_on_all_ranks(kind, fresh_pool, tmp_path):
+def test_the_cost_of_quantisation_is_equal_in_every_layout_and_on_all_ranks(kind, fresh_pool, tmp_path):
     answers = fresh_pool(2).run(measured, folder=tmp_path, kind=kind)
     assert answers[0] == answers[1]
     backbone = whole_teacher(tmp_path)
@@ -138,21 +138,21 @@ LATENT = {
 
 
 def latent_weights(rank, world_size, folder, kind):
-    """Of latent attention over tp: the names that are quantised, and whether each piece is that of the whole."""
+    """Latent attention over tp: names of the quantised weights, after a comparison of each shard with the whole."""
     spec = ModelSpec(architecture=str(folder / "latent.json"), dtype="float32", attention="sdpa")
-    whole, cut = (load_backbone(spec, mesh, vocab_size=101, trainable=False) for mesh in (Mesh(), Mesh.build(2)))
+    whole, sharded = (load_backbone(spec, mesh, vocab_size=101, trainable=False) for mesh in (Mesh(), Mesh.build(2)))
     want = whole_weights(whole, kind)
-    quantize_decoder_(cut, kind)
-    found = {name: param for name, param in cut.hf_parameters() if hasattr(param, "qdata")}
+    quantize_decoder_(sharded, kind)
+    found = {name: param for name, param in sharded.hf_parameters() if hasattr(param, "qdata")}
     for name, param in found.items():
-        piece = cut.cuts.get(name)
-        right = want[name] if piece is None else split_tensor(want[name], piece, rank)
+        spec = sharded.cuts.get(name)
+        right = want[name] if spec is None else split_tensor(want[name], spec, rank)
         assert torch.equal(param.dequantize(), right), name
     return sorted(want), sorted(found)
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_latent_projections_are_quantised_when_cut_as_they_are_when_whole(kind, rank_pool, tmp_path):
+def test_quantised_latent_projections_are_equal_sharded_and_whole(kind, rank_pool, tmp_path):
     (tmp_path / "latent.json").write_text(json.dumps({**tiny_config("llama"), **LATENT}))
-    for whole, cut in rank_pool(2).run(latent_weights, folder=tmp_path, kind=kind):
-        assert cut == whole
+    for whole, sharded in rank_pool(2).run(latent_weights, folder=tmp_path, kind=kind):
+        assert sharded == whole

@@ -1,4 +1,4 @@
-"""A teacher that runs ahead on groups of its own, or on few tokens at once: the steps of plain torch in all layouts."""
+"""Teachers with overlap, on process groups of their own, or with a token limit, against plain torch in all layouts."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def oracles(folder):
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_teacher_ahead_or_in_pieces_makes_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
+def test_overlap_and_token_limits_equal_plain_torch(world_size, fresh_pool, folder, oracles):
     answers = fresh_pool(world_size).run(run, folder=folder)
     for rank in range(world_size):
         assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
@@ -53,7 +53,7 @@ def test_a_teacher_ahead_or_in_pieces_makes_the_steps_of_plain_torch(world_size,
 
 
 def groups_in_use(rank, world_size, folder):
-    """Per layout of an overlapping teacher: the groups of its layers and gathers, and those of the student and loss."""
+    """Per layout of an overlapping teacher: its number of groups, and how many it shares with student and loss."""
     meshes = join(world_size)
     found = {}
     for tp, words in ((2, "plain overlap"), (2, "tp overlap"), (1, "tp2 overlap")):
@@ -65,8 +65,8 @@ def groups_in_use(rank, world_size, folder):
             theirs.add(teacher.gathers_over)
         signal = teacher.signal(step_batch(1).rows(0, 2))
         ours = {mesh.tp_group, mesh.dp_group, mesh.world_group}
-        if signal.spread is not None:
-            ours |= {signal.spread.group, signal.spread.replicas}
+        if signal.resharding is not None:
+            ours |= {signal.resharding.group, signal.resharding.replicas}
         found[tp, words] = len(theirs), len(theirs & ours), torch.isfinite(signal.hidden_states).all().item()
     return found
 

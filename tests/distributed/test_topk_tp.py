@@ -14,7 +14,7 @@ from tests.support.topk_cases import assert_same_topk, random_teacher, shard_of,
 pytestmark = pytest.mark.dist
 
 # vocabulary, rows are a multiple of, k, tokens per chunk, bias + scale + soft-cap.
-# 101 in multiples of 128 leaves every rank but the first with padding only; with multiple 1 and 4 ranks, k = 40 and
+# With 101 rows in multiples of 128 all ranks but the first hold only padding; with multiple 1 and 4 ranks, k = 40 and
 # 101 are more than a rank has.
 LAYOUTS = [
     (101, 1, 40, 8, False),
@@ -50,7 +50,7 @@ def _check_exact(rank: int, world_size: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_lists_over_ranks_are_a_stable_sort_of_whole_logits_and_the_same_bits_on_every_rank(rank_pool, world_size):
+def test_lists_are_a_stable_sort_of_whole_logits_and_bitwise_equal_on_every_rank(rank_pool, world_size):
     first, *others = rank_pool(world_size).run(_check_exact)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
@@ -69,7 +69,7 @@ def _own_tokens(rank: int, world_size: int, num_tokens: int, chunk: int) -> tupl
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_without_gather_the_ranks_share_out_the_tokens_and_say_which(rank_pool, world_size):
+def test_without_gather_each_rank_returns_its_share_of_the_tokens(rank_pool, world_size):
     for num_tokens, chunk in ((37, 8), (37, 100), (3, 8), (0, 8)):
         ranks = rank_pool(world_size).run(_own_tokens, num_tokens=num_tokens, chunk=chunk)
         assert sorted(t for tokens, _ in ranks for t in tokens) == list(range(num_tokens))
@@ -101,7 +101,7 @@ def _bad_logit_on_one_rank(rank: int, world_size: int, gather: bool) -> str:
 
 
 @pytest.mark.parametrize("gather", [True, False])
-def test_a_bad_logit_on_one_rank_is_refused_on_all_with_the_same_words(rank_pool, gather):
+def test_a_bad_logit_on_one_rank_raises_the_same_error_on_all(rank_pool, gather):
     assert len(set(rank_pool(4).run(_bad_logit_on_one_rank, gather=gather))) == 1
 
 
@@ -128,7 +128,7 @@ def _sample(rank: int, world_size: int, chunk: int, dtype: torch.dtype) -> list[
     answers = []
     for vocab, multiple, k, _, properties in [*LAYOUTS[:-1], (101, 1, 12, 0, None)]:
         shard = shard_of(vocab, group, multiple)
-        integers = properties is None  # ties, also between what is kept and what is not
+        integers = properties is None  # equal logits, also between kept and other ids
         hidden, head = random_teacher(37, vocab, dtype=dtype, properties=bool(properties), integers=integers)
         for estimator in ESTIMATORS:
             got = sample_targets(
@@ -169,7 +169,7 @@ def test_targets_are_the_same_at_tp_1_2_and_4_and_on_every_rank(rank_pool):
                 assert all(a[n] is b[n] is None or torch.equal(a[n], b[n]) for n in a)
 
 
-def test_float32_targets_over_ranks_sum_to_1_and_differ_from_one_ranks_in_few_draws(rank_pool):
+def test_float32_targets_over_ranks_differ_from_one_rank_in_few_draws(rank_pool):
     whole = rank_pool(1).run(_sample, chunk=37, dtype=torch.float32)[0]
     for answer, expected in zip(rank_pool(4).run(_sample, chunk=8, dtype=torch.float32)[0], whole, strict=True):
         assert (answer["ids"] != expected["ids"]).float().mean() < 0.01

@@ -1,4 +1,4 @@
-"""Trading heads for tokens: attention over cp ranks is attention over the whole sequence, in value and gradients."""
+"""Ulysses: attention over cp ranks equals attention over the whole sequence, in value and gradients."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def compare(rank, world_size, heads, strided):
     parts = [x[:, :, mine].clone().requires_grad_() for x in tensors]
     output = scatter_sequence(attention(*gather_sequence(*parts, mesh.cp_group)), mesh.cp_group)
     grad = pull[:, mine]
-    if strided:  # as autograd may hand it on: memory in another order than the shape says
+    if strided:  # as autograd may pass it: not contiguous
         grad = grad.permute(3, 1, 2, 0).contiguous().permute(3, 1, 2, 0)
         assert not grad.is_contiguous()
     output.backward(grad)
@@ -51,14 +51,14 @@ def compare(rank, world_size, heads, strided):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("heads", HEADS)
-def test_attention_over_ranks_is_attention_over_the_whole(rank_pool, world_size, heads):
+def test_attention_over_cp_ranks_equals_attention_of_the_whole_sequence(rank_pool, world_size, heads):
     for strided in (False, True):
         for errors in rank_pool(world_size).run(compare, heads=heads, strided=strided):
             assert max(errors) < 1e-12
 
 
 def strided_inside(rank, world_size):
-    """The gradient that reaches the exchange itself has strides of its own here: a product of transposed views."""
+    """The gradient at the exchange itself is not contiguous: a product of transposed views."""
     mesh = Mesh.build(1, world_size)
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(2, 4, TOKENS, 6, generator=generator, dtype=torch.float64)
@@ -71,7 +71,7 @@ def strided_inside(rank, world_size):
     return float((part.grad - 3 * pull.permute(1, 3, 2, 0)[:, :, mine]).abs().max())
 
 
-def test_a_gradient_with_strides_of_its_own_is_not_traded_in_the_order_of_memory(rank_pool):
+def test_a_non_contiguous_gradient_is_exchanged_by_index(rank_pool):
     assert max(rank_pool(2).run(strided_inside)) < 1e-12
 
 
@@ -83,7 +83,7 @@ def refused(rank, world_size):
     return str(caught.value), str(other.value)
 
 
-def test_heads_and_ranks_that_cannot_be_shared_out_are_refused(rank_pool):
+def test_heads_and_ranks_that_do_not_divide_are_refused(rank_pool):
     for heads, ranks in rank_pool(2).run(refused):
         assert heads.startswith("parallel.cp = 2 does not divide the 3 query heads on a rank of Attn")
         assert "fix: set parallel.cp to one of [1, 3]" in heads

@@ -27,7 +27,7 @@ from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
 from kdtrain.objectives.distill import Distill
 from kdtrain.objectives.pretrain import Pretrain
-from kdtrain.parallel.pieces import split_tensor
+from kdtrain.parallel.shard_tensors import split_tensor
 from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.training import build
 

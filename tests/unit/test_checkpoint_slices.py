@@ -23,37 +23,37 @@ from kdtrain.engine.checkpoint import (
 from kdtrain.engine.manifest import KINDS, FileEntry, Manifest, ParameterEntry, Slice
 from kdtrain.engine.slices import CheckpointReader, Fragment, write_rank_file
 from kdtrain.errors import EXIT_DATA, CheckpointError
-from kdtrain.parallel.cut import Cut, even_cut, fused_cut, padded_cut
-from kdtrain.parallel.heads import HeadCut
-from kdtrain.parallel.pieces import split_tensor
+from kdtrain.parallel.heads import HeadSharding
+from kdtrain.parallel.shard_spec import ShardSpec, even_spec, fused_spec, padded_spec
+from kdtrain.parallel.shard_tensors import split_tensor
 
 SHAPES = {"embed.weight": (11, 6), "o_proj.weight": (6, 9), "stack.weight": (2, 5, 3), "norm.weight": (6,), "scale": ()}
 
 # tp 1, 2 even and uneven, 3 with one rank that holds only padding, and 3 along another dim of `stack`
 LAYOUTS = {
     "whole": {},
-    "padded to itself": {"embed.weight": padded_cut(0, 11, 1, 16)},
+    "padded to itself": {"embed.weight": padded_spec(0, 11, 1, 16)},
     "two": {
-        "embed.weight": padded_cut(0, 11, 2, 8),
-        "o_proj.weight": even_cut(1, 9, 2),
-        "stack.weight": even_cut(0, 2, 2),
+        "embed.weight": padded_spec(0, 11, 2, 8),
+        "o_proj.weight": even_spec(1, 9, 2),
+        "stack.weight": even_spec(0, 2, 2),
     },
     "three": {
-        "embed.weight": padded_cut(0, 11, 3, 8),
-        "o_proj.weight": Cut(1, ((0, 6), (6, 6), (6, 9))),
-        "stack.weight": even_cut(1, 5, 3),
+        "embed.weight": padded_spec(0, 11, 3, 8),
+        "o_proj.weight": ShardSpec(1, ((0, 6), (6, 6), (6, 9))),
+        "stack.weight": even_spec(1, 5, 3),
     },
     # as fused projections are cut, whose ranks hold several ranges
     "fused": {
-        "embed.weight": fused_cut([even_cut(0, 5, 2), even_cut(0, 3, 2), even_cut(0, 3, 2)]),
-        "o_proj.weight": fused_cut([even_cut(1, 4, 2), even_cut(1, 5, 2)]),
-        "norm.weight": fused_cut([even_cut(0, 2, 2), even_cut(0, 2, 2), even_cut(0, 2, 2)]),
+        "embed.weight": fused_spec([even_spec(0, 5, 2), even_spec(0, 3, 2), even_spec(0, 3, 2)]),
+        "o_proj.weight": fused_spec([even_spec(1, 4, 2), even_spec(1, 5, 2)]),
+        "norm.weight": fused_spec([even_spec(0, 2, 2), even_spec(0, 2, 2), even_spec(0, 2, 2)]),
     },
     # as key and value projections of two heads are cut over five ranks
     "shared": {
-        "embed.weight": padded_cut(0, 11, 5, 8),
-        "norm.weight": HeadCut.of(6, 2, 5).key_value_cut(0, 3),
-        "stack.weight": HeadCut.of(6, 2, 5).key_value_cut(0, 1),
+        "embed.weight": padded_spec(0, 11, 5, 8),
+        "norm.weight": HeadSharding.of(6, 2, 5).key_value_spec(0, 3),
+        "stack.weight": HeadSharding.of(6, 2, 5).key_value_spec(0, 1),
     },
 }
 
@@ -71,7 +71,7 @@ def fragments(cuts, pieces_of=lambda size: [size]):
         cut = cuts.get(name)
         for kind in KINDS:
             for tp_rank in range(1 if cut is None else cut.tp_size):
-                if cut is not None and cut.is_copy(tp_rank):
+                if cut is not None and cut.is_replica(tp_rank):
                     continue
                 unpadded = None if cut is None else replace(cut, padded=None)
                 flat = split_tensor(values(name, kind), unpadded, tp_rank).flatten()
@@ -127,7 +127,7 @@ def test_any_layout_reads_what_any_layout_wrote(tmp_path, saved):
                     cut = cuts.get(name)
                     for tp_rank in range(1 if cut is None else cut.tp_size):
                         want = split_tensor(values(name, kind), cut, tp_rank)
-                        got = reader.read_piece(name, kind, cut, tp_rank)
+                        got = reader.read_shard(name, kind, cut, tp_rank)
                         assert got.shape == want.shape
                         assert torch.equal(got, want), (name, cut, tp_rank)
 

@@ -32,9 +32,9 @@ from kdtrain.models.tiny import tiny_config
 from kdtrain.objectives.distill import Distill
 from kdtrain.objectives.pretrain import Pretrain
 from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.resharding import TeacherResharding
 from kdtrain.teacher.side_stream import SideStream
 from kdtrain.teacher.signal_loss import HeadLayout
-from kdtrain.teacher.spread import Spread
 from kdtrain.telemetry.metrics import Metrics
 from kdtrain.testing.ranks import load_file
 from kdtrain.training.guards import Guards, poisoned
@@ -206,7 +206,7 @@ def test_replicas_that_share_a_teacher_read_at_the_beginning_of_a_step_alone(tmp
         return [Documents.cat([batch.documents] * self.num_replicas) for batch in batches]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Spread, "gather_documents", gathered)
+        patch.setattr(TeacherResharding, "gather_documents", gathered)
         teacher.begin_step(step)
     with NoWaiting():
         for batch in step:

@@ -160,19 +160,19 @@ def test_a_gradient_rounded_in_place_is_the_exact_one_rounded(columns, kernel):
 
 
 @pytest.mark.parametrize(("tokens", "depth"), [(0, 2), (1, 2), (8, 1), (30, 1), (30, 2), (33, 3)])
-def test_chunks_are_finished_in_order_and_never_share_a_slot(tokens, depth):
+def test_chunks_complete_in_order_and_never_share_a_slot(tokens, depth):
     seen, slots = [], {}
 
-    def begin(chunk, slot):
+    def issue(chunk, slot):
         assert slot not in slots, "this slot is in use"
         slots[slot] = chunk
         return slot
 
-    def finish(chunk, slot):
+    def complete(chunk, slot):
         assert slots.pop(slot) == chunk
         seen.append((chunk.start, chunk.stop))
 
-    stream.in_turns(tokens, 8, depth, begin, finish)
+    stream.run_pipelined(tokens, 8, depth, issue, complete)
     assert seen == [(first, min(first + 8, tokens)) for first in range(0, tokens, 8)]
     assert not slots
 

@@ -14,7 +14,7 @@ from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.backbone import Backbone, call_with_head
 from kdtrain.models.tiny import TINY, tiny_config
-from kdtrain.parallel import plan_cuts, shard_model
+from kdtrain.parallel import plan_shards, shard_model
 
 OTHERS = {
     "cohere": {"logit_scale": 0.25},
@@ -35,7 +35,7 @@ def stock(name, **changes):
 
 def backbone_of(model, vocab_size=101):
     shard = VocabShard.of(vocab_size, total_rows=101)
-    cuts = plan_cuts(model, 1, shard.rows)
+    cuts = plan_shards(model, 1, shard.rows)
     return Backbone(shard_model(model, Mesh(), shard), shard, cuts)
 
 

@@ -20,8 +20,8 @@ from kdtrain.models.probe import measure
 from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.models.shrink import COUNTS, tiny_settings
 from kdtrain.models.tiny_mixtures import MIXTURES, mixture_config, write_mixture
-from kdtrain.parallel.experts import expert_cuts, expert_modules
-from kdtrain.parallel.plan import plan_cuts, read_plan
+from kdtrain.parallel.experts import expert_modules, expert_specs
+from kdtrain.parallel.plan import plan_shards, read_plan
 
 PUBLISHED_PACKED = ("gpt_oss", "granitemoe", "granitemoeshared")
 
@@ -183,9 +183,9 @@ def test_a_published_size_is_probed_on_a_copy_with_few_experts(kind):
 
 
 def test_experts_are_cut_where_a_gpu_wants_it_and_shared_experts_with_them():
-    cuts = plan_cuts(on_meta("qwen3_moe"), 4, 128)
+    cuts = plan_shards(on_meta("qwen3_moe"), 4, 128)
     name = "model.layers.0.mlp.experts."
-    assert cuts[name + "down_proj"].pieces == ((0, 16), (16, 24), (24, 32), (32, 40))
+    assert cuts[name + "down_proj"].shards == ((0, 16), (16, 24), (24, 32), (32, 40))
     assert cuts[name + "gate_up_proj"].ranges(1) == ((16, 24), (56, 64)), "a gate and its counterpart"
     assert "model.layers.0.mlp.gate.weight" not in cuts, "routers are replicated"
     blocks = {block.name for block in read_plan(on_meta("qwen2_moe")).blocks}
@@ -196,6 +196,6 @@ def test_experts_are_cut_where_a_gpu_wants_it_and_shared_experts_with_them():
 
 def test_experts_that_cannot_be_cut_say_why():
     with pytest.raises(ParallelError, match=r"down_proj_bias(.|\n)*once per rank(.|\n)*teacher.layout=plain"):
-        expert_cuts(on_meta("gpt_oss"), 2)
+        expert_specs(on_meta("gpt_oss"), 2)
     with pytest.raises(ParallelError, match=r"48 ranks is more than the 44 intermediate features"):
-        expert_cuts(on_meta("mixtral"), 48)
+        expert_specs(on_meta("mixtral"), 48)

@@ -16,7 +16,7 @@ from kdtrain.models.load import enable_activation_checkpointing
 from kdtrain.models.packed_layout import PackedDocuments
 from kdtrain.models.tiny import TINY, tiny_config
 from kdtrain.models.tiny_mixtures import MIXTURES, mixture_config
-from kdtrain.parallel import plan_cuts, shard_model
+from kdtrain.parallel import plan_shards, shard_model
 
 OTHERS = {
     "gemma2": {"head_dim": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, "sliding_window": 7},
@@ -73,7 +73,7 @@ def step(model, attention, *, recompute=False, alone=False):
     if recompute:
         enable_activation_checkpointing(model)
     shard = VocabShard.of(101, total_rows=101)
-    cuts = plan_cuts(model, 1, shard.rows)
+    cuts = plan_shards(model, 1, shard.rows)
     backbone = Backbone(shard_model(model, Mesh(), shard), shard, cuts)
     hidden = torch.cat([backbone.hidden_states(batch) for batch in batches(alone)])
     (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5))).sum().backward()

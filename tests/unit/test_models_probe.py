@@ -121,7 +121,7 @@ def test_a_check_before_the_run_finds_it_too(tmp_path):
     [
         ("llama", {}, {"tp": 16}, "parallel.tp = 16 is more than the 8 query heads"),
         ("llama", {"attention_dropout": 0.1}, {"tp": 2}, "ranks would draw different masks"),
-        ("olmo2", {}, {"tp": 2, "sequence": True}, "every cut layer must be in a block that gathers the tokens"),
+        ("olmo2", {}, {"tp": 2, "sequence": True}, "every sharded layer must be in a block that gathers the tokens"),
         ("gpt2", {}, {"tp": 8}, "parallel.tp = 8 is more than the 4 key/value groups"),
     ],
 )

@@ -16,7 +16,7 @@ from kdtrain.models.head import load_head
 from kdtrain.models.load import ModelSpec
 from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
-from kdtrain.parallel.pieces import merge_state_dict
+from kdtrain.parallel.shard_tensors import merge_state_dict
 from tests.support.model_folders import check_and_load, edit_json, edit_tensors
 
 LLAMA = tiny_config("llama")
