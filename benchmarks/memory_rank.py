@@ -189,18 +189,18 @@ def estimated(cfg: Any, models: Any, dp_size: int) -> dict[str, Any]:
     """The estimate of the same run."""
     from kdtrain.training.estimate import ModelSize, estimate_memory
 
-    facts, shard = models.student.facts(), models.student.shard
+    info, shard = models.student.info(), models.student.shard
     size = ModelSize(
-        facts.num_parameters,
-        facts.config.hidden_size,
-        facts.config.num_hidden_layers,
+        info.num_parameters,
+        info.config.hidden_size,
+        info.config.num_hidden_layers,
         shard.vocab_size,
-        num_heads=facts.config.num_attention_heads,
-        inner_width=facts.config.intermediate_size,
+        num_heads=info.config.num_attention_heads,
+        inner_width=info.config.intermediate_size,
     )
-    attention = facts.config._attn_implementation
+    attention = info.config._attn_implementation
     found = estimate_memory(cfg, size, None, dp_size=dp_size, on_cuda=False, student_attention=attention)
-    return {"parameters": facts.num_parameters, "parts": found.parts, "estimate_bytes": found.total}
+    return {"parameters": info.num_parameters, "parts": found.parts, "estimate_bytes": found.total}
 
 
 def measure(job: dict) -> dict:

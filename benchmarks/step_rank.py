@@ -210,14 +210,14 @@ class Bench:
 
     def estimate(self, job: dict) -> Any:
         """Bytes per rank, from shapes alone."""
-        from kdtrain.models.load import ModelSpec, model_facts
+        from kdtrain.models.load import ModelSpec, model_info
         from kdtrain.training.estimate import ModelSize, estimate_memory
 
         def size(name: str) -> ModelSize:
-            facts = model_facts(ModelSpec(architecture=name, dtype=job["dtype"]), job["vocab"])
-            config = facts.config
+            info = model_info(ModelSpec(architecture=name, dtype=job["dtype"]), job["vocab"])
+            config = info.config
             return ModelSize(
-                facts.num_parameters,
+                info.num_parameters,
                 config.hidden_size,
                 config.num_hidden_layers,
                 job["vocab"],

@@ -201,7 +201,7 @@ def outcome(run: Path) -> dict[str, Any]:
     return {"step": checkpoint.step_of(folder), "weights": digest.hexdigest(), "records": records}
 
 
-def finish(config: Path, name: str, *words: str) -> tuple[dict[str, Any], float]:
+def run_to_end(config: Path, name: str, *words: str) -> tuple[dict[str, Any], float]:
     """Let a run go on to its end: its outcome, and the seconds that took. SystemExit if it fails."""
     trainee = Trainee(config, name, *words)
     code = trainee.wait()
@@ -272,7 +272,7 @@ def soak(work: Path, kills: int, *, behind: bool = False) -> list[dict[str, Any]
     while len(found) < kills:
         started, name = time.monotonic(), f"kill_{len(found):04d}"
         some = [one_kill(config, name, len(found) + n, whole, seconds, *words) for n in range(KILLS_PER_RUN)]
-        result, _ = finish(config, name, *words)
+        result, _ = run_to_end(config, name, *words)
         for record in some:
             record |= {"same": result == whole, "run_s": time.monotonic() - started, "commit": commit}
         found += some
@@ -286,9 +286,9 @@ def soak(work: Path, kills: int, *, behind: bool = False) -> list[dict[str, Any]
 
 def reference(config: Path) -> tuple[dict[str, Any], float]:
     """What a run learns that nobody kills, and how long it takes. SystemExit unless two of them are alike."""
-    first, _ = finish(config, "whole")
+    first, _ = run_to_end(config, "whole")
     shutil.rmtree(config.parent / "runs" / "whole")
-    whole, seconds = finish(config, "whole")  # the first waited for the libraries
+    whole, seconds = run_to_end(config, "whole")  # the first waited for the libraries
     if whole != first or whole["step"] != STEPS or len(whole["records"]) != STEPS:
         raise SystemExit(f"two runs that nobody killed differ, or have no {STEPS} steps; see {config.parent}")
     return whole, seconds

@@ -174,7 +174,7 @@ class _LinearKd(torch.autograd.Function):
                 grads.add(student, chunk, operand)
 
         stream.in_turns(hidden.shape[0], rows, depth, begin, finish)
-        _finish_table(call, table)
+        _sum_over_ranks(call, table)
         loss = call.weights.loss(table[_LSE], table[_CE], call.temperature**2 * table[_KD]).to(work)
         stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)
         fields = table[:-1].to(work)
@@ -227,10 +227,10 @@ def _agreement(call: _Call, slabs: tuple[Tensor, Tensor], scratch: Scratch) -> T
     return (winners[:, 0] == winners[:, 1]).double()
 
 
-def _finish_table(call: _Call, table: Tensor) -> None:
+def _sum_over_ranks(call: _Call, table: Tensor) -> None:
     """Sum what each rank holds a part of, once per call, in rank order; then what needs the sums."""
     last = _TVD if call.measure else _KD
     table[_KD : last + 1] = gather_ranks(table[_KD : last + 1], call.group).sum(0)
-    table[_KD] = call.spec.finish(table[_KD], table[-1])
+    table[_KD] = call.spec.from_sums(table[_KD], table[-1])
     table[_FORWARD_KL].clamp_(min=0.0)
     table[_CE:_AGREEMENT] *= stream.is_token(call.labels, call.shard)

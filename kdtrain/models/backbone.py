@@ -19,7 +19,7 @@ from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import ONE_MASK, common_name
 from kdtrain.models.context import ARGUMENT, PREFIX, Context, needs_mask, whole_sequences
-from kdtrain.models.facts import ModelFacts, facts_of
+from kdtrain.models.info import ModelInfo, info_of
 from kdtrain.models.ties import kept_name
 from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.layers import LmHead
@@ -57,7 +57,7 @@ class Backbone(nn.Module):
         self._implementation = implementation
         self.elements_read = 0
         """Elements of weight files that this rank read to fill the model."""
-        self._facts: ModelFacts | None = None
+        self._info: ModelInfo | None = None
         self._head_name = vocabulary_modules(model)[1]
         # Taken now: under ZeRO-3 the parameters lose their shapes.
         self._full_shapes = {
@@ -135,12 +135,12 @@ class Backbone(nn.Module):
         """Parameters of the full model over all tp ranks, tied ones once, padding not counted."""
         return sum(torch.Size(shape).numel() for shape in self._full_shapes.values())
 
-    def facts(self) -> ModelFacts:
+    def info(self) -> ModelInfo:
         """Config and size of the full model, from the first call on those of then: ZeRO-3 takes shapes away."""
-        if self._facts is None:
+        if self._info is None:
             dtypes = {name: param.dtype for name, param in self.hf_parameters()}
-            self._facts = facts_of(self.model, self._full_shapes, dtypes)
-        return self._facts
+            self._info = info_of(self.model, self._full_shapes, dtypes)
+        return self._info
 
     def _attention_arguments(self, batch: Batch) -> dict[str, Any]:
         """What attention must know of whole sequences: a `Context` where the attention function is ours, explicit

@@ -23,7 +23,7 @@ from kdtrain.models.context import use_context
 from kdtrain.models.context_probe import check_context
 from kdtrain.models.dtypes import cast_buffers, dtypes_of, stock_dtypes
 from kdtrain.models.experts import choose_products, refuse_mixture
-from kdtrain.models.facts import ModelFacts, facts_of
+from kdtrain.models.info import ModelInfo, info_of
 from kdtrain.models.probe import check_model
 from kdtrain.models.quantize import quantizable_layers
 from kdtrain.models.rotary import say_document_lengths, use_document_lengths
@@ -119,7 +119,7 @@ def load_backbone(
             materialize_parameter(model, name, param.detach().to(device, dtypes[name]), mesh)
     move_buffers(model, device)
     model.config.dtype = DTYPES[spec.dtype]
-    backbone.facts()  # once parameters have their dtypes, and before ZeRO-3 takes their shapes
+    backbone.info()  # once parameters have their dtypes, and before ZeRO-3 takes their shapes
     return backbone.train(trainable)
 
 
@@ -183,12 +183,12 @@ def build_config(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) ->
     return config
 
 
-def model_facts(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> ModelFacts:
+def model_info(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> ModelInfo:
     """Config and size of `spec`, without reading or making a weight. Raises ConfigError as `build_config`."""
     config = build_config(spec, vocab_size, trainable=trainable)
     with parameters_on_meta():
         model = stock_model(config, _source(spec), dtype=DTYPES[spec.dtype])
-    return facts_of(model, {name: tuple(param.shape) for name, param in model.named_parameters()}, dtypes_of(model))
+    return info_of(model, {name: tuple(param.shape) for name, param in model.named_parameters()}, dtypes_of(model))
 
 
 def check_architecture(

@@ -57,7 +57,7 @@ class DivergenceSpec:
         """Whether the gradient is a - Z / vocab_size instead of a - q Z."""
         return self.kernel == "logit_mse"
 
-    def finish(self, summed: Tensor, z: Tensor) -> Tensor:
+    def from_sums(self, summed: Tensor, z: Tensor) -> Tensor:
         """D [T] from the plug-in's values summed over the whole vocabulary. No divergence is negative."""
         if self.uniform_baseline:  # mean of squares minus square of the mean; z is -2 times the mean
             summed = summed - (z / 2).square()

@@ -66,12 +66,12 @@ def test_every_run_has_a_configuration_that_checks(train, models, monkeypatch):
 
 
 def test_two_models_have_tensors_of_two_dtypes(train, models):
-    from kdtrain.models.load import ModelSpec, model_facts
+    from kdtrain.models.load import ModelSpec, model_info
 
     student = ModelSpec(architecture=str(models / "recurrent_student/student.json"))
     teacher = ModelSpec(weights=str(models / "recurrent_teacher/teacher"))
     for spec in (student, teacher):
-        assert model_facts(spec, 101, trainable=False).float32 == ("model.layers.0.linear_attn.A_log",)
+        assert model_info(spec, 101, trainable=False).float32 == ("model.layers.0.linear_attn.A_log",)
 
 
 def test_the_worst_difference_is_over_all_steps_and_a_number_only_if_all_are(train):

@@ -13,7 +13,7 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models.dtypes import listed_in_float32, stock_dtypes
 from kdtrain.models.export import export_hf
-from kdtrain.models.load import ModelSpec, load_backbone, model_facts, parameters_on_meta
+from kdtrain.models.load import ModelSpec, load_backbone, model_info, parameters_on_meta
 from kdtrain.models.quantize import quantizable_layers
 from kdtrain.models.tiny import tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
@@ -132,12 +132,12 @@ def test_what_stays_in_float32_is_counted_with_four_bytes(tmp_path, kind):
     write_mixture(tmp_path, kind, packed=True)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     wide = {name: param.numel() for name, param in stock.named_parameters() if param.dtype == torch.float32}
-    facts = model_facts(ModelSpec(weights=str(tmp_path), dtype="bfloat16"), 99, trainable=False)
-    assert (set(facts.float32), facts.num_float32_parameters) == (set(wide), sum(wide.values()))
-    assert model_facts(ModelSpec(weights=str(tmp_path), dtype="float32"), 99, trainable=False).float32 == ()
-    size = ModelSize(facts.num_parameters, 32, 2, 99, 0, facts.num_float32_parameters)
+    info = model_info(ModelSpec(weights=str(tmp_path), dtype="bfloat16"), 99, trainable=False)
+    assert (set(info.float32), info.num_float32_parameters) == (set(wide), sum(wide.values()))
+    assert model_info(ModelSpec(weights=str(tmp_path), dtype="float32"), 99, trainable=False).float32 == ()
+    size = ModelSize(info.num_parameters, 32, 2, 99, 0, info.num_float32_parameters)
     assert size.weight_bytes("bfloat16") == sum(param.nbytes for param in stock.parameters())
-    assert size.weight_bytes("float32") == 4 * facts.num_parameters
+    assert size.weight_bytes("float32") == 4 * info.num_parameters
     cfg = RunConfig()
     student = ModelSize(1000, 32, 2, 99)
     found = estimate_memory(cfg, student, size, dp_size=1, on_cuda=True, student_attention="sdpa")

@@ -15,7 +15,7 @@ from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.experts import TEACHERS, PerExpert, group_experts, num_experts_of
 from kdtrain.models.flops import forward_flops_per_token
 from kdtrain.models.head import load_head
-from kdtrain.models.load import ModelSpec, build_config, load_backbone, model_facts, parameters_on_meta
+from kdtrain.models.load import ModelSpec, build_config, load_backbone, model_info, parameters_on_meta
 from kdtrain.models.probe import measure
 from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.models.shrink import COUNTS, tiny_settings
@@ -147,13 +147,13 @@ def test_only_active_experts_cost_flops_and_all_cost_memory(tmp_path):
     backbone = load(tmp_path)
     experts = sum(p.numel() for _, module in expert_modules(model) for p in module.parameters())
     assert backbone.num_parameters() == sum(p.numel() for p in model.parameters())
-    assert backbone.num_parameters() - backbone.facts().num_active_parameters == experts * 9 // 12  # 3 of 12 are taken
+    assert backbone.num_parameters() - backbone.info().num_active_parameters == experts * 9 // 12  # 3 of 12 are taken
     spec = ModelSpec(weights=str(tmp_path), dtype="float32")
-    facts = model_facts(spec, 99, trainable=False)
-    assert (facts.num_parameters, facts.num_expert_parameters) == (backbone.num_parameters(), experts)
+    info = model_info(spec, 99, trainable=False)
+    assert (info.num_parameters, info.num_expert_parameters) == (backbone.num_parameters(), experts)
     full, active = (
         forward_flops_per_token(model.config, number, 16)
-        for number in (backbone.num_parameters(), backbone.facts().num_active_parameters)
+        for number in (backbone.num_parameters(), backbone.info().num_active_parameters)
     )
     assert full - active == 2 * experts * 9 // 12
 
@@ -163,7 +163,7 @@ def test_the_head_alone_is_read_beside_experts_and_knows_their_sizes(tmp_path):
     whole = load(tmp_path)
     head = load_head(ModelSpec(weights=str(tmp_path), dtype="float32"), VocabShard.of(99, 0, 2, total_rows=101))
     assert head.elements_read == 101 * 32
-    found, want = head.facts, whole.facts()
+    found, want = head.info, whole.info()
     assert (found.num_parameters, found.num_active_parameters) == (want.num_parameters, want.num_active_parameters)
 
 

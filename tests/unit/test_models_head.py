@@ -51,7 +51,7 @@ def test_every_shard_of_a_head_is_that_of_the_whole_model(name, dtype, tmp_path)
         assert not loaded.head.weight.requires_grad
         real = max(0, min(shard.stop, 307) - shard.start)
         assert loaded.elements_read == real * (head.weight.shape[1] + (head.bias is not None))
-        assert loaded.facts.num_parameters == whole.num_parameters() == sum(p.numel() for p in model.parameters())
+        assert loaded.info.num_parameters == whole.num_parameters() == sum(p.numel() for p in model.parameters())
     assert any(real for real in head.weight.abs().sum(1)), "a head of zeros would compare nothing"
 
 

@@ -13,7 +13,7 @@ from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.export import export_hf
 from kdtrain.models.head import load_head
-from kdtrain.models.load import ModelSpec, load_backbone, model_facts
+from kdtrain.models.load import ModelSpec, load_backbone, model_info
 from kdtrain.models.positions import check_positions
 from kdtrain.models.stock import stock_settings
 from kdtrain.models.tiny import save_random, tiny_config
@@ -73,7 +73,7 @@ def test_settings_of_which_transformers_builds_no_model_are_refused_with_the_fol
     spec = ModelSpec(weights=str(tmp_path), dtype="float32")
     for work in (
         lambda: check_positions(spec, "student", vocab_size=99, seq_len=8, trainable=True),
-        lambda: model_facts(spec, 99),
+        lambda: model_info(spec, 99),
         lambda: check_and_load(tmp_path),
         lambda: load_head(spec, VocabShard.of(99)),
     ):

@@ -163,7 +163,7 @@ def _label_term(x, inv, cols, label, softmax, ce):
 
 
 @triton.jit
-def _finish(
+def _store_gradient(
     grad,
     logits,
     cols,
@@ -220,7 +220,7 @@ def row_grad_kernel(
         cols = first + tl.arange(0, BLOCK)
         s = _load(slab + row * stride, cols, n, stride)
         grad = _label_term(shifted(s, peak, 1.0, True), inv_1, cols, label, softmax, ce)
-        _finish(
+        _store_gradient(
             grad,
             s,
             cols,
@@ -290,7 +290,7 @@ def pair_grad_kernel(
         slope = slope - baseline * z
         grad = _label_term(shifted(s, peak_s, 1.0, True), inv_1, cols, label, softmax, ce)
         grad = tl.where(kd == 0, grad, grad + slope * kd)  # a row that is not distilled: cross-entropy's bits
-        _finish(
+        _store_gradient(
             grad,
             s,
             cols,

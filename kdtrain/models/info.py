@@ -13,7 +13,7 @@ from kdtrain.parallel.experts import expert_modules
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class ModelInfo:
     """Of a whole model, on however many ranks it is: its Hugging Face config and its size.
 
     num_parameters: tied ones once, padding not counted. num_active_parameters: those that a token passes, without the
@@ -29,14 +29,14 @@ class ModelFacts:
     num_float32_parameters: int
 
 
-def facts_of(model: Any, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> ModelFacts:
+def info_of(model: Any, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> ModelInfo:
     """Of a stock model, perhaps cut or on meta, whose full parameters, tied ones once, have `shapes` and `dtypes`."""
     sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     experts = [f"{name}.{key}" for name, module in expert_modules(model) for key, _ in module.named_parameters()]
     count = sum(sizes.values())
     mixed = model.config.dtype == torch.bfloat16
     float32 = tuple(name for name in sizes if mixed and dtypes[name] == torch.float32)
-    return ModelFacts(
+    return ModelInfo(
         config=model.config,
         num_parameters=count,
         num_active_parameters=count - idle_parameters(model, shapes),
