@@ -1,8 +1,8 @@
-"""In which dtype each tensor of a model is once transformers has loaded it: a few stay in float32 beside bfloat16.
+"""The dtype of each tensor of a model as transformers loads it: a few stay in float32 when the model is in bfloat16.
 
 A class lists names that stay (`_keep_in_fp32_modules_strict`: since transformers 5.24 the routers of most mixtures,
 before it their score corrections), and may create a tensor in a dtype of its own (`A_log` of OLMo-Hybrid's recurrent
-layers). Rounding those makes another model: tokens are sent to other experts. The other list of a class,
+layers). Rounding those changes the model: tokens are routed to other experts. The other list of a class,
 `_keep_in_fp32_modules`, is for float16 only, which kdtrain does not have.
 """
 
@@ -33,7 +33,7 @@ def dtypes_of(built: Any) -> dict[str, torch.dtype]:
     found |= {name: tensor.dtype for name, tensor in buffers.items()}
     listed = listed_in_float32(built)
     if listed is not None and built.config.dtype == torch.bfloat16:
-        stored = built.state_dict().keys()  # what is in no file stays as it was made
+        stored = built.state_dict().keys()  # tensors that are in no file keep their initial dtype
         found |= {name: torch.float32 for name in stored if found[name].is_floating_point and listed.search(name)}
     return found
 

@@ -1,4 +1,4 @@
-"""Only the head of a Hugging Face folder, for a rank that never runs the model itself."""
+"""Load only the head of a Hugging Face folder, for a rank that does not run the model itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kdtrain.parallel.shard import head_scaling
 
 @dataclass(frozen=True, slots=True)
 class LoadedHead:
-    """head: the rows asked for. info: of the whole model. elements_read: from its files."""
+    """head: the requested rows. info: of the whole model. elements_read: from its files."""
 
     head: HeadShard
     info: ModelInfo
@@ -30,10 +30,10 @@ class LoadedHead:
 
 
 def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str = "cpu") -> LoadedHead:
-    """The rows `shard` of the head of spec.weights, as `load_backbone` has them; rows that the model has not are zeros.
+    """The rows `shard` of the head of spec.weights, as `load_backbone` loads them; rows past the model's own are zeros.
 
-    Checks the headers of all files, and reads those rows alone. Does not communicate. Raises ConfigError or
-    ParallelError as `load_backbone`.
+    Checks the headers of all files and reads only those rows. Does not communicate. Raises ConfigError or ParallelError
+    as `load_backbone`.
     """
     if spec.weights is None:
         raise ConfigError("only a model with weights has a head to read\n  fix: set teacher.weights to a model folder")
