@@ -1,9 +1,9 @@
 """Naive float64 definitions of the losses on sparse records: the specification the streamed one is tested against.
 
 [T, V] student logits and a SparseTarget -> [T], nats per token, from full probabilities; one process, no chunks,
-differentiable by autograd. Both sides become K + 1 numbers, the ids' and the rest's, on which a divergence is a sum of
-phi(p, q); slots that neither side fills are set to p = q = 1, where every phi is 0. As in `reference`, temperature^2 is
-applied in `sparse_total_loss` only. p: weights at `temperature`; q = softmax(student / temperature).
+differentiable by autograd. Each side is reduced to K + 1 probabilities (the ids and the rest), on which a divergence is
+a sum of phi(p, q); empty slots are set to p = q = 1, where every phi is 0. As in `reference`, temperature^2 is applied
+in `sparse_total_loss` only. p: weights at `temperature`; q = softmax(student / temperature).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def sparse_kd(
     dtype: torch.dtype = torch.float64,
     **parameters: float,
 ) -> Tensor:
-    """D [T] of a record: with its tail as one more outcome, without any (p = 0 there), or renormalised on the ids.
+    """D [T] of a record: with its tail as one more outcome, without a tail (p = 0 there), or renormalised on the ids.
 
     Unbiased records: the cross-entropy under the weights minus the teacher's entropy, for forward_kl.
     """

@@ -1,4 +1,4 @@
-"""What losses take and return. T tokens, K kept ids, V vocabulary."""
+"""Argument and result types of losses. T tokens, K kept ids, V vocabulary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LossParts:
-    """A loss summed over tokens, and what was measured on the way; replicated over the tp group.
+    """A loss summed over tokens, and values measured per token; replicated over the tp group.
 
     loss           0-d fp32 (fp64 for fp64 inputs), differentiable:
                    sum_t kd_weight[t] * temperature^2 * D[t] + ce_weight[t] * CE[t]
@@ -56,8 +56,8 @@ class SparseTarget:
     ids [T, K] int32 global, no id twice in a row (-1 marks an empty slot, whose weight is 0); weights [T, K] fp32, with
     the tail they sum to 1; log_tail [T] fp32, log of the probability outside the ids, or None; label_log_prob [T] and
     entropy [T] fp32, nats: of the whole teacher distribution, the entropy at the temperature of the weights.
-    unbiased: the weights are an unbiased estimate of the teacher's distribution (sampled ids, no tail), so that losses
-    linear in the weights are unbiased too.
+    unbiased: the weights are an unbiased estimate of the teacher's distribution (sampled ids, no tail), so losses that
+    are linear in the weights are unbiased too.
     """
 
     ids: Tensor
