@@ -93,7 +93,10 @@ def run(loss_of: Callable, arguments: tuple, train: bool) -> tuple:
 
 
 def measure(job: dict) -> dict:
-    """One job in this process: whether it is right, then memory, then times. `save`: only float64's answer, there."""
+    """One job in this process: check correctness, then measure memory, then times.
+
+    `save`: only write the float64 answer there.
+    """
     import loss_providers as providers
     import torch
 
@@ -157,7 +160,7 @@ def run_all() -> None:
 
 
 def notes_on(rows: list[dict]) -> list[str]:
-    """What to know of the providers in these rows, one line each."""
+    """Notes on the providers in these rows, one line each."""
     import loss_providers as providers
 
     named = dict.fromkeys((row["task"], row["provider"]) for row in rows)

@@ -5,10 +5,10 @@
     python benchmarks/bench_packed.py --try     # measures 512 and 1,024 tokens and writes nothing
 
 The first command waits until the machine is quiet (load of at most 0.5) and refuses to start if it is not within five
-minutes; --busy measures all the same. float32; one sequence of S tokens, cut into documents at S // 500 places drawn
-from a seed; 4 layers of 8 query heads in 2 groups of width 64, all of whose forward passes come before the backward
-passes, as in a model. What one forward pass makes once for all layers is made once and counts. Every number comes from
-a fresh process. Providers:
+minutes; --busy measures anyway. float32; one sequence of S tokens, cut into documents at S // 500 places drawn from a
+seed; 4 layers of 8 query heads in 2 groups of width 64, all of whose forward passes come before the backward passes, as
+in a model. What one forward pass makes once for all layers is made once and counts. Every number comes from a fresh
+process. Providers:
 
 naive    create_causal_mask and sdpa_attention_forward of transformers: what a stock model does with attention=sdpa
 packed   kdtrain.models.packed.attend_documents, what attention=packed does, reading the documents from position_ids
@@ -176,7 +176,7 @@ def row_of(job: dict, answer: dict, commit: str, load: float) -> dict:
 
 def run_all(lengths: tuple[int, ...]) -> list[dict]:
     """Rows with ratios. SystemExit if kdtrain's own are wrong."""
-    commit, load, rows = common.current_commit(), os.getloadavg()[0], []  # before this script itself makes any
+    commit, load, rows = common.current_commit(), os.getloadavg()[0], []  # before this script causes any
     for seq_len in lengths:
         for provider in PROVIDERS:
             job = {"seq_len": seq_len, "provider": provider}

@@ -111,7 +111,7 @@ def inputs(job: dict) -> tuple:
 
 
 def measure(job: dict) -> dict:
-    """One job in this process: whether it is right, then memory, then times."""
+    """One job in this process: check correctness, then measure memory, then times."""
     import platform
 
     import torch
