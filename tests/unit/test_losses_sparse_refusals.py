@@ -130,7 +130,7 @@ def test_weights_without_a_tail_need_not_sum_to_one():
     assert short.kd.isfinite().all()
 
 
-def test_records_of_tokens_that_do_not_count_may_hold_anything_but_bad_ids():
+def test_records_of_tokens_with_weight_zero_may_hold_anything_but_bad_ids():
     off = changed(torch.ones(9), 3, 0.0)
     unsound = record(weights=changed(WEIGHTS, 3, float("nan")), log_tail=changed(TAIL, 3, float("nan")))
     head = GOOD.base.head_s.weight.clone().requires_grad_()
@@ -143,7 +143,7 @@ def test_records_of_tokens_that_do_not_count_may_hold_anything_but_bad_ids():
     assert torch.equal(head.grad, sound.grad)
 
 
-def test_cells_of_the_matrix_say_what_they_are_worth_and_why():
+def test_cells_of_the_matrix_have_their_kind_and_reason():
     kinds = {cell: value.kind for cell, value in matrix.MATRIX.items()}
     assert kinds["forward_kl", "sampled"] == "unbiased"
     assert [d for d in reference.DIVERGENCES if kinds[d, "top_k_tail"] == "lower_bound"] == list(matrix.F_DIVERGENCES)

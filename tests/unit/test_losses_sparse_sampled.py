@@ -40,7 +40,7 @@ def sampled(hidden, head, vocab_size, estimator, temperature):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_record_of_every_estimator_gives_the_references_gradient(estimator, temperature):
+def test_records_of_every_estimator_match_the_gradient_of_the_reference(estimator, temperature):
     base = random_case(37, 101, properties=True, dtype=torch.float64, temperature=temperature)
     target = sampled(base.hidden_t, base.head_t, 101, estimator, temperature)
     assert target_kind(target) == ESTIMATORS[estimator][1]

@@ -45,7 +45,7 @@ def hidden(model, **more):
     ],
     ids=lambda value: value if isinstance(value, str) else value["model_type"],
 )
-def test_over_one_rank_our_attention_is_the_models_own(attention, config):
+def test_context_attention_over_one_rank_matches_the_stock_model(attention, config):
     model = stock(attention, **config)
     want = hidden(model)
     use_context(model, Mesh(), "it")
@@ -76,7 +76,7 @@ def test_rotary_transformers_pass(name):
     ],
     ids=["mamba", "bloom", "lfm2", "opt", "stablelm"],
 )
-def test_a_model_that_cannot_be_cut_by_tokens_is_refused(config, words):
+def test_model_that_cannot_be_sharded_by_tokens_is_refused(config, words):
     attention = "eager" if config["model_type"] in ("mamba", "bloom") else "sdpa"
     with pytest.raises(ConfigError, match=words) as refused:
         check_context(stock(attention, **config), "it")
@@ -98,7 +98,7 @@ def test_heads_are_counted_on_every_tp_rank():
     use_context(stock(**TINY["smollm"]), Mesh(world_size=3, cp_size=3), "model 'm'")
 
 
-def test_loading_asks_all_of_it(tmp_path):
+def test_loading_runs_all_context_checks(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({**TINY["llama"], "model_type": "bloom", "n_head": 4, "n_layer": 2})
     )
@@ -114,7 +114,7 @@ def test_loading_asks_all_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["s_aux", "position_bias"])
-def test_arguments_made_for_other_heads_are_refused(name):
+def test_arguments_for_other_heads_are_refused(name):
     model = stock(**TINY["llama"])
     use_context(model, Mesh(), "it")
     context = {ARGUMENT: Context(None, POSITIONS, Documents.of(POSITIONS))}
@@ -126,7 +126,7 @@ def test_arguments_made_for_other_heads_are_refused(name):
         hidden(model)
 
 
-def test_flash_attention_is_told_the_whole_sequences(monkeypatch):
+def test_flash_attention_receives_boundaries_of_whole_sequences(monkeypatch):
     """No such package here: what our function hands to the stock one is looked at instead."""
     calls = []
 

@@ -35,7 +35,7 @@ def save(folder, settings, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_shard_of_a_head_is_that_of_the_whole_model(name, dtype, tmp_path):
+def test_every_shard_of_a_head_matches_the_whole_model(name, dtype, tmp_path):
     model = save(tmp_path, MODELS[name])
     spec = ModelSpec(weights=str(tmp_path), dtype=dtype, attention="sdpa")
     whole = load_backbone(spec, Mesh(), vocab_size=VOCAB, total_rows=512, trainable=False)

@@ -66,7 +66,7 @@ def test_only_the_three_numbers_that_json_lacks_are_decoded():
     ],
     ids=str,
 )
-def test_settings_of_which_transformers_builds_no_model_are_refused_with_the_folder_and_the_reason(tmp_path, settings):
+def test_settings_rejected_by_transformers_are_refused_with_folder_and_reason(tmp_path, settings):
     """It fails on them with bare assertions, attribute, key and arithmetic errors, mostly once it makes layers."""
     save_random(tmp_path, tiny_config("llama"))
     edit_json(tmp_path / "config.json", **settings)

@@ -23,7 +23,7 @@ class Kernel:
         return lambda *arguments, **named: self.launches.append((grid, arguments, named))
 
 
-def test_a_launch_names_every_option_of_the_compiler():
+def test_launch_sets_every_compiler_option():
     from kdtrain_kernels.triton.device import launch
 
     kernel, slab = Kernel(), torch.zeros(3, 128)
