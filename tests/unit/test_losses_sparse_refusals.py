@@ -76,7 +76,7 @@ BAD = {
     "unbiased with a tail": (record(unbiased=True), r"target.unbiased = True with a log_tail"),
     "id too large": (record(ids=changed(IDS, (3, 1), 101)), r"need be in \[0, 101\), or -1; token 3 has \["),
     "id too small": (record(ids=changed(IDS, (3, 1), -2)), r"need be in \[0, 101\), or -1; token 3 has \["),
-    "id twice": (record(ids=TWICE), r"target.ids hold an id twice; merge_duplicates puts them together; token 2 has"),
+    "id twice": (record(ids=TWICE), r"target.ids hold an id twice; merge_duplicates merges them; token 2 has"),
     "negative weight": (record(weights=changed(WEIGHTS, (1, 0), -0.1)), r"need be finite, >= 0, .*; token 1 has"),
     "nan weight": (record(weights=changed(WEIGHTS, (1, 0), float("nan"))), r"need be finite, >= 0, .*; token 1 has"),
     "weight of an empty slot": (
@@ -108,7 +108,7 @@ BAD = {
     ),
     "alpha-beta": (
         {"divergence": "alpha_beta", "allow_biased": True},
-        r"'alpha_beta' on target = 'top_k_tail' is refused: it is no f-divergence",
+        r"'alpha_beta' on target = 'top_k_tail' is refused: it is not an f-divergence",
     ),
     "logits": (
         {"divergence": "logit_mse", "allow_biased": True},
