@@ -121,9 +121,9 @@ class Bench:
         while self.writer.in_flight is not None:
             steps.append(self.train())
             if not self.writer.busy:
-                asked = time.perf_counter()
+                start = time.perf_counter()
                 self.writer.advance()
-                stall += time.perf_counter() - asked
+                stall += time.perf_counter() - start
         return {"stall_s": stall, "on_disk_s": time.perf_counter() - began, "steps": steps}
 
     def alone(self) -> dict[str, Any]:

@@ -144,15 +144,15 @@ def check_equal(folder: Path) -> None:
     """Both copies byte for byte, and the store in place but for its link. SystemExit names the file that differs."""
     stores = {name: folder / name / "train" for name in ("naive", "blocks", "in place")}
     for file in sorted(path.relative_to(stores["naive"]) for path in stores["naive"].rglob("*") if path.is_file()):
-        wanted = (stores["naive"] / file).read_bytes()
-        if (stores["blocks"] / file).read_bytes() != wanted:
+        expected = (stores["naive"] / file).read_bytes()
+        if (stores["blocks"] / file).read_bytes() != expected:
             raise SystemExit(f"blocks: {file} differs from the naive copy's")
         found = (stores["in place"] / file).read_bytes()
         if file.name == "manifest.json":
             content = json.loads(found)
             content.pop("linked")
             found = (json.dumps(content, indent=2) + "\n").encode()
-        if found != wanted:
+        if found != expected:
             raise SystemExit(f"in place: {file} differs from the naive copy's")
 
 

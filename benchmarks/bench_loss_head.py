@@ -9,11 +9,10 @@ from a fresh process, so that no provider inherits another's memory.
 
 Modes: train is the loss and the gradients of student hidden states and head; eval is the loss under no_grad.
 Before anything is timed, the provider's loss and gradients at this very shape are compared with float64; gradient_error
-is the worse of the two relative errors. A provider further off than 1e-4 is not timed and its row says so; if it is
-kdtrain's own, nothing is written.
-peak_bytes: growth of the process's resident memory during one run at this shape (VmHWM of /proc/self/status, reset
-just before, less VmRSS then; Linux only). It contains the returned gradients and whatever the matrix products
-allocate. Times: median, 20th and 80th percentile of the runs after that one.
+is the worse of the two relative errors. A provider further off than 1e-4 is not timed and marked in its row; if it is
+kdtrain's own, nothing is written. peak_bytes: growth of the process's resident memory during one run at this shape
+(VmHWM of /proc/self/status, reset just before, less VmRSS then; Linux only). It contains the returned gradients and
+whatever the matrix products allocate. Times: median, 20th and 80th percentile of the runs after that one.
 """
 
 from __future__ import annotations

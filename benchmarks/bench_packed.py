@@ -15,7 +15,7 @@ packed   kdtrain.models.packed.attend_documents, what attention=packed does, rea
 
 Before anything is timed, outputs and gradients at this very shape are compared with float64, document by document:
 error is the largest absolute difference, relative to the largest element of that tensor. A provider further off than
-1e-4 is not timed and its row says so; if it is kdtrain's own, nothing is written. Times and memory: as in
+1e-4 is not timed and marked in its row; if it is kdtrain's own, nothing is written. Times and memory: as in
 benchmarks/bench_loss_head.py, forward and backward. peak_bytes: growth of resident memory beyond inputs, their
 gradients (which exist and are touched beforehand) and outputs (subtracted). load: when the script began.
 """

@@ -118,10 +118,10 @@ def run_job(job: dict, script: str = __file__, **environment: str) -> dict:
             ranks.append(
                 subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **world, **own})
             )
-        said = [process.communicate()[0] for process in ranks]
+        outputs = [process.communicate()[0] for process in ranks]
     if any(process.returncode for process in ranks):
         raise SystemExit(f"{script}: ranks ended with {[process.returncode for process in ranks]}; job {job}")
-    return json.loads(said[0].splitlines()[-1])
+    return json.loads(outputs[0].splitlines()[-1])
 
 
 def rows_of(job: dict, answer: dict, commit: str) -> list[dict]:
@@ -166,7 +166,7 @@ def table_of(rows: list[dict], device: str) -> str:
         "",
         f"Made by `python benchmarks/bench_step.py --table` from `benchmarks/results/{kind(device)}_step.csv`; what",
         "the modes, phases (ms) and columns mean is in that script. ratio: distill to lm + teacher, by their medians;",
-        "of fastest: by the fastest step of each, which says more where other work shares the machine.",
+        "of fastest: by the fastest step of each, which is more reliable if other work shares the machine.",
         "",
         f"Commit {first['commit']}, {first['date']}, {first['device'].rpartition(',')[0]}; {first['versions']}.",
         "",

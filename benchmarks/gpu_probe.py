@@ -4,7 +4,7 @@
 
 products   the head's three matrix products with a float32 result, on strided slabs and the front of their rows
 streams    SideStream's answers while freed memory of both streams' pools is overwritten; and that the same check
-           notices when either `record_stream` is missing
+           detects a missing `record_stream` on either side
 snapshot   the bytes of a copy to pinned memory whose sources are overwritten at once
 packed     documents packed together, by every attention implementation (gpu_packed.py)
 inplace    gradients rounded to bfloat16 over their own logits, element by element (gpu_inplace.py)
@@ -87,7 +87,7 @@ def streams(setting: Setting) -> Iterator[dict]:
     shape = f"{ROUNDS} rounds of {4 * numel} bytes"
     yield check("streams answers", shape, wrong_rounds(setting, SideStream(setting.device), numel), 0.0)
     for what, record in (("inputs", only_answers), ("answers", only_inputs)):
-        name = f"streams notices unrecorded {what}"
+        name = f"streams detects unrecorded {what}"
         if setting.is_cpu:
             yield not_checked(name, shape, "nothing overlaps on the CPU")
             continue

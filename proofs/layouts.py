@@ -258,7 +258,7 @@ def table_of(rows: list[Row], more: list[str], device_type: str = "cpu") -> str:
         [
             "# Layouts against plain torch in one process",
             "",
-            f"Made by {made} (`proofs/layouts.py`, which says what the columns mean).",
+            f"Made by {made} (`proofs/layouts.py`, which explains the columns).",
             f"Commit {common.current_commit()}, {common.today()}, torch {torch.__version__}, deepspeed "
             f"{deepspeed.__version__}, {where}.",
             "",

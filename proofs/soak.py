@@ -161,7 +161,7 @@ class Plan:
 
 
 def kill(trainee: Trainee, plan: Plan) -> bool:
-    """Send the signal when the plan says so; False if the run had ended before."""
+    """Send the signal at the time of the plan; False if the run had ended before."""
     if plan.in_save_of is not None:
         while trainee.process.is_alive() and not any(
             int(name[6:12]) >= plan.in_save_of for name in trainee.unfinished() if name.endswith(".writing")
@@ -322,7 +322,7 @@ def table_of(found: list[dict[str, Any]], *, behind: bool = False) -> str:
     lines = [
         "# Killed at random moments" + (", checkpoints written in the background" if behind else ""),
         "",
-        f"Made by `make soak{' ARGS=--behind' if behind else ''}` (`proofs/soak.py`, which says what is done and",
+        f"Made by `make soak{' ARGS=--behind' if behind else ''}` (`proofs/soak.py`, which describes what is done and",
         "checked).",
         f"Commit {', '.join(sorted({record['commit'] for record in found}))}, {common.today()}, torch "
         f"{torch.__version__}, deepspeed {deepspeed.__version__}, one process on a CPU.",

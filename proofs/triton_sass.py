@@ -103,7 +103,7 @@ def _suffix(flags: dict[str, Any]) -> str:
         "scale": flags.get("SCALED", False),
         "bf16": flags.get("NARROW", False),
     }
-    return "".join(f", {word}" for word, said in words.items() if said)
+    return "".join(f", {word}" for word, flag in words.items() if flag)
 
 
 HEAVY = (

@@ -61,12 +61,12 @@ def sparse_kd(
     q = torch.softmax(student_logits.to(dtype) / temperature, -1)
     here, ids = target.ids >= 0, target.ids.long().clamp(min=0)
     p, q_k = target.weights.to(dtype), q.gather(1, ids).where(here, 0.0)
-    says = (p > 0).any(1)
+    known = (p > 0).any(1)
     if divergence == "forward_kl" and target.unbiased and not renormalise_student:
         value = -xlogy(p, q_k.where(here, 1.0)).sum(1) - target.entropy.to(dtype)
-        return value.where(says, 0.0)
+        return value.where(known, 0.0)
     if renormalise_student:
-        p, q = (side / side.sum(1, keepdim=True).where(says[:, None], 1.0) for side in (p, q_k))
+        p, q = (side / side.sum(1, keepdim=True).where(known[:, None], 1.0) for side in (p, q_k))
     else:
         outside = torch.ones_like(q).scatter_add_(1, ids, -here.to(dtype))
         tail = torch.zeros_like(p[:, 0]) if target.log_tail is None else target.log_tail.to(dtype).exp()
@@ -74,7 +74,7 @@ def sparse_kd(
         q = torch.cat([q_k, (q * outside).sum(1, keepdim=True)], 1)
     empty = (p == 0) & (q == 0)
     value = phi_of(divergence, **parameters)(p.masked_fill(empty, 1.0), q.masked_fill(empty, 1.0)).sum(1)
-    return value.where(says, 0.0) if target.log_tail is None or renormalise_student else value
+    return value.where(known, 0.0) if target.log_tail is None or renormalise_student else value
 
 
 def sparse_total_loss(

@@ -18,7 +18,7 @@ class LossParts:
     lse            [T] detached, log sum exp of the student's logits at temperature 1
     teacher_ce     [T] detached, -log p(label) at temperature 1; None without a dense teacher
     student_entropy, teacher_entropy   [T] detached, nats, at the loss temperature; None unless measured
-    forward_kl     [T] detached, KL(teacher||student) at temperature 1, whatever the divergence; None unless measured
+    forward_kl     [T] detached, KL(teacher||student) at temperature 1, for every divergence; None unless measured
     tvd            [T] detached, total variation distance at the loss temperature; None unless measured
     agreement      [T] detached float, 1 where the arg-max of both models is the same id; None unless measured
     """

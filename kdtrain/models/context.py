@@ -67,7 +67,8 @@ class Context:
         return self._packing
 
     def mask(self, implementation: str, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """transformers' mask for whole sequences: causal, documents apart, perhaps in a sliding window of tokens.
+        """transformers' mask for whole sequences: causal, separating documents, optionally with a sliding window of
+        tokens.
 
         [B, 1, S, S] in `dtype`, to be added to scores, made once per window; None where the implementation needs none
         (flash-attention and ours take the documents' boundaries instead). Does not communicate.
@@ -122,7 +123,7 @@ def ulysses_attention(
     implementation: str,
     **settings: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: query [B, H, s, d], key and value perhaps with fewer heads -> [B, s, H, d].
+    """transformers' attention function: query [B, H, s, d], key and value possibly with fewer heads -> [B, s, H, d].
 
     implementation: the stock one that computes it on [B, H / cp, S, d]. Communicates: two all-to-alls over the cp
     group, in backward two. Raises ConfigError when the model's own code does what cannot be followed.
@@ -157,8 +158,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: causal attention within each document, without a mask (`models.packed`).
 
-    query [B, H, S, d], key and value perhaps with fewer heads -> [B, S, H, d]. Does not communicate. Raises ConfigError
-    for a call that packed attention cannot compute.
+    query [B, H, S, d], key and value possibly with fewer heads -> [B, S, H, d]. Does not communicate. Raises
+    ConfigError for a call that packed attention cannot compute.
     """
     context = settings.pop(ARGUMENT, None)
     problem = _not_packed(module, query, key, attention_mask, settings)

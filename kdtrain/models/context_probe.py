@@ -2,7 +2,7 @@
 
 Under context parallelism a rank runs everything but attention on its own tokens. That is correct only if nothing else
 mixes tokens (convolutions and recurrent states do), if positions come from position_ids alone, and if all attention
-goes through transformers' attention interface with masks that are causal, per document, perhaps in sliding windows.
+goes through transformers' attention interface with masks that are causal, per document, optionally in sliding windows.
 Each depends on code in transformers; each is measured on a tiny random copy of the config to be loaded.
 """
 

@@ -26,7 +26,7 @@ def listed_in_float32(model: Any) -> re.Pattern[str] | None:
 def dtypes_of(built: Any) -> dict[str, torch.dtype]:
     """Name -> dtype of every parameter and buffer, tied ones under all names, as from_pretrained(dtype=...) has them.
 
-    built: the whole stock model as its class makes it in that dtype, perhaps on meta.
+    built: the whole stock model as created by its class in that dtype, possibly on meta.
     """
     buffers = dict(built.named_buffers(remove_duplicate=False))
     found = {name: tensor.dtype for name, tensor in built.named_parameters(remove_duplicate=False)}
@@ -51,8 +51,9 @@ def stock_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def cast_buffers(model: Any, dtypes: dict[str, torch.dtype]) -> None:
-    """Buffers of `model`, perhaps cut, to the dtypes of `stock_dtypes`; those of kdtrain's own layers stay."""
+    """Cast buffers of `model`, possibly sharded, to the dtypes of `stock_dtypes`; buffers of kdtrain's own layers are
+    kept."""
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
-        if buffer.dtype != (wanted := dtypes.get(name, buffer.dtype)):
+        if buffer.dtype != (target := dtypes.get(name, buffer.dtype)):
             owner, _, key = name.rpartition(".")
-            model.get_submodule(owner)._buffers[key] = buffer.to(wanted)
+            model.get_submodule(owner)._buffers[key] = buffer.to(target)

@@ -197,7 +197,7 @@ def _checked_state(model: Any, pairs: Iterable[tuple[str, Tensor]]) -> dict[str,
     for name, tensor in pairs:
         if shapes.get(name) != tuple(tensor.shape):
             raise ConfigError(
-                f"cannot export {name!r} of shape {tuple(tensor.shape)}: the config wants {shapes.get(name, 'none')}\n"
+                f"cannot export {name!r} of shape {tuple(tensor.shape)}: the config needs {shapes.get(name, 'none')}\n"
                 "  why: the weights and the config belong to different models\n  fix: check the checkpoint's origin"
             )
         if name not in tied:

@@ -71,7 +71,7 @@ def model_rows(spec: ModelSpec, vocab_size: int) -> int:
     if not isinstance(rows, int):
         raise ConfigError(
             f"{_source(spec)}: config.json has vocab_size = {rows!r}, not a whole number\n"
-            "  why: it says how many ids have a row in the embedding and the head\n  fix: restore it from its source"
+            "  why: it is the number of rows of the embedding and the head\n  fix: restore it from its source"
         )
     if rows < vocab_size:
         raise ConfigError(
@@ -94,7 +94,7 @@ def load_backbone(
     packed: bool = True,
     sequence: bool = False,
 ) -> Backbone:
-    """The model of `spec`, cut for this rank of `mesh`, on `device`, tensors in spec.dtype but for those that
+    """The model of `spec`, sharded for this rank of `mesh`, on `device`, tensors in spec.dtype except those that
     transformers keeps in another (`kdtrain.models.dtypes`: RoPE, routers of mixtures).
 
     vocab_size: tokens of the tokenizer. total_rows: rows to allocate over all ranks (default: the model's own).

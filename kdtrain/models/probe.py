@@ -162,7 +162,7 @@ def _no_copy(model: Any, source: str, obstacles: list[str]) -> ConfigError:
     return ConfigError(
         f"{source} has model_type {model.config.model_type!r}, of which no tiny copy can be run\n"
         + "".join(f"    {line}\n" for line in dict.fromkeys(obstacles))
-        + "  why: whether packed documents see each other, and what its logits are, cannot be told without one\n"
+        + "  why: whether packed documents see each other, and what its logits are, cannot be measured without one\n"
         "  fix: use an architecture of the Llama, Qwen, GPT-NeoX, Gemma, Cohere or Granite kind"
     )
 

@@ -87,7 +87,7 @@ def refused(source: str, error: Exception) -> ConfigError:
     return ConfigError(
         f"{source}: transformers refuses its config.json: {str(error) or type(error).__name__}\n"
         "  why: its settings do not fit each other (such as pad_token_id past the last of vocab_size rows), or one "
-        "has a value that transformers does not know\n"
+        "has a value unknown to transformers\n"
         "  fix: restore config.json from its source, or correct the setting"
     )
 

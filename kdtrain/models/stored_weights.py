@@ -128,10 +128,10 @@ def _refuse_quantised(
     elif scales and not allow_unused:
         (file, key), more = scales[0], _more(scales)
         what = f"tensor {key!r} of {file} ({dtype(scales[0])}) has no place in the model{more}"
-        fix = f"use the unquantised model; if the weights are ordinary all the same, {SWITCH}"
+        fix = f"use the unquantised model; if the weights are ordinary anyway, {SWITCH}"
     elif mark is not None and not allow_unused:
-        what, mark = f"{mark} marks it", None
-        fix = f"use the unquantised model; if the weights are ordinary all the same, remove that file, or {SWITCH}"
+        what, mark = f"it has {mark}", None
+        fix = f"use the unquantised model; if the weights are ordinary anyway, remove that file, or {SWITCH}"
     else:
         return
     raise ConfigError(
@@ -187,7 +187,7 @@ def _check_tied(model: Any, stored: SafetensorsFolder) -> None:
         if name in place and kept in place and not stored.files.equal(place[name], place[kept]):
             raise ConfigError(
                 f"{stored.folder}: config.json ties {name!r} to {kept!r}, but the files hold two different tensors\n"
-                "  why: transformers keeps both, so what the model computes is not what its config.json says\n"
+                "  why: transformers keeps both, so the model does not compute what its config.json declares\n"
                 "  fix: set tie_word_embeddings=false in config.json to use both, or remove the tensor that is not "
                 "meant"
             )

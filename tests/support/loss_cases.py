@@ -41,7 +41,7 @@ class LossCase:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Loss, gradients and per-token values of a case; the head's gradients of the rows asked for."""
+    """Loss, gradients and per-token values of a case; the head's gradients for the requested rows."""
 
     loss: Tensor
     grad_hidden: Tensor

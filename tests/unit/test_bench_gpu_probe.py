@@ -35,7 +35,7 @@ def test_products_streams_and_snapshots_are_right_on_the_cpu(probe, monkeypatch,
     rows = run(probe, monkeypatch, tmp_path, "products", "streams", "snapshot")
     absent = {row["name"]: row["note"] for row in rows if row["verdict"] != "ok"}
     why = "nothing overlaps on the CPU"
-    assert absent == {f"streams notices unrecorded {what}": why for what in ("inputs", "answers")}
+    assert absent == {f"streams detects unrecorded {what}": why for what in ("inputs", "answers")}
     assert {row["shape"].split()[-1] for row in rows if row["name"] == "products d head"} == {
         f"n={columns}" for _, _, columns in probe.PRODUCTS
     }

@@ -65,11 +65,14 @@ def test_rotary_transformers_pass(name):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({**TINY["llama"], "model_type": "mamba"}, "tokens see others outside of attention"),
-        ({**TINY["llama"], "model_type": "bloom", "n_head": 4, "n_layer": 2}, "tokens see others outside of attention"),
+        ({**TINY["llama"], "model_type": "mamba"}, "tokens depend on others outside of attention"),
+        (
+            {**TINY["llama"], "model_type": "bloom", "n_head": 4, "n_layer": 2},
+            "tokens depend on others outside of attention",
+        ),
         (
             {**TINY["llama"], "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
-            "tokens see others outside of attention",
+            "tokens depend on others outside of attention",
         ),
         ({**TINY["llama"], "model_type": "opt"}, "its attention is not causal attention within documents"),
         ({**TINY["llama"], "model_type": "stablelm"}, "does not pass its keyword arguments on to attention"),
@@ -103,9 +106,9 @@ def test_loading_runs_all_context_checks(tmp_path):
         json.dumps({**TINY["llama"], "model_type": "bloom", "n_head": 4, "n_layer": 2})
     )
     spec = ModelSpec(architecture=str(tmp_path), dtype="float32")
-    with pytest.raises(ConfigError, match=r"parallel\.cp > 1, but tokens see others"):
+    with pytest.raises(ConfigError, match=r"parallel\.cp > 1, but tokens depend on others"):
         load_backbone(spec, Mesh(world_size=2, cp_size=2), vocab_size=101, trainable=False, packed=False)
-    with pytest.raises(ConfigError, match=r"parallel\.cp > 1, but tokens see others"):
+    with pytest.raises(ConfigError, match=r"parallel\.cp > 1, but tokens depend on others"):
         check_architecture(spec, 101, Mesh(world_size=2, cp_size=2), packed=False)
     check_architecture(spec, 101, Mesh(world_size=2), packed=False)
     named = ModelSpec(architecture="smollm2-135m", dtype="float32")

@@ -249,7 +249,7 @@ def test_unsupported_arguments_are_refused_by_name():
     assert "passes head_mask, sinks" in refused(sinks=torch.zeros(2), head_mask=torch.zeros(2), position_ids=1)
     assert "passes non-causal queries" in refused(is_causal=False)
     assert "passes 12 queries and 7 keys" in refused(key_length=7)
-    assert "SimpleNamespace passes tokens that see" in refused(module=SimpleNamespace(is_causal=False))
+    assert "SimpleNamespace passes non-causal queries" in refused(module=SimpleNamespace(is_causal=False))
     assert "Linear passes indices" in refused(module=_View(torch.nn.Linear(1, 1)), indices=torch.zeros(1))
 
 

@@ -112,7 +112,7 @@ def test_quantised_weights_are_refused_without_a_mark_in_config_json(tmp_path, c
 def test_quantisation_file_beside_the_weights_is_refused_unless_allowed(tmp_path, mark):
     save_random(tmp_path, LLAMA)
     (tmp_path / mark).write_text("{}")
-    refuse(tmp_path, rf"is quantised: {mark}, of (NVIDIA ModelOpt|GPTQ|AWQ) marks it(.|\n)*allow_unused_weights=true")
+    refuse(tmp_path, rf"is quantised: it has {mark}, of (NVIDIA ModelOpt|GPTQ|AWQ)(.|\n)*allow_unused_weights=true")
     equals_stock(tmp_path, allow_unused_weights=True)
     edit_tensors(tmp_path, to_float8)
     for allowed in (False, True):
