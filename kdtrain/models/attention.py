@@ -70,7 +70,7 @@ def resolve_attention(
             "  why: an explicit choice never falls back to another implementation\n"
             "  fix: set attention=auto, which takes the best that works, or install what is missing"
         )
-    return wanted, "asked for"
+    return wanted, "explicit setting"
 
 
 def _first_without(obstacles: dict[str, Obstacle]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Streamed losses over ranks, what one rank alone cannot show: merged shards, subgroups, ties, measuring."""
+"""Streamed losses over ranks, properties that need several ranks: merged shards, subgroups, ties, measuring."""
 
 import dataclasses
 import itertools
@@ -281,7 +281,7 @@ def test_id_masked_by_the_teacher_alone_gives_the_same_result_in_every_layout(ra
 def run_wrong_group(rank, world_size):
     """Messages when a shard is not this rank's slice of a vocabulary cut over the group."""
     group = Mesh.build(world_size).tp_group
-    case, said = random_case(9, 101), []
+    case, messages = random_case(9, 101), []
     for shard, used in (
         (VocabShard.of(101), group),
         (VocabShard.of(101, rank, world_size), None),
@@ -292,12 +292,12 @@ def run_wrong_group(rank, world_size):
                 case.hidden_s, cut_head(case.head_s, shard), case.labels, weight=case.ce_weight, shard=shard, group=used
             )
         except ValueError as error:
-            said.append(str(error))
-    return said
+            messages.append(str(error))
+    return messages
 
 
 def test_shard_of_another_rank_or_group_is_refused(rank_pool):
-    for rank, said in enumerate(rank_pool(2).run(run_wrong_group)):
-        assert said[0].startswith(f"shard is slice 0 of 1, but this is rank {rank} of a group of 2")
-        assert said[1].startswith(f"shard is slice {rank} of 2, but this is rank 0 of a group of 1")
-        assert said[2].startswith(f"shard is slice {1 - rank} of 2, but this is rank {rank} of a group of 2")
+    for rank, messages in enumerate(rank_pool(2).run(run_wrong_group)):
+        assert messages[0].startswith(f"shard is slice 0 of 1, but this is rank {rank} of a group of 2")
+        assert messages[1].startswith(f"shard is slice {rank} of 2, but this is rank 0 of a group of 1")
+        assert messages[2].startswith(f"shard is slice {1 - rank} of 2, but this is rank {rank} of a group of 2")

@@ -213,7 +213,7 @@ def test_auto_takes_an_importable_package_and_explicit_choice_is_refused_with_th
     install(tmp_path, "flash-attn", "2.8.3", FLASH_2)
     on_cuda, in_float32, on_cpu, unsupported = run(CHOOSE, tmp_path)
     assert on_cuda[0] == [TWO, "auto: flash-attn can be imported and the device is CUDA"]
-    assert on_cuda[1] == [TWO, "asked for"]
+    assert on_cuda[1] == [TWO, "explicit setting"]
     assert in_float32 == ["packed", "auto: flash_attention_2 needs bfloat16, this is float32"]
     assert on_cpu == ["packed", "auto: flash_attention_2 needs a CUDA device, this is cpu"]
     assert unsupported == ["packed", "auto: flash_attention_2: no flash here"]
@@ -227,7 +227,7 @@ def test_flash_attn_4_alone_does_not_count_as_flash_attn(tmp_path):
     install(tmp_path, "flash-attn-4", "4.0.0b36", FLASH_4)
     (auto, two, _, four), *_ = run(CHOOSE, tmp_path)
     assert auto == ["packed", f"auto: flash_attention_2: {BESIDE_4}"]
-    assert (two[0], four) == ("refused", [FOUR, "asked for"])
+    assert (two[0], four) == ("refused", [FOUR, "explicit setting"])
 
 
 def test_auto_skips_a_broken_package(tmp_path):

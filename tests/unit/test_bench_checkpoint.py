@@ -1,4 +1,4 @@
-"""The checkpoint benchmark: a measurement measures, and its table is what its CSV says."""
+"""The checkpoint benchmark: its measurement runs, and its table is made from its CSV."""
 
 import json
 import os

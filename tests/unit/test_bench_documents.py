@@ -1,4 +1,4 @@
-"""The column of the published table that says which attention keeps packed documents apart."""
+"""The column of the published table with the attention that separates packed documents."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""The checks of what only a GPU can show: they pass on the CPU, and each fails when what it looks for is wrong."""
+"""The checks for a GPU: they pass on the CPU, and each one detects the fault it is made for."""
 
 import csv
 import sys
@@ -69,7 +69,7 @@ def test_unwritten_element_of_a_product_fails(probe, monkeypatch, setting):
 
 
 class Late:
-    """A side stream whose answers were overwritten before they were read."""
+    """A side stream whose results were overwritten before they were read."""
 
     stream = None
 

@@ -57,7 +57,7 @@ def test_correctness_covers_every_kernel_and_operation_without_the_training_stac
 
 
 def test_cpu_runs_use_the_sizes_of_a_gpu():
-    """Fewer rows and narrower models, but every vocabulary: no rule about columns stays hidden until a GPU runs."""
+    """Fewer rows and narrower models, but every vocabulary, so that rules about columns are tested without a GPU."""
     cpu, gpu = setting("cpu"), setting("cuda")
     for name, listed in (("gpu_correct", "shapes"), ("gpu_ops", "shapes"), ("gpu_ops", "peer_shapes")):
         of = getattr(import_module(name), listed)
@@ -252,7 +252,7 @@ def test_suite_refuses_an_unknown_stage_and_reports_a_missing_sanitizer(tmp_path
 
 
 def test_the_sanitizer_runs_without_the_caching_allocator(tmp_path):
-    """A stand-in writes how it was called; the tool itself needs a GPU."""
+    """A stand-in records how it was called; the tool itself needs a GPU."""
     tools = tmp_path / "bin"
     tools.mkdir()
     script(tools / "compute-sanitizer", f'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >>"{tmp_path}/called"')

@@ -1,4 +1,4 @@
-"""What the GPU suite's training runs are, how they are judged, and what is said where they cannot be made."""
+"""The GPU suite's training runs: their settings, their verdicts, and the message where they cannot run."""
 
 import csv
 import json
@@ -45,7 +45,7 @@ def rows_of(path):
 
 
 def test_every_run_has_a_valid_configuration(train, models, monkeypatch):
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # parse fills in what a launcher would
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # parse sets what a launcher would set
     found = {}
     for run in (*train.RUNS, *train.REFERENCES.values()):
         words = [str(models / run.models / "config.yaml"), f"run.name={run.name}", "schedule.shape=constant"]

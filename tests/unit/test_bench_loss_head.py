@@ -1,4 +1,4 @@
-"""The loss-head benchmark: its table is what its CSV says, its providers agree with float64, a measurement measures."""
+"""The loss-head benchmark: its table is made from its CSV, its providers agree with float64, its measurement runs."""
 
 import json
 import subprocess

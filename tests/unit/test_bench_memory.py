@@ -1,4 +1,4 @@
-"""The memory benchmark: how tensors are filed, and that the published table is what its CSV says."""
+"""The memory benchmark: how tensors are attributed, and that the published table is made from its CSV."""
 
 import gc
 from importlib import import_module

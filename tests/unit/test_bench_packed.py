@@ -1,4 +1,4 @@
-"""The benchmark of packed attention: its check sees leaks, a measurement measures, the goals are the ratios."""
+"""The benchmark of packed attention: its check detects leaks, its measurement runs, the goals are the ratios."""
 
 import sys
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Every published CPU table is what its CSV says, and no row of it is of a wrong answer."""
+"""Every published CPU table is made from its CSV, and no row has a wrong result."""
 
 from importlib import import_module
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The whole-step benchmark: phases add up to steps, rows are what was measured, the table what the CSV says."""
+"""The whole-step benchmark: phases add up to steps, rows are what was measured, the table is made from the CSV."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The top-k benchmark: its table is what its CSV says, its check sees wrong answers, a measurement measures."""
+"""The top-k benchmark: its table is made from its CSV, its check detects wrong results, its measurement runs."""
 
 import sys
 from importlib import import_module

@@ -1,4 +1,5 @@
-"""An export holds the rows of the run's softmax, the student's own tokenizer files, and no mark of absent code."""
+"""An export holds the rows of the run's softmax, the student's own tokenizer files, and no reference to missing
+code."""
 
 import json
 

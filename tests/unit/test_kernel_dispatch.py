@@ -1,4 +1,4 @@
-"""Which kernels run: a launch before triton is taken. CUDA devices are named, never touched."""
+"""Choice of kernels: triton is used only after a test launch. CUDA devices are named but not used."""
 
 import importlib.util
 import logging
@@ -73,11 +73,11 @@ def test_auto_falls_back_to_torch_if_a_launch_fails_and_warns_once(caplog, error
     assert probe.devices == [GPU]
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    said = record.getMessage()
-    assert said.startswith(
+    message = record.getMessage()
+    assert message.startswith(
         f"row kernels on cuda: torch, because a launch on cuda:0 fails with {type(error).__name__}: "
     )
-    assert said.endswith(str(error).partition("\n")[0])
+    assert message.endswith(str(error).partition("\n")[0])
 
 
 @needs_triton

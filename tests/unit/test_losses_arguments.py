@@ -1,4 +1,4 @@
-"""Arguments of the streamed losses that do not fit: each is refused by name, value and rule."""
+"""Invalid arguments of the streamed losses: each is refused by name, value and rule."""
 
 from dataclasses import replace
 

@@ -150,7 +150,7 @@ def test_ids_masked_in_both_models_equal_a_smaller_vocabulary(name):
 
 @pytest.mark.parametrize("op", ["ce", *ALL])
 def test_token_of_weight_zero_may_hold_nan_or_an_impossible_label(op):
-    """A masked label, a padding position of NaN: neither the loss nor any gradient may notice."""
+    """A masked label or NaN at a padding position must change neither the loss nor any gradient."""
     case = random_case(9, 101, divergence="forward_kl" if op == "ce" else op)
     weight = case.head_s.weight
     bias = torch.zeros(101)

@@ -98,7 +98,7 @@ def test_rows_of_d_logits_match_to_1e_6_and_sum_to_zero(scheme, name, offset):
 @pytest.mark.parametrize("log_tail", [-16.0, -23.0, -60.0])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
 def test_tiny_tail_is_accurate_in_float32(name, log_tail):
-    """1 - sum q would lose everything below 1e-7."""
+    """1 - sum q would lose all precision below 1e-7."""
     student = torch.tensor([[12.0, 11.0, log_tail, log_tail - 1.0, log_tail + 0.5]])
     weights = torch.tensor([[0.5, 0.5]])
     record = SparseTarget(torch.tensor([[1, 0]]), weights, torch.tensor([log_tail]), torch.zeros(1), torch.zeros(1))
@@ -156,7 +156,7 @@ def test_record_of_the_student_itself_gives_a_zero_gradient_up_to_rounding(name)
     got, _ = streamed_sparse_answer(SparseCase(base, rounded))
     other, _ = streamed_sparse_answer(replace(case, base=base))
     assert 0 <= got.parts.kd.min() <= got.parts.kd.max() < 1e-6
-    if name == "tvd":  # its slope is a sign: rounding alone decides on it
+    if name == "tvd":  # its slope is a sign, determined by rounding
         return
     assert got.grad_hidden.norm() < 1e-6 * other.grad_hidden.norm()
     p = (logits / 2.0).softmax(-1)

@@ -1,4 +1,4 @@
-"""What the sparse loss refuses, by name, value and rule; and the cells of the matrix that it refuses with a reason."""
+"""Refusals of the sparse loss by name, value and rule; and refused cells of the matrix with their reason."""
 
 from dataclasses import replace
 

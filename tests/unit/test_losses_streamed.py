@@ -144,7 +144,7 @@ def test_bfloat16_error_is_one_rounding_of_the_gradient():
 
 @pytest.mark.parametrize("factor", [1 / 3, 1 / 777, 1 / 1000003])
 def test_bfloat16_gradient_is_rounded_once_after_the_upstream_factor(factor):
-    """1 / tokens has no short form: rounded by itself it would scale every gradient alike, by up to 0.2 percent."""
+    """1 / tokens is inexact in bfloat16: rounding it would scale all gradients by up to 0.2 percent."""
     case = random_case(37, 1000, dtype=torch.bfloat16, widths=(64, 64))
     expected = naive_answer(case)
     hidden, weight = case.hidden_s.clone().requires_grad_(), case.head_s.weight.clone().requires_grad_()

@@ -195,7 +195,7 @@ def test_custom_flash_rules_of_a_class_are_refused():
 
 @pytest.fixture
 def installed(monkeypatch):
-    """As if the packages of flash-attention were there."""
+    """Pretend that the packages of flash-attention are installed."""
     monkeypatch.setattr(attention, "flash_obstacle", lambda name: None)
 
 

@@ -1,4 +1,4 @@
-"""Backbone in one process: equal to the stock model, blind across documents, exact about its head."""
+"""Backbone in one process: equal to the stock model, separates documents, exact head."""
 
 import dataclasses
 
@@ -161,10 +161,10 @@ def test_model_that_returns_a_cache_is_refused(monkeypatch):
 
 
 def test_cache_lookup_triggers_no_deprecation_warning(monkeypatch):
-    said = []
-    monkeypatch.setattr(generic.logger, "warning_once", lambda message, *_: said.append(message))
+    messages = []
+    monkeypatch.setattr(generic.logger, "warning_once", lambda message, *_: messages.append(message))
     backbone_of(stock("llama")).hidden_states(batch_of(random_ids()))
-    assert said == []
+    assert messages == []
 
 
 @pytest.mark.parametrize("bad", [-1, 99, 101, 127, 128])

@@ -17,7 +17,7 @@ from kdtrain.models.flops import (
 
 
 def without(*names):
-    """What measuring says of an architecture that cannot use `names`."""
+    """The measurement of an architecture that cannot use `names`."""
     return lambda name: f"no {name} here" if name in names else None
 
 
@@ -52,9 +52,9 @@ def test_sdpa_precedes_packed_where_it_needs_no_mask(installed):
 
 
 def test_only_needed_implementations_are_measured():
-    asked = []
-    resolve_attention("auto", device_type="cpu", dtype="float32", measured=asked.append)
-    assert asked == ["packed"]
+    measured = []
+    resolve_attention("auto", device_type="cpu", dtype="float32", measured=measured.append)
+    assert measured == ["packed"]
 
 
 def test_auto_does_not_fall_back_to_eager_if_the_mask_is_too_large():
@@ -70,7 +70,10 @@ def test_explicit_choice_is_refused_with_the_measurement(installed, name):
     for how in ({"measured": without(name)}, {"size": without(name)}):
         with pytest.raises(ConfigError, match=f"attention = '{name}' cannot be used: no {name} here"):
             resolve_attention(name, device_type="cuda", dtype="bfloat16", **how)
-    assert resolve_attention(name, device_type="cuda", dtype="bfloat16", measured=without("x")) == (name, "asked for")
+    assert resolve_attention(name, device_type="cuda", dtype="bfloat16", measured=without("x")) == (
+        name,
+        "explicit setting",
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,7 @@ def test_explicit_choice_that_cannot_work_is_an_error(wanted, device, dtype, mat
 
 
 def test_explicit_choice_that_works_is_used():
-    assert resolve_attention("eager", device_type="cpu", dtype="float32") == ("eager", "asked for")
+    assert resolve_attention("eager", device_type="cpu", dtype="float32") == ("eager", "explicit setting")
 
 
 def config_of(*, tied):

@@ -1,4 +1,4 @@
-"""A model whose language model is a part of it is refused by that name, and its text part, saved alone, is read."""
+"""A multimodal model is refused by its kind, and its text part, saved alone, is loaded."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Which models may run on parts of their sequences, and what their attention is told: measured, never assumed."""
+"""Which models may run on parts of their sequences, and what their attention receives, by measurement."""
 
 import json
 
@@ -130,7 +130,7 @@ def test_arguments_for_other_heads_are_refused(name):
 
 
 def test_flash_attention_receives_boundaries_of_whole_sequences(monkeypatch):
-    """No such package here: what our function hands to the stock one is looked at instead."""
+    """The package is not installed, so the arguments passed to the stock function are checked instead."""
     calls = []
 
     def flash(module, query, key, value, attention_mask, **settings):

@@ -1,4 +1,4 @@
-"""Every tensor in the dtype in which transformers has it: loaded, exported, counted, and not quantised."""
+"""Every tensor has the dtype that transformers gives it: loaded, exported, counted, and not quantised."""
 
 import json
 

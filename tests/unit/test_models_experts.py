@@ -1,4 +1,4 @@
-"""Mixtures of experts in one process: both forms of folders, what is read of them, and what is refused."""
+"""Mixtures of experts in one process: both forms of folders, which tensors are read, and what is refused."""
 
 import json
 
@@ -87,7 +87,7 @@ def test_any_slice_of_a_packed_parameter_is_read_from_slices_of_the_files(tmp_pa
             before = files.elements_read
             found = files.read(name, shape, dim, start, stop)
             assert torch.equal(found, want.narrow(dim, start, stop - start)), (dim, start, stop)
-            assert files.elements_read - before == found.numel(), "more was read than asked for"
+            assert files.elements_read - before == found.numel(), "more was read than requested"
 
 
 def test_a_folder_that_lacks_experts_is_refused(tmp_path):

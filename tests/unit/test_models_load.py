@@ -1,4 +1,4 @@
-"""Loading and exporting in one process: what is read, in which dtype, and what is said when it cannot work."""
+"""Loading and exporting in one process: what is read, in which dtype, and the errors."""
 
 import json
 import os

@@ -29,7 +29,7 @@ EAGER = {"gemma2", "gpt_oss", "mimo_v2_flash"}
 
 QUIET = {"phimoe": {"router_jitter_noise": 0.0}}
 LEAKS = {"gpt_oss"}
-"""Stock models that let documents of a sequence see each other: their documents are run one by one instead."""
+"""Stock models that join the documents of a sequence: their documents are run one by one instead."""
 
 LENGTHS = [[21, 1, 18], [40], [3, 2, 1, 4, 9, 1, 1, 5, 14]]
 FAMILIES = [*sorted(TINY), *OTHERS, *sorted(MIXTURES)]

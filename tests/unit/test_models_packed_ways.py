@@ -40,7 +40,7 @@ def test_equal_and_long_documents_are_not_gathered():
 
 
 def varlen_by_definition(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    """What torch documents of varlen_attn, from its own arguments; demands what its kernel demands."""
+    """A stand-in that implements torch's documentation of varlen_attn and checks the requirements of its kernel."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert cu_q is cu_k
     assert query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
@@ -104,7 +104,7 @@ def test_installed_torch_has_the_variable_length_call_with_our_arguments():
     assert "the device is cpu" in packed.varlen_obstacle(torch.device("cpu"))
     packing = packing_of(CUTS["rows differ"])
     tokens = [x.detach().transpose(1, 2).flatten(0, 1).bfloat16() for x in inputs(packing)]
-    # its arguments are parsed and dispatched before the missing kernel is noticed
+    # its arguments are parsed and dispatched before the missing kernel raises
     with pytest.raises(RuntimeError, match=r"_flash_attention_forward|CPU"):
         by_varlen(tokens, packing, scale=0.1, window=None)
 

@@ -1,4 +1,5 @@
-"""A sequence longer than a model's positions is refused before a run, and one longer than it was made for is named."""
+"""A sequence longer than a model's positions is refused before a run; one beyond its trained length causes a
+warning."""
 
 import json
 
@@ -27,7 +28,7 @@ ENDING = {
     "opt": ({**OPT, "max_position_embeddings": 40}, 40),  # 42 rows: the first two are no positions
     "biogpt": ({"max_position_embeddings": 40}, 40),
     "bert": ({"max_position_embeddings": 40, "is_decoder": True}, 40),
-    "mpt": ({"max_seq_len": 40, "d_model": 32, "n_layers": 2}, 40),  # ALiBi from a table, whatever position_ids say
+    "mpt": ({"max_seq_len": 40, "d_model": 32, "n_layers": 2}, 40),  # ALiBi from a table, independent of position_ids
 }
 """model_type -> (settings, positions)"""
 

@@ -1,4 +1,5 @@
-"""What kdtrain takes for granted of an architecture is measured on a tiny copy, and refused with the measurement."""
+"""kdtrain's assumptions about an architecture are measured on a tiny copy; violations are refused with the
+measurement."""
 
 import json
 import time
@@ -91,7 +92,7 @@ def test_joined_documents_are_refused_only_if_positions_reset(tmp_path, name):
     match = rf"'{name}'(.|\n)*states of the second by [\d.e-]+(.|\n)*reset_positions=false"
     with pytest.raises(ConfigError, match=match):
         load(spec)
-    # What the probe says of the copy is true of the model.
+    # The result for the copy holds for the model.
     backbone = load(spec, packed=False)
     ids = torch.randint(5, 100, (1, 12), generator=torch.Generator().manual_seed(1))
     other = torch.cat([ids[:, :5] - 4, ids[:, 5:]], 1)
@@ -144,8 +145,8 @@ def test_refusal_names_the_model_and_the_setting_of_a_teacher(tmp_path):
     for trainable in (True, False):
         with pytest.raises(ParallelError) as refused:
             check_architecture(spec, 101, mesh, trainable=trainable)
-        said = f"architecture {str(path)!r}: parallel.tp = 16 is more than the 8 query heads"
-        assert str(refused.value).startswith(said)
+        message = f"architecture {str(path)!r}: parallel.tp = 16 is more than the 8 query heads"
+        assert str(refused.value).startswith(message)
         assert str(refused.value).endswith("teacher.tp ranks, parallel.tp of them by default") == (not trainable)
 
 
@@ -215,7 +216,7 @@ def test_copy_keeps_one_layer_of_each_kind_at_any_depth():
 
 
 def test_late_kind_of_layer_without_a_list_is_probed():
-    """Jamba says by period where attention is; its first two layers are recurrent, so they alone are found leaky."""
+    """Jamba places attention by period; its first two layers are recurrent, and a copy with only these leaks."""
     config = AutoConfig.for_model(
         "jamba", **COMMON, num_experts=1, attn_layer_period=4, attn_layer_offset=2, use_mamba_kernels=False
     )

@@ -1,4 +1,4 @@
-"""Rotary embeddings that depend on length: a packed document is what the stock model makes of that document alone."""
+"""Length-dependent rotary embeddings: a packed document equals the stock model on that document alone."""
 
 import copy
 import json
@@ -186,7 +186,7 @@ def test_tables_stay_in_float32_in_a_model_in_bfloat16(tmp_path, name):
         narrow.hidden_states(batch)
         (found,) = [module for module in narrow.modules() if isinstance(module, DocumentRotary)]
         kinds = ("full_attention",) if name.startswith("gemma3") else ()
-        for length in (5, ORIGINAL, 24):  # wide embeddings would show what a table in bfloat16 has lost
+        for length in (5, ORIGINAL, 24):  # wide embeddings show the error of a table in bfloat16
             positions = torch.arange(length)[None]
             want = type(found.stock)(narrow.config)(torch.zeros(1), positions, *kinds)
             for table, right in zip(found(torch.zeros(1), positions, *kinds), want, strict=True):
@@ -214,9 +214,9 @@ def test_length_dependence_is_logged_only_for_such_models(tmp_path, caplog):
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="kdtrain"):
             check_architecture(ModelSpec(architecture=str(tmp_path)), 101, Mesh())
-        said = [text for text in caplog.messages if "rotary" in text]
-        assert len(said) == (kind is not None)
-        assert not said or (f"of the type {kind}" in said[0] and "of its own length" in said[0])
+        messages = [text for text in caplog.messages if "rotary" in text]
+        assert len(messages) == (kind is not None)
+        assert not messages or (f"of the type {kind}" in messages[0] and "of its own length" in messages[0])
 
 
 def test_lengths_of_documents_are_found_in_every_row():

@@ -1,4 +1,4 @@
-"""An export says where text begins and ends: by the tokenizer for a new model, by its source for a continued one."""
+"""Special ids of an export: from the tokenizer for a new model, from the source for a continued one."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Configs that transformers writes but does not take back as they are, and configs of which it builds no model."""
+"""Configs that transformers writes but cannot read back, and configs that it rejects."""
 
 import json
 import math
@@ -30,7 +30,7 @@ INFINITE = {
 
 @pytest.mark.parametrize("model_type", INFINITE)
 def test_a_config_with_an_infinite_number_is_read_and_exported(tmp_path, model_type):
-    """config.json and checkpoints keep the number as an object, which transformers' own classes refuse."""
+    """config.json and checkpoints keep the number as an object, which transformers' own classes reject."""
     config = AutoConfig.for_model(
         model_type, vocab_size=101, hidden_size=32, num_hidden_layers=2, intermediate_size=44, **INFINITE[model_type]
     )

@@ -1,4 +1,4 @@
-"""What the tensors of a folder are: quantised, without a place, without a head, under a base model's names.
+"""Tensors of a folder: quantised, unused, without a head, or under a base model's names.
 
 Every folder is both checked (as --check does) and loaded, and must fare alike; what is loaded must be the model that
 transformers makes of the folder.
@@ -200,7 +200,7 @@ def test_a_base_model_with_a_tied_head_is_loaded_under_its_own_names(tmp_path, s
     save_random(tmp_path, settings, base=True, shard_size=shard_size)
     if shard_size == "1GB":
         edit_tensors(tmp_path, lambda tensors: tensors[name])  # published without the prefix
-    if settings["model_type"] == "gemma3_text":  # its soft-cap is the head's own business
+    if settings["model_type"] == "gemma3_text":  # its soft-cap belongs to the head
         check_and_load(tmp_path, packed=packed)
     else:
         equals_stock(tmp_path, packed=packed)

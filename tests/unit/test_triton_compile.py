@@ -1,4 +1,4 @@
-"""The triton row kernels compile for GPUs that are not here, and their machine code is what was meant."""
+"""The triton row kernels compile for GPUs that are not present, and their machine code has the intended form."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """What the short run of the benchmark says of each kernel, compiled anew: [{variant, target, registers, ...}]."""
+    """Results of the short run of the script for each kernel, compiled anew: [{variant, target, registers, ...}]."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
@@ -63,7 +63,7 @@ def test_fusion_of_products_and_sums_is_disabled_in_every_kernel(compiled):
 
 
 def run(script, tmp_path):
-    """What a script with the benchmark as `t` prints, compiling anew."""
+    """Output of a script that imports proofs/triton_sass.py as `t`, compiling anew."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "kernels")])
     env["TRITON_CACHE_DIR"] = str(tmp_path)

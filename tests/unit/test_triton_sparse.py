@@ -1,4 +1,4 @@
-"""Sparse row kernels in Triton: interpreted against their torch twins, and compiled for a device that is not here.
+"""Sparse row kernels in Triton: interpreted against `sparse_rows`, and compiled for a device that is not present.
 
 Interpreting and compiling exclude each other in one process, and both depend on the environment at import: this file
 is also the script that the tests run, `test_triton_sparse.py CHECK ...`.

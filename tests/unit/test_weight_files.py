@@ -1,4 +1,4 @@
-"""Which weight files a folder means: what transformers reads, or a refusal that names what contradicts what.
+"""Weight files of a folder: those that transformers reads, or a refusal that names the contradicting files.
 
 Every folder is both checked (as --check does) and loaded, and must fare alike.
 """
