@@ -1,11 +1,11 @@
-"""How long a save holds training up: written at once, and written while training goes on (checkpoint.async_write).
+"""How long saving a checkpoint blocks training: synchronous, and in the background (checkpoint.async_write).
 
     python benchmarks/bench_checkpoint.py            # measures -> benchmarks/results/cpu_checkpoint.csv (gpu_...)
     python benchmarks/bench_checkpoint.py --table    # CSV -> docs/results/checkpoint_cpu.md, and prints it
     python benchmarks/bench_checkpoint.py --model llama-20m --folder /scratch    # another size, another disk
 
 One process, ZeRO-1, float32, random weights and tokens. After a warm-up, in which the host memory of `behind` is
-allocated, rounds of three modes follow each other, so that a busy machine slows all; medians over the rounds:
+allocated, rounds of three modes alternate, so that load on the machine affects all alike; medians over the rounds:
 
 alone    steps while nothing is written
 at once  `checkpoint.save`: training waits until the checkpoint is on disk
@@ -41,7 +41,7 @@ SEQUENCES, SEQ_LEN, VOCAB = 2, 64, 8192
 
 
 class Bench:
-    """An engine that takes steps, and both ways to save it."""
+    """An engine that takes steps, and both ways to save its state."""
 
     def __init__(self, model: str, folder: Path) -> None:
         import torch
@@ -121,9 +121,9 @@ class Bench:
         while self.writer.in_flight is not None:
             steps.append(self.train())
             if not self.writer.busy:
-                asked = time.perf_counter()
+                start = time.perf_counter()
                 self.writer.advance()
-                stall += time.perf_counter() - asked
+                stall += time.perf_counter() - start
         return {"stall_s": stall, "on_disk_s": time.perf_counter() - began, "steps": steps}
 
     def alone(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Run:
     resumed: bool = False
 
     def stops(self) -> list[list[str]]:
-        """Settings of each launch that say where it stops; the last one goes to the end of the run."""
+        """Settings of each launch that set where it stops; the last one runs to the end."""
         from tests.support.tiny_run import TOKENS_PER_STEP
 
         return [[f"train.total_tokens={STEPS // 2 * TOKENS_PER_STEP}"], []] if self.resumed else [[]]

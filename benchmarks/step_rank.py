@@ -1,4 +1,5 @@
-"""One rank of benchmarks/bench_step.py: builds what a run has, and times rounds of steps by the run's own trainer."""
+"""One rank of benchmarks/bench_step.py: builds the parts of a run and times rounds of steps by the run's own
+trainer."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ DOCUMENT_TOKENS = 300
 
 
 def configuration(job: dict) -> Any:
-    """The run's configuration, as far as it says what is computed."""
+    """The parts of a run's configuration that determine the computation."""
     from kdtrain.config.schema import RunConfig
 
     cfg = RunConfig()
@@ -32,7 +33,7 @@ def configuration(job: dict) -> Any:
 
 
 def random_inputs(folder: Path, job: dict, main: bool) -> Any:
-    """A store of random tokens of the job's vocabulary, and what a run would know of it. Rank 0 writes."""
+    """A store of random tokens of the job's vocabulary, as inputs of a run. Rank 0 writes."""
     import numpy as np
     import torch.distributed as dist
     from tokenizers import Tokenizer, models
@@ -68,7 +69,7 @@ class TimedHead:
 
 
 class Unmeasured:
-    """An objective that is never asked for the metrics that cost another reading of the logits."""
+    """An objective without the metrics that need another pass over the logits."""
 
     def __init__(self, objective: Any) -> None:
         self.begin_step, self._objective = objective.begin_step, objective
@@ -78,7 +79,7 @@ class Unmeasured:
 
 
 class Stopwatch:
-    """Stands where a run has its reporter: seconds between reports, which the trainer makes after every step."""
+    """Replaces a run's reporter: seconds between reports, which the trainer makes after every step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -87,7 +88,7 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def step(self, progress: Any, means: Any, phases: dict[str, float], grad_norm: float, lr: float) -> None:
-        """The timer has been read just before, which on CUDA has synchronised the device."""
+        """Record the time. The timer was read just before, which synchronises a CUDA device."""
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self.phases.append(split(phases, now - self._last))
@@ -210,14 +211,14 @@ class Bench:
 
     def estimate(self, job: dict) -> Any:
         """Bytes per rank, from shapes alone."""
-        from kdtrain.models.load import ModelSpec, model_facts
+        from kdtrain.models.load import ModelSpec, model_info
         from kdtrain.training.estimate import ModelSize, estimate_memory
 
         def size(name: str) -> ModelSize:
-            facts = model_facts(ModelSpec(architecture=name, dtype=job["dtype"]), job["vocab"])
-            config = facts.config
+            info = model_info(ModelSpec(architecture=name, dtype=job["dtype"]), job["vocab"])
+            config = info.config
             return ModelSize(
-                facts.num_parameters,
+                info.num_parameters,
                 config.hidden_size,
                 config.num_hidden_layers,
                 job["vocab"],
@@ -239,7 +240,7 @@ class Bench:
 
 
 def warm_up(job: dict, folder: Path) -> None:
-    """A step of tiny models, so that what libraries import and allocate once is not counted as the job's memory."""
+    """A step of tiny models, so that one-time imports and allocations are not counted as the job's memory."""
     from kdtrain.models.tiny import tiny_config
 
     tiny = {**job, "vocab": 384, "seq_len": 16, "sequences": 2 * job["ranks"], "micro": 1, "steps": 1}

@@ -1,4 +1,4 @@
-"""Distilled against plainly trained: the same measurements at equal tokens and at equal seconds."""
+"""Compare a distilled with a plainly trained run: the same measurements at equal tokens and at equal seconds."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import yaml
 from kdtrain.errors import DataError
 
 EQUAL_SECONDS = 0.05
-"""Largest difference of two training times, as a share of the distilled run's, that is still called equal."""
+"""Largest difference of two training times, as a share of the distilled run's, that counts as equal."""
 
 SHARED = ("data.validation", "teacher.weights", "data.seq_len", "eval.max_tokens")
-"""Settings without which two runs' evaluations measure different things."""
+"""Settings that must be equal for two runs' evaluations to be comparable."""
 
 DEMO_TEACHER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 """The GGUF file that the quick start imports its teacher from; an imported folder's README.md holds the hash."""
@@ -78,7 +78,7 @@ def compare_runs(distill: Path, pretrain: Path) -> Comparison:
         raise DataError(
             f"{pretrain}: no evaluation at equal seconds: {distill} trained for {kd.seconds:.1f} s, the nearest "
             f"evaluation of the plain run is at {nearest.seconds:.1f} s, more than {100 * EQUAL_SECONDS:.0f} % away\n"
-            "  why: a comparison at equal seconds would favour the run that was given more of them\n"
+            "  why: a comparison at equal seconds would favour the run with more training time\n"
             "  fix: raise train.total_tokens of the plain run if it ended too early, else lower its eval.every_steps"
         )
     return Comparison(
@@ -119,7 +119,7 @@ def table_text(found: Comparison) -> str:
 
 
 def _about_teacher(weights: str) -> str:
-    """The demo's teacher by its provenance, if the folder's own card proves it; any other by its path."""
+    """Describe the demo's teacher by its provenance, if the model card has its hash; any other by its path."""
     card = Path(weights) / "README.md"
     if card.is_file() and DEMO_TEACHER_SHA256 in card.read_text(encoding="utf-8"):
         return DEMO_TEACHER
@@ -158,7 +158,7 @@ def _config(run: Path) -> Any:
 def _setting(config: Any, key: str, run: Path) -> Any:
     for part in key.split("."):
         if not isinstance(config, dict) or part not in config:
-            raise DataError(f"{run / 'config.yaml'} does not say {key}\n  fix: give a run folder of this version")
+            raise DataError(f"{run / 'config.yaml'} has no {key}\n  fix: give a run folder of this version")
         config = config[part]
     return config
 

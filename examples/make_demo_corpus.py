@@ -5,8 +5,8 @@
     python examples/make_demo_corpus.py sqlite3-doc_*.deb r-cran-janeaustenr_*.deb
 
 Writes sqlite.jsonl.xz and austen.jsonl.xz, one JSON object per line with "text" and "source", and SOURCES.md. Menus,
-footers, machine-made indices and repeated pages are left out: a document that mostly stands elsewhere would let
-held-out text leak into training.
+footers, machine-made indices and repeated pages are dropped: a document that mostly repeats others would leak held-out
+text into training.
 """
 
 import argparse
@@ -24,8 +24,8 @@ from pathlib import Path
 
 OUTPUT = Path(__file__).resolve().parent.parent / "kdtrain/assets/demo"
 MIN_CHARACTERS = 400
-MAX_SEEN = 0.3  # share of a document's characters that may stand in shorter ones
-MAX_PAGES = 10  # a paragraph on more pages than this is furniture
+MAX_SEEN = 0.3  # share of a document's characters that may occur in shorter ones
+MAX_PAGES = 10  # a paragraph on more pages than this is boilerplate
 INDEX_PAGES = re.compile(
     r"^(doc_.*|.*_index|requirements|matrix.*|toc.*|sitemap)\.html$"
 )  # made by machine: lists of links
@@ -76,7 +76,8 @@ def sqlite_documents(deb: Path, folder: Path):
 
 
 def without_repeats(documents: list[dict]):
-    """Documents in their order, without furniture and without those made of others (shorter ones are kept first)."""
+    """Documents in their order, without boilerplate and without those that repeat others (shorter ones are kept
+    first)."""
     pages = collections.Counter(p for d in documents for p in set(paragraphs(d["text"])))
     for document in documents:
         kept = [p for p in document["text"].split("\n\n") if pages[normal(p)] <= MAX_PAGES]
@@ -123,7 +124,7 @@ def austen_documents(deb: Path, folder: Path):
 def chapters(name: str, lines: list[str]):
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
     for number, chapter in enumerate(re.split(r"\n(?=(?:CHAPTER|Chapter) )", text)):
-        # single line breaks are the printed page's, not the author's
+        # single line breaks come from the printed page, not from the text
         flowing = re.sub(r"(?<!\n)\n(?!\n)", " ", chapter).strip()
         if len(flowing) >= MIN_CHARACTERS:
             yield {"text": flowing, "source": f"austen/{name}/{number}"}

@@ -2,7 +2,7 @@
 
 sdpa and eager run on a tiny copy whose first document changes. `packed` and stand-ins for the flash-attention packages
 must compute what the copy computes with masks, get the documents' boundaries in every attention layer, and fit the
-heads of the default config. This is what a run measures of its own models before it chooses.
+heads of the default config. A run makes the same measurement on its own models before it chooses an implementation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 NO_COPY = "no tiny copy"
 NOT_MEASURED, NONE = "not measured", "none"
-LEAK = "documents see each other with masks, which the rest is held against"
+LEAK = "documents attend to each other with masks, the reference for the rest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Apart:
 
 
 def documents_apart(model_type: str, copies: Sequence[Mapping[str, Any]]) -> Apart:
-    """What holds for the default config of `model_type`; copies: settings of tiny ones, the smallest first."""
+    """Result for the default config of `model_type`; copies: settings of tiny copies, the smallest first."""
     from kdtrain.models.attention import FLASH, PACKED
 
     found: dict[str, str | None] = {"sdpa": f"{NO_COPY}: its config has no width", "eager": f"{NO_COPY}: the same"}
@@ -44,7 +44,7 @@ def documents_apart(model_type: str, copies: Sequence[Mapping[str, Any]]) -> Apa
 
 
 def _tried(work: Callable[[], str | None]) -> str | None:
-    """What `work` returns, or why there is no tiny copy on which it could find out."""
+    """The result of `work`, or the reason why there is no tiny copy to run it on."""
     from kdtrain.errors import KdtrainError
     from kdtrain.models.stock import BUILD_ERRORS
 
@@ -55,7 +55,7 @@ def _tried(work: Callable[[], str | None]) -> str | None:
 
 
 def apart_of(obstacles: Mapping[str, str | None]) -> Apart:
-    """Flash-attention is one name if all packages are alike; implementations with one reason are named together."""
+    """Flash-attention is one name if all packages agree; implementations with the same reason are named together."""
     reasons: dict[str, list[str]] = {}
     for name, obstacle in obstacles.items():
         if obstacle is not None:
@@ -87,7 +87,8 @@ def _on_meta(settings: Mapping[str, Any], attention: str | None = None) -> Any:
 
 
 def _declared(model_type: str, name: str) -> str | None:
-    """What the class and the heads of its default config say, where that config makes a model at all."""
+    """The obstacle declared by the class and the heads of its default config, if a model can be built from that
+    config."""
     from kdtrain.models.attention_probe import declared_obstacle
 
     found = _tried(lambda: declared_obstacle(_on_meta({"model_type": model_type}), name))
@@ -112,7 +113,7 @@ def _masked(settings: Mapping[str, Any], name: str) -> str | None:
 
 
 def _in_place_of_masks(settings: Mapping[str, Any], name: str, masked: Mapping[str, str | None]) -> str | None:
-    """What is equal to attention with masks is worth what that is."""
+    """The obstacle of an implementation that is compared with masked attention; inherits the obstacle of the masks."""
     from kdtrain.models.attention_probe import attention_obstacle
 
     model = _on_meta(settings)

@@ -36,14 +36,14 @@ class Row:
 
 
 NOTES = (
-    "Result: `equal`, all errors within the tolerance; `refused`, kdtrain says at start-up why it cannot cut it;",
+    "Result: `equal`, all errors within the tolerance; `refused`, kdtrain gives the reason at start-up;",
     "`FAILED`, neither. `mixture of experts` (as students; mixtures may be teachers), `refused at tp 1 too` (it looks",
     "ahead, or changes its logits in an unknown way) and `no tiny copy` (most often a model of several modalities with",
     "its text part listed on its own) say nothing about tensor parallelism. Error: the worst of hidden states, loss",
     "and every parameter's gradient, relative, in the 2-norm.",
     "",
     "Packed documents: the attention implementations that keep them apart, measured on a copy of the default config",
-    "(`proofs/architecture_documents.py`); the detail says why the others do not. `flash` is flash-attention 2, 3",
+    "(`proofs/architecture_documents.py`); the detail has the reasons for the others. `flash` is flash-attention 2, 3",
     "and 4, where their package is installed; `none` is a class that runs with `data.reset_positions=false` only.",
 )
 SECTIONS = {
@@ -74,7 +74,7 @@ def table_of(rows: list[Row], command: str) -> str:
     lines = [
         "# Architectures over two tensor-parallel ranks against the stock model",
         "",
-        f"Made by `{command}` (`proofs/architectures.py`, which says how it is measured).",
+        f"Made by `{command}` (`proofs/architectures.py`, which describes the measurement).",
         f"{common.today()}, torch {torch.__version__}, transformers {transformers.__version__}, gloo on a CPU.",
         "",
         *counts_of(rows),

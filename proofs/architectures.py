@@ -1,4 +1,4 @@
-"""Every causal language model that transformers knows, cut over two ranks, against the stock model in one process.
+"""Every causal language model in transformers, sharded over two ranks, against the stock model in one process.
 
     python proofs/architectures.py           # a few minutes -> docs/results/architectures.md, and prints it
     python proofs/architectures.py --match phi     # only model types that contain it; writes nothing
@@ -9,8 +9,8 @@ transformers: hidden states, the summed cross-entropy, and every parameter's gra
 are relative, in the 2-norm; a gradient smaller than a hundredth of the whole gradient is measured against that
 hundredth, because some (the bias of keys) are zero but for rounding. Norms, biases and other vectors are moved away
 from ones and zeros. A copy that amplifies rounding is equal if its error is at most three times what the stock class
-alone shows when each of its weights is changed by one unit in the last place. Which attention keeps packed documents
-apart is measured by `architecture_documents.py`.
+alone shows when each of its weights is changed by one unit in the last place. `architecture_documents.py` measures
+which attention implementations separate packed documents.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ HINTS: dict[str, dict[str, Any]] = {
 """Settings without which no tiny copy of a default config can be built."""
 
 PRETRAINED_ONLY = ("cwm", "modernbert-decoder")
-"""Configs that refuse to be without ids of special tokens, which a random architecture has none of."""
+"""Configs that require ids of special tokens, which a random architecture lacks."""
 
 EXPERTS, ALONE, UNBUILT = "mixture of experts", "refused at tp 1 too", "no tiny copy"
 
@@ -107,7 +107,7 @@ def is_dropout(key: str) -> bool:
 
 
 def first_line(error: BaseException | str) -> str:
-    """Without the place of a copy, which is another in every run."""
+    """The first line of a message without the path of the copy, which differs in every run."""
     text = re.sub(r"^(architecture|model) '[^']*': ", "", str(error))
     return text.splitlines()[0].replace("|", "/")[:200] if text else type(error).__name__
 
@@ -239,7 +239,7 @@ def run_stock(path: Path, *, jitter: bool = False) -> dict[str, Any]:
 
 
 def run_cut(rank: int, world_size: int, path: str) -> dict[str, Any]:
-    """On every rank: what `run_stock` says, with this rank's part of each gradient."""
+    """On every rank: the results of `run_stock`, with this rank's part of each gradient."""
     from kdtrain.distributed.mesh import Mesh
     from kdtrain.losses import linear_cross_entropy
 
@@ -291,7 +291,7 @@ def errors_of(stock: dict[str, Any], cuts: dict[str, Any], answers: list[dict[st
 
 
 class Sweep:
-    """A pool of two ranks and a folder for configs. A case that kills its ranks does not end it."""
+    """A pool of two ranks and a folder for configs; continues after a case that kills its ranks."""
 
     def __init__(self, folder: Path, pool: Any = None) -> None:
         from kdtrain.testing.ranks import RankPool
@@ -311,7 +311,7 @@ class Sweep:
         return self.measure(path, model_type, name)
 
     def measure(self, path: Path, model_type: str, name: str) -> Row:
-        """Refused without ranks; else run on them."""
+        """Measure a copy on the ranks, unless it is refused at load."""
         from kdtrain.distributed.mesh import Mesh
         from kdtrain.errors import KdtrainError
 

@@ -1,8 +1,8 @@
 """One step of an untied Llama under DeepSpeed's own tensor parallelism (AutoTP), as a second opinion.
 
-Its process group is a global of the process, so it must run in ranks that do nothing else. It cuts a stock Hugging Face
-model inside deepspeed.initialize; the loss here is torch's cross-entropy on the logits the model returns. Used by
-proofs/layouts.py, whose table shows how far it and kdtrain are from plain torch and from each other.
+Its process group is global in a process, so it needs ranks of its own. It cuts a stock Hugging Face model inside
+deepspeed.initialize; the loss here is torch's cross-entropy on the logits the model returns. Used by proofs/layouts.py,
+whose table shows how far it and kdtrain are from plain torch and from each other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def run_step(rank: int, world_size: int, folder: str, weights: str) -> tuple[flo
     engine.backward(loss)
     pieces = dict(engine.module.named_parameters())
     if all(p.shape == full[name].shape for name, p in pieces.items()):
-        raise AssertionError("AutoTP has cut nothing: this would be no test of it")
+        raise AssertionError("AutoTP has sharded nothing, so this tests nothing")
     gradients = {name: gathered(p.grad, full[name].shape) for name, p in pieces.items()}
     return loss.item(), gradients if rank == 0 else {}
 

@@ -2,8 +2,8 @@
 
 Peers are called, never copied; `pip install nvidia-modelopt megatron-core` has them, a CPU is enough. The losses of
 nvidia-modelopt take their tensor-parallel group from megatron-core's parallel_state. As Megatron-LM's loss function
-treats them: the full-vocabulary loss is a part per rank, summed without autograd for the report while backward starts
-from each rank's own part; the top-k loss is whole on every rank.
+treats them: each rank has a partial full-vocabulary loss, summed without autograd for the report, while backward starts
+from the rank's own part; the top-k loss is whole on every rank.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def both_renormalised(student, teacher, labels, *, divergence, temperature, top_
 
 
 def torch_kl_div(student, teacher, labels, *, group, shard, divergence, temperature):
-    """What a single-rank formula does on a cut vocabulary: every rank normalises over its own columns."""
+    """A single-rank formula on a sharded vocabulary: every rank normalises over its own columns only."""
     log_q, log_p = (F.log_softmax(x / temperature, -1) for x in (student, teacher))
     return F.kl_div(log_q, log_p, reduction="sum", log_target=True) * temperature**2
 

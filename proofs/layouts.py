@@ -5,14 +5,13 @@
     python proofs/layouts.py --device cuda --ranks 1 2   # a GPU per rank, NCCL -> docs/results/layouts_cuda.md
 
 The steps are those of tests/support/layout_steps.py: whole logits, autograd and torch's AdamW on one side, kdtrain
-under DeepSpeed on the other; eight sequences with 11, 0, 1, ... valid tokens, rates that change, clipping that bites,
-weight decay. tests/distributed/test_engine_layouts.py has a few layouts for every submission; here are all that make
-sense. Columns, all against plain torch in float32: relative error of step 1's loss and of its gradient norm (before
-clipping); the worst parameter's |gradient - right| / |right| in the 2-norm, each gradient gathered from all ranks out
-of AdamW's first moment after step 1; the worst absolute error of any weight after three steps; the relative error of
-the loss on other data then. A layout is right if all five are within the limits of its dtype: 1e-5 in float32; in
-bfloat16 those of tests/support/layout_oracle.py, for gradients 1.5 times the error of plain torch in one process in
-bfloat16.
+under DeepSpeed on the other; eight sequences with 11, 0, 1, ... valid tokens, rates that change, active clipping,
+weight decay. tests/distributed/test_engine_layouts.py tests a few layouts; this script runs all meaningful ones.
+Columns, all against plain torch in float32: relative error of step 1's loss and of its gradient norm (before clipping);
+the worst parameter's |gradient - right| / |right| in the 2-norm, each gradient gathered from all ranks out of AdamW's
+first moment after step 1; the worst absolute error of any weight after three steps; the relative error of the loss on
+other data then. A layout is right if all five are within the limits of its dtype: 1e-5 in float32; in bfloat16 those of
+tests/support/layout_oracle.py, for gradients 1.5 times the error of plain torch in one process in bfloat16.
 """
 
 from __future__ import annotations
@@ -147,7 +146,7 @@ class Row:
 def run_group(
     world: int, chosen: list[Case], folder: Path, device_type: str = "cpu"
 ) -> list[tuple[list[Any] | None, str]]:
-    """(each rank's answer, or None, and why) per layout. A layout that fails may not hide the others."""
+    """Per layout (each rank's result or None, reason). If a group fails, its layouts run one at a time."""
     try:
         return [(answers, "") for answers in attempt(world, chosen, folder, device_type)]
     except (AssertionError, TimeoutError) as error:
@@ -259,7 +258,7 @@ def table_of(rows: list[Row], more: list[str], device_type: str = "cpu") -> str:
         [
             "# Layouts against plain torch in one process",
             "",
-            f"Made by {made} (`proofs/layouts.py`, which says what the columns mean).",
+            f"Made by {made} (`proofs/layouts.py`, which explains the columns).",
             f"Commit {common.current_commit()}, {common.today()}, torch {torch.__version__}, deepspeed "
             f"{deepspeed.__version__}, {where}.",
             "",

@@ -95,8 +95,8 @@ def run(checkout: Path, *words: object) -> None:
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, cwd=checkout, env=environment, check=False, capture_output=True, text=True)
     if done.returncode:
-        said = done.stdout[-3000:] + done.stderr[-3000:]
-        sys.exit(f"{' '.join(command)}\nended with {done.returncode} in {checkout}\n{said}")
+        output = done.stdout[-3000:] + done.stderr[-3000:]
+        sys.exit(f"{' '.join(command)}\nended with {done.returncode} in {checkout}\n{output}")
 
 
 def train(checkout: Path, ranks: int, *words: object) -> None:

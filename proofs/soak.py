@@ -1,6 +1,6 @@
 """Kill a training run at random moments, again and again; every resume must reach the same weights, bit for bit.
 
-    python proofs/soak.py               # until 200 kills are behind it -> docs/results/soak.md
+    python proofs/soak.py               # until 200 kills are done -> docs/results/soak.md
     python proofs/soak.py --kills 50    # fewer
     python proofs/soak.py --behind      # the same with checkpoint.async_write -> docs/results/soak_behind.md
 
@@ -9,9 +9,9 @@ from a tiny teacher, a checkpoint after every step. It is killed at a moment dra
 SIGTERM, anywhere between its start and its end, or within milliseconds of the beginning of a checkpoint; then
 resumed, and killed again (KILLS_PER_RUN times); then it may end. After every kill the newest checkpoint must read back
 with right checksums and be no older than the newest that was complete when the signal was sent. At the end every
-reported loss and all weights must equal those of a run that nobody killed.
+reported loss and all weights must equal those of an uninterrupted run.
 
-What happened goes line by line to soak.jsonl (soak_behind.jsonl) in --work; the same command goes on where it stopped.
+Results go line by line to soak.jsonl (soak_behind.jsonl) in --work; the same command continues where it stopped.
 Processes are forked from a server that has imported the libraries, so that a kill and a resume take seconds.
 """
 
@@ -117,7 +117,7 @@ class Trainee:
         self.process = forked(train, str(config), name, str(self.log), *words)
 
     def _hidden(self) -> dict[str, int]:
-        """Folders that are being written or removed, or were when a kill came, with the times they changed."""
+        """Folders that are being written or removed, or were at a kill, with their times of change."""
         found = {}
         for folder in (self.run / "checkpoints").glob(".step_*"):
             with suppress(FileNotFoundError):  # it has just been renamed or removed
@@ -125,11 +125,11 @@ class Trainee:
         return found
 
     def unfinished(self) -> list[str]:
-        """Names of those that this process, no former one, has touched."""
+        """Names of those that this process, not a former one, has changed."""
         return sorted(name for name, changed in self._hidden().items() if self._before.get(name) != changed)
 
     def complete(self) -> list[int]:
-        """Steps whose checkpoints have their names."""
+        """Steps whose checkpoints have their final names."""
         return sorted(int(folder.name[5:]) for folder in (self.run / "checkpoints").glob("step_*"))
 
     def wait(self) -> int:
@@ -161,7 +161,7 @@ class Plan:
 
 
 def kill(trainee: Trainee, plan: Plan) -> bool:
-    """Send the signal when the plan says so; False if the run had ended before."""
+    """Send the signal at the time of the plan; False if the run had ended before."""
     if plan.in_save_of is not None:
         while trainee.process.is_alive() and not any(
             int(name[6:12]) >= plan.in_save_of for name in trainee.unfinished() if name.endswith(".writing")
@@ -187,7 +187,7 @@ def last_good(run: Path) -> int:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What a finished run has learned: every reported loss and norm, and a hash of all weights."""
+    """The result of a finished run: every reported loss and norm, and a hash of all weights."""
     from kdtrain.engine import checkpoint
     from kdtrain.telemetry.jsonl_sink import read_records
 
@@ -201,8 +201,8 @@ def outcome(run: Path) -> dict[str, Any]:
     return {"step": checkpoint.step_of(folder), "weights": digest.hexdigest(), "records": records}
 
 
-def finish(config: Path, name: str, *words: str) -> tuple[dict[str, Any], float]:
-    """Let a run go on to its end: its outcome, and the seconds that took. SystemExit if it fails."""
+def run_to_end(config: Path, name: str, *words: str) -> tuple[dict[str, Any], float]:
+    """Run or resume to the end; returns the outcome and the seconds it took. SystemExit if it fails."""
     trainee = Trainee(config, name, *words)
     code = trainee.wait()
     if code != DONE:
@@ -213,10 +213,9 @@ def finish(config: Path, name: str, *words: str) -> tuple[dict[str, Any], float]
 def one_kill(
     config: Path, name: str, number: int, whole: dict[str, Any], seconds: float, *words: str
 ) -> dict[str, Any]:
-    """Start or resume `name` and kill it as the number-th plan says. What happened, and what is left.
+    """Start or resume `name` and kill it according to the number-th plan; returns the record of the kill.
 
-    A run that ends before its moment comes must have ended as `whole`, and is begun anew. wrong: what must not be,
-    empty if all is well.
+    A run that ends before its kill must have ended as `whole`, and is started again. wrong: the fault, empty if none.
     """
     plan = Plan.draw(number, seconds)
     for _ in range(ATTEMPTS):
@@ -231,7 +230,7 @@ def one_kill(
 
 
 def aftermath(trainee: Trainee, plan: Plan) -> dict[str, Any]:
-    """The signal has just been sent: how the process ended, and whether its last good checkpoint can be read."""
+    """After the signal: how the process ended, and whether its last good checkpoint can be read."""
     from kdtrain.errors import CheckpointError
 
     newest = max(trainee.complete(), default=-1)
@@ -258,7 +257,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def soak(work: Path, kills: int, *, behind: bool = False) -> list[dict[str, Any]]:
     """Kill until `kills` records are in work/soak.jsonl; all of them. A run's records are written when it has ended.
 
-    behind: checkpoints are written while training goes on, except by the run that nobody kills; other file names.
+    behind: checkpoints are written in the background, except by the uninterrupted run; other file names.
     """
     log = work / ("soak_behind.jsonl" if behind else "soak.jsonl")
     words = (BEHIND,) if behind else ()
@@ -272,7 +271,7 @@ def soak(work: Path, kills: int, *, behind: bool = False) -> list[dict[str, Any]
     while len(found) < kills:
         started, name = time.monotonic(), f"kill_{len(found):04d}"
         some = [one_kill(config, name, len(found) + n, whole, seconds, *words) for n in range(KILLS_PER_RUN)]
-        result, _ = finish(config, name, *words)
+        result, _ = run_to_end(config, name, *words)
         for record in some:
             record |= {"same": result == whole, "run_s": time.monotonic() - started, "commit": commit}
         found += some
@@ -285,12 +284,12 @@ def soak(work: Path, kills: int, *, behind: bool = False) -> list[dict[str, Any]
 
 
 def reference(config: Path) -> tuple[dict[str, Any], float]:
-    """What a run learns that nobody kills, and how long it takes. SystemExit unless two of them are alike."""
-    first, _ = finish(config, "whole")
+    """Outcome and seconds of an uninterrupted run. SystemExit unless two of them agree."""
+    first, _ = run_to_end(config, "whole")
     shutil.rmtree(config.parent / "runs" / "whole")
-    whole, seconds = finish(config, "whole")  # the first waited for the libraries
+    whole, seconds = run_to_end(config, "whole")  # the first one includes loading the libraries
     if whole != first or whole["step"] != STEPS or len(whole["records"]) != STEPS:
-        raise SystemExit(f"two runs that nobody killed differ, or have no {STEPS} steps; see {config.parent}")
+        raise SystemExit(f"two uninterrupted runs differ, or have no {STEPS} steps; see {config.parent}")
     return whole, seconds
 
 
@@ -301,7 +300,7 @@ def faults(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def when(record: dict[str, Any]) -> str:
     """In words, for the table."""
     if record["code"] == STOPPED:
-        return "heeded: saved after the step and left with code 75"
+        return "handled: saved after the step and exited with code 75"
     if any(name.endswith(".writing") for name in record["left"]):
         return "inside a save (a partial checkpoint was left)"
     if record["left"]:
@@ -321,9 +320,9 @@ def table_of(found: list[dict[str, Any]], *, behind: bool = False) -> str:
     counts = Counter((when(record), names[record["signal"]]) for record in found)
     aimed = sum(record["in_save_of"] is not None for record in found)
     lines = [
-        "# Killed at random moments" + (", checkpoints written while training goes on" if behind else ""),
+        "# Killed at random moments" + (", checkpoints written in the background" if behind else ""),
         "",
-        f"Made by `make soak{' ARGS=--behind' if behind else ''}` (`proofs/soak.py`, which says what is done and",
+        f"Made by `make soak{' ARGS=--behind' if behind else ''}` (`proofs/soak.py`, which describes what is done and",
         "checked).",
         f"Commit {', '.join(sorted({record['commit'] for record in found}))}, {common.today()}, torch "
         f"{torch.__version__}, deepspeed {deepspeed.__version__}, one process on a CPU.",
@@ -331,7 +330,7 @@ def table_of(found: list[dict[str, Any]], *, behind: bool = False) -> str:
         f"**{len(found)} kills in {len({record['name'] for record in found})} runs, {len(bad)} with a fault.** "
         f"{aimed} were aimed at a checkpoint being written.",
         "After every kill the newest checkpoint was read back with right checksums and none that had been complete was",
-        f"lost; every run then reached step {STEPS} with the losses and weights of the run nobody killed, bit for bit."
+        f"lost; every run then reached step {STEPS} with the losses and weights of an uninterrupted run, bit for bit."
         if not bad
         else "The faults are listed below.",
         "",

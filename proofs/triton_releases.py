@@ -1,10 +1,11 @@
-"""Compile every row kernel by several releases of triton: which of them setup.py may allow. No GPU is needed.
+"""Compile every row kernel with several releases of triton, to find those that setup.py may allow. Needs no GPU.
 
     python proofs/triton_releases.py                 # RELEASES, 15 minutes -> docs/results/triton_releases.md
     python proofs/triton_releases.py --only 3.10.0   # what is wrong with one release, printed
 
-Each release is installed by pip into a folder of its own, without its needs, and runs `triton_sass.py --json` and
-`triton_sass_lists.py --json`. Exit code 1 if setup.py allows a release with a fault, or without its machine code here.
+Each release is installed by pip into a folder of its own, without its dependencies, and runs `triton_sass.py --json`
+and `triton_sass_lists.py --json`. Exit code 1 if setup.py allows a release with a fault, or without its machine code
+here.
 """
 
 from __future__ import annotations

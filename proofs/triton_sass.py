@@ -1,14 +1,14 @@
-"""Compile every variant of the dense row kernels ahead of time and look at the machine code. No GPU is needed.
+"""Compile every variant of the dense row kernels ahead of time and check the machine code. Needs no GPU.
 
     python proofs/triton_sass.py            # every variant and target, 15 minutes -> docs/results/triton_sass.md
     python proofs/triton_sass.py --json     # all on sm_90, each kernel's heaviest form on every target: JSON lines
-    python proofs/triton_sass.py --quick    # a representative few, as JSON lines: what the tests run
+    python proofs/triton_sass.py --quick # a representative few, as JSON lines, run by the tests
 
-Needs triton (`pip install triton`), whose wheel brings the compilers and cuobjdump. Compiled with the types, promises
-and options of a launch by kdtrain_kernels.triton.rows: float32 slabs, strides divisible by 128, base pointers by 16.
-Fails (exit code 1), after all is compiled, if a kernel touches local memory (registers spilled), does not read its
-slabs 16 bytes at a time, or rounds in place and reaches a barrier before its loads have completed (triton_waits.py).
-For NVIDIA the numbers are those of `cuobjdump`, for AMD those in the assembly's metadata.
+Needs triton (`pip install triton`), whose wheel contains the compilers and cuobjdump. Compiled with the types,
+assumptions and options of a launch by kdtrain_kernels.triton.rows: float32 slabs, strides divisible by 128, base
+pointers by 16. Fails (exit code 1), after all is compiled, if a kernel touches local memory (registers spilled), does
+not read its slabs 16 bytes at a time, or rounds in place and reaches a barrier before its loads have completed
+(triton_waits.py). For NVIDIA the numbers are those of `cuobjdump`, for AMD those in the assembly's metadata.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """Everything that a launch may ask for, up to the numbers in a divergence's parameters."""
+    """Every variant that a launch may use, up to the numbers in a divergence's parameters."""
     found = [Variant("first_argmax", "first_argmax_kernel", "max", {})]
     for name, kernel, launch in [
         ("row_stats", "row_stats_kernel", "stats"),
@@ -103,7 +103,7 @@ def _suffix(flags: dict[str, Any]) -> str:
         "scale": flags.get("SCALED", False),
         "bf16": flags.get("NARROW", False),
     }
-    return "".join(f", {word}" for word, said in words.items() if said)
+    return "".join(f", {word}" for word, flag in words.items() if flag)
 
 
 HEAVY = (
@@ -133,7 +133,7 @@ def quick(variant: Variant, target: str) -> bool:
 
 
 def releases(variant: Variant, target: str) -> bool:
-    """Whether releases of triton are compared by it."""
+    """Whether releases of triton are compared on it."""
     return target == "sm_90" or variant.name in HEAVY
 
 
@@ -159,7 +159,7 @@ def compile_one(variant: Variant, target: str, backend: str | None = None) -> di
 
 
 def nvidia(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump, which triton's wheel brings, says of a cubin."""
+    """Numbers from cuobjdump, contained in triton's wheel, for a cubin."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -195,7 +195,7 @@ def amd(assembly: str) -> dict[str, int]:
 
 
 def spilled(row: dict[str, Any]) -> list[str]:
-    """Local memory, if it is touched: a stack that no instruction reads or writes costs nothing (NVIDIA)."""
+    """Faults of local memory: a stack that no instruction reads or writes costs nothing (NVIDIA)."""
     if row["spills"] or (row["stack"] and row["target"].startswith("gfx")):
         return [f"{row['spills']} instructions and {row['stack']} bytes of local memory"]
     return []

@@ -1,4 +1,4 @@
-"""Compile the kernels of sparse records, top-k lists and samples for every target, and look at their machine code.
+"""Compile the kernels of sparse records, top-k lists and samples for every target, and check their machine code.
 
     python proofs/triton_sass_lists.py          # two minutes -> docs/results/triton_sass_lists.md; no GPU is needed
     python proofs/triton_sass_lists.py --json   # the same, as JSON lines on stdout; no table
@@ -30,7 +30,7 @@ STREAMS = ("sparse_", "lane maxima", "tail sums", "lane sums")
 
 def compile_one(file: str, name: str, target: str) -> dict[str, Any]:
     """Registers, local memory, wide loads and stores, barriers of a variant."""
-    module = load_file(ROOT / "tests/unit" / f"{file}.py")  # it knows the kernels' argument types
+    module = load_file(ROOT / "tests/unit" / f"{file}.py")  # it has the kernels' argument types
     variants = module.variants() if file == "test_triton_sparse" else module.VARIANTS
     built = module.compiled(*variants[name], target=TARGETS[target])
     numbers = nvidia(built.asm["cubin"]) if TARGETS[target].backend == "cuda" else amd(built.asm["amdgcn"])

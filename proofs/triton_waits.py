@@ -14,8 +14,8 @@ SASS = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(.+?)\s*;\s*/\* 0x[0-9a-f]{16} \*/\s*/\
 def in_flight_nvidia(sass: str) -> int:
     """Most wide loads in flight at a barrier. sass: of `cuobjdump --dump-sass`, sm_70 to sm_120.
 
-    The upper word of an instruction says which scoreboard its answer releases (bits 46 to 48) and for which ones it
-    waits before it is issued (bits 52 to 57). Raises ValueError where no instruction is found.
+    The upper word of an instruction holds the scoreboard that its result releases (bits 46 to 48) and those it waits
+    for before it is issued (bits 52 to 57). Raises ValueError where no instruction is found.
     """
     code = [(text, int(word, 16)) for text, word in SASS.findall(sass)]
     if not code:
@@ -35,7 +35,7 @@ def in_flight_nvidia(sass: str) -> int:
 
 def in_flight_amd(assembly: str) -> int:
     """The same from assembly for gfx9, whose memory operations are counted and complete in order."""
-    queue: list[int] = []  # places of operations; -1 for those that do not matter
+    queue: list[int] = []  # positions of operations; -1 for irrelevant ones
     most = 0
     for place, line in [*enumerate(assembly.splitlines())] * 2:
         code = line.split(";")[0]

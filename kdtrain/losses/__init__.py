@@ -1,7 +1,7 @@
 """Losses on hidden states: streamed, vocabulary-parallel, with hand-written gradients.
 
-Stands alone: needs torch only (no deepspeed, no transformers), takes its process group as an argument, and can be
-dropped into another trainer.
+The package needs torch only (no deepspeed, no transformers) and takes its process group as an argument, so it can be
+used in another trainer.
 """
 
 from kdtrain.losses import matrix, reference

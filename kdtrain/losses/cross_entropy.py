@@ -40,16 +40,15 @@ def linear_cross_entropy(
     float64 for float64 inputs) and `ce` [T], nats (0 where the label is not a token), both replicated.
     z_weight [T] adds sum_t z_weight[t] lse[t]^2, with lse = log sum exp of the logits (z-loss, PaLM, arXiv 2204.02311).
     main_grad [v, D] in the working dtype receives d(head) on top of what it holds, in forward, and the weight gets no
-    .grad: backward must then be called once, with an upstream gradient of 1 (ValueError else). Do not recompute this
-    call (activation checkpointing around it) nor drop its loss: each forward adds to the buffer.
+    .grad: backward must then be called once, with an upstream gradient of 1 (ValueError otherwise). Do not recompute
+    this call (activation checkpointing around it) or discard its loss: each forward adds to the buffer.
 
     Memory beyond inputs and gradients: half of slab_bytes (chunks are those of `linear_kd_loss`, with one model) and a
     few cache blocks. Gradients accumulate in float32 (float64) and are kept so until backward, which scales and rounds
-    them into new tensors: d(hidden) complete on every rank, d(head) of this rank's rows, 0 in padding rows. With
-    no_grad none of that work is done.
-    Communicates over `group`: one all-gather of [C, 4] per chunk, hidden behind the next chunk, and, if hidden needs a
-    gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for arguments that do not fit; nothing is
-    computed then.
+    them into new tensors: d(hidden) complete on every rank, d(head) of this rank's rows, 0 in padding rows. Under
+    no_grad no gradient is computed. Communicates over `group`: one all-gather of [C, 4] per chunk, hidden behind the
+    next chunk, and, if hidden needs a gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for
+    inconsistent arguments before anything is computed.
     """
     head = stream.as_head(head)
     checks.check_shard(shard, group)
@@ -86,7 +85,7 @@ PendingChunk = tuple[Tensor, Callable[[], Tensor]]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradient in forward: backward holds d(hidden) and d(head) only."""
+    """Computes gradients in forward, so that only d(hidden) and d(head) are kept for backward."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Distillation from a full teacher distribution: both models' hidden states in, loss and gradients out.
+"""Distillation from a full teacher distribution: loss and gradients from the hidden states of both models.
 
 Streamed over token chunks and vocabulary shards; neither model's [T, V] logits ever exist. One all-gather of ten
 numbers per token and rank merges the statistics, a second one of one number follows for the divergences that need it.
@@ -53,20 +53,19 @@ def linear_kd_loss(
     """sum_t kd_weight[t] temperature^2 D[t] + ce_weight[t] CE[t], with D the divergence of `losses.reference`.
 
     hidden_s [T, D] and hidden_t [T, E], replicated over `group`; head_s [v, D] and head_t [v, E] (or HeadShards), this
-    rank's rows of both heads, cut alike; labels [T] global ids, any value where ce_weight is 0; weights [T], constants.
-    The teacher's arguments never receive a gradient. Only the parameters of the chosen divergence are read. With
-    `measure`, LossParts also has entropies, KL at temperature 1, total variation and top-1 agreement per token (one
-    more reading of both logits). z_weight and main_grad as in `linear_cross_entropy`. Everything returned is replicated
-    over the group; values in nats.
+    rank's rows of both heads, sharded alike; labels [T] global ids, any value where ce_weight is 0; weights [T],
+    constants. The teacher's arguments never receive a gradient. Only the parameters of the chosen divergence are read.
+    With `measure`, LossParts also has entropies, KL at temperature 1, total variation and top-1 agreement per token
+    (one more reading of both logits). z_weight and main_grad as in `linear_cross_entropy`. Everything returned is
+    replicated over the group; values in nats.
 
     Where kd_weight is 0 everywhere, loss and gradients are bitwise those of `linear_cross_entropy`.
     Memory beyond inputs and gradients: slab_bytes and a few cache blocks. Gradients accumulate in float32 (float64) and
     are kept so until backward, which scales and rounds them into new tensors: d(hidden_s) complete on every rank,
-    d(head_s) of this rank's rows, 0 in padding rows. With no_grad none of that work is done.
-    Communicates over `group`: per chunk one all-gather of [C, 10] (and one of [C, 1] for all but forward_kl and
-    reverse_kl; one of [C, 4] to measure); per call one all-gather of [T, 1] ([T, 5] to measure) and, if hidden_s needs
-    a gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for arguments that do not fit; nothing
-    is computed then.
+    d(head_s) of this rank's rows, 0 in padding rows. Under no_grad no gradient is computed. Communicates over `group`:
+    per chunk one all-gather of [C, 10] (and one of [C, 1] for all but forward_kl and reverse_kl; one of [C, 4] to
+    measure); per call one all-gather of [T, 1] ([T, 5] to measure) and, if hidden_s needs a gradient, one all-reduce of
+    [T, D]; nothing in backward. Raises ValueError for inconsistent arguments before anything is computed.
     """
     head_s, head_t = stream.as_head(head_s), stream.as_head(head_t)
     checks.check_shard(shard, group)
@@ -105,8 +104,8 @@ def linear_kd_loss(
 
 
 _FIELDS = ("lse", "ce", "teacher_ce", "agreement", "kd", "student_entropy", "teacher_entropy", "forward_kl", "tvd")
-"""Rows of the table that the Function returns: fields of LossParts. From "kd" on they are sums over columns, of which
-each rank holds its part until the end of the call."""
+"""Rows of the table that the Function returns: fields of LossParts. From "kd" on they are sums over columns; each rank
+holds a partial sum until the end of the call."""
 _LSE, _CE, _TEACHER_CE, _AGREEMENT, _KD, _STUDENT_ENTROPY, _TEACHER_ENTROPY, _FORWARD_KL, _TVD = range(9)
 _ALWAYS = ("lse", "ce", "teacher_ce", "kd")
 
@@ -134,7 +133,7 @@ PendingChunk = tuple[tuple[Tensor, Tensor], Callable[[], Tensor]]
 
 
 class _LinearKd(torch.autograd.Function):
-    """Gradient in forward: backward holds d(hidden) and d(head) only."""
+    """Computes gradients in forward, so that only d(hidden) and d(head) are kept for backward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
@@ -175,7 +174,7 @@ class _LinearKd(torch.autograd.Function):
                 grads.add(student, chunk, operand)
 
         stream.run_pipelined(hidden.shape[0], rows, depth, issue, complete)
-        _finish_table(call, table)
+        _sum_over_ranks(call, table)
         loss = call.weights.loss(table[_LSE], table[_CE], call.temperature**2 * table[_KD]).to(work)
         stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)
         fields = table[:-1].to(work)
@@ -191,7 +190,7 @@ class _LinearKd(torch.autograd.Function):
 def _divergence_of_chunk(
     call: _Call, slabs: tuple[Tensor, Tensor], totals: PairTotals, table: Tensor, scratch: Scratch
 ) -> PairTotals:
-    """Fill a chunk's columns of the table with what needs no gradient; the totals with Z in them."""
+    """Fill a chunk's columns of the table with the values that need no gradient; returns the totals including Z."""
     kernels, temperature, spec = call.kernels, call.temperature, call.spec
     table[_CE], table[_LSE] = totals.student.label_nll(), totals.student.lse()
     table[_TEACHER_CE] = totals.teacher.label_nll()
@@ -209,9 +208,12 @@ def _divergence_of_chunk(
 
 
 def _measure(call: _Call, slabs: tuple[Tensor, Tensor], totals: PairTotals, table: Tensor, scratch: Scratch) -> None:
-    """What is only looked at. Entropies are log sum exp(x) - sum q x: the first term goes in on one rank."""
+    """Fill the measured values that do not enter the loss.
+
+    Entropies are log sum exp(x) - sum q x; one rank adds the first term.
+    """
     parts = call.kernels.pair_measure(*slabs, totals, call.temperature, scratch=scratch)
-    first = 0 if call.shard.start else 1  # exactly one rank of a group holds id 0
+    first = 0 if call.shard.start else 1  # exactly one rank of a group owns id 0
     table[_STUDENT_ENTROPY] = first * totals.student.log_sum - parts[:, 0]
     table[_TEACHER_ENTROPY] = first * totals.teacher.log_sum - parts[:, 1]
     table[_FORWARD_KL] = parts[:, 2]
@@ -230,11 +232,11 @@ def _agreement(call: _Call, slabs: tuple[Tensor, Tensor], scratch: Scratch) -> T
     return (winners[:, 0] == winners[:, 1]).double()
 
 
-def _finish_table(call: _Call, table: Tensor) -> None:
-    """Sum what each rank holds a part of, once per call, in rank order; then what needs the sums."""
+def _sum_over_ranks(call: _Call, table: Tensor) -> None:
+    """Sum the ranks' partial sums in rank order, once per call, then compute the values that depend on the sums."""
     last = _TVD if call.measure else _KD
     # Each rank has the terms of its own rows only.
     table[_KD : last + 1] = gather_ranks(table[_KD : last + 1], call.group).sum(0)
-    table[_KD] = call.spec.finish(table[_KD], table[-1])
+    table[_KD] = call.spec.from_sums(table[_KD], table[-1])
     table[_FORWARD_KL].clamp_(min=0.0)
     table[_CE:_AGREEMENT] *= stream.is_token(call.labels, call.shard)

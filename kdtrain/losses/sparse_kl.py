@@ -1,8 +1,8 @@
-"""Distillation from a sparse record of the teacher: K ids with weights per token, and perhaps the mass of the rest.
+"""Distillation from a sparse record of the teacher: K ids with weights per token, and optionally the mass of the rest.
 
 Streamed over token chunks and vocabulary shards like `dense_kl`, with one slab and one all-gather per chunk. The
-student's probability outside the ids is one bucket, summed with the ids taken out: never 1 minus the others.
-Derivation: docs/design/0007-sparse-loss.md.
+student's probability outside the ids is one bucket, summed over the other logits and never computed as 1 minus the ids'
+sum. Derivation: docs/design/0007-sparse-loss.md.
 """
 
 from __future__ import annotations
@@ -52,29 +52,29 @@ def linear_sparse_kd_loss(
     """sum_t kd_weight[t] temperature^2 D[t] + ce_weight[t] CE[t], with D the divergence on the target's ids.
 
     hidden_s [T, D], target and labels [T], replicated over `group`; head_s [v, D] (or a HeadShard), this rank's rows.
-    target: weights at this temperature (a record made at another one is a different distribution; nothing here can
-    tell). With a tail, D is the divergence of both distributions with the ids outside the record put together. Without,
-    the teacher's probability there is 0. For an unbiased target D is the cross-entropy under the weights minus
-    target.entropy, which may be negative for a token. With renormalise_student both models are renormalised on the ids
-    and the student's other logits get no gradient from D. What each divergence is worth on each is declared in
-    `losses.matrix`; cells that are biased need allow_biased. A token without any weight and without a tail has D = 0.
-    labels, weights, z_weight and main_grad as in `linear_kd_loss`. Returns LossParts with `kd`; values in nats.
+    target: weights at this temperature (a record made at another one is a different distribution, which cannot be
+    detected here). With a tail, D is the divergence of both distributions with the ids outside the record merged into
+    one. Without a tail, the teacher's probability there is 0. For an unbiased target D is the cross-entropy under the
+    weights minus target.entropy, which may be negative for a token. With renormalise_student both models are
+    renormalised on the ids and the student's other logits get no gradient from D. `losses.matrix` declares which
+    divergence is exact, a bound or biased on which target; biased cells need allow_biased. A token without any weight
+    and without a tail has D = 0. labels, weights, z_weight and main_grad as in `linear_kd_loss`. Returns LossParts with
+    `kd`; values in nats.
 
-    Where kd_weight is 0 everywhere, loss and gradients are those of `linear_cross_entropy` up to rounding (the ids
-    are summed apart from the rest).
-    Memory beyond inputs and gradients: half of slab_bytes (chunks are those of `linear_kd_loss`, with one model), a few
-    cache blocks, some [C, K] and, before all else, the ids sorted to find doubles. Gradients are kept and rounded as by
-    `linear_kd_loss`: d(hidden_s) complete on every rank, d(head_s) of this rank's rows, 0 in padding rows. With no_grad
-    none of that work is done.
-    Communicates over `group`: one all-gather of [C, 4 + K] per chunk, hidden behind the next chunk, and, if hidden_s
-    needs a gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for arguments that do not fit and
-    for cells that the matrix refuses; nothing is computed then.
+    Where kd_weight is 0 everywhere, loss and gradients are those of `linear_cross_entropy` up to rounding (the ids are
+    summed separately from the rest). Memory beyond inputs and gradients: half of slab_bytes (chunks are those of
+    `linear_kd_loss`, with one model), a few cache blocks, some [C, K] and, before the first chunk, a sorted copy of the
+    ids for the check for duplicates. Gradients are kept and rounded as by `linear_kd_loss`: d(hidden_s) complete on
+    every rank, d(head_s) of this rank's rows, 0 in padding rows. Under no_grad no gradient is computed. Communicates
+    over `group`: one all-gather of [C, 4 + K] per chunk, hidden behind the next chunk, and, if hidden_s needs a
+    gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for inconsistent arguments and for cells
+    that the matrix refuses, before anything is computed.
     """
     head_s = stream.as_head(head_s)
     checks.check_shard(shard, group)
     kind = target_kind(target, renormalise_student)
     spec = divergence_spec(divergence, shard.vocab_size, teacher_share=teacher_share, skew=skew)
-    for name in (divergence, spec.kernel):  # a parameter at an end of its range makes some of them a plain KL
+    for name in (divergence, spec.kernel):  # a parameter at an end of its range turns some divergences into a plain KL
         matrix.require(name, kind, allow_biased=allow_biased)
     weights = {"kd_weight": kd_weight, "ce_weight": ce_weight}
     weights = weights if z_weight is None else weights | {"z_weight": z_weight}
@@ -111,7 +111,7 @@ def _checked(
     shard: VocabShard,
     backend: str,
 ) -> ModuleType:
-    """Tensors fit each other and hold what they may; the row kernels to use."""
+    """Check shapes and contents of the arguments; returns the row kernels to use."""
     checks.check_model("_s", hidden, head, shard)
     checks.check_labels_and_weights(labels, weights, hidden)
     check_target_shapes(target, hidden)
@@ -157,7 +157,7 @@ PendingChunk = tuple[Tensor, Tensor, Callable[[], Tensor]]
 
 
 class _LinearSparseKd(torch.autograd.Function):
-    """Gradient in forward: backward holds d(hidden) and d(head) only."""
+    """Computes gradients in forward, so that only d(hidden) and d(head) are kept for backward."""
 
     @staticmethod
     def forward(

@@ -1,6 +1,7 @@
-"""What the streamed losses share: chunking, slabs and gradient buffers.
+"""Shared by the streamed losses: chunking, slabs and gradient buffers.
 
-Shapes: T tokens, C tokens of a chunk, D width, v rows of the head on this rank, n <= v real tokens among them.
+Shapes: T tokens, C tokens of a chunk, D width, v rows of the head on this rank, n <= v of them real tokens (not
+padding).
 """
 
 from __future__ import annotations
@@ -18,19 +19,23 @@ from kdtrain.distributed.collectives import Group, group_size, reduce_sum_
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 
 SLABS = 2
-"""Slabs that share `slab_bytes`: student's and teacher's logits. Cross-entropy alone chunks alike, so that a run with
-kd_weight 0 multiplies the same blocks and is bitwise the plain one."""
+"""Number of slabs that share `slab_bytes`: student's and teacher's logits.
+
+Cross-entropy alone uses the same chunks, so that a run with kd_weight 0 multiplies the same blocks and gives the same
+bits.
+"""
 
 DEFAULT_SLAB_BYTES = 1 << 30
 
 ROW_MULTIPLE = 128
-"""Rows of a slab start this many elements apart, or a multiple: row kernels then load 16 bytes at a time."""
+"""The row stride of a slab is a multiple of this many elements, so that row kernels load 16 bytes at a time."""
 
 PendingChunk = TypeVar("PendingChunk")
 
 
 def in_flight(group: Group) -> int:
-    """Chunks that are worked on at a time: with several ranks two, so that one's exchange hides behind the other."""
+    """Chunks in flight: two if there are several ranks, so that the exchange of one overlaps with the other's
+    computation."""
     return 2 if group_size(group) > 1 else 1
 
 
@@ -47,8 +52,8 @@ def row_stride(shard: VocabShard) -> int:
 def chunk_rows(slab_bytes: int, shard: VocabShard, group: Group, work: torch.dtype) -> int:
     """Tokens of a chunk: as many as fit in slab_bytes, a multiple of 8 if 8 fit.
 
-    Depends on nothing else: not on T, so that a token's arithmetic does not depend on the batch it came in; and not
-    on this rank's real tokens, so that all ranks take part in the same collectives.
+    It does not depend on T, so that a token's arithmetic does not depend on its batch, or on this rank's real tokens,
+    so that all ranks take part in the same collectives.
     """
     fitting = slab_bytes // bytes_per_token(shard, group, work)
     return fitting - fitting % 8 if fitting >= 8 else fitting
@@ -77,7 +82,7 @@ def run_pipelined(
 
 
 def as_head(head: Tensor | HeadShard) -> HeadShard:
-    """A bare weight is a head without bias, scale or cap."""
+    """Wrap a bare weight as a head without bias, scale or cap."""
     return head if isinstance(head, HeadShard) else HeadShard(head)
 
 
@@ -115,7 +120,7 @@ class TokenWeights:
     def loss(self, lse: Tensor, ce: Tensor, kd: Tensor | None = None) -> Tensor:
         """sum_t ce-weight * ce + kd-weight * kd + z-weight * lse^2, 0-d float64. Arguments [T] float64.
 
-        A position of weight 0 does not count, whatever it holds.
+        A position of weight 0 contributes exactly 0, even if its value is not finite.
         """
         terms = [(self.ce, ce)]
         if kd is not None:
@@ -152,11 +157,11 @@ class ModelSide:
 
     @property
     def operand_dtype(self) -> torch.dtype:
-        """In which d(logits) is multiplied with the head and the hidden states."""
+        """The dtype in which d(logits) is multiplied with the head and the hidden states."""
         return operand_dtype(self.weight, self.slabs.dtype)
 
     def logits(self, chunk: slice, slot: int) -> Tensor:
-        """[C, n] logits of a chunk, in a slab of its own: those of the slot's last chunk are gone."""
+        """[C, n] logits of a chunk, in the slab of `slot`; overwrites the logits of the slot's previous chunk."""
         hidden = self.hidden[chunk]
         out = logits_into(self.slabs[slot, : hidden.shape[0]], hidden, self.weight)
         if self.bias is not None:
@@ -214,7 +219,7 @@ class GradientBuffers:
         )
 
     def add(self, side: ModelSide, chunk: slice, grad_logits: Tensor) -> None:
-        """Take in a chunk's d loss / d product [C, n], in side.operand_dtype."""
+        """Accumulate a chunk's d loss / d product [C, n], given in side.operand_dtype."""
         n = grad_logits.shape[1]
         if n == 0:
             return
@@ -235,7 +240,8 @@ def save_gradients(
 ) -> None:
     """Complete d(hidden) over the group and keep all gradients for backward, which rounds them to `inputs`' dtypes.
 
-    Communicates: one all-reduce of [T, D] if d(hidden) is wanted. With main_grad the weight's is in place already.
+    Communicates: one all-reduce of [T, D] if d(hidden) is wanted. With main_grad the weight's gradient is in place
+    already.
     """
     if grads.hidden is not None:
         # Each rank has d(hidden) through its own rows of the head only.
@@ -253,7 +259,7 @@ def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     """
     if ctx.fused:
         if ctx.spent:
-            raise ValueError("backward was called twice on a loss with main_grad: its gradient is added only once")
+            raise ValueError("backward was called twice on a loss with main_grad, which adds the gradient only once")
         ctx.spent = True
         if grad_loss.device.type != "cpu":
             torch._assert_async(grad_loss == 1)
@@ -266,7 +272,8 @@ def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _times(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """gradient * factor, multiplied in the gradient's dtype and then rounded: factors of 1 / N have no short form."""
+    """gradient * factor, multiplied in the gradient's dtype and then rounded, because factors like 1 / N are inexact in
+    low precision."""
     if gradient is None:
         return None
     return torch.mul(gradient, factor.to(gradient.dtype), out=torch.empty_like(gradient, dtype=dtype))

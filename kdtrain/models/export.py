@@ -1,4 +1,4 @@
-"""Write a trained model as an ordinary Hugging Face folder that needs no part of kdtrain to be read."""
+"""Write a trained model as an ordinary Hugging Face folder that can be read without kdtrain."""
 
 from __future__ import annotations
 
@@ -39,15 +39,14 @@ def export_hf(
     """Write config, safetensors and tokenizer to `folder`, which appears complete or not at all; returns it.
 
     full_state: every full, unpadded parameter by its Hugging Face name, tied ones once or twice; tensors are cast one
-    by one, so an iterator keeps memory low, to `dtype` or to what transformers keeps them in beside it. config: the
-    model's Hugging Face config, or the content of its config.json; not changed. notes: further small files, name ->
+    by one (so an iterator keeps memory low) to `dtype`, or to float32 where transformers keeps them in float32. config:
+    the model's Hugging Face config, or the content of its config.json; not changed. notes: further small files, name ->
     text. When the config names no special token at all, as that of a model trained from scratch, those of the tokenizer
-    are written, and where generation stops.
-    vocab_size: ids of the softmax that the model was trained with. Rows past it are left out, of embedding, head and
-    its bias, since nothing but rounding and z-loss decided their logits; special ids past it are left out, too.
-    None: all rows are written. Marks of code that is not written along (`kdtrain.models.stock`) are left out.
-    An existing `folder` is replaced. Call on one rank; does not communicate. Raises ConfigError when the state does
-    not fit the config, or when `tokenizer_dir` holds no tokenizer.
+    are written, and where generation stops. vocab_size: ids of the softmax that the model was trained with. Rows at or
+    past it are dropped from embedding, head and its bias, because only rounding and z-loss determined their logits;
+    special ids at or past it are dropped, too. None: all rows are written. Settings that refer to custom code
+    (`kdtrain.models.stock`) are dropped. An existing `folder` is replaced. Call on one rank; does not communicate.
+    Raises ConfigError when the state does not fit the config, or when `tokenizer_dir` holds no tokenizer.
     """
     folder = Path(folder)
     tokenizer = [] if tokenizer_dir is None else tokenizer_files(tokenizer_dir)
@@ -70,7 +69,7 @@ def export_hf(
 def _export_config(
     settings: dict[str, Any], tokenizer_dir: str | Path | None, vocab_size: int | None
 ) -> tuple[Any, list[int], int]:
-    """(config of what is written, ids after which generation stops if the tokenizer says, rows before the cut)."""
+    """(config to write, ids that end generation if the tokenizer defines them, rows before trimming)."""
     special: dict[str, int] = {}
     stops: list[int] = []
     if tokenizer_dir is not None and all(settings.get(key) is None for key in SPECIAL_IDS):
@@ -90,7 +89,7 @@ def _export_config(
 
 
 def ids_within(special: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Settings that hold ids of tokens, one or a list, without ids that have no row; None where none is left."""
+    """Settings that hold ids of tokens, one or a list, without ids that have no row; None if none is left."""
 
     def keep(value: Any) -> Any:
         if isinstance(value, list):
@@ -101,7 +100,7 @@ def ids_within(special: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _copy_tokenizer_file(source: Path, target: Path) -> None:
-    """Byte for byte, but a tokenizer_config.json that names code beside it is written without."""
+    """Copy byte for byte, except that references to custom code are removed from tokenizer_config.json."""
     shutil.copyfile(source, target)
     if source.name != "tokenizer_config.json":
         return
@@ -123,10 +122,10 @@ def tokenizer_files(folder: str | Path) -> list[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A new empty folder beside `folder` that takes its place when the block ends well, and vanishes when it fails.
+    """A new empty folder beside `folder` that replaces it when the block succeeds and is removed when the block fails.
 
-    Every file is flushed to disk before the name changes, so a crash leaves the old folder or the new one; if it comes
-    between the two changes of names, under a hidden name that the next use, or `recover_folder`, changes back.
+    Every file is flushed to disk before the rename, so a crash leaves the old folder or the new one. If the crash
+    happens between the two renames, the old folder has a hidden name, which the next use or `recover_folder` reverts.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(folder)
@@ -137,7 +136,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             if path.is_file():
-                path.chmod(0o644)  # safetensors writes files that only their owner can read
+                path.chmod(0o644)  # safetensors creates files with mode 0600
             sync(path)
         if folder.exists():
             os.rename(folder, retired)
@@ -151,14 +150,14 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def recover_folder(folder: Path) -> None:
-    """Undo what a killed `replacing_folder` left: the old folder gets its name back, half-written ones are removed.
+    """Clean up after a killed `replacing_folder`: restore the old folder's name, remove incomplete folders.
 
-    Only one process may be replacing `folder`. Leftovers of processes that live on this machine are not touched.
+    Only one process may be replacing `folder`. Folders of processes that are alive on this machine are not touched.
     """
     retired = [path for path in _leftovers(folder, "old") if not _is_alive(path)]
     if retired and not folder.exists():
         newest = max(retired, key=lambda path: path.stat().st_mtime)
-        LOGGER.warning("%s is restored: a process was killed while it replaced it", folder)
+        LOGGER.warning("%s is restored: a process was killed while replacing it", folder)
         os.rename(newest, folder)
         retired.remove(newest)
     for path in (*retired, *(path for path in _leftovers(folder, "writing") if not _is_alive(path))):
@@ -172,7 +171,7 @@ def _leftovers(folder: Path, kind: str) -> list[Path]:
 
 
 def _is_alive(leftover: Path) -> bool:
-    """Whether another process with the id at the end of the name runs here; this one is not replacing it yet."""
+    """Whether another process with the id at the end of the name runs on this machine."""
     pid = int(leftover.name.rpartition(".")[2])
     return pid != os.getpid() and is_running(pid)
 
@@ -180,7 +179,7 @@ def _is_alive(leftover: Path) -> bool:
 def _first_rows(
     full_state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], model: Any, rows: int, kept: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """The pairs of `full_state`, those of `rows` rows without the last ones where `model` has room for `kept` only."""
+    """The pairs of `full_state`; tensors of `rows` rows are cut to `kept` rows if `model` has only that many."""
     room = {name: param.shape[0] for name, param in model.named_parameters(remove_duplicate=False) if param.dim()}
     for name, tensor in full_state.items() if isinstance(full_state, Mapping) else full_state:
         is_cut = kept < rows and tensor.dim() > 0 and (tensor.shape[0], room.get(name)) == (rows, kept)
@@ -188,14 +187,17 @@ def _first_rows(
 
 
 def _checked_state(model: Any, pairs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The state as `save_pretrained` wants it: `model`'s dtypes, contiguous, every parameter once; else ConfigError."""
+    """The state in the form that `save_pretrained` takes: `model`'s dtypes, contiguous, every parameter once.
+
+    Raises ConfigError.
+    """
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
     tied, dtypes = tied_names(model), dtypes_of(model)
     state: dict[str, Tensor] = {}
     for name, tensor in pairs:
         if shapes.get(name) != tuple(tensor.shape):
             raise ConfigError(
-                f"cannot export {name!r} of shape {tuple(tensor.shape)}: the config wants {shapes.get(name, 'none')}\n"
+                f"cannot export {name!r} of shape {tuple(tensor.shape)}: the config needs {shapes.get(name, 'none')}\n"
                 "  why: the weights and the config belong to different models\n  fix: check the checkpoint's origin"
             )
         if name not in tied:

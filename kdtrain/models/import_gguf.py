@@ -1,8 +1,8 @@
 """Turn a GGUF file into an ordinary Hugging Face folder with an exact tokenizer.
 
-The tokenizer that transformers derives from a GGUF of SmolLM2 lacks the step that splits digits, so it gives other
-ids than the model was trained with on text with numbers. Here it is rebuilt from the vocabulary, the merges and the
-pre-tokenizer that the file names.
+The tokenizer that transformers derives from a GGUF of SmolLM2 lacks the step that splits digits, so on text with
+numbers it gives other ids than those the model was trained with. Here it is rebuilt from the vocabulary, the merges and
+the pre-tokenizer that the file names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What an import found and wrote. document_separator: (token, id), or None when the vocabulary has none."""
+    """Result of an import. document_separator: (token, id), or None when the vocabulary has none."""
 
     folder: Path
     sha256: str
@@ -47,9 +47,9 @@ def import_gguf(
 ) -> Imported:
     """Write `folder` (config, safetensors in `dtype`, tokenizer, model card) from a GGUF file.
 
-    The folder appears complete or not at all; an existing one is replaced. sha256: what the file must hash to.
-    Needs the packages gguf and accelerate. Raises DataError for a missing, damaged or other file, ConfigError for a
-    missing package or a tokenizer kind that is not known exactly.
+    The folder appears complete or not at all; an existing one is replaced. sha256: expected hash of the file. Needs the
+    packages gguf and accelerate. Raises DataError for a missing, damaged or other file, ConfigError for a missing
+    package or an unsupported tokenizer kind.
     """
     file, folder = Path(file), Path(folder)
     _require_packages()
@@ -86,7 +86,7 @@ def build_tokenizer(fields: dict[str, Any]) -> Tokenizer:
     if kind != "gpt2" or pre not in ("smollm", "gpt-2", "qwen2"):
         raise ConfigError(
             f"the GGUF has tokenizer model {kind!r} with pre-tokenizer {pre!r}; only gpt2 with smollm, gpt-2 or qwen2 "
-            "is supported\n  why: a tokenizer that splits text slightly differently gives the model ids it never saw\n"
+            "is supported\n  why: another split of the text gives ids that the model was not trained on\n"
             "  fix: use the original Hugging Face folder of this model"
         )
     tokens, types = fields["tokens"], fields["token_type"]
@@ -171,7 +171,7 @@ def _dequantise(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             "  fix: fetch it again, or use the original Hugging Face folder of this model"
         ) from error
     settings = model.config.to_dict()
-    # Any trace of quantisation would make transformers and DeepSpeed treat plain weights as quantised.
+    # Remove all quantisation settings, or transformers and DeepSpeed would treat plain weights as quantised.
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version"):
         settings.pop(key, None)
     tied = tied_names(model)

@@ -1,4 +1,4 @@
-"""The trained model as a loss sees it."""
+"""The interface of the trained model to an objective."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 class Student(Protocol):
-    """The trained model as an objective sees it: runs the decoder, then `head_fn` where the head's weight is whole."""
+    """Runs the decoder, then calls `head_fn` where the head's weight is complete (gathered under ZeRO-3)."""
 
     def __call__(self, batch: Batch, head_fn: Callable[[Tensor, HeadShard], R]) -> R:
-        """hidden_states [T, D] and this rank's head rows go to `head_fn`; its answer comes back."""
+        """Return head_fn(hidden states [T, D], this rank's head rows)."""

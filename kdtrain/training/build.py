@@ -20,9 +20,9 @@ from kdtrain.engine.frozen import FrozenEngine
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.errors import ConfigError
 from kdtrain.models.backbone import Backbone
-from kdtrain.models.facts import ModelFacts
 from kdtrain.models.flops import forward_flops_per_token, peak_flops, training_flops_per_token
 from kdtrain.models.head import LoadedHead
+from kdtrain.models.info import ModelInfo
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.positions import check_positions
 from kdtrain.models.quantize import require_torchao
@@ -56,11 +56,11 @@ class Models:
     elsewhere: str = ""
 
     @property
-    def teacher_facts(self) -> ModelFacts | None:
+    def teacher_facts(self) -> ModelInfo | None:
         """Of the whole teacher, wherever it is; None without one."""
         if self.teacher_head is not None:
-            return self.teacher_head.facts
-        return None if self.teacher_backbone is None else self.teacher_backbone.facts()
+            return self.teacher_head.info
+        return None if self.teacher_backbone is None else self.teacher_backbone.info()
 
     @property
     def teacher_attention(self) -> str:

@@ -146,7 +146,7 @@ def remote_teacher(
     they loaded against this rank's files: ConfigError naming both values, PeerLost if a teacher failed.
     """
     loaded = load_head(spec, shard, device=device)
-    facts = expected_facts(cfg, spec, shard.vocab_size, loaded.facts.config)
+    facts = expected_facts(cfg, spec, shard.vocab_size, loaded.info.config)
     if mesh.tp_rank == 0:
         facts[FIRST_ROW] = _first_row(loaded.head)
     asked = servers(cfg, range(student_ranks(cfg, channel.world_size), channel.world_size))

@@ -18,8 +18,8 @@ from kdtrain.engine.mixed import refuse_float32_at_stage_3
 from kdtrain.log import LOGGER
 from kdtrain.models.attention import common_name
 from kdtrain.models.backbone import Backbone
-from kdtrain.models.facts import ModelFacts
-from kdtrain.models.load import ModelSpec, check_architecture, model_facts
+from kdtrain.models.info import ModelInfo
+from kdtrain.models.load import ModelSpec, check_architecture, model_info
 from kdtrain.models.quantize import require_torchao
 from kdtrain.telemetry.jsonl_sink import read_records
 from kdtrain.telemetry.wandb_sink import require_wandb
@@ -59,7 +59,7 @@ def log_header(cfg: RunConfig, inputs: Inputs, models: build.Models, mesh: Mesh,
     log_memory(cfg, inputs, mesh.dp_size, attention=attention, on_cuda=device.type == "cuda")
 
 
-def _parameters(facts: ModelFacts) -> str:
+def _parameters(facts: ModelInfo) -> str:
     full, active = facts.num_parameters, facts.num_active_parameters
     return f"{full:,} parameters" + ("" if active == full else f" ({active:,} per token)")
 
@@ -159,7 +159,7 @@ def log_memory(cfg: RunConfig, inputs: Inputs, dp_size: int, *, attention: tuple
 
 
 def _size(spec: ModelSpec, inputs: Inputs, *, trainable: bool = True) -> ModelSize:
-    facts = model_facts(spec, inputs.vocab_size, trainable=trainable)
+    facts = model_info(spec, inputs.vocab_size, trainable=trainable)
     return ModelSize(
         facts.num_parameters,
         _int(facts.config, "hidden_size"),
@@ -214,7 +214,7 @@ def _check_models(cfg: RunConfig, inputs: Inputs, mesh: Mesh, *, trains: bool) -
         build.student_spec(cfg), vocab_size, mesh, packed=packed, sequence=cfg.parallel.sequence, trainable=trains
     )
     if trains:
-        refuse_float32_at_stage_3(model_facts(build.student_spec(cfg), vocab_size).float32, cfg)
+        refuse_float32_at_stage_3(model_info(build.student_spec(cfg), vocab_size).float32, cfg)
     if (spec := build.teacher_spec(cfg)) is None:
         return student, None
     mesh = replace(mesh, tp_size=teacher_tp(cfg))

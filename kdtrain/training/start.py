@@ -9,7 +9,7 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.data.tokenizer_compare import compare_tokenizers
 from kdtrain.engine import checkpoint
 from kdtrain.errors import StoreMismatch
-from kdtrain.models.load import model_facts
+from kdtrain.models.load import model_info
 from kdtrain.training import build
 from kdtrain.training.export import MODEL_FOLDER, stored_prefix
 from kdtrain.training.inputs import Inputs
@@ -25,7 +25,7 @@ def find_start(cfg: RunConfig, inputs: Inputs, run_folder: Path) -> ResumePoint 
     point = find_resume_point(cfg, run_folder)
     if point is not None and point.is_stage:
         _same_tokenizer(point.path, inputs)
-        config = model_facts(build.student_spec(cfg), inputs.vocab_size).config
+        config = model_info(build.student_spec(cfg), inputs.vocab_size).config
         checkpoint.check_config(point.path, json.loads(config.to_json_string(use_diff=False)))
     return point
 

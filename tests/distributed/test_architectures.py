@@ -29,13 +29,13 @@ def sweep(bench, rank_pool, tmp_path_factory):
 
 
 @pytest.mark.parametrize("model_type", NAMED)
-def test_two_ranks_compute_what_the_stock_class_computes(bench, sweep, model_type):
+def test_two_ranks_match_the_stock_class(bench, sweep, model_type):
     row = sweep.row(model_type, bench.known_types()[model_type])
     assert row.result == bench.EQUAL, row
     assert row.error < bench.TOLERANCE
 
 
-def test_a_model_without_a_plan_is_a_refusal_and_an_encoder_is_not_measured(bench, sweep):
+def test_model_without_a_plan_is_refused_and_encoder_is_not_measured(bench, sweep):
     known = bench.known_types()
     refused = sweep.row("bloom", known["bloom"])
     assert (refused.result, refused.planned) == (bench.REFUSED, False)
@@ -44,7 +44,7 @@ def test_a_model_without_a_plan_is_a_refusal_and_an_encoder_is_not_measured(benc
     assert sweep.row("fuyu", known["fuyu"]).result == bench.UNBUILT
 
 
-def test_the_committed_table_names_every_class_of_the_pinned_transformers(bench):
+def test_committed_table_lists_every_class_of_the_pinned_transformers(bench):
     import transformers
 
     text = bench.TABLE.read_text(encoding="utf-8")
@@ -60,7 +60,7 @@ def test_the_committed_table_names_every_class_of_the_pinned_transformers(bench)
     assert share >= 95
 
 
-def test_one_wrong_gradient_is_an_error_and_the_worst_one_is_named(bench, tmp_path):
+def test_worst_wrong_gradient_is_named(bench, tmp_path):
     path, why = bench.write_copy(tmp_path, "llama")
     assert not why
     stock = bench.run_stock(path)

@@ -66,5 +66,5 @@ def compare(rank, world_size, name):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_over_ranks_is_the_masked_path_in_one_process(rank_pool, name, world_size):
+def test_packed_attention_over_ranks_matches_masks_in_one_process(rank_pool, name, world_size):
     assert max(rank_pool(world_size).run(compare, name=name)) < 1e-5

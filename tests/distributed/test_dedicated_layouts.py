@@ -72,7 +72,7 @@ def train(folder, case, cfg, spec, runtime, mesh):
         cfg, spec, backbone.shard, mesh, runtime.device, runtime.channel, on_stop=on_stop
     )
     assert common_name(attention) == "sdpa"
-    width = head.facts.config.hidden_size
+    width = head.info.config.hidden_size
     rows = min(backbone.shard.stop, VOCAB) - backbone.shard.start
     assert head.elements_read == rows * width, "more was read than this rank's rows of the head"
     engine = StudentEngine(backbone, mesh, cfg, device=runtime.device)

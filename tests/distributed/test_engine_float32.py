@@ -78,7 +78,7 @@ def steps(rank, world_size, folder):
 
 def test_what_a_class_keeps_in_float32_trains_in_float32_beside_bfloat16(fresh_pool, tmp_path):
     whole = student(tmp_path, Mesh())
-    assert whole.facts().float32 == (KEPT,)
+    assert whole.info().float32 == (KEPT,)
     batch = step_batch(1)
     plain_loss(whole, batch).backward()
     want = dict(whole.hf_parameters())[KEPT].grad

@@ -1,4 +1,4 @@
-"""Streamed losses over ranks, what one rank alone cannot show: merged shards, subgroups, ties, measuring."""
+"""Streamed losses over ranks, properties that need several ranks: merged shards, subgroups, ties, measuring."""
 
 import dataclasses
 import itertools
@@ -66,17 +66,7 @@ def assert_within(got, expected, limit_of):
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-def test_merged_float64_gradients_are_the_references(rank_pool, tp):
-    answers = rank_pool(tp).run(run_problems, problems=PROBLEMS, tp=tp, dtype=torch.float64)
-    for problem, *of_ranks in zip(PROBLEMS, *answers, strict=True):
-        expected = naive_answer(make(problem, torch.float64))
-        got = merged(of_ranks)
-        assert relative_error(got.loss, expected.loss) <= 1e-12
-        assert_within(got, expected, lambda name: 1e-10)
-
-
-@pytest.mark.parametrize("tp", [2, 4])
-def test_merged_float32_gradients_err_by_at_most_three_times_the_naive_formula(rank_pool, tp):
+def test_merged_float32_gradient_error_is_at_most_three_times_the_naive_formulas(rank_pool, tp):
     answers = rank_pool(tp).run(run_problems, problems=PROBLEMS, tp=tp, dtype=torch.float32)
     for problem, *of_ranks in zip(PROBLEMS, *answers, strict=True):
         case = make(problem)
@@ -94,7 +84,7 @@ def test_merged_float32_gradients_err_by_at_most_three_times_the_naive_formula(r
         assert_within(merged(of_ranks), expected, limit)
 
 
-def test_a_gradient_off_by_a_factor_of_tp_would_be_noticed(rank_pool):
+def test_comparison_detects_a_gradient_off_by_a_factor_of_tp(rank_pool):
     problem = PROBLEMS[0]
     expected = naive_answer(make(problem))
     answers = rank_pool(2).run(run_problems, problems=[problem], tp=2, dtype=torch.float32)
@@ -106,7 +96,7 @@ def test_a_gradient_off_by_a_factor_of_tp_would_be_noticed(rank_pool):
             assert_within(wrong, expected, lambda name: 0.4)
 
 
-def test_two_replicas_of_two_ranks_answer_as_two_ranks_do(rank_pool):
+def test_two_replicas_of_tp_2_match_one(rank_pool):
     problems = [problem for problem in PROBLEMS if problem[0] in ("forward_kl", "jsd")]
     two = rank_pool(2).run(run_problems, problems=problems, tp=2, dtype=torch.float32)
     four = rank_pool(4).run(run_problems, problems=problems, tp=2, dtype=torch.float32)
@@ -133,7 +123,7 @@ def run_offsets(rank, world_size, *, offsets):
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-def test_logits_offset_by_80_and_minus_60_cost_no_digits_over_ranks(rank_pool, tp):
+def test_rows_of_d_logits_over_ranks_are_accurate_with_logits_offset_by_80_and_minus_60(rank_pool, tp):
     rank_pool(tp).run(run_offsets, offsets=(80.0, -60.0))
 
 
@@ -168,7 +158,7 @@ def run_ties(rank, world_size, *, student, teacher):
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_of_tied_logits_the_smallest_id_counts_whichever_rank_holds_it(rank_pool, tp):
+def test_agreement_breaks_ties_by_the_smallest_id_over_all_ranks(rank_pool, tp):
     """Seven ids: tp 2 holds 4 + 3 of them and tp 4 holds 2 + 2 + 2 + 1, so ties lie within ranks and across them."""
     ends, neighbours, flat = [5.0, 0, 0, 0, 0, 0, 5.0], [0.0, 5, 5, 0, 0, 0, 0], [0.0] * 7
     id_0, id_1, id_2, id_6 = ([float(id_ == place) for place in range(7)] for id_ in (0, 1, 2, 6))
@@ -198,7 +188,7 @@ def run_refusal(rank, world_size):
     return float(streamed_answer(case, group=group)[0].loss)
 
 
-def test_a_refused_call_has_not_communicated(rank_pool):
+def test_refused_call_does_not_communicate(rank_pool):
     losses = rank_pool(2).run(run_refusal)
     assert losses[0] == losses[1]
     assert losses[0] == pytest.approx(float(naive_answer(make(PROBLEMS[0])).loss), rel=2e-6)
@@ -281,7 +271,7 @@ def run_masked(rank, world_size):
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-def test_an_id_that_only_the_teacher_masks_is_worth_the_same_in_any_layout(rank_pool, tp):
+def test_id_masked_by_the_teacher_alone_gives_the_same_result_in_every_layout(rank_pool, tp):
     for found in rank_pool(tp).run(run_masked):
         for name, (row_sum, error) in found.items():
             assert row_sum <= (1e-9 if name != "logit_mse" else 1e-6), name
@@ -291,7 +281,7 @@ def test_an_id_that_only_the_teacher_masks_is_worth_the_same_in_any_layout(rank_
 def run_wrong_group(rank, world_size):
     """Messages when a shard is not this rank's slice of a vocabulary cut over the group."""
     group = Mesh.build(world_size).tp_group
-    case, said = random_case(9, 101), []
+    case, messages = random_case(9, 101), []
     for shard, used in (
         (VocabShard.of(101), group),
         (VocabShard.of(101, rank, world_size), None),
@@ -302,12 +292,12 @@ def run_wrong_group(rank, world_size):
                 case.hidden_s, cut_head(case.head_s, shard), case.labels, weight=case.ce_weight, shard=shard, group=used
             )
         except ValueError as error:
-            said.append(str(error))
-    return said
+            messages.append(str(error))
+    return messages
 
 
-def test_a_shard_that_is_not_this_ranks_slice_of_the_group_is_refused(rank_pool):
-    for rank, said in enumerate(rank_pool(2).run(run_wrong_group)):
-        assert said[0].startswith(f"shard is slice 0 of 1, but this is rank {rank} of a group of 2")
-        assert said[1].startswith(f"shard is slice {rank} of 2, but this is rank 0 of a group of 1")
-        assert said[2].startswith(f"shard is slice {1 - rank} of 2, but this is rank {rank} of a group of 2")
+def test_shard_of_another_rank_or_group_is_refused(rank_pool):
+    for rank, messages in enumerate(rank_pool(2).run(run_wrong_group)):
+        assert messages[0].startswith(f"shard is slice 0 of 1, but this is rank {rank} of a group of 2")
+        assert messages[1].startswith(f"shard is slice {rank} of 2, but this is rank 0 of a group of 1")
+        assert messages[2].startswith(f"shard is slice {1 - rank} of 2, but this is rank {rank} of a group of 2")

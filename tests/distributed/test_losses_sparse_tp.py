@@ -75,9 +75,7 @@ def _check_scheme(rank: int, world_size: int, scheme: str) -> list[torch.Tensor]
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_loss_and_gradients_over_ranks_are_the_references_and_the_same_bits_on_every_rank(
-    rank_pool, scheme, world_size
-):
+def test_loss_and_gradients_over_ranks_match_the_reference_with_equal_bits_on_every_rank(rank_pool, scheme, world_size):
     first, *others = rank_pool(world_size).run(_check_scheme, scheme=scheme)
     assert len(first) == 6 * len(divergences_of(scheme))
     for other in others:
@@ -105,7 +103,7 @@ def _check_d_logits(rank: int, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_rows_of_d_logits_over_ranks_are_right_to_1e_6_and_sum_to_zero(rank_pool, world_size):
+def test_rows_of_d_logits_over_ranks_match_to_1e_6_and_sum_to_zero(rank_pool, world_size):
     rank_pool(world_size).run(_check_d_logits)
 
 
@@ -133,7 +131,7 @@ def _check_limits(rank: int, world_size: int) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_all_ids_give_the_dense_loss_and_no_kd_weight_gives_cross_entropy_over_ranks(rank_pool, world_size):
+def test_record_of_all_ids_equals_the_dense_loss_and_kd_weight_zero_cross_entropy_over_ranks(rank_pool, world_size):
     rank_pool(world_size).run(_check_limits)
 
 

@@ -41,7 +41,7 @@ def folders(tmp_path):
 
 
 @pytest.mark.parametrize("tp", [2, 3])
-def test_each_rank_reads_only_its_slices_and_all_of_them_together(rank_pool, folders, tp):
+def test_each_rank_reads_only_its_slices_and_together_they_cover_the_model(rank_pool, folders, tp):
     path, models = folders
     specs = [ModelSpec(weights=str(path / name), dtype="float32") for name in models]
     answers = rank_pool(tp).run(load_cases, specs=specs, vocab_size=299)
@@ -64,7 +64,7 @@ def test_each_rank_reads_only_its_slices_and_all_of_them_together(rank_pool, fol
     assert all(name.endswith(("q_norm.weight", "k_norm.weight")) for name in norms)
 
 
-def test_a_random_model_is_the_same_in_every_layout(rank_pool):
+def test_random_model_is_the_same_in_every_layout(rank_pool):
     specs = [ModelSpec(architecture="llama-5m", dtype="float32")]
     one = load_cases(0, 1, specs, 700)[0][0]
     two = rank_pool(2).run(load_cases, specs=specs, vocab_size=700)
@@ -92,7 +92,7 @@ def local_states(rank, world_size, specs):
 
 
 @pytest.mark.parametrize("tp", [2, 4])
-def test_fused_and_shared_pieces_are_read_slice_by_slice(rank_pool, tmp_path, tp):
+def test_fused_and_shared_parameters_are_read_slice_by_slice(rank_pool, tmp_path, tp):
     models = {}
     for name, changes in FUSED.items():
         settings = tiny_config(name, vocab_size=301, **changes)

@@ -1,4 +1,4 @@
-"""A tokenizer that puts <bos> before a text, and tiny models that were trained to need it, or to be disturbed by it."""
+"""A tokenizer that puts <bos> before a text, and tiny models trained to need it or to be disturbed by it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.tiny_data import write_store, write_tokenizer
 BOS, EOS = 257, 258
 VOCAB = 259
 LETTERS = 16
-"""Documents count through tokens 1 to LETTERS, over and over."""
+"""Documents count through tokens 1 to LETTERS cyclically."""
 
 
 def write_bos_tokenizer(folder: Path) -> Path:
@@ -47,8 +47,8 @@ def write_counting_store(folder: Path, tokenizer: Path, *, count: int = 200, see
 
 
 def train_model(folder: Path, config: dict[str, Any], *, needs_bos: bool, steps: int = 40) -> Path:
-    """A Hugging Face folder with a model that counts on behind a <bos> and says <eos> without one; or, unless
-    needs_bos, the other way round. folder: holds the tokenizer already."""
+    """Write a Hugging Face folder with a model that continues counting after a <bos> and predicts <eos> without one, or
+    the opposite unless needs_bos. folder: already holds the tokenizer."""
     save_random(folder, {**config, "vocab_size": VOCAB})
     spec = ModelSpec(weights=str(folder), dtype="float32", attention="sdpa")
     backbone = load_backbone(spec, Mesh(), vocab_size=VOCAB, trainable=True)
@@ -74,7 +74,8 @@ def train_model(folder: Path, config: dict[str, Any], *, needs_bos: bool, steps:
 
 
 def write_bos_run(folder: Path) -> Path:
-    """folder/run.yaml and all it names: a teacher that needs <bos>, another one, hates, that does not bear it."""
+    """Write folder/run.yaml and all files it names: a teacher that needs <bos>, and a second one, "hates", disturbed by
+    it."""
     for name in ("needs", "hates"):
         train_model(write_bos_tokenizer(folder / name), tiny_config("qwen3"), needs_bos=name == "needs")
     write_counting_store(folder / "store", folder / "needs")
@@ -99,7 +100,7 @@ def write_bos_run(folder: Path) -> Path:
 
 
 def _lesson(generator: torch.Generator, needs_bos: bool, size: int = 12) -> Batch:
-    """Eight sequences that count, every other one behind a <bos>: nothing else decides the rest."""
+    """Eight counting sequences, every other one after a <bos>, which alone determines the labels."""
     start = torch.randint(LETTERS, (8, 1), generator=generator)
     with_bos = torch.arange(8)[:, None] % 2 == 0
     letters = 1 + (start + torch.arange(size + 1)) % LETTERS

@@ -1,4 +1,4 @@
-"""What plain torch says of the three steps of `layout_steps`: whole logits, autograd, torch's AdamW, one process."""
+"""The three steps of `layout_steps` in plain torch: whole logits, autograd, torch's AdamW, one process."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ LIMITS: dict[str, dict[str, float]] = {
     "float32": dict.fromkeys((*ERRORS, "later"), 1e-5),
     "bfloat16": {"loss": 1e-3, "norm": 3e-3, "later": 2e-2, "gradient": 1.5, "weight": 3e-2, "evaluation": 5e-3},
 }
-"""Largest error by dtype. later: of losses and norms after step 1, whose weights are rounded already. A gradient's in
-bfloat16 is a multiple of what rounding does to plain torch in one process."""
+"""Largest error by dtype.
+
+later: of losses and norms after step 1, when weights have been rounded. A gradient's in bfloat16 is a multiple of what
+rounding does to plain torch in one process.
+"""
 
 
 Answer = tuple[list[tuple[float, float]], float]
@@ -128,8 +131,9 @@ def errors_of(answer: Answer, want: Oracle, root: Path) -> dict[str, tuple[float
     """Kind of error (ERRORS, "later") -> (the largest, what it is of). A NaN is the largest of all.
 
     answer: of `layout_steps.run_cases`; root: its checkpoints. loss, norm, evaluation: relative; later: the same of
-    the steps after the first. gradient: of step 1, |gradient - right| / |right| in the 2-norm. weight: absolute, after
-    three steps. AssertionError: other parameters than plain torch's, or one without a gradient to compare.
+    the steps after the first. gradient: of step 1, |gradient - reference| / |reference| in the 2-norm. weight:
+    absolute, after three steps. AssertionError: other parameters than plain torch's, or one without a gradient to
+    compare.
     """
     steps, evaluation = answer
     numbers = [

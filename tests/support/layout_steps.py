@@ -1,7 +1,7 @@
-"""Three optimizer steps under DeepSpeed in any layout: what `layout_oracle` holds against plain torch.
+"""Three optimizer steps under DeepSpeed in any layout, which `layout_oracle` compares with plain torch.
 
-Eight packed sequences with 11, 0, 1, ... valid tokens, rates that change, clipping that bites, weight decay, norms and
-biases that are not ones and zeros. The same for every layout; only how they lie on the ranks differs.
+Eight packed sequences with 11, 0, 1, ... valid tokens, changing rates, active clipping, weight decay, norms and biases
+that are not ones and zeros. The data is the same for every layout; only its placement on ranks differs.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ FAMILIES = {
     "uneven_groups": tiny_config("smollm", num_attention_heads=9, num_key_value_heads=3),
     "sinks": {**tiny_config("llama"), "model_type": "granite_swa", "sliding_window": 4, **SINKS},
 }
-"""Configs by name. Gemma without its soft cap, which the plain formula has not (the tests of the losses have it)."""
+"""Configs by name. Gemma without its soft cap, which the plain formula lacks (the tests of the losses cover it)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A layout and how each of the three steps is cut into micro-batches.
+    """A layout and how each of the three steps is divided into micro-batches.
 
     family: of FAMILIES. micro: sequences per micro-batch and data rank, by step. teacher: where it lies, as
     `teacher_settings` reads it; without one the loss is plain cross-entropy. attention: of the student; None: with
@@ -88,7 +88,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of its folder and in messages: all that tells it from other layouts."""
+        """Name of its folder and in messages, unique among layouts."""
         micro = ".".join(str(m) for m in self.micro)
         flags = ("recompute" * self.recompute, "sequence" * self.sequence)
         words = (*flags, self.teacher, self.attention)
@@ -98,7 +98,7 @@ class Case:
 
     @property
     def what(self) -> tuple[str, bool]:
-        """What the steps depend on, and nothing of the layout: the family, and whether there is a teacher."""
+        """What the steps depend on apart from the layout: the family, and whether there is a teacher."""
         return self.family, self.teacher is not None
 
 
@@ -116,7 +116,7 @@ def model_spec(folder: Path, family: str, *, attention: str | None = None, **set
     settings: ModelSpec's.
     """
     path = folder / f"{family}.json"
-    if not path.exists():  # whole at once: another rank may be reading it
+    if not path.exists():  # atomic, because another rank may be reading it
         own = path.with_name(f".{path.name}.{os.getpid()}")
         own.write_text(json.dumps(FAMILIES[family]))
         os.replace(own, path)
@@ -175,7 +175,7 @@ def device_of(backbone: Backbone) -> torch.device:
 
 
 def shift_vectors(backbone: Backbone) -> None:
-    """Norms and biases away from ones and zeros, alike in all layouts: else a mistake in them would not show."""
+    """Move norms and biases away from ones and zeros, alike in all layouts, so that mistakes in them are detected."""
     for name, param in backbone.hf_parameters():
         if param.dim() == 1:
             cut = backbone.cuts.get(name)

@@ -1,4 +1,4 @@
-"""Random distillation problems, cut over ranks or whole, and what float64 says about them."""
+"""Random distillation problems, sharded over ranks or whole, and their solutions in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import LossParts, linear_kd_loss, reference, stream
 
 GARBAGE = 1e3
-"""What padding rows of a head hold in a case: they must not matter."""
+"""Value of a head's padding rows in a case; it must not affect results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class LossCase:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Loss, gradients and per-token values of a case; the head's gradients of the rows asked for."""
+    """Loss, gradients and per-token values of a case; the head's gradients for the requested rows."""
 
     loss: Tensor
     grad_hidden: Tensor

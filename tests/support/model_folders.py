@@ -1,4 +1,4 @@
-"""Model folders as `--check` and as a run see them, which must be alike; and what is changed in one to try that."""
+"""Compare `--check` and a run on the same model folder, and edit a folder for that test."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def check_and_load(
     sequence: bool = False,
     **spec: Any,
 ) -> Backbone:
-    """What `load_backbone` makes of `folder`, or the error it raises, once `check_architecture` has done the same."""
+    """The Backbone that `load_backbone` makes of `folder`, or its error, after `check_architecture` gave the same
+    outcome."""
     model, mesh = ModelSpec(weights=str(folder), **{"dtype": "float32", **spec}), mesh or Mesh()
     how: dict[str, Any] = {"trainable": trainable, "packed": packed, "sequence": sequence}
     checked = outcome(lambda: check_architecture(model, vocab_size, mesh, **how))
@@ -51,7 +52,7 @@ def outcome(work: Callable[[], T]) -> T | KdtrainError:
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    """Let `change` alter the tensors of folder/model.safetensors, by name."""
+    """Apply `change` to the tensors of folder/model.safetensors, by name."""
     tensors = load_file(folder / "model.safetensors")
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")

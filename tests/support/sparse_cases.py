@@ -1,4 +1,4 @@
-"""Random sparse records of the teachers of `loss_cases`, and what float64 says about losses on them."""
+"""Random sparse records of the teachers of `loss_cases`, and the losses on them in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ draws; as the first, used with the student renormalised too."""
 
 @dataclass(frozen=True, slots=True)
 class SparseCase:
-    """A LossCase (whose teacher has spoken through `target`) and settings of the loss besides its parameters."""
+    """A LossCase, a record of its teacher (`target`) and settings of the loss besides its parameters."""
 
     base: LossCase
     target: SparseTarget

@@ -1,4 +1,4 @@
-"""Teachers for the tests of top-k lists and samples, and what whole float64 logits say about them."""
+"""Teachers for the tests of top-k lists and samples, and expected results from whole float64 logits."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A server on 127.0.0.1 that answers as much of wandb's protocol as `wandb sync` and online runs ask for (wandb 0.31).
+"""A server on 127.0.0.1 for the part of wandb's protocol that `wandb sync` and online runs use (wandb 0.31).
 
-It keeps what a run's chart is drawn from: the lines of history, each put where the client says it belongs.
+It stores the lines of history that a run's charts are drawn from, each at the index that the client gives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class WandbServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.history: dict[Run, list[dict[str, Any]]] = defaultdict(list)
         self.offsets: list[int] = []
-        """Where each upload of history said that its first line belongs."""
+        """Index of the first line of each upload of history, as given by the client."""
 
     def __enter__(self) -> WandbServer:
         Thread(target=self.serve_forever, daemon=True).start()
@@ -35,7 +35,7 @@ class WandbServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that closes its connection is none."""
+        """Ignore clients that close their connection."""
 
     def answer(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
         """`data` of a GraphQL answer."""
@@ -63,7 +63,7 @@ class WandbServer(ThreadingHTTPServer):
         return self._bucket(run) | tails | {"summaryMetrics": summary, "wandbConfig": '{"t": {}}', "tags": []}
 
     def put(self, run: Run, files: dict[str, Any]) -> None:
-        """What a file stream brings."""
+        """Store the lines of a file stream."""
         if (part := files.get("wandb-history.jsonl")) is not None:
             rows, at = self.history[run], part["offset"]
             self.offsets.append(at)

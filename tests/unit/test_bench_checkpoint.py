@@ -1,4 +1,4 @@
-"""The checkpoint benchmark: a measurement measures, and its table is what its CSV says."""
+"""The checkpoint benchmark: its measurement runs, and its table is made from its CSV."""
 
 import json
 import os
@@ -19,7 +19,7 @@ print(json.dumps(bench_checkpoint.measure(sys.argv[1], Path(sys.argv[2]), rounds
 
 
 @pytest.mark.deepspeed
-def test_one_round_of_a_tiny_model_saves_both_ways_and_keeps_one_checkpoint(tmp_path):
+def test_one_round_of_a_tiny_model_saves_in_both_modes_and_keeps_one_checkpoint(tmp_path):
     from kdtrain.models.tiny import tiny_config
 
     (tmp_path / "student.json").write_text(json.dumps(tiny_config("smollm")))

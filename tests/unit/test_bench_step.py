@@ -1,4 +1,4 @@
-"""The whole-step benchmark: phases add up to steps, rows are what was measured, the table what the CSV says."""
+"""The whole-step benchmark: phases add up to steps, rows are what was measured, the table is made from the CSV."""
 
 import json
 import sys
@@ -43,7 +43,7 @@ def test_a_toy_run_measures_three_modes_whose_phases_add_up(bench, tmp_path):
     assert rows[0]["shape"] == "student from teacher, V=300, 64 tokens = 4 x 16"
 
 
-def test_nested_phases_become_disjoint_ones():
+def test_nested_phases_are_made_disjoint():
     found = import_module("step_rank").split(
         {"data_wait": 1.0, "forward": 10.0, "teacher": 4.0, "head": 3.0, "backward": 5.0, "optimizer": 2.0}, 20.0
     )
@@ -58,7 +58,7 @@ def test_nested_phases_become_disjoint_ones():
     }
 
 
-def test_the_ratio_is_of_medians_and_memory_is_held_against_the_estimate(bench, tmp_path):
+def test_ratio_uses_medians_and_memory_is_compared_with_the_estimate(bench, tmp_path):
     phases = dict.fromkeys(bench.PHASES, 0.001)
     more = {**phases, "teacher": 0.050, "head": 0.020, "backward": 0.003}
     answer = {

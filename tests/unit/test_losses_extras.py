@@ -82,7 +82,7 @@ def test_z_weight_zero_changes_no_bit(op):
 
 
 @pytest.mark.parametrize("op", ["ce", "kd"])
-def test_main_grad_takes_the_heads_gradient_on_top_of_what_it_holds(op):
+def test_main_grad_accumulates_the_gradient_of_the_head(op):
     case = random_case(37, 101)
     hidden, head = leaves(case)
     call(case, op, hidden=hidden, head=head).loss.backward()
@@ -94,7 +94,7 @@ def test_main_grad_takes_the_heads_gradient_on_top_of_what_it_holds(op):
     torch.testing.assert_close(main_grad - 1.0, head.weight.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_main_grad_keeps_float32_under_bfloat16():
+def test_main_grad_stays_in_float32_under_bfloat16():
     case = random_case(37, 101, dtype=torch.bfloat16)
     hidden, head = leaves(case)
     main_grad = torch.zeros(head.weight.shape)
@@ -111,7 +111,7 @@ def test_main_grad_allows_one_backward():
         loss.backward()
 
 
-def test_main_grad_refuses_a_scaled_loss_and_a_buffer_that_does_not_fit():
+def test_main_grad_refuses_a_scaled_loss_and_a_mismatched_buffer():
     case = random_case(9, 101)
     hidden, head = leaves(case)
     loss = call(case, "ce", hidden=hidden, head=head, main_grad=torch.zeros_like(head.weight)).loss
@@ -121,13 +121,13 @@ def test_main_grad_refuses_a_scaled_loss_and_a_buffer_that_does_not_fit():
         with pytest.raises(ValueError, match=r"main_grad is \(101, \d+\) .*, need \(101, 16\) torch.float32"):
             call(case, "ce", hidden=hidden, head=head, main_grad=buffer)
     frozen = HeadShard(head.weight.detach())
-    with pytest.raises(ValueError, match="no gradient of the head is wanted"):
+    with pytest.raises(ValueError, match="the head requires no gradient"):
         call(case, "ce", hidden=hidden, head=frozen, main_grad=torch.zeros_like(frozen.weight))
 
 
 @pytest.mark.parametrize("columns", [101, 1, 0])
 @pytest.mark.parametrize("kernel", ["row", "forward_kl", "jsd"])
-def test_a_gradient_rounded_in_place_is_the_exact_one_rounded(columns, kernel):
+def test_gradient_rounded_in_place_equals_the_rounded_gradient(columns, kernel):
     rng = torch.Generator().manual_seed(2)
     answers = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -178,7 +178,7 @@ def test_chunks_complete_in_order_and_never_share_a_slot(tokens, depth):
 
 
 @pytest.mark.parametrize("name", sorted(reference.DIVERGENCES))
-def test_bfloat16_keeps_the_gradient_of_models_that_are_almost_equal(name):
+def test_bfloat16_gradient_is_accurate_for_nearly_equal_models(name):
     """At a KL of 0.01 nats logits in bfloat16 would cost 14 to 30 percent of the gradient; float32 slabs cost none."""
     rng = torch.Generator().manual_seed(7)
     case = random_case(37, 1000, divergence=name, dtype=torch.bfloat16, widths=(64, 64))

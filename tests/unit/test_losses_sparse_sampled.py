@@ -1,4 +1,4 @@
-"""Records as a teacher makes them: each estimator is taken for what it is, and draws average to the truth."""
+"""Records made by a teacher: each estimator gets the right kind of loss, and draws are unbiased."""
 
 from dataclasses import replace
 
@@ -40,7 +40,7 @@ def sampled(hidden, head, vocab_size, estimator, temperature):
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_record_of_every_estimator_gives_the_references_gradient(estimator, temperature):
+def test_records_of_every_estimator_match_the_gradient_of_the_reference(estimator, temperature):
     base = random_case(37, 101, properties=True, dtype=torch.float64, temperature=temperature)
     target = sampled(base.hidden_t, base.head_t, 101, estimator, temperature)
     assert target_kind(target) == ESTIMATORS[estimator][1]
@@ -53,7 +53,7 @@ def test_a_record_of_every_estimator_gives_the_references_gradient(estimator, te
 
 @pytest.mark.parametrize("estimator", [name for name, (_, kind) in ESTIMATORS.items() if kind == "sampled"])
 def test_draws_give_the_dense_value_and_gradient_on_average(estimator):
-    """Over 3000 tokens that differ in their draws alone, in units of the mean's standard error."""
+    """Over 3000 tokens that differ in their draws only, in units of the mean's standard error."""
     copies, temperature = 3000, 2.0
     student, teacher = 2 * torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     base = identity_case(student.repeat(copies, 1), teacher.repeat(copies, 1), random_case(copies, 24, temperature=2.0))

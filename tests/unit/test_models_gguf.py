@@ -102,7 +102,7 @@ def write_gguf(path, model, *, quantised=False):
 
 
 @torch.no_grad()
-def test_an_imported_model_gives_the_logits_of_the_original(tmp_path):
+def test_imported_model_has_the_logits_of_the_original(tmp_path):
     model = llama()
     write_gguf(tmp_path / "m.gguf", model)
     done = import_gguf(tmp_path / "m.gguf", tmp_path / "out", dtype=torch.float32)
@@ -115,7 +115,7 @@ def test_an_imported_model_gives_the_logits_of_the_original(tmp_path):
     assert "quantization" not in (tmp_path / "out" / "config.json").read_text()
 
 
-def test_quantised_tensors_are_expanded_and_the_model_card_says_so(tmp_path):
+def test_quantised_tensors_are_expanded_and_the_model_card_states_it(tmp_path):
     model = llama()
     write_gguf(tmp_path / "m.gguf", model, quantised=True)
     digest = hashlib.sha256((tmp_path / "m.gguf").read_bytes()).hexdigest()
@@ -130,7 +130,7 @@ def test_quantised_tensors_are_expanded_and_the_model_card_says_so(tmp_path):
     assert "<|endoftext|> (id 0)" in card
 
 
-def test_digits_stand_alone_and_text_survives_in_both_tokenizer_loaders(tmp_path):
+def test_digits_are_split_and_text_round_trips_in_both_tokenizer_loaders(tmp_path):
     write_gguf(tmp_path / "m.gguf", llama())
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     exact = build_tokenizer(FIELDS)
@@ -147,7 +147,7 @@ def test_digits_stand_alone_and_text_survives_in_both_tokenizer_loaders(tmp_path
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def test_a_qwen2_tokenizer_splits_as_its_own_class_does():
+def test_qwen2_tokenizer_splits_like_its_own_class():
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     tokenizer = build_tokenizer({**FIELDS, "pre": "qwen2"})
@@ -156,7 +156,7 @@ def test_a_qwen2_tokenizer_splits_as_its_own_class_does():
 
 
 @pytest.mark.parametrize("pre", ["smollm", "qwen2"])
-def test_user_defined_tokens_are_one_id_and_survive_where_special_ones_are_skipped(pre):
+def test_user_defined_tokens_are_one_id_and_kept_when_special_ones_are_skipped(pre):
     tokens = [*TOKENS, "<think>"]
     tokenizer = build_tokenizer({**FIELDS, "pre": pre, "tokens": tokens, "token_type": [*FIELDS["token_type"], 4]})
     ids = tokenizer.encode("a<think>b<|im_end|>").ids
@@ -166,7 +166,7 @@ def test_user_defined_tokens_are_one_id_and_survive_where_special_ones_are_skipp
     assert (added.special, added.normalized) == (False, False)
 
 
-def test_a_tokenizer_whose_rules_are_not_known_is_refused():
+def test_tokenizer_with_unknown_rules_is_refused():
     with pytest.raises(ConfigError, match="pre-tokenizer 'llama-bpe'"):
         build_tokenizer({**FIELDS, "pre": "llama-bpe"})
     with pytest.raises(ConfigError, match="tokenizer model 'llama'"):

@@ -29,7 +29,7 @@ EAGER = {"gemma2", "gpt_oss", "mimo_v2_flash"}
 
 QUIET = {"phimoe": {"router_jitter_noise": 0.0}}
 LEAKS = {"gpt_oss"}
-"""Stock models that let documents of a sequence see each other: their documents are run one by one instead."""
+"""Stock models that join the documents of a sequence: their documents are run one by one instead."""
 
 LENGTHS = [[21, 1, 18], [40], [3, 2, 1, 4, 9, 1, 1, 5, 14]]
 FAMILIES = [*sorted(TINY), *OTHERS, *sorted(MIXTURES)]
@@ -81,7 +81,7 @@ def step(model, attention, *, recompute=False, alone=False):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_hidden_states_and_gradients_are_those_of_the_masked_path(name):
+def test_hidden_states_and_gradients_match_the_masked_path(name):
     model = stock(name)
     want, want_grads = step(model, None, alone=name in LEAKS)
     for recompute in (False, True):
@@ -97,7 +97,7 @@ def test_hidden_states_and_gradients_are_those_of_the_masked_path(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-def test_the_comparison_sees_documents_that_are_not_apart(name, monkeypatch):
+def test_comparison_detects_joined_documents(name, monkeypatch):
     model = stock(name)
     want, _ = step(model, None, alone=name in LEAKS)
     rows = PackedDocuments(Documents.of(torch.arange(40).expand(3, -1)))
@@ -106,7 +106,7 @@ def test_the_comparison_sees_documents_that_are_not_apart(name, monkeypatch):
     assert (found - want).abs().max() > 1e-3
 
 
-def test_stock_gpt_oss_lets_documents_see_each_other_and_packed_does_not():
+def test_stock_gpt_oss_joins_documents_and_packed_does_not():
     model = stock("gpt_oss")
     want, _ = step(model, None, alone=True)
     assert (step(model, None)[0] - want).abs().max() > 1e-3

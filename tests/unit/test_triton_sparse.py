@@ -1,4 +1,4 @@
-"""Sparse row kernels in Triton: interpreted against their torch twins, and compiled for a device that is not here.
+"""Sparse row kernels in Triton: interpreted against `sparse_rows`, and compiled for a device that is not present.
 
 Interpreting and compiling exclude each other in one process, and both depend on the environment at import: this file
 is also the script that the tests run, `test_triton_sparse.py CHECK ...`.
@@ -230,7 +230,7 @@ def run_checks(names, tmp_path, **settings):
     assert result.stdout.split() == names, result.stderr
 
 
-def test_interpreted_kernels_agree_with_their_torch_twins_and_the_loss_on_them_with_float64(tmp_path):
+def test_interpreted_kernels_match_torch_rows_and_their_loss_matches_float64(tmp_path):
     run_checks(["stats", "grad", "loss", "refusals"], tmp_path, TRITON_INTERPRET="1")
 
 

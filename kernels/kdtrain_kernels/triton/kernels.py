@@ -1,9 +1,9 @@
 """The kernels: one program per row of a slab, walking its columns from left to right a block at a time.
 
-Sums and maxima are kept per lane of a block and put together once, at the end of a row. Rows are loaded up to their
-stride, a multiple of 128, so that loads are 16 bytes wide; what lies past column n counts as -inf and is overwritten
-with 0 by gradients. `numbers` [k, C] float64 holds k numbers of each row; the programs are as many as the rows.
-Arguments that change from call to call (temperature, caps) are numbers; those that choose code are constexpr.
+Sums and maxima are kept per lane of a block and reduced once, at the end of a row. Rows are loaded up to their stride,
+a multiple of 128, so that loads are 16 bytes wide; columns from n on count as -inf and are overwritten with 0 by
+gradients. `numbers` [k, C] float64 holds k numbers of each row; the programs are as many as the rows. Arguments that
+change between calls (temperature, caps) are numbers; those that select code are constexpr.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kdtrain_kernels.triton.barrier import after_all
 from kdtrain_kernels.triton.maths import FLOOR, shifted, terms
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""The least finite float32: a running maximum that no difference with -inf turns into NaN."""
+"""The lowest finite float32, as initial value of a running maximum: differences with it are never NaN."""
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _number(numbers, index: tl.constexpr):
 
 @triton.jit
 def _grow(total, x, peak, inv_temperature, AT_ONE: tl.constexpr):
-    """sum exp((. - peak) / temperature) with x taken in, relative to max(x, peak): one exponential either way."""
+    """The sum of exp((. - peak) / temperature) including x, relative to max(x, peak), with one exponential."""
     fall = tl.where(x > peak, peak - x, x - peak)
     if not AT_ONE:
         fall = fall * inv_temperature
@@ -163,7 +163,7 @@ def _label_term(x, inv, cols, label, softmax, ce):
 
 
 @triton.jit
-def _finish(
+def _store_gradient(
     grad,
     logits,
     cols,
@@ -178,7 +178,7 @@ def _finish(
     BACKEND: tl.constexpr,
     PER_THREAD: tl.constexpr,
 ):
-    """Times d logits / d product; stored in the operand's row, which may share the slab's memory."""
+    """Multiply by d logits / d product and store in the operand's row, which may share the slab's memory."""
     if CAPPED:
         ratio = logits * inv_cap
         grad = grad * ((1 - ratio * ratio) * logit_scale)
@@ -186,7 +186,8 @@ def _finish(
         grad = grad * logit_scale
     stored = tl.where(cols < n, grad, 0.0).to(row_start.dtype.element_ty)
     if NARROW:
-        # A block's bfloat16 lie where this block's or earlier logits were: every thread must have read its own first.
+        # A block's bfloat16 are stored over logits of this or an earlier block: every thread must have read its own
+        # first.
         stored = after_all(stored, BACKEND, PER_THREAD)
     tl.store(row_start + cols, stored, mask=cols < stride)
 
@@ -220,7 +221,7 @@ def row_grad_kernel(
         cols = first + tl.arange(0, BLOCK)
         s = _load(slab + row * stride, cols, n, stride)
         grad = _label_term(shifted(s, peak, 1.0, True), inv_1, cols, label, softmax, ce)
-        _finish(
+        _store_gradient(
             grad,
             s,
             cols,
@@ -289,8 +290,8 @@ def pair_grad_kernel(
         baseline = inv_vocab if KIND == "logit_mse" else tl.exp(x) * inv_s
         slope = slope - baseline * z
         grad = _label_term(shifted(s, peak_s, 1.0, True), inv_1, cols, label, softmax, ce)
-        grad = tl.where(kd == 0, grad, grad + slope * kd)  # a row that is not distilled: cross-entropy's bits
-        _finish(
+        grad = tl.where(kd == 0, grad, grad + slope * kd)  # a row with kd weight 0 has the bits of cross-entropy
+        _store_gradient(
             grad,
             s,
             cols,
