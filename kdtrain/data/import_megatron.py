@@ -16,12 +16,12 @@ from kdtrain.data.manifest import Manifest, token_dtype
 from kdtrain.data.megatron_pair import DOCUMENTS_FROM, INNER, Documents, Marks, Pair, begun, find_documents, open_pair
 from kdtrain.data.prepare import progress, report_left_out
 from kdtrain.data.separator import document_borders
-from kdtrain.data.shards import sha256_of
 from kdtrain.data.text_bytes import TextBytes
 from kdtrain.data.token_store import TokenStoreWriter
 from kdtrain.data.tokenizer import load_tokenizer, prefix_of, size_of, tokenizer_file
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.log import LOGGER
+from kdtrain.stores.checksums import sha256_of
 
 BLOCK_TOKENS = 1 << 21
 """A thread's portion; it bounds memory and never changes the result."""

@@ -6,7 +6,6 @@ A checkpoint is a folder step_NNNNNN: one safetensors file per writing rank (`sl
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from kdtrain.engine.manifest import MANIFEST, VOLATILE, DamagedCheckpoint, Manif
 from kdtrain.engine.slices import CheckpointReader, Fragment, write_rank_file
 from kdtrain.errors import CheckpointError
 from kdtrain.log import LOGGER
+from kdtrain.stores.checksums import sha256_of
 
 __all__ = ["Description", "folder_name", "is_complete"]
 
@@ -160,7 +160,7 @@ def any_folder(root: Path) -> bool:
 
 def identity(folder: Path) -> str:
     """16 hex digits that no other checkpoint has: of its checkpoint.json, which has every file's sha256."""
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
+    return sha256_of(folder / MANIFEST)[:16]
 
 
 def size_bytes(folder: Path) -> int:

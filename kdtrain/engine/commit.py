@@ -28,8 +28,8 @@ from kdtrain.engine.manifest import (
     model_fingerprint,
 )
 from kdtrain.errors import CheckpointError
-from kdtrain.files import sync, write_synced
 from kdtrain.parallel.cut import Cut
+from kdtrain.stores.folders import publish, write_manifest
 
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -136,22 +136,11 @@ def complete(place: Place, about: Description, answers: list[tuple[FileEntry, di
             (temporary / entry.file).unlink(missing_ok=True)
     # Fails here when the ranks do not share the file system.
     manifest.check_files(temporary)
-    write_synced(temporary / MANIFEST, manifest.to_json().encode())
-    sync(temporary)
-    _put_in_place(temporary, place.final)
-
-
-def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename; a former folder of the same step steps aside first, under a name that `find_latest` still finds."""
-    aside = final.parent / f".{final.name}.replaced"
-    if final.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
-        os.rename(final, aside)
-    os.rename(temporary, final)
-    sync(final.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
+    write_manifest(temporary, MANIFEST, manifest.to_json().encode())
+    retired = place.root / f".{place.final.name}.replaced"  # `candidates` finds it while it is the only one
+    publish(temporary, place.final, retired)
+    if retired.exists():
+        shutil.rmtree(retired)
 
 
 def is_complete(folder: Path) -> bool:

@@ -7,7 +7,6 @@ or cut along dim 0 that is the row-major order of the full parameter.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 from kdtrain.errors import CheckpointError
 from kdtrain.parallel.cut import Cut
+from kdtrain.stores.checksums import sha256_of_json
 
 MANIFEST = "checkpoint.json"
 FORMAT = "kdtrain-checkpoint"
@@ -260,5 +260,4 @@ def _file_from_json(name: str, found: dict[str, Any]) -> FileEntry:
 def model_fingerprint(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> str:
     """16 hex digits of the parameters' names and shapes and of what the config says about the computation."""
     lasting = {key: value for key, value in config.items() if key not in VOLATILE}
-    text = json.dumps([lasting, {name: list(shape) for name, shape in shapes.items()}], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return sha256_of_json([lasting, {name: list(shape) for name, shape in shapes.items()}])[:16]

@@ -5,10 +5,8 @@ Knows no process group, no DeepSpeed and no pickle: files are plain safetensors.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -25,6 +23,7 @@ from torch import Tensor
 from kdtrain.engine.manifest import FileEntry, Manifest, ParameterEntry, Slice, damaged
 from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.pieces import read_piece
+from kdtrain.stores.checksums import ChecksummedFile, sha256_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +74,16 @@ def write_slices(path: Path, slices: Sequence[Slice], data: Iterable[memoryview]
         at += 4 * s.numel
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb", buffering=0) as file:
-        _put(file, memoryview(len(text).to_bytes(8, "little") + text), digest)
+    with ChecksummedFile(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
         for block in data:
-            _put(file, block, digest)
-        os.fsync(file.fileno())
-    return FileEntry(path.name, 8 + len(text) + at, digest.hexdigest(), tuple(slices))
+            file.write(block)
+        return FileEntry(path.name, 8 + len(text) + at, file.commit(), tuple(slices))
 
 
 def _on_host(tensor: Tensor) -> memoryview:
     values: Any = tensor.detach().cpu().contiguous().numpy()
     return memoryview(values).cast("B")
-
-
-def _put(file: Any, data: memoryview, digest: Any) -> None:
-    digest.update(data)
-    while data:  # an unbuffered write may take a part only (2 GiB on Linux)
-        data = data[file.write(data) :]
 
 
 class CheckpointReader:
@@ -136,8 +127,7 @@ class CheckpointReader:
                 continue
             path = self.folder / entry.file
             try:
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = sha256_of(path)
             except OSError as error:
                 raise damaged(path, f"cannot be read: [Errno {error.errno}] {error.strerror}") from error
             if digest != entry.sha256:
