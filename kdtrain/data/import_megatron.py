@@ -134,20 +134,20 @@ def _copy(
 ) -> None:
     """Write a pair's documents, blocks of them in threads (numpy and the tokenizer work without Python's lock)."""
 
-    def finish(block: slice) -> tuple[np.ndarray, np.ndarray, int]:
-        tokens, sizes = _finished(
+    def assemble(block: slice) -> tuple[np.ndarray, np.ndarray, int]:
+        tokens, sizes = _with_borders(
             pair.tokens, documents.starts[block], documents.stops[block], documents.ended[block], target
         )
         if len(tokens) and (tokens.min() < 0 or tokens.max() >= target.vocab_size):
             return tokens, sizes, 0  # the writer names the document
         return tokens.astype(target.dtype, copy=False), sizes, target.text.measure(tokens, sizes)
 
-    for tokens, sizes, text_bytes in _in_order(finish, _blocks(documents)):
+    for tokens, sizes, text_bytes in _in_order(assemble, _blocks(documents)):
         writer.add_block(tokens, sizes, text_bytes)
         report(len(tokens), len(sizes))
 
 
-def _finished(
+def _with_borders(
     tokens: np.ndarray, starts: np.ndarray, stops: np.ndarray, ended: np.ndarray, target: _Target
 ) -> tuple[np.ndarray, np.ndarray]:
     """Documents with exactly one prefix and separator each: their tokens and sizes. A view where nothing changes."""

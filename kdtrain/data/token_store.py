@@ -309,7 +309,7 @@ class TokenStoreWriter:
         )
         self._sizes = []
 
-    def finish(self, left_out: Mapping[str, int] | None = None) -> Manifest:
+    def write_all(self, left_out: Mapping[str, int] | None = None) -> Manifest:
         """Write everything to disk, still under the temporary name. left_out: documents that were not added, by reason.
 
         Raises DataError if no document was added.
@@ -356,8 +356,8 @@ class TokenStoreWriter:
         return tuple(int(i) for i in np.flatnonzero(self._seen) if i not in trained)
 
     def commit(self, left_out: Mapping[str, int] | None = None) -> Manifest:
-        """`finish`, then give the store its name: it is either there and whole, or not there."""
-        manifest = self.finish(left_out)
+        """`write_all`, then give the store its name: it is either there and whole, or not there."""
+        manifest = self.write_all(left_out)
         with _disk_errors(self.folder):
             self._unfinished.publish()
         return manifest
