@@ -102,7 +102,7 @@ def test_another_tp_continues_from_a_checkpoint(world_size, fresh_pool, folder, 
         assert evaluation == pytest.approx(want.evaluation, rel=1e-5), (case.name, tp)
 
 
-def test_an_export_of_what_was_cut_in_pieces_is_the_stock_model(folder, oracles):
+def test_export_of_sharded_architecture_is_stock_model(folder, oracles):
     """Fused, transposed and shared pieces put together again, read by transformers alone, over all rows it has."""
     write_tokenizer(folder / "model", more=[f"<{token}>" for token in range(257, VOCAB)])
     for family in ("gpt2", "phi3", "few_groups", "olmo2"):

@@ -156,7 +156,7 @@ def name_of(case):
     return "-".join(str(part) for part in case)
 
 
-def test_stop_and_resume_is_bitwise_the_uninterrupted_run(fresh_pool, architectures):
+def test_resumed_run_equals_uninterrupted_run_bitwise(fresh_pool, architectures):
     whole = fresh_pool(4).run(run_through, folder=architectures, cases=CASES)
     resumed = fresh_pool(4).run(resume, folder=architectures, cases=CASES)
     for rank in range(4):
@@ -258,7 +258,7 @@ def refusals(rank, world_size, folder):
     return found
 
 
-def test_what_fails_on_one_rank_fails_on_all_and_names_the_cause(fresh_pool, architectures):
+def test_failure_on_one_rank_raises_on_all_with_cause(fresh_pool, architectures):
     for found in fresh_pool(2).run(refusals, folder=architectures):
         assert "model.layers.0.mlp.gate_proj.weight: (44, 36) there, (52, 36) here" in found["width"]
         assert "lm_head.weight: (299, 36) there, (300, 36) here" in found["rows"]

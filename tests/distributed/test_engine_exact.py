@@ -172,7 +172,7 @@ def refused_engines(rank, world_size, folder):
     return messages, norms
 
 
-def test_forgotten_marks_and_empty_steps_are_refused_and_null_means_no_clipping(fresh_pool, tmp_path):
+def test_missing_marks_and_empty_steps_are_refused_and_null_means_no_clipping(fresh_pool, tmp_path):
     assert DataError.exit_code == EXIT_DATA
     answers = fresh_pool(2).run(refused_engines, folder=tmp_path)
     for messages, _ in answers:

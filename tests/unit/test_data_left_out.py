@@ -127,7 +127,7 @@ def test_parts_of_text_files_are_counted_too(tmp_path, content, marker, document
     assert found == counts
 
 
-def test_where_nothing_is_left_out_nothing_is_said_or_written(tmp_path, tokenizer, logged):
+def test_without_omissions_nothing_is_logged_or_recorded(tmp_path, tokenizer, logged):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n\n')
     made = prepare_corpus([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", PrepareSettings(workers=1))["train"]
     assert made.left_out == {}

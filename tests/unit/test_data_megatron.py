@@ -81,7 +81,7 @@ def test_an_entry_with_separators_inside_is_refused_with_counts_or_split(tmp_pat
 
 
 @pytest.mark.parametrize("choice", ["index", "sequences"])
-def test_a_refusal_offers_only_options_that_decide_it(tmp_path, tokenizer, choice):
+def test_refusal_offers_only_options_that_resolve_it(tmp_path, tokenizer, choice):
     pair = write_pair(tmp_path / "pair", [[5, 6, 0, 7], [8, 0, 9], [10, 0]])
     everything = refusal(tmp_path, pair, tokenizer).splitlines()[-1]
     for option in ("--documents-from stream", "--documents-from index", "--inner-separators split"):
@@ -107,7 +107,7 @@ def test_rows_cut_from_a_stream_are_refused_and_joined_on_request(tmp_path, toke
         assert "3 of 4 documents do not end with the separator <|endoftext|> though others do" in said
     assert imported(tmp_path, pair, tokenizer, documents_from="stream") == TEXTS
     assert f"4 documents of {-(-18 // size)} sequences (joined as one stream" in logged.text
-    assert "1 had no separator <|endoftext|> at the end and get one" in logged.text
+    assert "1 had no separator <|endoftext|> at the end; one is added to each" in logged.text
 
 
 def test_documents_cut_at_a_largest_size_are_refused_without_a_separator_inside_any_row(tmp_path, tokenizer):
@@ -135,7 +135,7 @@ def test_documents_of_a_pair_built_without_separators_get_one_each(tmp_path, tok
     assert imported(tmp_path, pair, tokenizer) == [[5, 6, 0], [7, 0], [8, 9, 10, 0]]
 
 
-def test_a_document_that_begins_with_bos_is_no_piece_of_the_one_before(tmp_path, with_bos):
+def test_document_with_bos_does_not_continue_previous_one(tmp_path, with_bos):
     rows = [[BOS, 5, 6, 0], [BOS, 7, 8], [BOS, 9, 0], [BOS, 10]]
     pair = write_pair(tmp_path / "pair", rows)
     assert imported(tmp_path, pair, with_bos) == [[*row, 0] if row[-1] else row for row in rows]
@@ -143,9 +143,7 @@ def test_a_document_that_begins_with_bos_is_no_piece_of_the_one_before(tmp_path,
     assert "2 of 4 documents do not end" in refusal(tmp_path, bare, with_bos)
 
 
-def test_a_special_token_that_begins_every_document_is_named_where_it_is_no_prefix(
-    tmp_path, tokenizer, with_bos, logged
-):
+def test_special_token_before_every_document_is_logged_if_not_prefix(tmp_path, tokenizer, with_bos, logged):
     pair = write_pair(tmp_path / "pair", [[BOS, 5, 0], [BOS, 6, 0]])
     line = "each begins with <bos> (token 257), which counts as text"
     assert imported(tmp_path, pair, tokenizer) == [[BOS, 5, 0], [BOS, 6, 0]]
@@ -155,7 +153,7 @@ def test_a_special_token_that_begins_every_document_is_named_where_it_is_no_pref
     assert line not in logged.text
 
 
-def test_a_pair_that_ends_documents_with_another_special_token_names_it(tmp_path, tokenizer):
+def test_other_special_token_at_document_ends_is_named(tmp_path, tokenizer):
     pair = write_pair(tmp_path / "pair", [[5, 6, EOS], [7, EOS]])
     said = refusal(tmp_path, pair, tokenizer)
     assert "every document ends with </s> (token 258), none with the separator <|endoftext|>" in said
@@ -165,7 +163,7 @@ def test_a_pair_that_ends_documents_with_another_special_token_names_it(tmp_path
     assert named == [[5, 6, EOS, 0], [7, EOS, 0]]
 
 
-def test_a_pair_without_document_ends_is_called_so_and_taken_either_way_on_request(tmp_path, tokenizer):
+def test_pair_without_document_ends_is_refused_and_accepted_with_options(tmp_path, tokenizer):
     # as MiniPLM's and LMOps' builders leave it: sequences are added, end_document is never called
     pair = write_pair(tmp_path / "pair", [[5, 6, 0], [7, 8, 9, 0], [10, 0]], [0], "int32")
     said = refusal(tmp_path, pair, tokenizer)
@@ -180,7 +178,7 @@ def test_a_pair_without_document_ends_is_called_so_and_taken_either_way_on_reque
 @pytest.mark.parametrize(
     ("index", "dtype", "reason"),
     [
-        ([0, 1, 2, 3], "float32", "its sequences are float32, which are no token ids"),
+        ([0, 1, 2, 3], "float32", "its sequences are float32, which are not token ids"),
         ([0, 2, 1, 3], "uint16", "its document index is not in order: entry 2 is 1, after 2"),
         ([0, 1, 2], "uint16", "its document index does not divide its 3 sequences: it ends with 2"),
         ([0, 1, 4], "uint16", "its document index does not divide its 3 sequences: it ends with 4"),
@@ -224,9 +222,7 @@ def with_marks(documents, rng, bos):
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "int64"])
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("block", [1, 50, 1 << 21])
-def test_a_copy_in_blocks_is_the_copy_document_by_document_byte_for_byte(
-    tmp_path, tokenizer, with_bos, monkeypatch, dtype, bos, block
-):
+def test_copy_in_blocks_equals_copy_by_documents(tmp_path, tokenizer, with_bos, monkeypatch, dtype, bos, block):
     monkeypatch.setattr(importing, "BLOCK_TOKENS", block)
     writer = token_store.TokenStoreWriter
     monkeypatch.setattr(writer, "__init__", partialmethod(writer.__init__, shard_tokens=300))
@@ -261,14 +257,14 @@ def test_options_of_pairs_and_of_text_are_not_mixed(tmp_path, tokenizer, script,
         with pytest.raises(ConfigError, match=f"{name} = 'x' is not known\n  fix: use one of "):
             import_megatron([tmp_path / "p"], tokenizer, tmp_path / "out", MegatronSettings(**{name: "x"}))
     both = MegatronSettings(documents_from="stream", inner_separators="keep")
-    with pytest.raises(ConfigError, match=r"'stream' does not go with inner_separators = 'keep'(.|\n)*fix: "):
+    with pytest.raises(ConfigError, match=r"'stream' cannot be used with inner_separators = 'keep'(.|\n)*fix: "):
         import_megatron([tmp_path / "p"], tokenizer, tmp_path / "out", both)
 
 
 def test_a_pair_that_is_named_twice_is_refused(tmp_path, tokenizer, monkeypatch):
     pair = write_pair(tmp_path / "pair", [[5, 0]])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="pair is named twice\n  why: every document would be there twice"):
+    with pytest.raises(ConfigError, match="pair is named twice\n  why: every document would occur twice"):
         import_megatron([pair, Path("pair")], tokenizer, tmp_path / "out", MegatronSettings())
 
 
@@ -282,7 +278,7 @@ def test_a_pair_that_is_named_twice_is_refused(tmp_path, tokenizer, monkeypatch)
         ("/", "the path of a .bin and its .idx without either suffix"),
     ],
 )
-def test_what_is_no_prefix_of_a_pair_is_refused_by_name(tmp_path, tokenizer, monkeypatch, name, fix):
+def test_path_that_is_not_a_pair_prefix_is_refused(tmp_path, tokenizer, monkeypatch, name, fix):
     write_pair(tmp_path / "v1.2", [[5, 6, 0]])
     monkeypatch.chdir(tmp_path)
     assert imported(tmp_path, Path("v1.2"), tokenizer, "good") == [[5, 6, 0]]

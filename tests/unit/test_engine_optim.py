@@ -45,7 +45,7 @@ def test_every_schedule_warms_up_linearly_to_the_peak(shape):
         ("constant", 1000, 1.0),
     ],
 )
-def test_a_schedule_is_where_its_formula_says(shape, tokens, share):
+def test_schedule_equals_formula(shape, tokens, share):
     assert learning_rate(tokens, configuration(shape)) == pytest.approx(PEAK * share)
 
 
