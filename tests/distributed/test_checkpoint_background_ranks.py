@@ -1,4 +1,4 @@
-"""Checkpoints written behind running steps by several ranks: the plain write's bytes, and one rank's error on all."""
+"""Checkpoints written in the background by several ranks: bytes of the synchronous write, errors on all ranks."""
 
 import json
 import resource
@@ -35,7 +35,7 @@ def train_until_written(engine, writer, one_step, at):
 
 
 def write_both_ways(rank, world_size, folder, cases):
-    """Every case: the same state by the plain write and behind the steps that change it; the bytes of both."""
+    """Every case: bytes of the same state by the synchronous write and by save_async during steps that change it."""
     test = load_file(HERE / "test_engine_checkpoint.py")
     test.join()
     mesh, answers = Mesh.build(2), []
@@ -88,7 +88,7 @@ def test_async_save_equals_synchronous_write_and_errors_reach_all_ranks(fresh_po
 
 
 class Slow:
-    """Checkpoints of which this rank is busy until its `ready`-th step; says when all went on."""
+    """Checkpoints whose writer is busy on this rank until its `ready`-th step; records the steps of `advance`."""
 
     def __init__(self, progress, ready):
         self.progress, self.ready, self.advanced, self.waited = progress, ready, [], []

@@ -1,4 +1,4 @@
-"""Checkpoints through live engines: stop and resume is bitwise the same run, in another layout it is so to rounding."""
+"""Checkpoints of engines: a resumed run is bitwise equal, in another layout equal up to rounding."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ def join():
 
 
 def build(folder, mesh, stage, dtype, architecture, vocab, *, seed=1, nudged=False):
-    """nudged: every weight goes up or down by one unit in its last place."""
+    """nudged: every weight is changed by one unit in its last place."""
     from kdtrain.engine.zero import StudentEngine
 
     cfg = RunConfig()
@@ -119,7 +119,7 @@ def fingerprints(engine):
 
 
 def run_through(rank, world_size, folder, cases):
-    """Every case uninterrupted, saving on the way: what the engine held at the save and at the end, and the losses."""
+    """Every case uninterrupted, with a save: the engine's state at the save and at the end, and the losses."""
     join()
     mesh = Mesh.build(2)
     answers = []
@@ -135,7 +135,7 @@ def run_through(rank, world_size, folder, cases):
 
 
 def resume(rank, world_size, folder, cases):
-    """Every case from its checkpoint, in an engine that began from other random weights and made a step."""
+    """Every case from its checkpoint, in an engine that has other weights and has made a step."""
     join()
     mesh = Mesh.build(2)
     answers = []
@@ -173,7 +173,7 @@ def test_resumed_run_equals_uninterrupted_run_bitwise(fresh_pool, architectures)
 
 
 def relay(rank, world_size, folder, legs, root, nudged=False):
-    """Train two steps in each layout (tp, stage) of `legs`, handing over by checkpoint; the last checkpoint.
+    """Train two steps in each layout (tp, stage) of `legs`, continued by checkpoint; the last checkpoint.
 
     nudged: as in `build`, of the first leg.
     """
@@ -199,7 +199,7 @@ def test_a_run_continues_in_any_other_layout(fresh_pool, architectures):
     moved = pool.run(relay, folder=architectures, legs=[(2, 2), (1, 1), (1, 3), (2, 0), (2, 3)], root="moved")[0]
     alone = fresh_pool(1)
     stayed = alone.run(relay, folder=architectures, legs=[(1, 1)] * 5, root="stayed")[0]
-    # what rounding is worth after ten steps, which differs between processors
+    # the effect of rounding after ten steps, which differs between processors
     nudged = alone.run(relay, folder=architectures, legs=[(1, 1)] * 5, root="nudged", nudged=True)[0]
     assert moved.name == stayed.name == "step_000010"
     with (
@@ -220,7 +220,7 @@ def test_a_run_continues_in_any_other_layout(fresh_pool, architectures):
                 assert noise < 1e-4, (name, kind)
                 assert (got.read_full(name, kind) - value).abs().max() < 1e-6 + 3 * noise, (name, kind)
             moved_by = (want.read_full(name, "master") - before.read_full(name, "master")).abs().max()
-            assert moved_by > 1e-3, f"{name} hardly moved, so that equality would say little"
+            assert moved_by > 1e-3, f"{name} hardly moved, so that equality would prove little"
 
 
 def refusals(rank, world_size, folder):

@@ -46,7 +46,7 @@ def is_float32(tensor):
 
 
 def steps(rank, world_size, folder):
-    """Per layout: what became of the parameter that stays in float32, after steps and after loading a checkpoint."""
+    """Per layout: the parameter that stays in float32, after steps and after loading a checkpoint."""
     meshes, answers = join(world_size), {}
     for tp, stage, offload in ((1, 1, False), (1, 2, False), (2, 2, False), (1, 2, True)):
         case = Case("olmo_hybrid", tp, stage, (2, 2, 2), dtype="bfloat16")

@@ -31,7 +31,7 @@ def start(folder, mesh, case, *, offload=True, clip=MAX_NORM):
 
 
 def run_cases(rank, world_size, folder):
-    """Per case what `layout_oracle.check_case` wants to see."""
+    """Per case the input of `layout_oracle.check_case`."""
     meshes = join(world_size)
     answers = []
     for case in cases():
@@ -145,7 +145,7 @@ def test_checkpoints_load_with_and_without_offload(fresh_pool, tmp_path):
 
 
 def poisoned_steps(rank, world_size, folder):
-    """A step that is non-finite on rank 0 alone changes nothing, and the next is as if it never was."""
+    """A step that is non-finite on rank 0 alone changes nothing, nor does it affect the next step."""
     meshes = join(world_size)
     for tp, stage, dtype in ((1, 1, "float32"), (2, 2, "float32"), (1, 2, "bfloat16"), (2, 3, "bfloat16")):
         mesh, case = meshes[tp], Case("llama_untied", tp, stage, (4, 4, 4), dtype=dtype)

@@ -1,4 +1,4 @@
-"""Checkpoints written while the caller goes on: the bytes of the plain write, and its errors. One process."""
+"""Checkpoints written in the background: bytes and errors of the synchronous write. One process."""
 
 import resource
 import threading

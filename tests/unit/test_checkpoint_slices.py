@@ -1,4 +1,4 @@
-"""The checkpoint format by itself: any layout to any layout, and every way a folder can be damaged. No DeepSpeed."""
+"""The checkpoint format: any layout reads any layout, and damage of every kind is refused. No DeepSpeed."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def values(name, kind):
 
 
 def fragments(cuts, pieces_of=lambda size: [size]):
-    """Everything every tp rank would write; `pieces_of` says how a flat piece is broken up."""
+    """The fragments of all tp ranks; `pieces_of`: sizes into which a flat shard is divided."""
     found = []
     for name in SHAPES:
         cut = cuts.get(name)
@@ -83,7 +83,7 @@ def fragments(cuts, pieces_of=lambda size: [size]):
 
 
 def ragged(size):
-    """1, 2, 3, ... elements, then what is left."""
+    """1, 2, 3, ... elements, then the rest."""
     sizes, step = [], 1
     while size:
         sizes.append(min(step, size))
@@ -104,7 +104,7 @@ def write(root, cuts=None, *, step=7, state=None, pieces_of=ragged):
 
 
 def write_scattered(folder, cuts, ranks=4):
-    """As several ranks would: the fragments dealt out to files in turn."""
+    """Write as several ranks do: fragments distributed over files in turn."""
     folder.mkdir()
     dealt = fragments(cuts, ragged)
     files = [write_rank_file(folder / f"rank_{r:05d}.safetensors", dealt[r::ranks]) for r in range(ranks)]

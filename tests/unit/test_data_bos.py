@@ -1,4 +1,4 @@
-"""What a tokenizer puts before a text, most often <bos>, stands before every document: once and recorded, or never."""
+"""The document prefix, most often <bos>: taken from the tokenizer, written once per document, recorded, optional."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Batches cut over cp ranks: the parts are the whole, labels are not lost at the cut, and the loader gives them."""
+"""Batches cut over cp ranks: parts cover the whole, keep labels at the cut, and are what the loader returns."""
 
 import pytest
 import torch

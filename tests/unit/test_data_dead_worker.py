@@ -1,4 +1,4 @@
-"""A worker process that the system kills, most often for want of memory."""
+"""A worker process that is killed, most often because memory runs out."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""The documents of a batch: found once on the host, and right wherever the batch is cut, joined or moved."""
+"""The documents of a batch: found once on the host, correct after slicing, joining and moving the batch."""
 
 import itertools
 
@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 
 def positions_of(rows):
-    """[B, S] of rows of document lengths; the first document of each goes on from elsewhere."""
+    """[B, S] of rows of document lengths; the first document of each continues from an earlier sequence."""
     return torch.tensor([[i + 7 * (n == 0) for n, size in enumerate(row) for i in range(size)] for row in rows])
 
 
@@ -135,7 +135,7 @@ def test_moved_batch_moves_offsets_and_keeps_host_copy():
 
 
 class Copies(TorchDispatchMode):
-    """Notes copies to another device, and whether the host waits for them."""
+    """Records copies to another device, and whether the host waits for them."""
 
     def __init__(self):
         super().__init__()
@@ -149,7 +149,7 @@ class Copies(TorchDispatchMode):
 
 
 def test_host_waits_only_for_copies_to_the_host():
-    """A copy to the host that is not waited for is read before its values are there."""
+    """Without a wait, a copy to the host could be read before it is complete."""
     batch = batch_of(positions_of([(2, 1), (1, 2)]))
     with Copies() as there:
         moved = batch.to("meta")
@@ -191,7 +191,7 @@ def test_loader_and_validation_set_documents_of_whole_sequences(store, reset_pos
 
 
 class Pins(TorchDispatchMode):
-    """Notes what is pinned: without a CUDA device torch refuses to."""
+    """Records which tensors are pinned: without a CUDA device torch cannot pin them."""
 
     def __init__(self):
         super().__init__()

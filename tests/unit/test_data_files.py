@@ -1,4 +1,4 @@
-"""Which files become documents: nothing in a folder is left out without a word, nothing is taken for what it is not."""
+"""Which files become documents: files left out are logged, files of other formats are refused."""
 
 import bz2
 import gzip
@@ -46,8 +46,8 @@ def test_folder_is_read_in_any_case_through_links_and_other_files_are_counted(tm
     found = find_files([corpus])
     assert names(found, corpus) == ["B.TXT", "a.txt", "e.ndjson", "i.JSONL.GZ", "sub/h.txt"]
     assert list(read_documents(found)) == ["B", "a", "one", "two", "one", "two", "linked"]
-    (said,) = logged.messages
-    assert f"{corpus}: 8 files are ignored" in said
+    (message,) = logged.messages
+    assert f"{corpus}: 8 files are ignored" in message
     for part in (
         "2 .dat",
         "1 .zst",
@@ -57,7 +57,7 @@ def test_folder_is_read_in_any_case_through_links_and_other_files_are_counted(tm
         "1 without a suffix",
         "1 broken links and the like",
     ):
-        assert part in said
+        assert part in message
 
 
 def test_folder_without_other_files_logs_nothing(tmp_path, logged):
@@ -153,7 +153,7 @@ def test_json_lines_with_unknown_suffix_are_refused(tmp_path, name, content, new
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.txt", LINE),  # what is said to be text is text
+        ("a.txt", LINE),  # named as text, read as text
         ("a.py", b"x = {}\n"),
         ("a", b"12\n"),
         ("a.conf", b"[1, 2]\n"),

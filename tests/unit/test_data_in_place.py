@@ -1,4 +1,4 @@
-"""Megatron pairs used in place: the same store but for a link, refused where a token would have to change."""
+"""Megatron pairs used in place: the same store except for a link, refused where a token would have to change."""
 
 import json
 import os

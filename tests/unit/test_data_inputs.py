@@ -1,4 +1,4 @@
-"""The stores of a run against each other: what does not belong together is refused with both paths and a fix."""
+"""Consistency of the stores of a run: mismatches are refused with both paths and a fix."""
 
 import json
 

@@ -103,16 +103,16 @@ def test_shares_and_epochs_hold_across_the_schedules_repetition():
 
 @pytest.mark.parametrize("sizes", [(1000, 77), (60_000, 40_000)])
 def test_over_three_schedules_every_store_completes_epochs(sizes, monkeypatch):
-    # 3 BLOCK permutations one by one would take 20 s; they are bijections (above), so the index asked for tells all
-    asked = []
+    # 3 BLOCK permutations one by one would take 20 s; they are bijections (above), so their arguments suffice
+    calls = []
     monkeypatch.setattr(
-        order, "permute", lambda index, size, seed, store, epoch: asked.append((store, size, epoch, index)) or [index]
+        order, "permute", lambda index, size, seed, store, epoch: calls.append((store, size, epoch, index)) or [index]
     )
     blend = BlendOrder(sizes, [3.0, 1.0], seed=3)
     drawn = [blend[i] for i in range(3 * BLOCK)]
-    assert drawn == [(store, index) for store, _, _, index in asked]
+    assert drawn == [(store, index) for store, _, _, index in calls]
     for store, size in enumerate(sizes):
-        mine = [(epoch, index) for s, n, epoch, index in asked if s == store and n == size]
+        mine = [(epoch, index) for s, n, epoch, index in calls if s == store and n == size]
         assert mine == [divmod(place, size) for place in range(len(mine))]
         assert len(mine) == 3 * BLOCK * (3, 1)[store] // 4
 
@@ -284,7 +284,7 @@ def test_a_step_that_cannot_be_divided_is_refused(stores):
 
 
 class Failing:
-    """A store whose tokens cannot be read after some time, as on a disk that goes away."""
+    """A store whose tokens cannot be read after some time, as on a disk that fails."""
 
     def __init__(self, store, reads):
         self.manifest, self.num_tokens, self.path = store.manifest, store.num_tokens, store.path

@@ -1,4 +1,4 @@
-"""manifest.json decides what tokens mean: a changed field is refused, by name, before a model learns from it."""
+"""manifest.json: a changed field is refused by name when the store is opened or verified."""
 
 import json
 
@@ -97,7 +97,7 @@ def test_shards_in_another_order_have_another_fingerprint_and_are_refused_with_t
     assert shards_fingerprint(shards[::-1]) != store.manifest.fingerprint
 
     def reverse(manifest):
-        """Rename the files too, so that only the fingerprint still tells."""
+        """Rename the files too, so that only the fingerprint differs."""
         names = [shard["name"] for shard in manifest["shards"]]
         for suffix in (".bin", ".idx"):
             content = [(store.path / (name + suffix)).read_bytes() for name in names]

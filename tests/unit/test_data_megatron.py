@@ -1,4 +1,4 @@
-"""Megatron pairs made elsewhere: where documents begin and end is known from tokens, refused where it is not."""
+"""Megatron pairs made elsewhere: document borders are found in the tokens, and ambiguous pairs are refused."""
 
 import json
 from functools import partialmethod
@@ -70,10 +70,10 @@ def test_an_entry_with_separators_inside_is_refused_with_counts_or_split(tmp_pat
     pair = write_pair(tmp_path / "pair", [[5, 6, 0, 7, 0, 8, 9, 0], [10, 0]])
     words = ["--tokenizer", str(tokenizer), "--output", str(tmp_path / "out"), "--from-megatron", str(pair)]
     assert run_script(script.main, words) == EXIT_DATA
-    said = capsys.readouterr().err
-    assert "1 of 2 documents hold the separator <|endoftext|> (token 0) inside, 2 times" in said
+    message = capsys.readouterr().err
+    assert "1 of 2 documents hold the separator <|endoftext|> (token 0) inside, 2 times" in message
     for switch in ("--inner-separators split", "--inner-separators keep", "--documents-from stream"):
-        assert switch in said
+        assert switch in message
     assert run_script(script.main, [*words, "--inner-separators", "split"]) == EXIT_DONE
     assert documents_of(tmp_path / "out/train") == [[5, 6, 0], [7, 0], [8, 9, 0], [10, 0]]
     assert "4 documents, 10 tokens" in capsys.readouterr().out
@@ -100,11 +100,11 @@ def test_refusal_offers_only_options_that_resolve_it(tmp_path, tokenizer, choice
 @pytest.mark.parametrize("index", [None, [0]])
 def test_rows_cut_from_a_stream_are_refused_and_joined_on_request(tmp_path, tokenizer, logged, size, index):
     pair = write_pair(tmp_path / "pair", rows_of(STREAM, size), index)
-    said = refusal(tmp_path, pair, tokenizer)
-    assert "--documents-from stream" in said
+    message = refusal(tmp_path, pair, tokenizer)
+    assert "--documents-from stream" in message
     if size == 5 and index is None:
-        assert "2 of 4 documents hold the separator <|endoftext|> (token 0) inside, 2 times" in said
-        assert "3 of 4 documents do not end with the separator <|endoftext|> though others do" in said
+        assert "2 of 4 documents hold the separator <|endoftext|> (token 0) inside, 2 times" in message
+        assert "3 of 4 documents do not end with the separator <|endoftext|> though others do" in message
     assert imported(tmp_path, pair, tokenizer, documents_from="stream") == TEXTS
     assert f"4 documents of {-(-18 // size)} sequences (joined as one stream" in logged.text
     assert "1 had no separator <|endoftext|> at the end; one is added to each" in logged.text
@@ -112,8 +112,8 @@ def test_rows_cut_from_a_stream_are_refused_and_joined_on_request(tmp_path, toke
 
 def test_documents_cut_at_a_largest_size_are_refused_without_a_separator_inside_any_row(tmp_path, tokenizer):
     pair = write_pair(tmp_path / "pair", [[5, 6, 7], [8, 0], [9, 0], [10, 11, 12], [13, 14, 15], [16, 0]])
-    said = refusal(tmp_path, pair, tokenizer)
-    assert "3 of 6 documents do not end with the separator <|endoftext|> though others do" in said
+    message = refusal(tmp_path, pair, tokenizer)
+    assert "3 of 6 documents do not end with the separator <|endoftext|> though others do" in message
     texts = [[5, 6, 7, 8, 0], [9, 0], [10, 11, 12, 13, 14, 15, 16, 0]]
     assert imported(tmp_path, pair, tokenizer, documents_from="stream") == texts
     whole = imported(tmp_path, pair, tokenizer, "whole", documents_from="index")
@@ -125,8 +125,8 @@ def test_rows_of_one_size_without_any_separator_are_refused(tmp_path, tokenizer)
     assert "none ends with the separator <|endoftext|>, and all but the last have 5 tokens" in refusal(
         tmp_path, pair, tokenizer
     )
-    said = refusal(tmp_path, pair, tokenizer, documents_from="stream")
-    assert "no token of its 22 is the separator <|endoftext|> (token 0)" in said
+    message = refusal(tmp_path, pair, tokenizer, documents_from="stream")
+    assert "no token of its 22 is the separator <|endoftext|> (token 0)" in message
     assert len(imported(tmp_path, pair, tokenizer, documents_from="sequences")) == 5
 
 
@@ -155,22 +155,22 @@ def test_special_token_before_every_document_is_logged_if_not_prefix(tmp_path, t
 
 def test_other_special_token_at_document_ends_is_named(tmp_path, tokenizer):
     pair = write_pair(tmp_path / "pair", [[5, 6, EOS], [7, EOS]])
-    said = refusal(tmp_path, pair, tokenizer)
-    assert "every document ends with </s> (token 258), none with the separator <|endoftext|>" in said
-    assert "--separator '</s>'" in said
+    message = refusal(tmp_path, pair, tokenizer)
+    assert "every document ends with </s> (token 258), none with the separator <|endoftext|>" in message
+    assert "--separator '</s>'" in message
     assert imported(tmp_path, pair, tokenizer, separator="</s>") == [[5, 6, EOS], [7, EOS]]
     named = imported(tmp_path, pair, tokenizer, "named", separator="<|endoftext|>")
     assert named == [[5, 6, EOS, 0], [7, EOS, 0]]
 
 
 def test_pair_without_document_ends_is_refused_and_accepted_with_options(tmp_path, tokenizer):
-    # as MiniPLM's and LMOps' builders leave it: sequences are added, end_document is never called
+    # as written by MiniPLM's and LMOps' builders: sequences are added, end_document is never called
     pair = write_pair(tmp_path / "pair", [[5, 6, 0], [7, 8, 9, 0], [10, 0]], [0], "int32")
-    said = refusal(tmp_path, pair, tokenizer)
-    assert "no document was ever ended: its document index is [0] over 3 sequences" in said
-    assert "dtype" not in said
-    assert "--documents-from sequences" in said
-    assert "--documents-from stream" in said
+    message = refusal(tmp_path, pair, tokenizer)
+    assert "no document was ever ended: its document index is [0] over 3 sequences" in message
+    assert "dtype" not in message
+    assert "--documents-from sequences" in message
+    assert "--documents-from stream" in message
     for choice in ("sequences", "stream"):
         assert imported(tmp_path, pair, tokenizer, choice, documents_from=choice) == [[5, 6, 0], [7, 8, 9, 0], [10, 0]]
 
@@ -210,7 +210,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path, tokenizer, logged):
 
 
 def with_marks(documents, rng, bos):
-    """Documents as a builder may have left them: some with <bos>, some without the separator, some empty."""
+    """Documents as a builder may have written them: some with <bos>, some without the separator, some empty."""
     found = []
     for ids in documents:
         kind = int(rng.integers(0, 4))

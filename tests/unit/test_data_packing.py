@@ -1,4 +1,4 @@
-"""Sequences cut from the token stream: boundaries worked out by hand, then against a slow definition."""
+"""Sequences cut from the token stream: manual examples, then comparison with a slow definition."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def rows(packed):
 def test_labels_masks_and_positions_equal_manual_example(store):
     assert num_sequences(store, Packing(5)) == 2
     assert rows(pack(store, 0, Packing(5))) == [[5, 6, 7, 0, 8], [6, 7, 0, 8, 0], [1, 1, 1, 0, 1], [0, 1, 2, 3, 0]]
-    # begins with the last token of a document; the third document goes on behind the last label
+    # begins with the last token of a document; the third document continues after the last label
     assert rows(pack(store, 1, Packing(5))) == [
         [0, 9, 10, 11, 12],
         [9, 10, 11, 12, 13],

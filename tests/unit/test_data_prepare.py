@@ -1,4 +1,4 @@
-"""From text files to stores: what is read, what is refused where, and that workers change nothing."""
+"""From text files to stores: what is read, what is refused, and independence of the number of workers."""
 
 import gzip
 import json
@@ -116,9 +116,9 @@ def test_bad_input_exits_with_code_3_place_and_fix_and_writes_nothing(
     out = tmp_path / "out"
     words = ["--tokenizer", str(tokenizer), "--output", str(out), "--workers", "1", str(tmp_path / name)]
     assert run_script(script.main, words) == EXIT_DATA
-    said = capsys.readouterr().err
-    assert where in said
-    assert "fix:" in said
+    message = capsys.readouterr().err
+    assert where in message
+    assert "fix:" in message
     assert list(out.iterdir()) == []
 
 

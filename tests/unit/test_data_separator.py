@@ -1,4 +1,4 @@
-"""Which token ends a document: by the special tokens of published tokenizers, never the end of a turn."""
+"""The token that ends a document, for the special tokens of published tokenizers: not the end of a turn."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ DEEPSEEK_END = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 
 
 def tokenizer_of(folder, special, eos, *, template=None, **files):
-    """A tokenizer with these special tokens and no <|endoftext|> of its own; files: more JSON beside it, by stem."""
+    """A tokenizer with these special tokens and no other <|endoftext|>; files: further JSON files, by stem."""
     write_tokenizer(folder, more=special)
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -91,9 +91,9 @@ def test_turn_end_alone_is_refused_unless_named(tmp_path, capsys):
     script = load_file(ROOT / "launch/prepare_corpus.py")
     words = ["--tokenizer", str(folder), "--output", str(tmp_path / "out"), "--workers", "1", str(tmp_path / "a.txt")]
     assert run_script(script.main, words) == EXIT_CONFIG
-    said = capsys.readouterr().err
-    assert "no token ends a document: eos_token '<|im_end|>' ends a turn (by its name)" in said
-    assert "--separator '<|im_end|>' takes the turn end" in said
+    message = capsys.readouterr().err
+    assert "no token ends a document: eos_token '<|im_end|>' ends a turn (by its name)" in message
+    assert "--separator '<|im_end|>' takes the turn end" in message
     assert run_script(script.main, [*words, "--separator", "<|im_end|>"]) == 0
     assert TokenStore.open(tmp_path / "out/train").manifest.separator_id == 257
 

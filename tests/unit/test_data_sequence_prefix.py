@@ -1,4 +1,4 @@
-"""Sequences that begin with a prefix: by hand, then every small case against a slow definition."""
+"""Sequences that begin with a prefix: manual examples, then every small case against a slow definition."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_prefix_joins_continued_document_and_no_token_is_predicted_twice(tmp_pat
     store = write_store(tmp_path / "store", [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14]], tokenizer)
     packing = Packing(6, sequence_prefix=(B,))
     assert num_sequences(store, packing) == 2
-    # a document begins with the sequence: it has no prefix, as none has; the prefix is by itself
+    # a document begins with the sequence: it has no prefix, like all others; the prefix is a separate document
     first = rows(pack(store, 0, packing))
     assert first == [[B, 5, 6, 7, 0, 8], [5, 6, 7, 0, 8, 0], [0, 1, 1, 1, 0, 1], [0, 0, 1, 2, 3, 0]]
     # the last token of a document: its label and that of the prefix do not count
@@ -73,7 +73,7 @@ def test_without_resetting_positions_run_on_from_the_prefix(tmp_path, tokenizer)
 
 
 def reference(documents, own, packing, sequence):
-    """What a sequence is, token by token: (token, label, counts, position) of its S places.
+    """A sequence token by token: (token, label, counts, position) of its S positions.
 
     documents: with separators, without prefixes. own: the prefix of each.
     """

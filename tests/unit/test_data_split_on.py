@@ -1,4 +1,4 @@
-"""Several documents in one text file, the separator in the text, tokens that no vocabulary has."""
+"""Several documents in one text file, the separator in the text, tokens outside the vocabulary."""
 
 import os
 from pathlib import Path

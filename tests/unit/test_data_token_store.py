@@ -1,4 +1,4 @@
-"""Token stores: the bytes on disk, and what a damaged or half-written store is met with."""
+"""Token stores: the bytes on disk, and refusal of damaged or unfinished stores."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Two tokenizers: the same, the same but for some added tokens, or of another vocabulary."""
+"""Two tokenizers: equal, equal except for some added tokens, or with another vocabulary."""
 
 import json
 

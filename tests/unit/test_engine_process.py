@@ -27,11 +27,11 @@ def test_nccl_launch_order_is_set_unless_user_has_set_it(logged):
 
 
 class Joined(Exception):
-    """Raised where the process group would be made."""
+    """Raised instead of making the process group."""
 
 
 def joins(monkeypatch, *, cuda):
-    """What the environment says at the moment when a rank makes its process group."""
+    """The environment at the moment when a rank makes its process group."""
     seen = {}
 
     def init_process_group(backend, **_):

@@ -1,4 +1,4 @@
-"""A rank that stops moving is named by the others, and, if asked, ends them with their stack traces."""
+"""Heartbeats and the watchdog: a stalled rank is named by the others and, with guard.stall_exit_s, ends them."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def warned(monkeypatch):
 
 
 def ranks(tmp_path, clock, count=3, **limits):
-    """Pulses and their watchdogs without threads; `end` keeps its code in the watchdog's attribute."""
+    """Phase trackers and their watchdogs without threads."""
     trackers = [PhaseTracker(rank, clock, clock) for rank in range(count)]
     dogs = [
         Watchdog(tracker, tmp_path, count, clock=clock, wall=clock, **({"warn_s": 10.0} | limits))
@@ -239,8 +239,8 @@ def test_hanging_rank_prints_table_and_stack_and_exits_with_1(tmp_path):
     assert done.returncode == 1, done.stderr
     lines = done.stderr.splitlines()  # a look just before 1 s has passed only warns
     first, why, header, _, mine, theirs, *trace = lines[lines[0].startswith("stall") :]
-    said = r"kdtrain: rank 0: step 3 has taken \d+ s \(forward\); all ranks have completed the same"
-    assert re.match(said, first), first  # on a busy machine a little later than after 1 s
+    message = r"kdtrain: rank 0: step 3 has taken \d+ s \(forward\); all ranks have completed the same"
+    assert re.match(message, first), first  # on a busy machine a little later than after 1 s
     assert why == "  why: guard.stall_exit_s = 1 s have passed"
     assert header.split() == ["rank", "host", "step", "phases", "completed", "in", "seconds", "ago"]
     assert mine.split()[2:6] == ["3", "0", "start/0", "forward"]

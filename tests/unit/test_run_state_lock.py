@@ -1,4 +1,4 @@
-"""The lease of a run folder's lock: who may take it over, and what becomes of a holder that comes back to life."""
+"""The lease of a run folder's lock: when it may be taken over, and how a resumed holder ends."""
 
 import json
 import os
@@ -19,15 +19,15 @@ from kdtrain.run_state.run_folder import RunFolder
 LEASE_S = 0.6
 
 
-def left_behind(folder, **changes):
-    """A LOCK as a run on another host would have left it."""
+def foreign_lock(folder, **changes):
+    """Write a LOCK as of a run on another host."""
     found = {"host": "elsewhere", "pid": 7, "started": "1", "since": "yesterday", "lease_s": LEASE_S, **changes}
     (folder / "LOCK").write_text(json.dumps(found) + "\n")
     return found
 
 
 def test_untouched_lock_is_taken_over_after_its_lease(tmp_path):
-    left_behind(tmp_path)
+    foreign_lock(tmp_path)
     os.utime(tmp_path / "LOCK", (0, 0))  # however old it looks: that may be another host's clock
     began = time.monotonic()
     mine = take_lock(tmp_path, LEASE_S)
@@ -40,13 +40,13 @@ def test_untouched_lock_is_taken_over_after_its_lease(tmp_path):
     "held", [{"lease_s": None}, {"host": socket.gethostname(), "processes": "a container", "lease_s": None}]
 )
 def test_lock_without_lease_of_other_host_or_container_is_respected(tmp_path, held):
-    left_behind(tmp_path, **held)
+    foreign_lock(tmp_path, **held)
     with pytest.raises(ConfigError, match=r"in use by process 7 on (.|\n)*if that process has ended, remove .*LOCK"):
         take_lock(tmp_path, LEASE_S)
 
 
 def test_lock_released_during_wait_is_taken(tmp_path):
-    left_behind(tmp_path, lease_s=30.0)
+    foreign_lock(tmp_path, lease_s=30.0)
     timer = threading.Timer(0.3, (tmp_path / "LOCK").unlink)
     timer.start()
     assert take_lock(tmp_path, LEASE_S)["pid"] == os.getpid()
@@ -74,16 +74,16 @@ def test_live_lock_is_respected_and_suspended_holder_exits_on_resume(tmp_path, m
         with RunFolder.open(tmp_path, "a", lease_s=LEASE_S) as folder, folder.lock_kept():
             before = read_lock(folder.path / "LOCK")
             holder.send_signal(signal.SIGCONT)
-            _, said = holder.communicate(timeout=30)
+            _, stderr = holder.communicate(timeout=30)
             assert holder.returncode == 1
-            assert f"LOCK was taken over by process {os.getpid()} on another-host" in said
-            assert "run.lock_lease_s = 2 s" in said
+            assert f"LOCK was taken over by process {os.getpid()} on another-host" in stderr
+            assert "run.lock_lease_s = 2 s" in stderr
             assert read_lock(folder.path / "LOCK") == before
 
 
 def test_keeper_touches_and_restores_lock_and_exits_when_taken_over(tmp_path):
-    mine, ended, told = take_lock(tmp_path, LEASE_S), [], []
-    keeper, path = LockKeeper(tmp_path, mine, lost=told.append, end=ended.append), tmp_path / "LOCK"
+    mine, ended, reported = take_lock(tmp_path, LEASE_S), [], []
+    keeper, path = LockKeeper(tmp_path, mine, lost=reported.append, end=ended.append), tmp_path / "LOCK"
     os.utime(path, (0, 0))
     keeper.look()
     assert path.stat().st_mtime > 0
@@ -93,10 +93,10 @@ def test_keeper_touches_and_restores_lock_and_exits_when_taken_over(tmp_path):
     path.write_text('{"host": "half wri')
     keeper.look()
     assert ended == []
-    left_behind(tmp_path)
+    foreign_lock(tmp_path)
     keeper.look()
-    assert (ended, len(told)) == ([1], 1)
-    assert "was taken over by process 7 on elsewhere since yesterday" in told[0]
+    assert (ended, len(reported)) == ([1], 1)
+    assert "was taken over by process 7 on elsewhere since yesterday" in reported[0]
 
 
 def test_keeper_exits_when_stderr_is_closed(tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_keeper_exits_when_stderr_is_closed(tmp_path, monkeypatch):
             raise BrokenPipeError(32, "Broken pipe")
 
     keeper = LockKeeper(tmp_path, take_lock(tmp_path, LEASE_S), end=(ended := []).append)
-    left_behind(tmp_path)
+    foreign_lock(tmp_path)
     monkeypatch.setattr(sys, "stderr", Broken())
     keeper.look()
     assert ended == [1]
@@ -126,8 +126,8 @@ def test_lock_that_cannot_be_touched_warns_once(tmp_path, monkeypatch, caplog):
 
 
 def test_slower_of_two_takers_keeps_lock_of_faster_one(tmp_path):
-    stale = left_behind(tmp_path)
-    faster = left_behind(tmp_path, host="faster", pid=8)
+    stale = foreign_lock(tmp_path)
+    faster = foreign_lock(tmp_path, host="faster", pid=8)
     with pytest.raises(ConfigError, match="was taken by another run just now"):
         lock._remove(tmp_path / "LOCK", stale)
     assert read_lock(tmp_path / "LOCK") == faster
@@ -143,7 +143,7 @@ def test_lock_stolen_before_first_write_is_detected(tmp_path, monkeypatch):
     def faster(descriptor):
         monkeypatch.setattr(os, "fsync", sync)
         path.unlink()
-        left_behind(tmp_path, host="faster", pid=8)
+        foreign_lock(tmp_path, host="faster", pid=8)
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", faster)

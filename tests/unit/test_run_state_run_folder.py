@@ -16,7 +16,7 @@ from kdtrain.telemetry import environment
 
 
 def hold(path, **changes):
-    """A LOCK as another process would have left it."""
+    """Write a LOCK as of another process."""
     lock = {"host": socket.gethostname(), "pid": 1, "started": "1", "job": None, "restart": 0, "since": "yesterday"}
     path.mkdir(parents=True)
     (path / "LOCK").write_text(json.dumps(lock | changes) + "\n")
