@@ -66,8 +66,7 @@ class StepLoader:
             )
         self._stores = list(stores)
         self._packing, self._per_step, self._per_micro = packing, sequences_per_step, sequences_per_micro_batch
-        self._first = dp_rank * share
-        self._share = share
+        self._first, self._share = dp_rank * share, share
         self._part = cp_rank, cp_size
         self._order = BlendOrder([num_sequences(s, packing) for s in stores], weights, seed)
         self._identity: dict[str, Any] = {
@@ -79,8 +78,7 @@ class StepLoader:
             "weights": None if weights is None else list(weights),
         }
         self._position = start_sequence
-        self._prefetch = prefetch
-        self._pin_memory = pin_memory
+        self._prefetch, self._pin_memory = prefetch, pin_memory
         self._ahead: _Ahead | None = None
 
     def __iter__(self) -> StepLoader:

@@ -69,20 +69,13 @@ def prepare_corpus(
 
     Neither appears before both are complete. They are renamed one after the other, validation first: a kill between
     the two renames leaves a complete validation/ without train/, and the next call raises until it is removed.
-
     The stores' bytes do not depend on the number of workers. Raises ConfigError or DataError with the file and place,
     DataError when a store would be empty.
     """
-    if not 0 <= settings.validation_share < 1:
-        raise ConfigError(f"validation_share = {settings.validation_share} is not in [0, 1)\n  fix: for example 0.01")
-    if settings.inner_separators not in (None, *INNER):
-        raise ConfigError(
-            f"inner_separators = {settings.inner_separators!r} is not known\n  fix: use one of {', '.join(INNER)}"
-        )
+    _check(settings)
     tokenizer = load_tokenizer(tokenizer_dir)
     separator, prefix = document_borders(tokenizer_dir, tokenizer, settings.separator, settings.bos)
-    ignored: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
+    ignored, left_out = Counter[str](), Counter[str]()
     files = find_files(inputs, ignored)
     source = f"{len(files)} files: " + ", ".join(p.name for p in files[:8]) + (", ..." if len(files) > 8 else "")
     names = ["train", "validation"] if settings.validation_share > 0 else ["train"]
@@ -108,6 +101,15 @@ def prepare_corpus(
         # Train last: where it exists, the validation text held out from it exists too.
         made = {name: writers[name].commit() for name in reversed(names)}
     return {name: made[name] for name in names}
+
+
+def _check(settings: PrepareSettings) -> None:
+    if not 0 <= settings.validation_share < 1:
+        raise ConfigError(f"validation_share = {settings.validation_share} is not in [0, 1)\n  fix: for example 0.01")
+    if settings.inner_separators not in (None, *INNER):
+        raise ConfigError(
+            f"inner_separators = {settings.inner_separators!r} is not known\n  fix: use one of {', '.join(INNER)}"
+        )
 
 
 def _parts(
