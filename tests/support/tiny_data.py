@@ -1,4 +1,4 @@
-"""A byte-level tokenizer and token stores small enough for manual examples."""
+"""A byte-level tokenizer and token stores small enough to be worked out by hand."""
 
 from __future__ import annotations
 
