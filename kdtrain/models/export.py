@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.errors import ConfigError
-from kdtrain.files import TOKENIZER_FILES, is_running, sync
+from kdtrain.files import TOKENIZER_FILES
 from kdtrain.log import LOGGER
 from kdtrain.models.dtypes import dtypes_of
 from kdtrain.models.special_tokens import read_json, special_token_ids
 from kdtrain.models.stock import parameters_on_meta, stock_settings
 from kdtrain.models.ties import tied_names
+from kdtrain.stores.folders import replacing_folder
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Settings of a config.json that belong to a tokenizer."""
@@ -118,62 +117,6 @@ def tokenizer_files(folder: str | Path) -> list[Path]:
             "  fix: give the folder of the tokenizer that prepared the data"
         )
     return found
-
-
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A new empty folder beside `folder` that replaces it when the block succeeds and is removed when the block fails.
-
-    Every file is flushed to disk before the rename, so a crash leaves the old folder or the new one. If the crash
-    happens between the two renames, the old folder has a hidden name, which the next use or `recover_folder` reverts.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    recover_folder(folder)
-    temporary = folder.with_name(f".{folder.name}.writing.{os.getpid()}")
-    retired = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            if path.is_file():
-                path.chmod(0o644)  # safetensors creates files with mode 0600
-            sync(path)
-        if folder.exists():
-            os.rename(folder, retired)
-        os.rename(temporary, folder)
-        sync(folder.parent)
-    finally:
-        if retired.exists() and not folder.exists():
-            os.rename(retired, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
-
-
-def recover_folder(folder: Path) -> None:
-    """Clean up after a killed `replacing_folder`: restore the old folder's name, remove incomplete folders.
-
-    Only one process may be replacing `folder`. Folders of processes that are alive on this machine are not touched.
-    """
-    retired = [path for path in _leftovers(folder, "old") if not _is_alive(path)]
-    if retired and not folder.exists():
-        newest = max(retired, key=lambda path: path.stat().st_mtime)
-        LOGGER.warning("%s is restored: a process was killed while replacing it", folder)
-        os.rename(newest, folder)
-        retired.remove(newest)
-    for path in (*retired, *(path for path in _leftovers(folder, "writing") if not _is_alive(path))):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _leftovers(folder: Path, kind: str) -> list[Path]:
-    prefix = f".{folder.name}.{kind}."
-    found = folder.parent.iterdir() if folder.parent.is_dir() else ()
-    return [path for path in found if path.name.startswith(prefix) and path.name.removeprefix(prefix).isdigit()]
-
-
-def _is_alive(leftover: Path) -> bool:
-    """Whether another process with the id at the end of the name runs on this machine."""
-    pid = int(leftover.name.rpartition(".")[2])
-    return pid != os.getpid() and is_running(pid)
 
 
 def _first_rows(

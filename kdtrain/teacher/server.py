@@ -24,7 +24,7 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.point_to_point import P2PChannel, P2PWork
 from kdtrain.documents import Documents
 from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, PeerLost, RunStopped
-from kdtrain.run_state.heartbeat import Pulse
+from kdtrain.run_state.heartbeat import PhaseTracker
 from kdtrain.teacher.protocol import ANSWER, FORWARD, GRACE, HIDDEN, IDS, REQUEST, SHUTDOWN, exit_code_of, write_failure
 
 
@@ -108,12 +108,12 @@ class TeacherServer:
         max_tokens: int | None = None,
         on_first_request: Callable[[], None] = lambda: None,
         stop_requested: Callable[[], bool] = lambda: False,
-        pulse: Pulse | None = None,
+        pulse: PhaseTracker | None = None,
     ) -> None:
         self._channel, self._mesh, self._inbox, self._forward = channel, mesh, inbox, forward
         self._clients, self._device, self._stop_requested = list(clients), device, stop_requested
         self._on_first_request, self._max_tokens = on_first_request, max_tokens
-        self._pulse = pulse or Pulse(channel.rank)
+        self._pulse = pulse or PhaseTracker(channel.rank)
         # Answers that a client may not have received yet: of in_flight requests, and of one that was not announced.
         self._max_pending = in_flight + 1
         self._sent: dict[int, deque[tuple[P2PWork, P2PWork]]] = {c: deque(maxlen=self._max_pending) for c in clients}

@@ -1,4 +1,4 @@
-"""Checkpoints written behind running steps by several ranks: the plain write's bytes, and one rank's error on all."""
+"""Checkpoints written in the background by several ranks: bytes of the synchronous write, errors on all ranks."""
 
 import json
 import resource
@@ -35,7 +35,7 @@ def train_until_written(engine, writer, one_step, at):
 
 
 def write_both_ways(rank, world_size, folder, cases):
-    """Every case: the same state by the plain write and behind the steps that change it; the bytes of both."""
+    """Every case: bytes of the same state by the synchronous write and by save_async during steps that change it."""
     test = load_file(HERE / "test_engine_checkpoint.py")
     test.join()
     mesh, answers = Mesh.build(2), []
@@ -44,7 +44,7 @@ def write_both_ways(rank, world_size, folder, cases):
         test.one_step(engine, 1)
         plain = checkpoint.save(folder / "plain" / test.name_of(case), engine, step=1, state={"a": 1})
         root = folder / "behind" / test.name_of(case)
-        checkpoint.save_behind(writer, root, engine, step=1, state={"a": 1}, tidy=lambda saved: None)
+        checkpoint.save_async(writer, root, engine, step=1, state={"a": 1}, prune=lambda saved: None)
         steps = train_until_written(engine, writer, test.one_step, 2)
         dist.barrier()
         answers.append((steps, *({p.name: p.read_bytes() for p in f.iterdir()} for f in (plain, root / plain.name))))
@@ -60,7 +60,7 @@ def rank_1_has_no_room(rank, world_size, folder):
     good = checkpoint.save(root, engine, step=1, state={})
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
-    checkpoint.save_behind(writer, root, engine, step=2, state={}, tidy=lambda saved: None)
+    checkpoint.save_async(writer, root, engine, step=2, state={}, prune=lambda saved: None)
     with pytest.raises(CheckpointError) as failed:
         train_until_written(engine, writer, test.one_step, 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -69,7 +69,7 @@ def rank_1_has_no_room(rank, world_size, folder):
     return str(failed.value), left, latest == good
 
 
-def test_behind_running_steps_the_bytes_are_the_plain_write_s_and_errors_reach_all_ranks(fresh_pool, tmp_path):
+def test_async_save_equals_synchronous_write_and_errors_reach_all_ranks(fresh_pool, tmp_path):
     (tmp_path / "smollm").mkdir()
     (tmp_path / "smollm/config.json").write_text(json.dumps(tiny_config("smollm")))
     pool = fresh_pool(2)
@@ -88,7 +88,7 @@ def test_behind_running_steps_the_bytes_are_the_plain_write_s_and_errors_reach_a
 
 
 class Slow:
-    """Checkpoints of which this rank is busy until its `ready`-th step; says when all went on."""
+    """Checkpoints whose writer is busy on this rank until its `ready`-th step; records the steps of `advance`."""
 
     def __init__(self, progress, ready):
         self.progress, self.ready, self.advanced, self.waited = progress, ready, [], []
@@ -120,7 +120,7 @@ def train_with_slow_writers(rank, world_size, folder):
     return *found, stops.checkpoints.waited
 
 
-def test_the_trainer_goes_on_with_a_checkpoint_when_no_rank_is_busy_and_waits_for_the_last(fresh_pool, tmp_path):
+def test_trainer_advances_async_save_when_no_rank_is_busy_and_waits_at_end(fresh_pool, tmp_path):
     (tmp_path / "nan").mkdir()
     for advanced, waited, before_the_error in fresh_pool(2).run(train_with_slow_writers, folder=tmp_path):
         assert advanced == [4, 5, 6], "rank 1 was busy until step 4, rank 0 only until 2"

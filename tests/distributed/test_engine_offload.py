@@ -30,7 +30,7 @@ def start(folder, mesh, case, *, offload=True, clip=MAX_NORM):
 
 
 def run_cases(rank, world_size, folder):
-    """Per case what `layout_oracle.check_case` wants to see."""
+    """Per case the input of `layout_oracle.check_case`."""
     meshes = join(world_size)
     answers = []
     for case in cases():
@@ -52,7 +52,7 @@ def test_every_stage_makes_the_steps_of_plain_torch(fresh_pool, tmp_path):
 def fragments(engine):
     from kdtrain.engine import zero_state
 
-    found = {fragment.describe().key: fragment.tensor.clone() for fragment in zero_state.local_fragments(engine)}
+    found = {fragment.as_slice().key: fragment.tensor.clone() for fragment in zero_state.local_fragments(engine)}
     return found | {name: torch.tensor(step) for name, step in zero_state.local_adam_steps(engine).items()}
 
 
@@ -89,7 +89,7 @@ def bfloat16_steps(rank, world_size, folder):
     return found
 
 
-def test_under_bfloat16_gradients_accumulate_in_float32_on_the_host_too(fresh_pool, tmp_path):
+def test_bfloat16_gradients_accumulate_in_float32_on_host(fresh_pool, tmp_path):
     for answer in fresh_pool(2).run(bfloat16_steps, folder=tmp_path):
         for layout, (norm, state, same) in answer.items():
             assert norm < 1e-6, layout
@@ -135,7 +135,7 @@ def checkpoints(rank, world_size, folder):
     return found
 
 
-def test_checkpoints_pass_between_runs_with_and_without_offload(fresh_pool, tmp_path):
+def test_checkpoints_load_with_and_without_offload(fresh_pool, tmp_path):
     for answer in fresh_pool(2).run(checkpoints, folder=tmp_path):
         assert len(answer) == 4
         for case, (state, norm) in answer.items():
@@ -161,6 +161,6 @@ def threads_of_steps(rank, world_size, folder):
     return found
 
 
-def test_a_step_on_the_host_takes_the_ranks_part_of_the_cores(fresh_pool, tmp_path):
+def test_host_step_uses_ranks_part_of_cores(fresh_pool, tmp_path):
     for answer in fresh_pool(2).run(threads_of_steps, folder=tmp_path):
         assert answer == [(1, {3}, 1), (1, {1}, 1)]

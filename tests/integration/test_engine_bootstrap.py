@@ -39,7 +39,7 @@ with bootstrap.runtime() as rank:
                                     shard=backbone.shard, group=mesh.tp_group)
     engine.backward(engine(batch, head_fn).loss, 24)
     print(f"rank {rank.rank} of {rank.world_size}: {engine.step(1e-3)}")
-bootstrap.leave(0)
+bootstrap.exit_process(0)
 """
 
 
@@ -95,7 +95,7 @@ def test_leave_ends_the_process_with_its_code_and_everything_flushed():
     code = (
         "import atexit, sys\nfrom kdtrain.engine import bootstrap\n"
         "atexit.register(lambda: print('torn down'))\n"
-        "sys.stdout.write('last words')\nbootstrap.leave(75)\n"
+        "sys.stdout.write('last words')\nbootstrap.exit_process(75)\n"
     )
     assert finish(start(code))[:2] == (EXIT_STOPPED, "last words")
 

@@ -1,4 +1,4 @@
-"""The checkpoint format by itself: any layout to any layout, and every way a folder can be damaged. No DeepSpeed."""
+"""The checkpoint format: any layout reads any layout, and damage of every kind is refused. No DeepSpeed."""
 
 import json
 import math
@@ -17,7 +17,6 @@ from kdtrain.engine.checkpoint import (
     find_latest,
     read_full_parameters,
     read_state,
-    retain,
     write_checkpoint,
 )
 from kdtrain.engine.manifest import KINDS, FileEntry, Manifest, ParameterEntry, Slice
@@ -65,7 +64,7 @@ def values(name, kind):
 
 
 def fragments(cuts, pieces_of=lambda size: [size]):
-    """Everything every tp rank would write; `pieces_of` says how a flat piece is broken up."""
+    """The fragments of all tp ranks; `pieces_of`: sizes into which a flat shard is divided."""
     found = []
     for name in SHAPES:
         cut = cuts.get(name)
@@ -84,7 +83,7 @@ def fragments(cuts, pieces_of=lambda size: [size]):
 
 
 def ragged(size):
-    """1, 2, 3, ... elements, then what is left."""
+    """1, 2, 3, ... elements, then the rest."""
     sizes, step = [], 1
     while size:
         sizes.append(min(step, size))
@@ -105,7 +104,7 @@ def write(root, cuts=None, *, step=7, state=None, pieces_of=ragged):
 
 
 def write_scattered(folder, cuts, ranks=4):
-    """As several ranks would: the fragments dealt out to files in turn."""
+    """Write as several ranks do: fragments distributed over files in turn."""
     folder.mkdir()
     dealt = fragments(cuts, ragged)
     files = [write_rank_file(folder / f"rank_{r:05d}.safetensors", dealt[r::ranks]) for r in range(ranks)]
@@ -116,7 +115,7 @@ def write_scattered(folder, cuts, ranks=4):
 
 
 @pytest.mark.parametrize("saved", LAYOUTS)
-def test_any_layout_reads_what_any_layout_wrote(tmp_path, saved):
+def test_every_layout_reads_every_layout(tmp_path, saved):
     with CheckpointReader(write_scattered(tmp_path / "step_000007", LAYOUTS[saved])) as reader:
         reader.verify()
         assert reader.names() == list(SHAPES)
@@ -133,7 +132,7 @@ def test_any_layout_reads_what_any_layout_wrote(tmp_path, saved):
 
 
 @pytest.mark.parametrize("saved", LAYOUTS)
-def test_a_range_is_the_same_part_of_the_padded_piece_and_zero_past_its_end(tmp_path, saved):
+def test_range_equals_part_of_padded_shard_and_zeros_past_its_end(tmp_path, saved):
     with CheckpointReader(write_scattered(tmp_path / "step_000007", LAYOUTS[saved])) as reader:
         for name in SHAPES:
             for cuts in LAYOUTS.values():
@@ -235,7 +234,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_refused_with_the_file_and_the_reason(tmp_path, kind):
+def test_damage_is_refused_with_file_and_reason(tmp_path, kind):
     folder = write(tmp_path, LAYOUTS["two"])
     damage, message = DAMAGE[kind]
     damage(folder)
@@ -265,7 +264,7 @@ def test_one_flipped_bit_anywhere_fails_the_checksum(tmp_path):
     list(read_full_parameters(folder))
 
 
-def test_a_file_whose_content_is_another_ranks_is_refused_when_read(tmp_path):
+def test_file_with_content_of_another_rank_is_refused_when_read(tmp_path):
     folder = write_scattered(tmp_path / "step_000001", LAYOUTS["whole"])
     first, second = folder / "rank_00000.safetensors", folder / "rank_00001.safetensors"
     shutil.copy(second, first)
@@ -282,7 +281,7 @@ def test_a_save_that_does_not_cover_the_model_is_not_completed(tmp_path):
     assert list(tmp_path.iterdir()) == [good]
 
 
-def test_a_state_that_json_cannot_hold_is_an_error_before_anything_is_written(tmp_path):
+def test_state_that_is_not_json_raises_before_writing(tmp_path):
     with pytest.raises(TypeError, match="bytes"):
         write(tmp_path / "root", state={"rng": b"12"})
     assert not (tmp_path / "root").exists()
@@ -299,7 +298,7 @@ def test_fragments_must_be_flat_float32_and_distinct(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, 7, 100, 2000, 4000])
-def test_a_full_disk_names_the_file_and_the_errno_and_leaves_the_former_checkpoints(tmp_path, limit):
+def test_full_disk_raises_with_file_and_errno_and_keeps_former_checkpoints(tmp_path, limit):
     good = write(tmp_path, step=1)
     size = (good / "rank_00000.safetensors").stat().st_size
     assert limit < size
@@ -314,90 +313,7 @@ def test_a_full_disk_names_the_file_and_the_errno_and_leaves_the_former_checkpoi
     assert find_latest(tmp_path) == good
 
 
-def test_a_root_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file/root: \[Errno 20\]"):
-        write(tmp_path / "file" / "root")
-
-
-def test_saving_the_same_step_again_replaces_it_and_never_leaves_none(tmp_path):
-    folder = write(tmp_path, state={"try": 1})
-    assert write(tmp_path, state={"try": 2}) == folder
-    assert read_state(folder) == {"try": 2}
-    assert list(tmp_path.iterdir()) == [folder]
-    # killed between the two renames: the former folder has stepped aside, the new one is not there yet
-    aside = folder.rename(tmp_path / ".step_000007.replaced")
-    assert find_latest(tmp_path) == aside
-    assert write(tmp_path, state={"try": 3}) == folder
-    # killed after them, before the former one was removed
-    shutil.copytree(folder, aside)
-    assert find_latest(tmp_path) == folder
-    write(tmp_path, step=8)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000007", "step_000008"]
-
-
-def test_the_newest_complete_checkpoint_is_found_and_damaged_ones_are_reported(tmp_path, caplog):
-    assert find_latest(tmp_path / "nowhere") is None
-    assert find_latest(tmp_path) is None
-    for step in (999_999, 1_000_000, 5, 12):
-        write(tmp_path, step=step)
-    (tmp_path / "step_2000000").write_text("a file")
-    (tmp_path / "step_3000000.bak").mkdir()
-    assert find_latest(tmp_path).name == "step_1000000"
-    assert not caplog.records
-    os.truncate(tmp_path / "step_1000000" / "rank_00000.safetensors", 50)
-    (tmp_path / "step_999999" / "checkpoint.json").unlink()
-    assert find_latest(tmp_path).name == "step_000012"
-    assert ["step_1000000" in caplog.messages[0], "step_999999" in caplog.messages[1]] == [True, True]
-    edit(tmp_path / "step_000012", lambda found: found.update(version=9))
-    with pytest.raises(CheckpointError, match="newer kdtrain"):
-        find_latest(tmp_path)
-
-
-def test_only_the_newest_complete_checkpoints_stay_and_damaged_ones_are_not_touched(tmp_path):
-    for step in (1, 2, 3, 4, 5):
-        newest = write(tmp_path, step=step)
-    (tmp_path / "step_000004" / "checkpoint.json").unlink()
-    (tmp_path / "notes").mkdir()
-    retain(tmp_path, 9, just_saved=newest)
-    assert len(list(tmp_path.iterdir())) == 6
-    retain(tmp_path, 2, just_saved=newest)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_000003", "step_000004", "step_000005"]
-    retain(tmp_path, 1, just_saved=newest)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_000004", "step_000005"]
-    with pytest.raises(ValueError, match="at least 1"):
-        retain(tmp_path, 0, just_saved=newest)
-    with pytest.raises(ValueError, match="at least 1"):
-        retain(tmp_path, 1, just_saved=newest, keep_every=0)
-    retain(tmp_path / "nowhere", 1, just_saved=newest)
-
-
-def test_checkpoints_at_multiples_of_keep_every_stay_besides_the_newest(tmp_path):
-    for step in range(1, 11):
-        newest = write(tmp_path, step=step)
-        retain(tmp_path, 2, just_saved=newest, keep_every=4)
-    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [4, 8, 9, 10]
-    retain(tmp_path, 1, just_saved=newest)
-    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [10], (
-        "what keep_every kept goes when it is taken back"
-    )
-
-
-def test_what_was_just_saved_stays_whatever_else_is_there(tmp_path):
-    for step in (6, 8):
-        write(tmp_path, step=step)
-    fresh = write(tmp_path, step=1)
-    retain(tmp_path, 1, just_saved=fresh)
-    assert fresh.is_dir()
-    for folder in tmp_path.glob("step_00000[68]"):
-        for file in folder.glob("*.safetensors"):
-            file.write_bytes(file.read_bytes()[:-1])
-    fresh = write(tmp_path, step=2)
-    retain(tmp_path, 1, just_saved=fresh)
-    assert find_latest(tmp_path) == fresh
-
-
-def test_two_saves_of_equal_state_are_equal_byte_for_byte_and_carry_no_notes(tmp_path):
+def test_two_saves_of_equal_state_are_equal_bytes_without_metadata(tmp_path):
     def made(name):
         path = tmp_path / name
         entry = write_rank_file(path, fragments(LAYOUTS["two"]))
