@@ -11,7 +11,7 @@ resident   growth of the resident set over the same step, with every page touche
            MALLOC_PERTURB_): it has what no operation made besides, and proves that no tensor was missed. oneDNN is held
            to AVX2: with AVX-512 it compiles kernels for every length of a document in bfloat16 and keeps 1,024 of them
            (45 MiB in this run, 1.3 GB after 400 lengths), code that is no tensor and that no CUDA run has
-estimate   `kdtrain.training.estimate`, from shapes alone
+estimate   `kdtrain.planning.estimate`, from shapes alone
 
 Each layout runs with the bucket that kdtrain gives DeepSpeed, no larger than the model, and with DeepSpeed's own size
 of half a billion elements, which it had before. The rows of a part: the most there was of it, at any moment, and its

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     # what has no default, and says nothing about a machine
     cfg = load_run([*words, "run.name=check_setup", "train.total_tokens=1"]).config
     require_meeting_point(os.environ)
-    from kdtrain.training.setup_check import run_checks  # torch, deepspeed: seconds
+    from kdtrain.jobs.check_setup.checks import run_checks  # torch, deepspeed: seconds
 
     return run_checks(cfg)
 

@@ -16,10 +16,10 @@ from kdtrain.distributed.vocab import HeadShard
 from kdtrain.distributed.wire import Board, Wire
 from kdtrain.documents import Documents
 from kdtrain.errors import EXIT_DATA, EXIT_NON_FINITE, ConfigError, DataError, NonFiniteLoss, PeerLost, RunStopped
+from kdtrain.jobs.dedicated import answer_of
 from kdtrain.teacher.protocol import GRACE, compare_facts, farewell, write_facts, write_failure
 from kdtrain.teacher.remote import RemoteTeacher
 from kdtrain.teacher.server import Inbox, TeacherServer
-from kdtrain.training.dedicated import answer_of
 
 pytestmark = pytest.mark.dist
 

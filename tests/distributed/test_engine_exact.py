@@ -148,6 +148,7 @@ def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(fresh_pool, tmp
 def refused_engines(rank, world_size, folder):
     """Forgotten and superfluous marks, a step without valid tokens, and a run without clipping."""
     from kdtrain.engine.zero import StudentEngine
+    from kdtrain.jobs.build.models import engine_settings
 
     mesh = join(world_size)[2]
     messages = []
@@ -155,7 +156,7 @@ def refused_engines(rank, world_size, folder):
         backbone = build_backbone(folder, "llama", mesh)
         dict(backbone.hf_parameters())[name].tensor_model_parallel = mark
         with pytest.raises(ParallelError) as refused:
-            StudentEngine(backbone, mesh, configuration(1), device=torch.device("cpu"))
+            StudentEngine(backbone, mesh, engine_settings(configuration(1)), device=torch.device("cpu"))
         messages.append(str(refused.value))
     norms = []
     for stage in (0, 1, 2, 3):

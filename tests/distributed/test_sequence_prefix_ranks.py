@@ -6,9 +6,9 @@ import torch
 from kdtrain.config.load import load_run
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
-from kdtrain.training import build
-from kdtrain.training.inputs import open_inputs
-from kdtrain.training.sequence_prefix import decide_prefix, measure_prefixes, nll_function, prefix_choice
+from kdtrain.jobs.build.models import build_models, model_specs
+from kdtrain.jobs.inputs import open_inputs
+from kdtrain.jobs.sequence_prefix import decide_prefix, measure_prefixes, nll_function, prefix_choice
 from tests.support.bos_models import BOS, write_bos_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
@@ -39,8 +39,8 @@ def measure(rank, world_size, folder):
     for layout, what in LAYOUTS:
         words = [*what.format(folder=folder).split(), *(layout.split() if world_size > 1 else ())]
         cfg = load_run([str(folder / "run.yaml"), *words]).config
-        inputs, mesh = open_inputs(cfg, build.specs(cfg)), Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
-        models = build.build_models(cfg, inputs, mesh, CPU, trainable=True)
+        inputs, mesh = open_inputs(cfg, model_specs(cfg)), Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
+        models = build_models(cfg, inputs, mesh, CPU, trainable=True)
         measured = measure_prefixes(nll_function(models), [(), (BOS,)], inputs.train, cfg, mesh, CPU)
         taken = decide_prefix(cfg, prefix_choice(cfg, inputs), inputs, models, mesh, CPU)
         cfg.data.sequence_prefix = "none"

@@ -14,19 +14,22 @@ from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
 from kdtrain.engine.slices import Fragment
 from kdtrain.errors import CheckpointError, ConfigError, DataError, KdtrainError, ParallelError, StoreMismatch
+from kdtrain.jobs.build.batches import build_loader
+from kdtrain.jobs.build.models import build_models, model_specs
+from kdtrain.jobs.build.teacher import teacher_spec
+from kdtrain.jobs.check import log_header, print_check
+from kdtrain.jobs.export_hf import write_model_files
+from kdtrain.jobs.inputs import open_inputs
+from kdtrain.jobs.quantized import quantize_teacher
+from kdtrain.jobs.sequence_prefix import prefix_choice
+from kdtrain.jobs.start import find_start
 from kdtrain.models.attention import IMPLEMENTATIONS
 from kdtrain.models.head import load_head
 from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
 from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
+from kdtrain.planning import estimate
 from kdtrain.telemetry.jsonl_sink import JsonlSink
-from kdtrain.training import build, estimate
-from kdtrain.training.describe import log_header, print_check
-from kdtrain.training.export import write_model_files
-from kdtrain.training.inputs import open_inputs
-from kdtrain.training.quantized import quantize_teacher
-from kdtrain.training.sequence_prefix import prefix_choice
-from kdtrain.training.start import find_start
 from tests.support.model_folders import check_and_load, edit_json, edit_tensors, outcome
 from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
@@ -50,10 +53,10 @@ def cfg(tmp_path):
 
 def begin(cfg):
     """What `run_training` does before it builds the engine, and how that takes a checkpoint up."""
-    inputs, mesh = open_inputs(cfg, build.specs(cfg)), Mesh()
-    models = build.build_models(cfg, inputs, mesh, torch.device("cpu"), trainable=True)
+    inputs, mesh = open_inputs(cfg, model_specs(cfg)), Mesh()
+    models = build_models(cfg, inputs, mesh, torch.device("cpu"), trainable=True)
     resume_from = find_start(cfg, inputs, Path(cfg.run.output_dir) / cfg.run.name)
-    loader = build.build_loader(cfg, inputs, mesh, prefetch=0)
+    loader = build_loader(cfg, inputs, mesh, prefetch=0)
     quantize_teacher(cfg, models, next(loader)[0], mesh)
     if resume_from is not None:
         checkpoint.check_model(resume_from.path, models.student)  # as checkpoint.load does
@@ -66,7 +69,7 @@ def begin(cfg):
 
 
 def check(cfg):
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1)
 
 
@@ -241,9 +244,9 @@ def test_settings_that_a_run_refuses_once_it_looks_at_models_and_data_are_refuse
 
 def test_a_resume_that_a_run_refuses_is_refused_by_the_check(cfg):
     models = both(cfg)
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     shapes = models.student.full_shapes()
-    state = {"loader": build.build_loader(cfg, inputs, Mesh(), prefetch=0).state_dict(4), "origin": None}
+    state = {"loader": build_loader(cfg, inputs, Mesh(), prefetch=0).state_dict(4), "origin": None}
     config = json.loads(models.student.config.to_json_string(use_diff=False))
     about = checkpoint.Description(1, shapes, {}, {"tp": 1}, config, state)
     values = {name: param[: shapes[name][0]].detach().flatten() for name, param in models.student.hf_parameters()}
@@ -284,12 +287,12 @@ def test_both_estimate_the_same_memory(cfg, name, dedicated, logged, monkeypatch
     cfg.teacher.attention = name
     if dedicated:
         cfg.teacher.layout, cfg.teacher.ranks = "dedicated", 1
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1 + dedicated)
     checked = memory_lines(logged)
     models = begin(cfg)
     if dedicated:
-        head = load_head(build.teacher_spec(cfg), models.student.shard, device="cpu")
+        head = load_head(teacher_spec(cfg), models.student.shard, device="cpu")
         models = replace(models, teacher_backbone=None, teacher_head=head, elsewhere=models.teacher_attention)
     log_header(cfg, inputs, models, Mesh(), torch.device("cpu"))
     assert memory_lines(logged) == checked

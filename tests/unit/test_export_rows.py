@@ -9,10 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
+from kdtrain.jobs.export_hf import _generation_text, write_model_files
 from kdtrain.models.export import export_hf
 from kdtrain.models.load import ModelSpec, build_config, load_backbone
 from kdtrain.models.tiny import tiny_config
-from kdtrain.training.export import MODEL_FOLDER, _generation_text, write_model_files
+from kdtrain.training.run_files import MODEL
 from tests.support.tiny_data import write_tokenizer
 
 ROWS, TOKENS = 304, 300
@@ -120,14 +121,12 @@ def test_a_student_from_weights_keeps_its_own_tokenizer_files_and_the_teachers_a
     run = tmp_path / "run"
     run.mkdir()
     write_model_files(run, teacher, None)
-    assert (run / MODEL_FOLDER / "chat_template.jinja").is_file()
+    assert (run / MODEL / "chat_template.jinja").is_file()
     write_model_files(run, teacher, str(student))
-    kept = {path.name: path.read_bytes() for path in (run / MODEL_FOLDER).iterdir()}
+    kept = {path.name: path.read_bytes() for path in (run / MODEL).iterdir()}
     assert kept == {path.name: path.read_bytes() for path in student.iterdir()}
     model = stock(KINDS["untied"], vocab_size=258)
-    out = export_hf(
-        model.named_parameters(), model.config, tmp_path / "out", tokenizer_dir=run / MODEL_FOLDER, vocab_size=258
-    )
+    out = export_hf(model.named_parameters(), model.config, tmp_path / "out", tokenizer_dir=run / MODEL, vocab_size=258)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|endoftext|>", None)
     assert AutoConfig.from_pretrained(out).eos_token_id == 0
@@ -138,7 +137,7 @@ def test_a_student_folder_without_tokenizer_json_gets_the_tokenizer_of_the_data(
     (tmp_path / "student").mkdir()
     (tmp_path / "student/generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
     write_model_files(tmp_path, store, str(tmp_path / "student"))
-    names = {path.name for path in (tmp_path / MODEL_FOLDER).iterdir()}
+    names = {path.name for path in (tmp_path / MODEL).iterdir()}
     assert names == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from kdtrain.config.load import as_dict
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.distributed.mesh import Mesh
@@ -13,12 +14,13 @@ from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
 from kdtrain.engine.slices import Fragment
 from kdtrain.errors import CheckpointError, ConfigError, StoreMismatch
+from kdtrain.jobs.inputs import Inputs
+from kdtrain.jobs.resume import find_resume_point
+from kdtrain.jobs.sequence_prefix import PrefixChoice
+from kdtrain.jobs.start import find_start, kept_prefix
 from kdtrain.training.cadence import Cadence
-from kdtrain.training.inputs import Inputs
+from kdtrain.training.config_changes import config_changes
 from kdtrain.training.progress import Progress
-from kdtrain.training.resume import config_changes, find_resume_point, saved_config
-from kdtrain.training.sequence_prefix import PrefixChoice
-from kdtrain.training.start import find_start, kept_prefix
 from kdtrain.training.trainer import step_seed
 from tests.support.tiny_data import write_store, write_tokenizer
 
@@ -188,7 +190,7 @@ def test_a_path_without_a_checkpoint_is_refused(tmp_path):
 
 
 def test_only_settings_that_change_what_is_learned_are_told():
-    before = saved_config(RunConfig())
+    before = as_dict(RunConfig())
     after = copy.deepcopy(before)
     after["parallel"]["tp"] = 8
     after["run"]["name"] = "another"
@@ -205,11 +207,9 @@ def test_only_settings_that_change_what_is_learned_are_told():
 
 
 def test_another_step_size_still_ends_at_the_total_number_of_tokens():
-    cfg = RunConfig()
-    cfg.train.total_tokens, cfg.data.tokens_per_step = 4096, 512
-    assert Cadence(cfg).last_step == 8
-    assert Cadence(cfg, Progress(step=8, tokens_seen=2048)).last_step == 12, "8 steps of 256 tokens, then 4 of 512"
-    assert Cadence(cfg, Progress(step=16, tokens_seen=4096)).last_step == 16
+    assert Cadence(4096, 512).last_step == 8
+    assert Cadence(4096, 512, Progress(step=8, tokens_seen=2048)).last_step == 12, "8 steps of 256, then 4 of 512"
+    assert Cadence(4096, 512, Progress(step=16, tokens_seen=4096)).last_step == 16
 
 
 def test_seeds_of_steps_and_ranks_are_fixed_and_distinct():

@@ -16,12 +16,13 @@ from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError, DataError, StoreMismatch
+from kdtrain.jobs import sequence_prefix
+from kdtrain.jobs.build.models import build_models, model_specs
+from kdtrain.jobs.export_hf import exported_prefix
+from kdtrain.jobs.inputs import open_inputs
+from kdtrain.jobs.sequence_prefix import decide_prefix, measure_prefixes, nll_function, prefix_choice
+from kdtrain.jobs.train import run_evaluation, run_training
 from kdtrain.models.tiny import save_random, tiny_config
-from kdtrain.training import build, sequence_prefix
-from kdtrain.training.export import exported_prefix
-from kdtrain.training.inputs import open_inputs
-from kdtrain.training.run import run_evaluation, run_training
-from kdtrain.training.sequence_prefix import decide_prefix, measure_prefixes, nll_function, prefix_choice
 from tests.support.bos_models import BOS, EOS, VOCAB, write_bos_run, write_counting_store
 from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
@@ -41,8 +42,8 @@ def configured(world, *words):
 
 def decide(world, *words):
     cfg = configured(world, *words)
-    inputs = open_inputs(cfg, build.specs(cfg))
-    models = build.build_models(cfg, inputs, Mesh(), CPU, trainable=True)
+    inputs = open_inputs(cfg, model_specs(cfg))
+    models = build_models(cfg, inputs, Mesh(), CPU, trainable=True)
     return decide_prefix(cfg, prefix_choice(cfg, inputs), inputs, models, Mesh(), CPU)
 
 
@@ -84,8 +85,8 @@ def test_auto_takes_the_better_and_says_so_with_both_numbers(world, logged, name
 @pytest.mark.parametrize("size", [1, 3, 4, 200])
 def test_the_numbers_do_not_depend_on_the_micro_batch(world, size):
     cfg = configured(world, f"data.sequences_per_micro_batch={size}")
-    inputs = open_inputs(cfg, build.specs(cfg))
-    models = build.build_models(cfg, inputs, Mesh(), CPU, trainable=True)
+    inputs = open_inputs(cfg, model_specs(cfg))
+    models = build_models(cfg, inputs, Mesh(), CPU, trainable=True)
     found = measure_prefixes(nll_function(models), [(), (BOS,)], inputs.train, cfg, Mesh(), CPU)
     for prefix in ((), (BOS,)):
         nll, count = expected(world, "needs", prefix)
@@ -138,8 +139,8 @@ def test_measuring_a_student_leaves_it_in_training_mode(world):
         "student.architecture=null",
         f"student.weights={world / 'needs'}",
     )
-    inputs = open_inputs(cfg, build.specs(cfg))
-    models = build.build_models(cfg, inputs, Mesh(), CPU, trainable=True)
+    inputs = open_inputs(cfg, model_specs(cfg))
+    models = build_models(cfg, inputs, Mesh(), CPU, trainable=True)
     assert models.student.training
     decide_prefix(cfg, prefix_choice(cfg, inputs), inputs, models, Mesh(), CPU)
     assert models.student.training
@@ -186,7 +187,7 @@ def test_a_small_corpus_is_measured_on_what_there_is(world, tmp_path, logged):
 
 def test_every_data_rank_takes_its_share_and_none_twice(world):
     cfg = configured(world)
-    (store,) = open_inputs(cfg, build.specs(cfg)).train
+    (store,) = open_inputs(cfg, model_specs(cfg)).train
     packing = Packing(16, True, (BOS,))
     places = sequence_prefix.sequences_inside([store], packing, None, 1)
     assert len(places) == 64
@@ -214,7 +215,7 @@ def test_every_data_rank_takes_its_share_and_none_twice(world):
 
 def test_data_that_cannot_be_read_are_an_error_of_all_ranks(world, monkeypatch):
     cfg = configured(world)
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     monkeypatch.setattr(sequence_prefix, "gather_objects", lambda text, group: [text, "the other rank's disk"])
     with pytest.raises(DataError, match="the other rank's disk"):
         measure_prefixes(lambda batch: pytest.fail("measured"), [(), (BOS,)], inputs.train, cfg, Mesh(), CPU)
@@ -222,7 +223,7 @@ def test_data_that_cannot_be_read_are_an_error_of_all_ranks(world, monkeypatch):
 
 def choice(world, *words):
     cfg = configured(world, *words)
-    return prefix_choice(cfg, open_inputs(cfg, build.specs(cfg)))
+    return prefix_choice(cfg, open_inputs(cfg, model_specs(cfg)))
 
 
 def test_check_says_what_a_run_will_decide(world):

@@ -14,8 +14,9 @@ import torch
 from kdtrain.config.schema import RunConfig
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import KdtrainError
-from kdtrain.training import setup_check, setup_probes
-from kdtrain.training.setup_probes import Row
+from kdtrain.jobs.check_setup import checks as setup_check
+from kdtrain.jobs.check_setup import probes as setup_probes
+from kdtrain.jobs.check_setup.probes import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")

@@ -9,10 +9,10 @@ import torch
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.distributed.mesh import Mesh
+from kdtrain.jobs.check_setup import settings as setup_settings
+from kdtrain.jobs.check_setup.probes import Row
+from kdtrain.jobs.check_setup.settings import Share, compiler_row, float32_row, nccl_files, nccl_row, threads_row
 from kdtrain.telemetry.environment import settings
-from kdtrain.training import setup_settings
-from kdtrain.training.setup_probes import Row
-from kdtrain.training.setup_settings import Share, compiler_row, float32_row, nccl_files, nccl_row, threads_row
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TWO_AXES = Mesh(world_size=4, tp_size=2)

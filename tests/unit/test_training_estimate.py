@@ -4,16 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from kdtrain.config.schema import RunConfig
-from kdtrain.training.estimate import ModelSize, estimate_memory, estimate_teacher_rank, mask_bytes
-from kdtrain.training.zero_memory import Share, zero_memory
+from kdtrain.config.schema import RunConfig, ZeroSection
+from kdtrain.jobs.header import memory_inputs
+from kdtrain.planning.estimate import ModelSize, estimate_memory, estimate_teacher_rank, mask_bytes
+from kdtrain.planning.zero_memory import Share, zero_memory
 
 STUDENT, TEACHER = ModelSize(8_000_000, 256, 4, 1024), ModelSize(32_000_000, 512, 8, 1024)
 
 
 def estimate(cfg, student=STUDENT, teacher=None, *, dp_size=1, on_cuda=True, attention="sdpa"):
     return estimate_memory(
-        cfg,
+        memory_inputs(cfg),
         student,
         teacher,
         dp_size=dp_size,
@@ -92,7 +93,7 @@ def test_answers_of_a_dedicated_teacher_are_counted_on_both_hosts():
     cfg.teacher.weights, cfg.teacher.layout, cfg.teacher.ranks, cfg.teacher.in_flight = "folder", "dedicated", 1, 5
     answers = 6 * 16 * 3 * TEACHER.width * 2
     assert estimate(cfg, STUDENT, TEACHER, dp_size=2).host - here == answers
-    assert estimate_teacher_rank(cfg, TEACHER, dp_size=2, attention="sdpa").host == 2 * answers
+    assert estimate_teacher_rank(memory_inputs(cfg), TEACHER, dp_size=2, attention="sdpa").host == 2 * answers
 
 
 def test_ranks_that_share_sequences_share_activations_and_states():
@@ -107,10 +108,9 @@ def test_ranks_that_share_sequences_share_activations_and_states():
 
 
 def zero_of(stage, *, parameters=1000.0, dtype="float32", on_cuda=False, extra=None, offload=False, micro_batches=2):
-    cfg = RunConfig()
-    cfg.zero.stage, cfg.student.dtype, cfg.zero.extra, cfg.zero.offload_optimizer = stage, dtype, extra or {}, offload
+    zero = ZeroSection(stage=stage, extra=extra or {}, offload_optimizer=offload)
     share = Share(parameters, parameters / 10, 4, dtype == "bfloat16", micro_batches)
-    return zero_memory(cfg, share, on_cuda=on_cuda)
+    return zero_memory(zero, share, on_cuda=on_cuda)
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from kdtrain.config.load import load_run
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.data.used_ids import scan_ids
 from kdtrain.errors import ConfigError, DataError, StoreMismatch
+from kdtrain.jobs.build.models import model_specs
+from kdtrain.jobs.inputs import open_inputs
+from kdtrain.jobs.sequence_prefix import prefix_choice
+from kdtrain.jobs.train import run_evaluation
 from kdtrain.models.tiny import save_random, tiny_config
-from kdtrain.training import build
-from kdtrain.training.inputs import open_inputs
-from kdtrain.training.run import run_evaluation
-from kdtrain.training.sequence_prefix import prefix_choice
 from tests.support.tiny_data import random_documents, write_tokenizer
 
 FEW, MANY = ["<a>"], ["<a>", "<tool>", "<think>"]
@@ -51,7 +51,7 @@ def configured(tmp_path, train, *, teacher, student=None, validation=None, prefi
 
 def opened(*args, **kwargs):
     cfg = configured(*args, **kwargs)
-    return open_inputs(cfg, build.specs(cfg))
+    return open_inputs(cfg, model_specs(cfg))
 
 
 def refused(*args, **kwargs):
@@ -187,7 +187,7 @@ def test_a_sequence_prefix_that_teacher_and_student_do_not_share_is_refused(tmp_
         begins_with(teacher, "<tool>", TOOL)
     data = store(tmp_path / "data", teacher)
     cfg = configured(tmp_path, data, teacher=teacher, student=student, prefix=prefix)
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     with pytest.raises(StoreMismatch, match=why):
         prefix_choice(cfg, inputs)
     cfg.data.sequence_prefix = "none"

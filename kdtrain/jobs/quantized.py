@@ -11,12 +11,12 @@ from kdtrain.batch import Batch
 from kdtrain.config.schema import RunConfig
 from kdtrain.distributed.collectives import reduce_sum_
 from kdtrain.distributed.mesh import Mesh
+from kdtrain.jobs.build.models import Models
 from kdtrain.log import LOGGER
 from kdtrain.losses import linear_kd_loss
 from kdtrain.models.quantize import quantize_decoder_
 from kdtrain.teacher.signal import DenseSignal
 from kdtrain.teacher.signal_loss import HeadLayout
-from kdtrain.training.build import Models
 
 
 @dataclass(frozen=True, slots=True)

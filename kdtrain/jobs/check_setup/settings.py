@@ -19,10 +19,10 @@ from kdtrain.config.schema import RunConfig, StudentSection, TeacherSection
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.process import LAUNCH_ORDER, host_threads, own_cpus
 from kdtrain.errors import ConfigError
+from kdtrain.jobs.check_setup.probes import Result, Row
 from kdtrain.models.attention import compute_capability, resolve_attention
 from kdtrain.models.attention_packages import attention_packages, installed_version
 from kdtrain.telemetry.environment import TF32_VARIABLES, nccl_version, settings
-from kdtrain.training.setup_probes import Result, Row
 
 FIRST_WITH_LAUNCH_ORDER = (2, 26)
 NCCL_FILES = ("~/.nccl.conf", "/etc/nccl.conf")

@@ -25,12 +25,12 @@ from kdtrain.distributed.collectives import gather_objects, reduce_sum_
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.errors import ConfigError, DataError, KdtrainError, StoreMismatch
+from kdtrain.jobs.build.models import Models
+from kdtrain.jobs.inputs import Inputs
+from kdtrain.jobs.self_check import nll_sum
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import call_with_head
 from kdtrain.teacher.signal import DenseSignal
-from kdtrain.training.build import Models
-from kdtrain.training.inputs import Inputs
-from kdtrain.training.self_check import nll_sum
 
 NUM_SEQUENCES = 64
 """Measured on."""

@@ -17,12 +17,7 @@ from kdtrain.errors import CheckpointError, ConfigError
 from kdtrain.files import TOKENIZER_FILES
 from kdtrain.models.export import SPECIAL_IDS, export_hf, ids_within, recover_folder
 from kdtrain.models.special_tokens import read_json
-
-MODEL_FOLDER = "model"
-"""Inside a run folder: the tokenizer of the student, and the generation_config.json it came with."""
-
-VOCAB_SIZE = "vocab_size"
-"""In a checkpoint's state: ids of the softmax that the run trains; rows past it are not exported."""
+from kdtrain.training.run_files import CHECKPOINTS, MODEL, VOCAB_SIZE
 
 GENERATION = "generation_config.json"
 """Where a model's folder says, among other things, at which tokens generation stops."""
@@ -54,7 +49,7 @@ def write_model_files(run_folder: Path, tokenizer_dir: Path, weights: str | None
 
     Files of these names that an earlier version of the run left are removed.
     """
-    files, folder = model_files(tokenizer_dir, weights), run_folder / MODEL_FOLDER
+    files, folder = model_files(tokenizer_dir, weights), run_folder / MODEL
     folder.mkdir(exist_ok=True)
     for file in files:
         temporary = folder / f".{file.name}.writing"
@@ -74,13 +69,13 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str | None = None, r
     """
     source = Path(os.path.realpath(source))  # unlike resolve() it takes a loop of links for a path that is not there
     is_checkpoint = (source / "checkpoint.json").is_file()
-    folder = source if is_checkpoint else checkpoint.find_latest(source / "checkpoints")
+    folder = source if is_checkpoint else checkpoint.find_latest(source / CHECKPOINTS)
     if folder is None:
         raise CheckpointError(
             f"{source} holds no complete checkpoint\n"
             "  fix: give a run folder that has checkpoints/step_NNNNNN, or such a folder itself"
         )
-    tokenizer = (folder.parent.parent if is_checkpoint else source) / MODEL_FOLDER
+    tokenizer = (folder.parent.parent if is_checkpoint else source) / MODEL
     if not tokenizer.is_dir():
         raise CheckpointError(
             f"{tokenizer} is missing\n  why: a run keeps its student's tokenizer there\n"

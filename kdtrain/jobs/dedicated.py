@@ -34,7 +34,7 @@ from kdtrain.teacher.server import Inbox, TeacherServer
 
 def serve(
     cfg: RunConfig,
-    spec: ModelSpec,
+    spec: ModelSpec | None,
     vocab_size: int,
     runtime: Runtime,
     *,
@@ -48,6 +48,7 @@ def serve(
     """
     wire, roles = runtime.wire, runtime.roles
     assert wire is not None
+    assert spec is not None  # without teacher.weights a job has no ranks of a teacher
     clients = list(range(0, roles.student_ranks, cfg.parallel.tp))
     mesh = Mesh.build(teacher_tp(cfg))
     inbox = Inbox(wire, clients) if mesh.tp_rank == 0 else None

@@ -10,9 +10,9 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import document_prefix
 from kdtrain.errors import StoreMismatch
+from kdtrain.jobs.vocabulary import SharedVocabulary
 from kdtrain.log import LOGGER
 from kdtrain.models.load import ModelSpec, model_rows
-from kdtrain.training.vocabulary import SharedVocabulary
 
 
 @dataclass(frozen=True, slots=True)

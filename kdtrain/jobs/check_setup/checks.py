@@ -21,10 +21,10 @@ from kdtrain.distributed.collectives import gather_objects
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import bootstrap
 from kdtrain.errors import EXIT_DONE, EXIT_OTHER, KdtrainError
+from kdtrain.jobs.check_setup.probes import Row, collective_rows, kernel_rows
+from kdtrain.jobs.check_setup.settings import Share, settings_rows
 from kdtrain.telemetry.console import format_table
-from kdtrain.telemetry.environment import describe, headline
-from kdtrain.training.setup_probes import Row, collective_rows, kernel_rows
-from kdtrain.training.setup_settings import Share, settings_rows
+from kdtrain.telemetry.environment import environment_record, headline
 
 TIMEOUT_MIN = "2"
 """Minutes for a collective of a check, unless DEEPSPEED_TIMEOUT says otherwise: a run's hour is long to wait."""
@@ -60,7 +60,7 @@ def run_checks(cfg: RunConfig) -> int:
         ]
         rows = merge(gather_objects(mine, world), [share.host for share in shares])
         if mesh.is_main:
-            print(headline(describe(world_size=mesh.world_size)))
+            print(headline(environment_record(world_size=mesh.world_size)))
             print(format_table([{"check": r.check, "result": r.result, "found": r.found} for r in rows]))
             print(verdict(rows), flush=True)
     return EXIT_OTHER if any(row.result == "FAIL" for row in rows) else EXIT_DONE
@@ -146,7 +146,7 @@ def _listed(items: Sequence[object], most: int = 8) -> str:
 
 def versions() -> list[Row]:
     """Python, packages, driver, CUDA and NCCL. Does not communicate."""
-    about = describe()
+    about = environment_record()
     found = {"python": about["python"], **dict.fromkeys(("torch", "deepspeed", "transformers", "numpy"), "missing")}
     found |= {"triton": "none", "cuda": about["cuda"] or "none", "driver": _driver()}
     found |= {name: version for name, version in about["packages"].items() if name in found}

@@ -1,10 +1,9 @@
-"""Where a run goes on from, and what has changed since."""
+"""The checkpoint that a run resumes from or continues, by run.resume and run.continue_from."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +11,8 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.engine import checkpoint
 from kdtrain.errors import CheckpointError, ConfigError
 from kdtrain.log import LOGGER
-
-FOLDER = "checkpoints"
-"""Inside the run folder."""
-
-LAYOUT_ONLY = (
-    *("run", "parallel", "zero", "log", "eval", "checkpoint", "debug"),
-    *("guard.spike_sigmas", "guard.stall_warn_s", "guard.stall_exit_s", "guard.data_wait_share"),
-    *(
-        "student.attention",
-        "student.activation_checkpointing",
-        "student.allow_unused_weights",
-        "teacher.attention",
-        "teacher.allow_unused_weights",
-        "teacher.layout",
-        "teacher.tp",
-        "teacher.ranks",
-        "teacher.in_flight",
-        "teacher.zero_stage",
-        "teacher.offload",
-        "teacher.max_tokens_per_forward",
-        "teacher.overlap",
-    ),
-    *("data.sequences_per_micro_batch", "data.prefetch", "data.validation", "train.slab_bytes", "train.kernels"),
-    *("data.sequence_prefix", "data.allow_worse_prefix"),
-)
-"""Sections and keys that change where and how fast a run computes, not what it learns (beyond rounding); and how the
-sequence prefix was chosen: a resumed run has the one of its checkpoint, or is refused."""
-
-
-@dataclass(frozen=True, slots=True)
-class ResumePoint:
-    """path: the checkpoint to load. origin: what run.resume=PATH or run.continue_from the run began with, None for one
-    from scratch. is_stage: only the student and the optimizer's state are taken; a new stage of training begins.
-    """
-
-    path: Path
-    origin: dict[str, Any] | None
-    is_stage: bool = False
+from kdtrain.training.checkpoints import ResumePoint
+from kdtrain.training.run_files import CHECKPOINTS
 
 
 def find_resume_point(cfg: RunConfig, run_folder: Path) -> ResumePoint | None:
@@ -61,7 +24,7 @@ def find_resume_point(cfg: RunConfig, run_folder: Path) -> ResumePoint | None:
     Raises ConfigError when run.resume contradicts what the folder holds, CheckpointError when no good checkpoint is
     where one must be.
     """
-    root = run_folder / FOLDER
+    root = run_folder / CHECKPOINTS
     own = checkpoint.find_latest(root)
     if own is None and checkpoint.any_folder(root):
         raise CheckpointError(
@@ -90,7 +53,7 @@ def _from_path(key: str, named: Path, own: Path | None) -> ResumePoint:
         # Where the run began may have moved on since, or be gone: the run does not need it any more.
         LOGGER.info("%s = %s is where this run began; it continues from its own %s", key, named, own.name)
         return ResumePoint(own, origin)
-    found = named if checkpoint.is_complete(named) else checkpoint.find_latest(named / FOLDER)
+    found = named if checkpoint.is_complete(named) else checkpoint.find_latest(named / CHECKPOINTS)
     if found is None:
         raise CheckpointError(
             f"{key} = {named}: no complete checkpoint there\n"
@@ -142,25 +105,3 @@ def _two_histories(
 def _real(path: Path) -> str:
     """Links followed. Not Path.resolve, which raises where links go in a circle."""
     return os.path.realpath(path)
-
-
-def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines "key: old -> new" for settings that change what is learned. Both: plain nested configurations."""
-    old, new = dict(_leaves(before)), dict(_leaves(now))
-    keys = [key for key in {**old, **new} if not any(key == s or key.startswith(f"{s}.") for s in LAYOUT_ONLY)]
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found += _leaves(value, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", list(value) if isinstance(value, tuple) else value))
-    return found
-
-
-def saved_config(cfg: RunConfig) -> dict[str, Any]:
-    """The configuration as it is kept in a checkpoint's state."""
-    return asdict(cfg)

@@ -9,12 +9,14 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.data.tokenizer_compare import compare_tokenizers
 from kdtrain.engine import checkpoint
 from kdtrain.errors import StoreMismatch
+from kdtrain.jobs.build.models import student_spec
+from kdtrain.jobs.export_hf import stored_prefix
+from kdtrain.jobs.inputs import Inputs
+from kdtrain.jobs.resume import find_resume_point
+from kdtrain.jobs.sequence_prefix import Prefix, PrefixChoice
 from kdtrain.models.load import model_facts
-from kdtrain.training import build
-from kdtrain.training.export import MODEL_FOLDER, stored_prefix
-from kdtrain.training.inputs import Inputs
-from kdtrain.training.resume import ResumePoint, find_resume_point
-from kdtrain.training.sequence_prefix import Prefix, PrefixChoice
+from kdtrain.training.checkpoints import ResumePoint
+from kdtrain.training.run_files import MODEL
 
 
 def find_start(cfg: RunConfig, inputs: Inputs, run_folder: Path) -> ResumePoint | None:
@@ -25,7 +27,7 @@ def find_start(cfg: RunConfig, inputs: Inputs, run_folder: Path) -> ResumePoint 
     point = find_resume_point(cfg, run_folder)
     if point is not None and point.is_stage:
         _same_tokenizer(point.path, inputs)
-        config = model_facts(build.student_spec(cfg), inputs.vocab_size).config
+        config = model_facts(student_spec(cfg), inputs.vocab_size).config
         checkpoint.check_config(point.path, json.loads(config.to_json_string(use_diff=False)))
     return point
 
@@ -43,7 +45,7 @@ def kept_prefix(point: ResumePoint | None, choice: PrefixChoice) -> Prefix | Non
 
 def _same_tokenizer(source: Path, inputs: Inputs) -> None:
     """A resumed run reads the very same stores; a new stage reads others, which only their tokenizer holds together."""
-    kept = source.parent.parent / MODEL_FOLDER
+    kept = source.parent.parent / MODEL
     if not (kept / "tokenizer.json").is_file():
         raise StoreMismatch(
             f"{kept} has no tokenizer.json\n"

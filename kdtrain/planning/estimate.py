@@ -4,15 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdtrain.config.ranks import in_flight, teacher_tp
-from kdtrain.config.schema import RunConfig
+from kdtrain.config.schema import DataSection, ParallelSection, StudentSection, TeacherSection, ZeroSection
 from kdtrain.models.attention import ONE_MASK, PACKED
-from kdtrain.training.zero_memory import Share, ZeroMemory, zero_memory
+from kdtrain.planning.zero_memory import Share, ZeroMemory, zero_memory
 
 GIB = 1 << 30
 BYTES = {"float32": 4, "bfloat16": 2}
 HOST_BYTES_PER_ELEMENT = 20
 """Of an optimizer in host memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryInputs:
+    """The sections of a configuration that an estimate reads, and single values of others.
+
+    teacher_tp: ranks over which the teacher is cut. in_flight: micro-batches under way between a data rank and a
+    dedicated teacher. slab_bytes: budget of the loss's logits. async_write: whether checkpoints are copied to the host.
+    """
+
+    student: StudentSection
+    teacher: TeacherSection
+    data: DataSection
+    parallel: ParallelSection
+    zero: ZeroSection
+    teacher_tp: int
+    in_flight: int
+    slab_bytes: int
+    async_write: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +82,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    cfg: RunConfig,
+    run: MemoryInputs,
     student: ModelSize,
     teacher: ModelSize | None,
     *,
@@ -84,49 +102,49 @@ def estimate_memory(
     (and one layer's worth), and what backward begins with. Masks: as `mask_bytes` for each attention, an
     implementation's name, of which "auto" is none.
     """
-    tp, stage, offload, cp = cfg.parallel.tp, cfg.zero.stage, cfg.zero.offload_optimizer, cfg.parallel.cp
+    tp, stage, offload, cp = run.parallel.tp, run.zero.stage, run.zero.offload_optimizer, run.parallel.cp
     local = student.num_parameters / tp
-    tokens, zero_size = cfg.data.sequences_per_micro_batch * cfg.data.seq_len // cp, dp_size * cp
-    item = BYTES[cfg.student.dtype]
-    zero = _zero_memory(cfg, student, tokens, zero_size, on_cuda=on_cuda)
+    tokens, zero_size = run.data.sequences_per_micro_batch * run.data.seq_len // cp, dp_size * cp
+    item = BYTES[run.student.dtype]
+    zero = _zero_memory(run, student, tokens, zero_size, on_cuda=on_cuda)
     parts = {
-        "weights": student.weight_bytes(cfg.student.dtype) / tp / (zero_size if stage == 3 else 1),
+        "weights": student.weight_bytes(run.student.dtype) / tp / (zero_size if stage == 3 else 1),
         "gathered": zero.gathered,
         "gradients": zero.gradients,
         "optimizer": 0 if offload else local * 12 / zero_size if stage >= 1 else local * 8,
         "buckets": zero.bucket + zero.reducing,
         "step": zero.step,
-        "activations": _activations(cfg, student, tokens, student_attention, on_cuda=on_cuda),
-        "masks": _student_masks(cfg, student, student_attention),
-        "loss": min(cfg.train.slab_bytes, 8 * tokens * student.vocab_rows / tp)
+        "activations": _activations(run, student, tokens, student_attention, on_cuda=on_cuda),
+        "masks": _student_masks(run, student, student_attention),
+        "loss": min(run.slab_bytes, 8 * tokens * student.vocab_rows / tp)
         + (6 if item == 2 else 4) * (tokens * student.width + student.vocab_rows / tp * student.width),
     }
     # master weights, two moments, the gradient that AdamW reads, and DeepSpeed's buffer beside it
     host = local * HOST_BYTES_PER_ELEMENT / zero_size if offload else 0.0
-    if cfg.checkpoint.async_write:  # a copy of what this rank writes; at stage 0 the first data rank writes everything
+    if run.async_write:  # a copy of what this rank writes; at stage 0 the first data rank writes everything
         host += local * 12 / (zero_size if stage >= 1 else 1)
     if teacher is not None:
-        parts |= _teacher_parts(cfg, teacher, tokens, zero_size, teacher_attention)
-        host += _teacher_on_host(cfg, teacher, zero_size) + _answers(cfg, teacher)
-    return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host), int(_apart(cfg, parts, zero)))
+        parts |= _teacher_parts(run, teacher, tokens, zero_size, teacher_attention)
+        host += _teacher_on_host(run, teacher, zero_size) + _answers(run, teacher)
+    return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host), int(_apart(run, parts, zero)))
 
 
-def _zero_memory(cfg: RunConfig, student: ModelSize, tokens: int, zero_size: int, *, on_cuda: bool) -> ZeroMemory:
-    tp = cfg.parallel.tp
+def _zero_memory(run: MemoryInputs, student: ModelSize, tokens: int, zero_size: int, *, on_cuda: bool) -> ZeroMemory:
+    tp = run.parallel.tp
     largest = min(student.num_parameters, student.vocab_rows * student.width) / tp  # the embedding, as a rule
-    micro_batches = max(1, cfg.data.tokens_per_step // max(1, zero_size * tokens))
-    bfloat16 = cfg.student.dtype == "bfloat16"
+    micro_batches = max(1, run.data.tokens_per_step // max(1, zero_size * tokens))
+    bfloat16 = run.student.dtype == "bfloat16"
     share = Share(student.num_parameters / tp, largest, zero_size, bfloat16, micro_batches)
-    return zero_memory(cfg, share, on_cuda=on_cuda)
+    return zero_memory(run.zero, share, on_cuda=on_cuda)
 
 
-def _activations(cfg: RunConfig, student: ModelSize, tokens: int, attention: str, *, on_cuda: bool) -> float:
+def _activations(run: MemoryInputs, student: ModelSize, tokens: int, attention: str, *, on_cuda: bool) -> float:
     """Of all layers or of one; and of the last norm and its gradient, 6 widths in float32."""
-    item, layers = BYTES[cfg.student.dtype], student.num_layers
-    copied = attention == PACKED and cfg.data.reset_positions and not (on_cuda and item == 2)
+    item, layers = BYTES[run.student.dtype], student.num_layers
+    copied = attention == PACKED and run.data.reset_positions and not (on_cuda and item == 2)
     per_layer = _layer_width(student, item, copied=copied) * tokens * item
     last = 6 * 4 * student.width * tokens
-    if cfg.student.activation_checkpointing:
+    if run.student.activation_checkpointing:
         return per_layer + layers * tokens * student.width * item + last
     return layers * per_layer + last
 
@@ -143,14 +161,14 @@ def _layer_width(size: ModelSize, item: int, *, copied: bool) -> float:
     return (10 if item == 4 else 12) * size.width + 4 * size.inner_width + (2 * size.width if copied else 0)
 
 
-def _apart(cfg: RunConfig, parts: dict[str, float], zero: ZeroMemory) -> float:
+def _apart(run: MemoryInputs, parts: dict[str, float], zero: ZeroMemory) -> float:
     """Sum of all parts less the most that is there at once: in the teacher's forward, unless it overlaps the student's,
     in backward, when gradients are reduced, or in the step."""
     ahead = parts.get("teacher_masks", 0)
     forward = parts["activations"] + parts["masks"] + parts["loss"] + zero.gathered
-    kept = zero.bucket if cfg.zero.stage == 3 else 0
+    kept = zero.bucket if run.zero.stage == 3 else 0
     moments = (
-        forward + zero.bucket + (zero.reducing if zero.early else 0) + (ahead if cfg.teacher.overlap else 0),
+        forward + zero.bucket + (zero.reducing if zero.early else 0) + (ahead if run.teacher.overlap else 0),
         ahead + kept,
         zero.gathered + zero.bucket + zero.reducing - zero.moved,
         zero.step + kept,
@@ -179,99 +197,101 @@ def mask_bytes(
     return 4 * (sequences * seq_len + 1)
 
 
-def _student_masks(cfg: RunConfig, student: ModelSize, attention: str) -> float:
+def _student_masks(run: MemoryInputs, student: ModelSize, attention: str) -> float:
     """With parallel.cp a rank has whole sequences inside attention, and a part of the heads."""
-    layers = 1 if cfg.student.activation_checkpointing else student.num_layers
+    layers = 1 if run.student.activation_checkpointing else student.num_layers
     return mask_bytes(
         attention,
-        sequences=cfg.data.sequences_per_micro_batch,
-        seq_len=cfg.data.seq_len,
-        item=BYTES[cfg.student.dtype],
+        sequences=run.data.sequences_per_micro_batch,
+        seq_len=run.data.seq_len,
+        item=BYTES[run.student.dtype],
         layers=layers,
-        heads=student.num_heads // (cfg.parallel.tp * cfg.parallel.cp),
-        packed=cfg.data.reset_positions,
+        heads=student.num_heads // (run.parallel.tp * run.parallel.cp),
+        packed=run.data.reset_positions,
     )
 
 
-def estimate_teacher_rank(cfg: RunConfig, teacher: ModelSize, *, dp_size: int, attention: str) -> MemoryEstimate:
+def estimate_teacher_rank(run: MemoryInputs, teacher: ModelSize, *, dp_size: int, attention: str) -> MemoryEstimate:
     """Bytes on a rank that holds nothing but the teacher: its weights, and a layer's activations of a micro-batch, and
     masks of its attention (an implementation's name).
 
     On the host, of a teacher's first rank: the answers to each of the student's data ranks, kept until they are known
     to have arrived.
     """
-    item, tokens = BYTES[cfg.teacher.dtype], cfg.data.sequences_per_micro_batch * cfg.data.seq_len
-    tokens = min(tokens, cfg.teacher.max_tokens_per_forward or tokens)
+    item, tokens = BYTES[run.teacher.dtype], run.data.sequences_per_micro_batch * run.data.seq_len
+    tokens = min(tokens, run.teacher.max_tokens_per_forward or tokens)
     parts = {
-        "weights": teacher.weight_bytes(cfg.teacher.dtype) // teacher_tp(cfg),
+        "weights": teacher.weight_bytes(run.teacher.dtype) // run.teacher_tp,
         "activations": 16 * tokens * teacher.width * item,
-        "masks": int(_teacher_masks(cfg, teacher, attention, tokens // cfg.data.seq_len)),
+        "masks": int(_teacher_masks(run, teacher, attention, tokens // run.data.seq_len)),
     }
-    return MemoryEstimate(parts, int(dp_size * _answers(cfg, teacher)))
+    return MemoryEstimate(parts, int(dp_size * _answers(run, teacher)))
 
 
-def _answers(cfg: RunConfig, teacher: ModelSize) -> float:
+def _answers(run: MemoryInputs, teacher: ModelSize) -> float:
     """Hidden states between a dedicated teacher and one data rank: all under way, and a validation's batch besides."""
-    if cfg.teacher.layout != "dedicated":
+    if run.teacher.layout != "dedicated":
         return 0.0
-    tokens = cfg.data.sequences_per_micro_batch * cfg.data.seq_len
-    return (in_flight(cfg) + 1) * tokens * teacher.width * BYTES[cfg.teacher.dtype]
+    tokens = run.data.sequences_per_micro_batch * run.data.seq_len
+    return (run.in_flight + 1) * tokens * teacher.width * BYTES[run.teacher.dtype]
 
 
-def _teacher_parts(cfg: RunConfig, teacher: ModelSize, tokens: int, zero_size: int, attention: str) -> dict[str, float]:
+def _teacher_parts(
+    run: MemoryInputs, teacher: ModelSize, tokens: int, zero_size: int, attention: str
+) -> dict[str, float]:
     """Weights on this rank, the hidden states that wait for the loss, and the masks of one forward."""
-    t, tp, item = cfg.teacher, cfg.parallel.tp, BYTES[cfg.teacher.dtype]
+    t, tp, item = run.teacher, run.parallel.tp, BYTES[run.teacher.dtype]
     if t.layout == "dedicated":
         head = teacher.vocab_rows * teacher.width * item / tp
         return {"teacher_head": head, "teacher_hidden": tokens * teacher.width * item}
-    cut = teacher_tp(cfg)
-    weights = _teacher_bytes(cfg, teacher) / cut
+    cut = run.teacher_tp
+    weights = _teacher_bytes(run, teacher) / cut
     replicas = max(1, cut // tp)  # of the student, which share one teacher
     hidden = 2 * tokens * teacher.width * item * replicas * (2 if t.overlap else 1)
-    sequences = cfg.data.sequences_per_micro_batch * replicas
+    sequences = run.data.sequences_per_micro_batch * replicas
     if t.layout == "plain":  # tp ranks share out the sequences
         sequences = -(-sequences // tp)
     if t.zero_stage == 0:
-        masks = _teacher_masks(cfg, teacher, attention, sequences)
+        masks = _teacher_masks(run, teacher, attention, sequences)
         return {"teacher": weights, "teacher_hidden": hidden, "teacher_masks": masks}
     # The pieces, two gathered layers, and the head's rows; hidden states of the whole step.
     head = teacher.vocab_rows * teacher.width * item / max(cut, tp)
     layers = 2 * weights / max(1, teacher.num_layers)
     pieces = 0.0 if t.offload else weights / (zero_size * tp / cut)
-    micro_batches = cfg.data.tokens_per_step / (zero_size * tokens)
-    masks = _teacher_masks(cfg, teacher, attention, int(sequences * micro_batches))
+    micro_batches = run.data.tokens_per_step / (zero_size * tokens)
+    masks = _teacher_masks(run, teacher, attention, int(sequences * micro_batches))
     return {"teacher": pieces + layers + head, "teacher_hidden": hidden * micro_batches, "teacher_masks": masks}
 
 
-def _teacher_masks(cfg: RunConfig, teacher: ModelSize, attention: str, sequences: int) -> float:
+def _teacher_masks(run: MemoryInputs, teacher: ModelSize, attention: str, sequences: int) -> float:
     """Of a forward of `sequences`, or of as many as teacher.max_tokens_per_forward allows; a layer at a time."""
-    if (limit := cfg.teacher.max_tokens_per_forward) is not None:
-        sequences = min(sequences, max(1, limit // cfg.data.seq_len))
+    if (limit := run.teacher.max_tokens_per_forward) is not None:
+        sequences = min(sequences, max(1, limit // run.data.seq_len))
     return mask_bytes(
         attention,
         sequences=sequences,
-        seq_len=cfg.data.seq_len,
-        item=BYTES[cfg.teacher.dtype],
+        seq_len=run.data.seq_len,
+        item=BYTES[run.teacher.dtype],
         layers=1,
-        heads=teacher.num_heads // teacher_tp(cfg),
-        packed=cfg.data.reset_positions,
+        heads=teacher.num_heads // run.teacher_tp,
+        packed=run.data.reset_positions,
     )
 
 
-def _teacher_bytes(cfg: RunConfig, teacher: ModelSize) -> float:
+def _teacher_bytes(run: MemoryInputs, teacher: ModelSize) -> float:
     """Of all weights. Quantised, an element of the decoder takes one byte; embedding, head and experts stay whole.
 
     A run holds the teacher as it was read for a moment, before the student's optimizer exists.
     """
-    item = BYTES[cfg.teacher.dtype]
-    if cfg.teacher.quantize is None:
-        return float(teacher.weight_bytes(cfg.teacher.dtype))
+    item = BYTES[run.teacher.dtype]
+    if run.teacher.quantize is None:
+        return float(teacher.weight_bytes(run.teacher.dtype))
     kept = 2 * teacher.vocab_rows * teacher.width + teacher.num_expert_parameters + teacher.num_float32_parameters
     decoder = max(0, teacher.num_parameters - kept)
-    return float(teacher.weight_bytes(cfg.teacher.dtype) - decoder * (item - 1))
+    return float(teacher.weight_bytes(run.teacher.dtype) - decoder * (item - 1))
 
 
-def _teacher_on_host(cfg: RunConfig, teacher: ModelSize, dp_size: int) -> float:
+def _teacher_on_host(run: MemoryInputs, teacher: ModelSize, dp_size: int) -> float:
     """This rank's pieces, which are the same part of the weights however the teacher is cut besides."""
-    t = cfg.teacher
-    return teacher.weight_bytes(t.dtype) / (dp_size * cfg.parallel.tp) if t.offload else 0.0
+    t = run.teacher
+    return teacher.weight_bytes(t.dtype) / (dp_size * run.parallel.tp) if t.offload else 0.0
