@@ -9,14 +9,14 @@ from kdtrain.config.cli import Request, parse, run_script
 
 
 def main(request: Request) -> int:
-    from kdtrain.jobs.train import run_evaluation  # torch, transformers: seconds
+    from kdtrain.jobs.eval_model import run_evaluation  # torch, transformers: seconds
 
     return run_evaluation(request)
 
 
 if __name__ == "__main__":
     code = run_script(lambda argv: main(parse(argv, __doc__)), sys.argv[1:])
-    if "torch" in sys.modules:  # this process has been a rank
+    if "torch" in sys.modules:  # this process was a rank of a job
         from kdtrain.engine.bootstrap import leave
 
         leave(code)

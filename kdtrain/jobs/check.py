@@ -1,4 +1,4 @@
-"""`--check`: what can be known of a run before it uses a device."""
+"""`--check`: checks of a run before it uses a device."""
 
 from __future__ import annotations
 

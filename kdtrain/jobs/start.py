@@ -1,4 +1,4 @@
-"""Whether what a run begins with belongs to what it trains: looked at before minutes are spent on loading."""
+"""The checkpoint that a run starts from, checked against its student and its data before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def find_start(cfg: RunConfig, inputs: Inputs, run_folder: Path) -> ResumePoint 
 
 
 def kept_prefix(point: ResumePoint | None, choice: PrefixChoice) -> Prefix | None:
-    """The sequence prefix of the run that this one goes on with; None where it is decided anew.
+    """The sequence prefix of the checkpoint that the run continues; None if it is decided anew.
 
-    A new stage reads other data, perhaps beside another teacher: a teacher is measured again. Without one nothing that
-    could be measured is the student that goes on, so auto keeps what it was trained with. Reads the checkpoint's state.
+    In a new stage, data and teacher may have changed, so a teacher is measured again. Without a teacher there is
+    nothing to measure, and auto keeps the prefix that the student was trained with. Reads the checkpoint's state.
     """
     if point is None or (point.is_stage and (choice.configured is not None or choice.model == "teacher")):
         return None
@@ -44,7 +44,7 @@ def kept_prefix(point: ResumePoint | None, choice: PrefixChoice) -> Prefix | Non
 
 
 def _same_tokenizer(source: Path, inputs: Inputs) -> None:
-    """A resumed run reads the very same stores; a new stage reads others, which only their tokenizer holds together."""
+    """Raise StoreMismatch unless the stores of a new stage have the tokenizer of the run it continues."""
     kept = source.parent.parent / MODEL
     if not (kept / "tokenizer.json").is_file():
         raise StoreMismatch(
@@ -62,6 +62,6 @@ def _same_tokenizer(source: Path, inputs: Inputs) -> None:
     if difference is not None:
         raise StoreMismatch(
             f"{source} was trained on another tokenizer than that of {inputs.train[0].path}: {difference}\n"
-            "  why: token ids that mean other text would be learned without a word\n"
+            "  why: the student would be trained on ids of other tokens without any error\n"
             "  fix: prepare the stores of the new stage with the same tokenizer"
         )

@@ -156,7 +156,7 @@ class _Run:
             quantize_teacher(cfg, models, first(choice.likely if stored is None else stored), mesh)
         if stored is not None:
             if resume_from is not None and resume_from.is_stage and stored:
-                LOGGER.info("prefix   %s, as in the run that goes on", choice.name(stored))
+                LOGGER.info("prefix   %s, as in the run that is continued", choice.name(stored))
             return stored if choice.configured is None else choice.configured
         prefix = decide_prefix(cfg, choice, self.inputs, models, mesh, device)
         if models.teacher is not None and cfg.debug.self_check:

@@ -1,4 +1,4 @@
-"""Will it fit? Bytes per rank from shapes alone, before anything is allocated."""
+"""Memory estimate: bytes per rank from shapes and settings alone, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kdtrain.planning.zero_memory import Share, ZeroMemory, zero_memory
 GIB = 1 << 30
 BYTES = {"float32": 4, "bfloat16": 2}
 HOST_BYTES_PER_ELEMENT = 20
-"""Of an optimizer in host memory."""
+"""Bytes per parameter of an optimizer in host memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +35,11 @@ class MemoryInputs:
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """What the estimate needs of a model: parameters of the full model, width, layers, rows of its head.
+    """Sizes of a model: parameters of the full model, width, layers, rows of its head.
 
     num_expert_parameters: those of num_parameters that are packed into tensors of experts. num_float32_parameters:
-    those that stay in float32 in a bfloat16 run. num_heads: of attention, for eager. inner_width: of the MLP. Of these
-    two 0 means not known.
+    those that stay in float32 in a bfloat16 run. num_heads: of attention, for eager; 0: not known. inner_width: of the
+    MLP; 0: not known.
     """
 
     num_parameters: int
@@ -52,16 +52,16 @@ class ModelSize:
     inner_width: int = 0
 
     def weight_bytes(self, dtype: str) -> int:
-        """Of all weights in a run's dtype."""
+        """Bytes of all weights in a run of `dtype`."""
         return self.num_parameters * BYTES[dtype] + self.num_float32_parameters * (4 - BYTES[dtype])
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes per rank, part by part. Activations are the rough one: they depend on the architecture.
+    """Bytes per rank by part. Activations are the least exact: they depend on the architecture.
 
-    parts: of the device, each the most that there is of it. not_at_once: by how much their sum exceeds what is there
-    together: a step's copies come when activations have gone. host: what is kept in host memory on purpose, all of it.
+    parts: of the device, each at its own maximum. not_at_once: by how much their sum exceeds the largest amount at one
+    time, as a step's copies are made after the activations are freed. host: all that is kept in host memory by choice.
     """
 
     parts: dict[str, int]
@@ -70,7 +70,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The most that is on the device at once, bytes."""
+        """The largest amount on the device at one time, bytes."""
         return sum(self.parts.values()) - self.not_at_once
 
     def line(self) -> str:
@@ -91,14 +91,14 @@ def estimate_memory(
     student_attention: str,
     teacher_attention: str = "sdpa",
 ) -> MemoryEstimate:
-    """Persistent and peak bytes per rank (our derivation; docs/results/memory_cpu.md holds it against runs).
+    """Persistent and peak bytes per rank (our derivation; docs/results/memory_cpu.md compares it with runs).
 
     Student: weights; an fp32 gradient; fp32 master copy (at stage 0 the weights) and two Adam moments; ZeRO divides the
     states (stage >= 1), the gradients (>= 2) and the weights (3) by dp x cp; and what DeepSpeed allocates to do so
     (`zero_memory`). With zero.offload_optimizer the states are on the host, and at stage 3 the gradients too; with
-    checkpoint.async_write a copy of the states is. Teacher: weights, whole or cut; of a dedicated one the answers that
-    are under way, on the host. Loss: two fp32 slabs within train.slab_bytes plus the gradients it returns, in fp32 and,
-    where that is another, in the weights' dtype. Activations: as `_layer_width` without recomputation, 1 width with it
+    checkpoint.async_write a copy of the states is. Teacher: weights, whole or sharded; for a dedicated one the hidden
+    states in flight, on the host. Loss: two fp32 slabs within train.slab_bytes plus its gradients, in fp32 and,
+    where it differs, in the weights' dtype. Activations: as `_layer_width` without recomputation, 1 width with it
     (and one layer's worth), and what backward begins with. Masks: as `mask_bytes` for each attention, an
     implementation's name, of which "auto" is none.
     """
@@ -125,7 +125,7 @@ def estimate_memory(
         host += local * 12 / (zero_size if stage >= 1 else 1)
     if teacher is not None:
         parts |= _teacher_parts(run, teacher, tokens, zero_size, teacher_attention)
-        host += _teacher_on_host(run, teacher, zero_size) + _answers(run, teacher)
+        host += _teacher_on_host(run, teacher, zero_size) + _in_flight_bytes(run, teacher)
     return MemoryEstimate({name: int(size) for name, size in parts.items()}, int(host), int(_apart(run, parts, zero)))
 
 
@@ -139,7 +139,7 @@ def _zero_memory(run: MemoryInputs, student: ModelSize, tokens: int, zero_size: 
 
 
 def _activations(run: MemoryInputs, student: ModelSize, tokens: int, attention: str, *, on_cuda: bool) -> float:
-    """Of all layers or of one; and of the last norm and its gradient, 6 widths in float32."""
+    """Activations of all layers, or of one with checkpointing; and the last norm and its gradient, 6 float32 widths."""
     item, layers = BYTES[run.student.dtype], student.num_layers
     copied = attention == PACKED and run.data.reset_positions and not (on_cuda and item == 2)
     per_layer = _layer_width(student, item, copied=copied) * tokens * item
@@ -150,11 +150,11 @@ def _activations(run: MemoryInputs, student: ModelSize, tokens: int, attention: 
 
 
 def _layer_width(size: ModelSize, item: int, *, copied: bool) -> float:
-    """Elements per token that a layer keeps for backward; 16 widths where the inner one is not known.
+    """Elements per token that a layer keeps for backward; 16 widths if the inner one is not known.
 
     Queries, keys, values and output 4 widths; two norms 3 each, 4 where they compute in float32 beside bfloat16; a
-    gated MLP 4 inner widths. copied: packed attention calls documents one by one: its output is put together in a copy,
-    and short documents are gathered in others (up to 3 widths where long ones share the batch; 1 is counted).
+    gated MLP 4 inner widths. copied: packed attention runs document by document, so its output is assembled in a copy,
+    and short documents are gathered in further copies (up to 3 widths if long ones share the batch; 1 is counted).
     """
     if not size.inner_width:
         return 16 * size.width
@@ -162,8 +162,11 @@ def _layer_width(size: ModelSize, item: int, *, copied: bool) -> float:
 
 
 def _apart(run: MemoryInputs, parts: dict[str, float], zero: ZeroMemory) -> float:
-    """Sum of all parts less the most that is there at once: in the teacher's forward, unless it overlaps the student's,
-    in backward, when gradients are reduced, or in the step."""
+    """The sum of all parts minus the largest amount at one time.
+
+    That is in the teacher's forward (unless it overlaps the student's), in backward, at the reduction of gradients or
+    in the optimizer's step.
+    """
     ahead = parts.get("teacher_masks", 0)
     forward = parts["activations"] + parts["masks"] + parts["loss"] + zero.gathered
     kept = zero.bucket if run.zero.stage == 3 else 0
@@ -179,13 +182,13 @@ def _apart(run: MemoryInputs, parts: dict[str, float], zero: ZeroMemory) -> floa
 def mask_bytes(
     attention: str, *, sequences: int, seq_len: int, item: int, layers: int, heads: int = 0, packed: bool = True
 ) -> int:
-    """What attention keeps that grows with seq_len squared, bytes; only boundaries for flash and packed ones.
+    """Bytes of attention that grow with seq_len squared; for flash and packed attention only document boundaries.
 
-    sequences: in one forward. item: bytes of an activation. layers: whose part is kept for backward. heads: on this
-    rank; 0: not known. packed: documents are hidden from each other, without which sdpa needs no mask.
-    sdpa: a boolean mask for all layers, and of each layer the additive one that torch makes of it and saves; under
-    ONE_MASK the boolean and one additive mask. eager: an additive mask for all layers, and of each layer its
-    probabilities, of all heads, in float32 and in the dtype.
+    sequences: in one forward. item: bytes of an activation. layers: number of those kept for backward. heads: on this
+    rank; 0: not known. packed: documents do not attend to each other; without it sdpa needs no mask.
+    sdpa: one boolean mask for all layers, and per layer the additive mask that torch derives and saves; with ONE_MASK
+    one boolean and one additive mask. eager: one additive mask for all layers, and per layer the probabilities of all
+    heads, in float32 and in the dtype.
     """
     square = sequences * seq_len**2
     if attention == ONE_MASK:
@@ -198,7 +201,7 @@ def mask_bytes(
 
 
 def _student_masks(run: MemoryInputs, student: ModelSize, attention: str) -> float:
-    """With parallel.cp a rank has whole sequences inside attention, and a part of the heads."""
+    """With parallel.cp, a rank has whole sequences and a part of the heads inside attention."""
     layers = 1 if run.student.activation_checkpointing else student.num_layers
     return mask_bytes(
         attention,
@@ -212,11 +215,10 @@ def _student_masks(run: MemoryInputs, student: ModelSize, attention: str) -> flo
 
 
 def estimate_teacher_rank(run: MemoryInputs, teacher: ModelSize, *, dp_size: int, attention: str) -> MemoryEstimate:
-    """Bytes on a rank that holds nothing but the teacher: its weights, and a layer's activations of a micro-batch, and
-    masks of its attention (an implementation's name).
+    """Bytes on a rank of a dedicated teacher: its weights, one layer's activations of a micro-batch, and masks.
 
-    On the host, of a teacher's first rank: the answers to each of the student's data ranks, kept until they are known
-    to have arrived.
+    attention: name of an implementation. Host memory, on a teacher's first rank: the hidden states for each of the
+    student's data ranks, kept until their receipt is confirmed.
     """
     item, tokens = BYTES[run.teacher.dtype], run.data.sequences_per_micro_batch * run.data.seq_len
     tokens = min(tokens, run.teacher.max_tokens_per_forward or tokens)
@@ -225,11 +227,11 @@ def estimate_teacher_rank(run: MemoryInputs, teacher: ModelSize, *, dp_size: int
         "activations": 16 * tokens * teacher.width * item,
         "masks": int(_teacher_masks(run, teacher, attention, tokens // run.data.seq_len)),
     }
-    return MemoryEstimate(parts, int(dp_size * _answers(run, teacher)))
+    return MemoryEstimate(parts, int(dp_size * _in_flight_bytes(run, teacher)))
 
 
-def _answers(run: MemoryInputs, teacher: ModelSize) -> float:
-    """Hidden states between a dedicated teacher and one data rank: all under way, and a validation's batch besides."""
+def _in_flight_bytes(run: MemoryInputs, teacher: ModelSize) -> float:
+    """Hidden states between a dedicated teacher and one data rank: those in flight, and one batch of validation."""
     if run.teacher.layout != "dedicated":
         return 0.0
     tokens = run.data.sequences_per_micro_batch * run.data.seq_len
@@ -239,22 +241,22 @@ def _answers(run: MemoryInputs, teacher: ModelSize) -> float:
 def _teacher_parts(
     run: MemoryInputs, teacher: ModelSize, tokens: int, zero_size: int, attention: str
 ) -> dict[str, float]:
-    """Weights on this rank, the hidden states that wait for the loss, and the masks of one forward."""
+    """Weights on this rank, the hidden states that are kept for the loss, and the masks of one forward."""
     t, tp, item = run.teacher, run.parallel.tp, BYTES[run.teacher.dtype]
     if t.layout == "dedicated":
         head = teacher.vocab_rows * teacher.width * item / tp
         return {"teacher_head": head, "teacher_hidden": tokens * teacher.width * item}
     cut = run.teacher_tp
     weights = _teacher_bytes(run, teacher) / cut
-    replicas = max(1, cut // tp)  # of the student, which share one teacher
+    replicas = max(1, cut // tp)  # replicas of the student that share one teacher
     hidden = 2 * tokens * teacher.width * item * replicas * (2 if t.overlap else 1)
     sequences = run.data.sequences_per_micro_batch * replicas
-    if t.layout == "plain":  # tp ranks share out the sequences
+    if t.layout == "plain":  # tp ranks divide the sequences
         sequences = -(-sequences // tp)
     if t.zero_stage == 0:
         masks = _teacher_masks(run, teacher, attention, sequences)
         return {"teacher": weights, "teacher_hidden": hidden, "teacher_masks": masks}
-    # The pieces, two gathered layers, and the head's rows; hidden states of the whole step.
+    # ZeRO-3: this rank's partition, two gathered layers, and the head's rows; hidden states of the whole step.
     head = teacher.vocab_rows * teacher.width * item / max(cut, tp)
     layers = 2 * weights / max(1, teacher.num_layers)
     pieces = 0.0 if t.offload else weights / (zero_size * tp / cut)
@@ -264,7 +266,7 @@ def _teacher_parts(
 
 
 def _teacher_masks(run: MemoryInputs, teacher: ModelSize, attention: str, sequences: int) -> float:
-    """Of a forward of `sequences`, or of as many as teacher.max_tokens_per_forward allows; a layer at a time."""
+    """Masks of one layer in a forward of `sequences`, or of as many as teacher.max_tokens_per_forward allows."""
     if (limit := run.teacher.max_tokens_per_forward) is not None:
         sequences = min(sequences, max(1, limit // run.data.seq_len))
     return mask_bytes(
@@ -279,9 +281,9 @@ def _teacher_masks(run: MemoryInputs, teacher: ModelSize, attention: str, sequen
 
 
 def _teacher_bytes(run: MemoryInputs, teacher: ModelSize) -> float:
-    """Of all weights. Quantised, an element of the decoder takes one byte; embedding, head and experts stay whole.
+    """Bytes of all weights. A quantised decoder takes one byte per element; embedding, head and experts keep theirs.
 
-    A run holds the teacher as it was read for a moment, before the student's optimizer exists.
+    The unquantised teacher exists for a short time only, before the student's optimizer is built.
     """
     item = BYTES[run.teacher.dtype]
     if run.teacher.quantize is None:
@@ -292,6 +294,6 @@ def _teacher_bytes(run: MemoryInputs, teacher: ModelSize) -> float:
 
 
 def _teacher_on_host(run: MemoryInputs, teacher: ModelSize, dp_size: int) -> float:
-    """This rank's pieces, which are the same part of the weights however the teacher is cut besides."""
+    """Bytes of this rank's partition in host memory, the same share of the weights for any tp."""
     t = run.teacher
     return teacher.weight_bytes(t.dtype) / (dp_size * run.parallel.tp) if t.offload else 0.0

@@ -1,6 +1,6 @@
-"""What DeepSpeed 0.19.8 allocates for a student besides weights and optimizer states, and when. Read in its source.
+"""Allocations of DeepSpeed 0.19.8 for a student besides weights and optimizer states, derived from its source.
 
-Bytes on the device of one rank. `docs/results/memory_cpu.md` holds them against what runs allocated.
+Bytes on the device of one rank. `docs/results/memory_cpu.md` compares them with allocations of runs.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from kdtrain.config.deepspeed_config import REDUCE_BUCKET, reduce_bucket
 from kdtrain.config.schema import ZeroSection
 
 MAX_LIVE, PREFETCH = 1_000_000_000, 50_000_000
-"""Elements of gathered weights that stage 3 keeps, and fetches ahead, at most, unless zero.extra says otherwise."""
+"""Most elements of gathered weights that stage 3 keeps and prefetches, unless zero.extra sets them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Of the student on one rank. parameters: elements, before ZeRO divides them among zero_size ranks.
+    """The student on one rank. parameters: elements, before ZeRO partitions them over zero_size ranks.
 
-    largest: elements of its largest parameter. bfloat16: its dtype, or float32. micro_batches: of a step, on this rank.
+    largest: elements of the largest parameter. bfloat16: whether that is the dtype, otherwise float32. micro_batches:
+    per step on this rank.
     """
 
     parameters: float
@@ -35,11 +36,11 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class ZeroMemory:
-    """gradients: all that is kept of them, until the step. gathered: whole weights that stage 3 puts together.
+    """gradients: kept until the step. gathered: whole weights that stage 3 assembles.
 
-    bucket: of gradients, from the first one of a backward to its end (stage 3: always). reducing: copies of a bucket
-    while it is reduced. moved: gradients that live in the bucket then, and nowhere else. step: copies that the
-    optimizer's step makes. early: buckets are full, hence reduced, while backward still holds activations.
+    bucket: of gradients, from the first gradient of a backward to its end (stage 3: always). reducing: copies of a
+    bucket during its reduction. moved: gradients that exist only in the bucket then. step: copies made by the
+    optimizer's step. early: buckets are full, hence reduced, while backward still holds activations.
     """
 
     gradients: float
@@ -59,16 +60,16 @@ def zero_memory(zero: ZeroSection, share: Share, *, on_cuda: bool) -> ZeroMemory
     if zero.stage == 0 or (zero.stage == 1 and share.bfloat16 and not zero.offload_optimizer):
         return _without_bucket(zero, share, on_cuda=on_cuda)
     size = reduce_bucket(zero, int(share.parameters))
-    reduced = min(share.parameters, max(size, share.largest))  # a gradient that fits no bucket is reduced alone
+    reduced = min(share.parameters, max(size, share.largest))  # a gradient larger than a bucket is reduced alone
     early = zero.stage >= 2 and size < share.parameters
     of_stage = {1: _stage_1, 2: _stage_2, 3: _stage_3}[zero.stage]
     return replace(of_stage(zero, share, size, reduced, on_cuda=on_cuda), early=early)
 
 
 def _stage_1(zero: ZeroSection, share: Share, size: float, reduced: float, *, on_cuda: bool) -> ZeroMemory:
-    """Whole float32 gradients, which move into the bucket one by one when the step begins."""
+    """Whole float32 gradients, which are moved into the bucket one by one at the beginning of the step."""
     gradients, part = 4 * share.parameters, share.parameters / share.zero_size
-    copy = max(0.0, 8 * part - gradients)  # this rank's part, flattened, beside what is left of them
+    copy = max(0.0, 8 * part - gradients)  # this rank's flattened part, beside the remaining gradients
     return ZeroMemory(
         gradients,
         _step(zero, share, part, copy=copy, fused=on_cuda),
@@ -79,8 +80,10 @@ def _stage_1(zero: ZeroSection, share: Share, size: float, reduced: float, *, on
 
 
 def _stage_2(zero: ZeroSection, share: Share, size: float, reduced: float, *, on_cuda: bool) -> ZeroMemory:
-    """Buckets in the model's dtype, flattened and, from bfloat16, cast to float32 when they are reduced. A float32
-    model adds up parts of two micro-batches, or flattens the one part it has; a bfloat16 one has one flat part."""
+    """Buckets in the model's dtype, which are flattened and, from bfloat16, cast to float32 for the reduction.
+
+    A float32 model adds the parts of two micro-batches, or flattens its only part; a bfloat16 one has one flat part.
+    """
     part, offload = share.parameters / share.zero_size, zero.offload_optimizer
     sums = 1 if share.bfloat16 or share.micro_batches == 1 else 2
     copy = 0.0 if share.bfloat16 or sums == 2 else 4 * part
@@ -93,8 +96,10 @@ def _stage_2(zero: ZeroSection, share: Share, size: float, reduced: float, *, on
 
 
 def _stage_3(zero: ZeroSection, share: Share, size: float, reduced: float, *, on_cuda: bool) -> ZeroMemory:
-    """A float32 bucket for the whole run, copied flat to be reduced; gathered weights stay until their backward if
-    there is room, and the next ones are put together from pieces that were fetched ahead."""
+    """A float32 bucket for the whole run, flattened into a copy for the reduction.
+
+    Gathered weights stay until their backward within the limit of live parameters; the next ones are prefetched.
+    """
     part, extra = share.parameters / share.zero_size, zero.extra
     live = min(share.parameters, extra.get("stage3_max_live_parameters", MAX_LIVE))
     ahead = min(share.parameters, extra.get("stage3_prefetch_bucket_size", PREFETCH))
@@ -110,9 +115,9 @@ def _stage_3(zero: ZeroSection, share: Share, size: float, reduced: float, *, on
 def _without_bucket(zero: ZeroSection, share: Share, *, on_cuda: bool) -> ZeroMemory:
     """Stage 0, and stage 1 of a bfloat16 model: whole float32 gradients, reduced in the step, half a billion at once.
 
-    Under bfloat16 the gradients of the present micro-batch are there besides, in bfloat16.
+    A bfloat16 model also holds the gradients of the current micro-batch, in bfloat16.
     """
-    if zero.stage == 0:  # the norm is ours: a float64 copy and its squares; AdamW steps one parameter at a time
+    if zero.stage == 0:  # the engine's own norm: a float64 copy and its squares; AdamW steps parameter by parameter
         step = 16 * share.largest
     else:
         step = _step(zero, share, share.parameters / share.zero_size, copy=0, fused=on_cuda)
@@ -121,13 +126,16 @@ def _without_bucket(zero: ZeroSection, share: Share, *, on_cuda: bool) -> ZeroMe
 
 
 def _step(zero: ZeroSection, share: Share, part: float, *, copy: float, fused: bool) -> float:
-    """The larger of: float64 copies for the norm, a gradient at a time; and `copy`, of the gradients, beside what
-    torch's AdamW computes with: two tensors of this rank's part unless it is fused. Nothing if it runs on the host."""
+    """The larger of the float64 copies for the norm, gradient by gradient, and the copies of AdamW's step.
+
+    These are `copy`, of the gradients, and unless AdamW is fused two tensors of this rank's part. 0 with an optimizer
+    on the host.
+    """
     if zero.offload_optimizer:
         return 0.0
     return max(8 * min(part, share.largest), copy + (0 if fused else 8 * part))
 
 
 def _staging(zero: ZeroSection, share: Share) -> float:
-    """A gradient on its way to the host."""
+    """Buffer of a gradient that is copied to the host."""
     return share.largest * share.item if zero.offload_optimizer else 0.0

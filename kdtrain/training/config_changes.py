@@ -26,12 +26,14 @@ LAYOUT_ONLY = (
     *("data.sequences_per_micro_batch", "data.prefetch", "data.validation", "train.slab_bytes", "train.kernels"),
     *("data.sequence_prefix", "data.allow_worse_prefix"),
 )
-"""Sections and keys that change where and how fast a run computes, not what it learns (beyond rounding); and how the
-sequence prefix was chosen: a resumed run has the one of its checkpoint, or is refused."""
+"""Sections and keys that change the layout and speed of a run, but not its result beyond rounding.
+
+The keys of the sequence prefix are among them: a resumed run has that of its checkpoint, or the loader refuses it.
+"""
 
 
 def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines "key: old -> new" for settings that change what is learned. Both: plain nested configurations."""
+    """Lines "key: old -> new" of settings that change the result. before, now: plain nested configurations."""
     old, new = dict(_leaves(before)), dict(_leaves(now))
     keys = [key for key in {**old, **new} if not any(key == s or key.startswith(f"{s}.") for s in LAYOUT_ONLY)]
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]

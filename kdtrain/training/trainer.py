@@ -142,7 +142,7 @@ class Trainer:
             dist.all_reduce(table, group=self.mesh.world_group)
         valid, stop, failed, busy = table.tolist()
         if failed:
-            raise failure or OutputError("another rank cannot write its files; its message says which and why")
+            raise failure or OutputError("another rank cannot write its files; its message names the file")
         if not busy:
             self.checkpoints.advance()
         # tp ranks counted the same tokens, cp ranks different ones

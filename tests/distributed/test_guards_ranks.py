@@ -71,7 +71,7 @@ def test_rank_local_failures_reach_all_ranks(fresh_pool, tmp_path):
     full = pool.run(the_disk_of_rank_0_is_full, folder=folders[1], timeout_s=60)
     assert [step for step, _ in full] == [1, 1], "the step after the report that failed must not be taken"
     assert full[0][1] == f"cannot write {folders[1] / 'metrics.jsonl'}: [Errno 27] File too large"
-    assert full[1][1] == "another rank cannot write its files; its message says which and why"
+    assert full[1][1] == "another rank cannot write its files; its message names the file"
 
     stalls = pool.run(rank_1_sleeps, folder=folders[2], timeout_s=60)
     assert stalls[0], "rank 0 waited for 3.5 s without a warning"

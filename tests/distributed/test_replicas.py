@@ -1,4 +1,4 @@
-"""Ranks of a tp group with different tokens, and of a cp group with parts that do not fit, are found out."""
+"""debug.check_replicas detects tp ranks with different tokens and cp ranks with parts that do not fit."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def compare(rank, world_size, differs):
     return None
 
 
-def test_one_rank_with_other_labels_is_named_on_every_rank(rank_pool):
+def test_tp_rank_with_other_labels_is_named_on_every_rank(rank_pool):
     for message in rank_pool(2).run(compare, differs=1):
         assert message.startswith("micro-batch 1: labels of tp ranks [1] differs")
     assert rank_pool(2).run(compare, differs=0) == [None, None]
@@ -43,7 +43,7 @@ def compare_parts(rank, world_size, token, sample):
 
 
 @pytest.mark.parametrize(("token", "sample"), [(1, 0), (0, 1)])
-def test_parts_of_different_sequences_are_named_on_every_rank(rank_pool, token, sample):
+def test_cp_parts_of_different_sequences_are_named_on_every_rank(rank_pool, token, sample):
     for message in rank_pool(2).run(compare_parts, token=token, sample=sample):
         assert message.startswith("micro-batch 0: the parts of cp ranks [1] do not continue those before them")
     assert rank_pool(2).run(compare_parts, token=0, sample=0) == [None, None]
