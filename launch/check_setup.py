@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     code = run_script(main, sys.argv[1:])
-    if "torch" in sys.modules:  # this process was a rank of a job
+    if "torch" in sys.modules:  # this process has been a rank
         from kdtrain.engine.bootstrap import leave
 
         leave(code)

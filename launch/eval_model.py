@@ -16,7 +16,7 @@ def main(request: Request) -> int:
 
 if __name__ == "__main__":
     code = run_script(lambda argv: main(parse(argv, __doc__)), sys.argv[1:])
-    if "torch" in sys.modules:  # this process was a rank of a job
+    if "torch" in sys.modules:  # this process has been a rank
         from kdtrain.engine.bootstrap import leave
 
         leave(code)
