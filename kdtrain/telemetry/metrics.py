@@ -118,6 +118,7 @@ class Metrics:
         if not names:
             return names, []
         table = torch.stack([self._sums[name] for name in names])
+        # each data rank holds the sums of its own tokens only
         return names, reduce_sum_(table, self._group).tolist()
 
     def _check_same_names(self, names: list[str]) -> None:
@@ -125,8 +126,10 @@ class Metrics:
         if group_size(self._group) == 1:
             return
         digest = int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:7], "big")
+        # before the all-reduce of the sums, whose shapes must be equal
         digests = gather_ranks(torch.tensor([digest], device=self._device), self._group).flatten().tolist()
         if any(other != digest for other in digests):
+            # all ranks reach this branch together, as they compare the same digests
             everyone: list[list[str]] = gather_objects(names, self._group)
             shared = set.intersection(*(set(other) for other in everyone))
             odd = sorted({name for other in everyone for name in other} - shared)

@@ -203,10 +203,10 @@ def test_unresolvable_master_address_is_an_error_before_joining(monkeypatch):
     def unknown(host, port):
         raise socket.gaierror(-2, "Name or service not known")
 
-    setup_check._find_others(None)
+    setup_check._check_master(None)
     monkeypatch.setattr(setup_check.socket, "getaddrinfo", unknown)
     with pytest.raises(KdtrainError, match=r"cannot resolve MASTER_ADDR = gpu7: Name or (.|\n)*fix: ") as caught:
-        setup_check._find_others("gpu7")
+        setup_check._check_master("gpu7")
     assert caught.value.exit_code == 1
 
 

@@ -48,6 +48,7 @@ def run_checks(cfg: RunConfig) -> int:
         # every rank makes the same rows in the same order, so that rank 0 can merge them
         world = mesh.world_group
         share = Share.of_this_rank(socket.gethostname())
+        # whether ranks share CPUs shows only in the masks of all of them
         shares = gather_objects(share, world)
         mine = [
             *versions(),
@@ -58,6 +59,7 @@ def run_checks(cfg: RunConfig) -> int:
             *collective_rows(mesh, rank.device),
             *disk_rows(Path(cfg.run.output_dir), mesh),
         ]
+        # rank 0 prints the findings of all ranks, and every rank returns the same exit code
         rows = merge(gather_objects(mine, world), [share.host for share in shares])
         if mesh.is_main:
             print(headline(environment_record(world_size=mesh.world_size)))
