@@ -46,19 +46,19 @@ class Bench:
     def __init__(self, model: str, folder: Path) -> None:
         import torch
 
-        from kdtrain.config.schema import RunConfig
+        from kdtrain.config.schema import OptimSection, ZeroSection
         from kdtrain.distributed.mesh import Mesh
         from kdtrain.engine import bootstrap
         from kdtrain.engine.background import BackgroundWriter
+        from kdtrain.engine.settings import EngineSettings
         from kdtrain.engine.zero import StudentEngine
         from kdtrain.models.load import ModelSpec, load_backbone
 
         self.rank, self.mesh, self.folder, self.step = bootstrap.start(), Mesh.build(1), folder, 0
-        cfg = RunConfig()
-        cfg.student.dtype, cfg.data.sequences_per_micro_batch = "float32", SEQUENCES
+        settings = EngineSettings(ZeroSection(), OptimSection(), "float32", SEQUENCES)
         spec = ModelSpec(architecture=model, dtype="float32")
         student = load_backbone(spec, self.mesh, vocab_size=VOCAB, device=self.rank.device, trainable=True, seed=1)
-        self.engine = StudentEngine(student, self.mesh, cfg, device=self.rank.device)
+        self.engine = StudentEngine(student, self.mesh, settings, device=self.rank.device)
         self.writer = BackgroundWriter(self.mesh, self.rank.device)
         self.tokens = torch.randint(VOCAB, (SEQUENCES, SEQ_LEN + 1), device=self.rank.device)
 

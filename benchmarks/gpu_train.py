@@ -7,7 +7,7 @@
 Every run is launch/train.py: six steps, a checkpoint after each, losses and gradient norms compared step by step. The
 reference is the run of the same models on the CPU at ZeRO stage 1; runs in bfloat16 may differ by 5e-2 from it, runs in
 float32 by 1e-4 (kernels of attention and reductions add up in another order, so equal bits cannot be expected).
-peak_bytes: what torch's allocator held at most, beside estimate_bytes of `kdtrain.training.estimate`; of models this
+peak_bytes: what torch's allocator held at most, beside estimate_bytes of `kdtrain.planning.estimate`; of models this
 small the workspaces of libraries are most of it. Runs share the device, --jobs at a time, so `seconds` is no speed.
 --cpu: the same runs on the CPU. A row per run in OUT/gpu_train.csv, the output of those that failed in
 OUT/gpu_train.log; exits with 1 unless every run is ok. A run that does not fit into --budget is not started, and its
@@ -157,15 +157,16 @@ def compare(bench: Bench, run: Run) -> dict[str, Any]:
 def estimated_bytes(bench: Bench, run: Run) -> int:
     """The device's bytes that `--check` would print for this run, with packed where attention is auto."""
     from kdtrain.config.load import load_run
-    from kdtrain.training import build, describe
-    from kdtrain.training.inputs import open_inputs
+    from kdtrain.jobs.build.models import model_specs
+    from kdtrain.jobs.header import estimate_of_run
+    from kdtrain.jobs.inputs import open_inputs
 
     words = [str(bench.folder / run.models / "config.yaml"), f"run.name={run.name}", *run.settings]
     cfg = load_run(words).config
     wanted = (cfg.student.attention, cfg.teacher.attention)
     attention = tuple("packed" if name == "auto" else name for name in wanted)
-    inputs = open_inputs(cfg, build.specs(cfg))
-    return describe.estimate(cfg, inputs, 1, attention=attention, on_cuda=not bench.is_cpu).total
+    inputs = open_inputs(cfg, model_specs(cfg))
+    return estimate_of_run(cfg, inputs, 1, attention=attention, on_cuda=not bench.is_cpu).total
 
 
 def shown(row: dict) -> dict:

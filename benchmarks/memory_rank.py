@@ -139,10 +139,13 @@ def steps(job: dict, folder: Path, live: PartBytes) -> dict[str, Any]:
     Sizes, the estimate, and the peaks of the second step, when the optimizer's states exist. Returns after everything
     is freed.
     """
+    from kdtrain.jobs.build.batches import build_loader
+    from kdtrain.jobs.build.objective import build_objective
+
     from kdtrain.distributed.mesh import Mesh
     from kdtrain.engine import bootstrap
     from kdtrain.engine.zero import StudentEngine
-    from kdtrain.training import build
+    from kdtrain.jobs.build.models import build_models, engine_settings
     from kdtrain.training.timing import PhaseTimer
 
     rank, cfg = bootstrap.start(), run_configuration(job)
@@ -151,17 +154,17 @@ def steps(job: dict, folder: Path, live: PartBytes) -> dict[str, Any]:
     gc.collect()
     before = common.reset_peak()
     with live:
-        models = build.build_models(cfg, inputs, mesh, rank.device, trainable=True)
+        models = build_models(cfg, inputs, mesh, rank.device, trainable=True)
         for _, param in models.student.hf_parameters():
             param.register_post_accumulate_grad_hook(
                 lambda p: None if p.grad is None else live.file(p.grad, "gradients")
             )
-        engine = StudentEngine(models.student, mesh, cfg, device=rank.device)
+        engine = StudentEngine(models.student, mesh, engine_settings(cfg), device=rank.device)
         gc.collect()
         file_engine(live, models.student, engine)
         timer = PhaseTimer(rank.device)
-        objective = build.build_objective(cfg, engine, models, timer)
-        loader = build.build_loader(cfg, inputs, mesh)
+        objective = build_objective(cfg, engine, models, timer)
+        loader = build_loader(cfg, inputs, mesh)
         for number in range(2):
             if number == 1:
                 gc.collect()
@@ -191,7 +194,8 @@ def steps(job: dict, folder: Path, live: PartBytes) -> dict[str, Any]:
 
 def estimated(cfg: Any, models: Any, dp_size: int) -> dict[str, Any]:
     """The estimate of the same run."""
-    from kdtrain.training.estimate import ModelSize, estimate_memory
+    from kdtrain.jobs.header import memory_inputs
+    from kdtrain.planning.estimate import ModelSize, estimate_memory
 
     info, shard = models.student.info(), models.student.shard
     size = ModelSize(
@@ -203,7 +207,8 @@ def estimated(cfg: Any, models: Any, dp_size: int) -> dict[str, Any]:
         inner_width=info.config.intermediate_size,
     )
     attention = info.config._attn_implementation
-    found = estimate_memory(cfg, size, None, dp_size=dp_size, on_cuda=False, student_attention=attention)
+    inputs = memory_inputs(cfg)
+    found = estimate_memory(inputs, size, None, dp_size=dp_size, on_cuda=False, student_attention=attention)
     return {"parameters": info.num_parameters, "parts": found.parts, "estimate_bytes": found.total}
 
 

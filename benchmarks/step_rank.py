@@ -8,6 +8,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +40,7 @@ def random_inputs(folder: Path, job: dict, main: bool) -> Any:
     from tokenizers import Tokenizer, models
 
     from kdtrain.data.token_store import TokenStore
-    from kdtrain.training.inputs import Inputs
+    from kdtrain.jobs.inputs import Inputs
     from tests.support.tiny_data import SEPARATOR, write_store
 
     if main:
@@ -114,12 +115,14 @@ class Bench:
 
     def __init__(self, job: dict, folder: Path) -> None:
         import torch
+        from kdtrain.jobs.build.batches import build_loader
+        from kdtrain.jobs.build.teacher import build_teacher
 
         from kdtrain.distributed.mesh import Mesh
         from kdtrain.engine import bootstrap
         from kdtrain.engine.zero import StudentEngine
+        from kdtrain.jobs.build.models import build_models, engine_settings
         from kdtrain.models.load import ModelSpec
-        from kdtrain.training import build
         from kdtrain.training.timing import PhaseTimer
 
         rank = bootstrap.start()
@@ -127,12 +130,13 @@ class Bench:
         self.inputs = random_inputs(folder, job, self.mesh.is_main)
         gc.collect()
         self.before = self.memory_now()
-        student = build.build_models(self.cfg, self.inputs, self.mesh, self.device, trainable=True)
+        models = build_models(self.cfg, self.inputs, self.mesh, self.device, trainable=True)
         spec = ModelSpec(architecture=job["teacher"], dtype=job["dtype"])
-        self.models = build.add_teacher(self.cfg, spec, student, self.mesh, self.device)
-        self.engine = StudentEngine(self.models.student, self.mesh, self.cfg, device=self.device)
+        teacher, backbone = build_teacher(self.cfg, spec, models.student.shard, self.mesh, self.device)
+        self.models = replace(models, teacher=teacher, teacher_backbone=backbone)
+        self.engine = StudentEngine(self.models.student, self.mesh, engine_settings(self.cfg), device=self.device)
         self.timer = PhaseTimer(self.device)
-        self.batches = [batch.to(self.device) for batch in next(build.build_loader(self.cfg, self.inputs, self.mesh))]
+        self.batches = [batch.to(self.device) for batch in next(build_loader(self.cfg, self.inputs, self.mesh))]
         self.threads = torch.get_num_threads()
 
     def memory_now(self) -> int:
@@ -152,7 +156,10 @@ class Bench:
 
     def steps(self, mode: str) -> Stopwatch:
         """One round of `mode`, distill or lm, by the trainer of a run."""
-        from kdtrain.training import build
+        from kdtrain.jobs.build.batches import build_loader
+        from kdtrain.jobs.build.loop import cadence_of, loop_settings
+        from kdtrain.jobs.build.objective import build_objective
+
         from kdtrain.training.cadence import StopRequest
         from kdtrain.training.guards import Guards
         from kdtrain.training.progress import Progress
@@ -160,13 +167,14 @@ class Bench:
 
         self.cfg.objective.name = "distill" if mode == "distill" else "pretrain"
         student: Any = TimedHead(self.engine, self.timer)
-        objective = build.build_objective(self.cfg, student, self.models, self.timer)
+        objective = build_objective(self.cfg, student, self.models, self.timer)
         nothing: Any = SimpleNamespace(save=lambda *given, **how: None, busy=False, advance=lambda: None)
-        loader = build.build_loader(self.cfg, self.inputs, self.mesh, pin_memory=self.device.type == "cuda")
+        loader = build_loader(self.cfg, self.inputs, self.mesh, pin_memory=self.device.type == "cuda")
         watch: Any = Stopwatch()
         progress = Progress()
         trainer = Trainer(
-            cfg=self.cfg,
+            settings=loop_settings(self.cfg),
+            cadence=cadence_of(self.cfg),
             mesh=self.mesh,
             device=self.device,
             engine=self.engine,
@@ -211,8 +219,9 @@ class Bench:
 
     def estimate(self, job: dict) -> Any:
         """Bytes per rank, from shapes alone."""
+        from kdtrain.jobs.header import memory_inputs
         from kdtrain.models.load import ModelSpec, model_info
-        from kdtrain.training.estimate import ModelSize, estimate_memory
+        from kdtrain.planning.estimate import ModelSize, estimate_memory
 
         def size(name: str) -> ModelSize:
             info = model_info(ModelSpec(architecture=name, dtype=job["dtype"]), job["vocab"])
@@ -230,7 +239,7 @@ class Bench:
         names = [model.config._attn_implementation for model in (self.models.student, self.models.teacher_backbone)]
         sizes = size(job["student"]), size(job["teacher"])
         return estimate_memory(
-            self.cfg,
+            memory_inputs(self.cfg),
             *sizes,
             dp_size=self.mesh.dp_size,
             on_cuda=self.device.type == "cuda",

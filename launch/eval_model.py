@@ -9,7 +9,7 @@ from kdtrain.config.cli import Request, parse, run_script
 
 
 def main(request: Request) -> int:
-    from kdtrain.training.run import run_evaluation  # torch, transformers: seconds
+    from kdtrain.jobs.eval_model import run_evaluation  # torch, transformers: seconds
 
     return run_evaluation(request)
 

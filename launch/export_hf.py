@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     help_ = "dtype of the weights (default: student.dtype of the run)"
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=help_)
     request = parser.parse_args(argv)
-    from kdtrain.training.export import export_checkpoint
+    from kdtrain.jobs.export_hf import export_checkpoint
 
     print(export_checkpoint(request.source, request.output, dtype=request.dtype))
     return 0

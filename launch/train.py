@@ -7,7 +7,7 @@ from kdtrain.config.cli import Request, parse, run_script
 
 
 def main(request: Request) -> int:
-    from kdtrain.training.run import run_training  # torch, deepspeed, transformers: seconds
+    from kdtrain.jobs.train import run_training  # torch, deepspeed, transformers: seconds
 
     return run_training(request)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from kdtrain.config.schema import RunConfig
+from kdtrain.config.schema import Dtype, ZeroSection
 
 NEVER = 10**9
 """A number of steps no run reaches."""
@@ -63,16 +63,24 @@ OWNED_ZERO_KEYS: dict[str, str] = {
 """Keys that zero.extra may not set, and why."""
 
 
-def reduce_bucket(cfg: RunConfig, num_parameters: int) -> int:
+def reduce_bucket(zero: ZeroSection, num_parameters: int) -> int:
     """Elements of a bucket of gradients. num_parameters: trainable ones on this rank, before ZeRO divides them.
 
     DeepSpeed allocates the whole bucket for any model, so it is limited to the size of the model: with all gradients in
     one bucket the same elements are reduced together as before, and no number changes. zero.extra wins.
     """
-    return int(cfg.zero.extra.get("reduce_bucket_size", max(1, min(REDUCE_BUCKET, num_parameters))))
+    return int(zero.extra.get("reduce_bucket_size", max(1, min(REDUCE_BUCKET, num_parameters))))
 
 
-def deepspeed_config(cfg: RunConfig, *, on_cuda: bool, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(
+    zero: ZeroSection,
+    *,
+    grad_clip: float | None,
+    dtype: Dtype,
+    sequences_per_micro_batch: int,
+    on_cuda: bool,
+    num_parameters: int,
+) -> dict[str, Any]:
     """A fresh dictionary for `deepspeed.initialize`, which writes into it. num_parameters: as for `reduce_bucket`.
 
     Gradients are accumulated and reduced in float32 (DeepSpeed's default is the model's dtype), and accumulation is
@@ -80,21 +88,20 @@ def deepspeed_config(cfg: RunConfig, *, on_cuda: bool, num_parameters: int) -> d
     not described here. Communication overlaps with backward on CUDA in stages 2 and 3, which reduce gradients during
     backward. DeepSpeed's other sizes need no bound: they limit allocations, or (allgather_bucket_size) are not used.
     """
-    clip, zero = cfg.optim.grad_clip, cfg.zero
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": on_cuda}} if zero.offload_optimizer else {}
     return {
-        "train_micro_batch_size_per_gpu": cfg.data.sequences_per_micro_batch,
+        "train_micro_batch_size_per_gpu": sequences_per_micro_batch,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         # always stated: without the key DeepSpeed clips at 1
-        "gradient_clipping": 0.0 if clip is None else clip,
-        "bf16": {"enabled": cfg.student.dtype == "bfloat16"},
+        "gradient_clipping": 0.0 if grad_clip is None else grad_clip,
+        "bf16": {"enabled": dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
             **zero.extra,
             **offload,
-            "reduce_bucket_size": reduce_bucket(cfg, num_parameters),
+            "reduce_bucket_size": reduce_bucket(zero, num_parameters),
             "stage": zero.stage,
             "overlap_comm": on_cuda and zero.stage >= 2,
         },

@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kdtrain.config.schema import RunConfig
+from kdtrain.config.schema import Dtype
 from kdtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from kdtrain.models.backbone import Backbone
 
 
-def float32_beside_bfloat16(backbone: Backbone, cfg: RunConfig) -> dict[str, nn.Parameter]:
-    """The student's parameters that stay in float32 in a bfloat16 run, by name; empty in a float32 run."""
-    named = backbone.hf_parameters() if cfg.student.dtype == "bfloat16" else ()
+def float32_beside_bfloat16(backbone: Backbone, dtype: Dtype) -> dict[str, nn.Parameter]:
+    """The student's parameters that stay in float32 in a bfloat16 run, by name; empty in float32. dtype: of the run."""
+    named = backbone.hf_parameters() if dtype == "bfloat16" else ()
     return {name: param for name, param in named if param.dtype == torch.float32}
 
 
-def refuse_float32_at_stage_3(names: Sequence[str], cfg: RunConfig) -> None:
+def refuse_float32_at_stage_3(names: Sequence[str], stage: int) -> None:
     """Raise ConfigError if a bfloat16 student has parameters `names` that stay in float32 and zero.stage is 3."""
-    if names and cfg.zero.stage == 3:
+    if names and stage == 3:
         raise ConfigError(
             f"zero.stage = 3 and student.dtype = bfloat16 do not go together here: {names[0]!r} stays in float32 "
             f"({len(names)} such parameters)\n"

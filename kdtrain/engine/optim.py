@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdtrain.config.schema import OptimSection, RunConfig
+from kdtrain.config.schema import OptimSection, ScheduleSection
 
 
-def learning_rate(tokens_seen: int, cfg: RunConfig) -> float:
+def learning_rate(tokens_seen: int, schedule: ScheduleSection, *, peak: float, total_tokens: int) -> float:
     """The rate once `tokens_seen` tokens have been trained on; pure, the same in every layout.
 
-    Linear warm-up over schedule.warmup_tokens, then the shape: cosine and linear fall to min_lr_ratio * lr at
-    train.total_tokens; wsd (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) is constant, then falls
-    linearly over the last decay_tokens; constant does not fall.
+    Linear warm-up over schedule.warmup_tokens, then the shape: cosine and linear fall to min_lr_ratio * peak at
+    total_tokens; wsd (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays and falls linearly over
+    the last decay_tokens; constant stays.
     """
-    s, peak, total = cfg.schedule, cfg.optim.lr, cfg.train.total_tokens
+    s, total = schedule, total_tokens
     if tokens_seen < s.warmup_tokens:
         return peak * tokens_seen / s.warmup_tokens
     floor = s.min_lr_ratio

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from kdtrain.batch import Batch
 from kdtrain.config.deepspeed_config import deepspeed_config
-from kdtrain.config.schema import RunConfig
 from kdtrain.distributed.collectives import gather_objects, reduce_sum_
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.engine.mixed import float32_beside_bfloat16, putting_back, refuse_float32_at_stage_3
 from kdtrain.engine.optim import build_adamw
 from kdtrain.engine.process import host_threads, own_cpus
+from kdtrain.engine.settings import EngineSettings
 from kdtrain.errors import DataError, ParallelError
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import Backbone, call_with_head
@@ -50,30 +50,39 @@ class StudentEngine:
     for a bfloat16 student some of whose parameters stay in float32.
     """
 
-    def __init__(self, backbone: Backbone, mesh: Mesh, cfg: RunConfig, *, device: torch.device) -> None:
+    def __init__(self, backbone: Backbone, mesh: Mesh, settings: EngineSettings, *, device: torch.device) -> None:
         _check_marks(backbone, mesh)
         self.backbone = backbone
         self.mesh = mesh
-        self.zero_stage: int = cfg.zero.stage
-        self._grad_clip = cfg.optim.grad_clip
+        self.zero_stage: int = settings.zero.stage
+        self._grad_clip = settings.optim.grad_clip
         self._norm = math.nan
-        self._offloads = cfg.zero.offload_optimizer
+        self._offloads = settings.zero.offload_optimizer
         self._threads = _threads_of_step(mesh) if self._offloads else None
-        float32 = float32_beside_bfloat16(backbone, cfg)
-        refuse_float32_at_stage_3(list(float32), cfg)
-        self.optimizer = build_adamw(backbone.hf_parameters(), cfg.optim, device, offload=self._offloads)
-        # before ZeRO flattens the parameters
+        float32 = float32_beside_bfloat16(backbone, settings.dtype)
+        refuse_float32_at_stage_3(list(float32), self.zero_stage)
+        self.optimizer = build_adamw(backbone.hf_parameters(), settings.optim, device, offload=self._offloads)
+        # before ZeRO takes shapes away
         trainable = sum(param.numel() for _, param in backbone.hf_parameters() if param.requires_grad)
         on_cuda = device.type == "cuda"
-        settings = copy.deepcopy(deepspeed_config(cfg, on_cuda=on_cuda, num_parameters=trainable))
+        config = copy.deepcopy(
+            deepspeed_config(
+                settings.zero,
+                grad_clip=self._grad_clip,
+                dtype=settings.dtype,
+                sequences_per_micro_batch=settings.sequences_per_micro_batch,
+                on_cuda=on_cuda,
+                num_parameters=trainable,
+            )
+        )
         if self.zero_stage == 0:
-            # Without ZeRO DeepSpeed reports no norm, and averages it over outdated groups: a hook does both instead.
-            settings["gradient_clipping"] = 0.0
+            # DeepSpeed reports no norm without ZeRO, and averages it over stale groups: ours is taken in a hook.
+            config["gradient_clipping"] = 0.0
             self.optimizer.register_step_pre_hook(self._clip_without_zero)
         optimizer = putting_back(self.optimizer, float32.values()) if float32 else self.optimizer
         with redirect_stdout(io.StringIO()) as printed:  # DeepSpeed's bfloat16 optimizer prints memory tables
             self.deepspeed: Any = deepspeed.initialize(
-                model=backbone, optimizer=optimizer, config=settings, mpu=mesh, dist_init_required=False
+                model=backbone, optimizer=optimizer, config=config, mpu=mesh, dist_init_required=False
             )[0]
         LOGGER.debug("DeepSpeed printed while starting: %s", printed.getvalue())
         if F.linear is zero3_linear_wrap:

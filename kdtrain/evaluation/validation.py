@@ -1,4 +1,4 @@
-"""How good a student is on held-out text, and how close to its teacher."""
+"""Metrics of a student on held-out text, and of its distance to the teacher."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ EVAL_METRICS = {
 
 
 class Validation:
-    """Measures a student on fixed batches: nats per token, KL(teacher||student), top-1 agreement.
+    """Measures a student on fixed batches: nats per token, KL(teacher || student), top-1 agreement.
 
-    The same divergence and temperature whatever the training objective, so that runs can be compared.
+    Divergence and temperature do not depend on the training objective, so that runs can be compared.
     """
 
     def __init__(self, student: Student, teacher: TeacherSource | None, layout: HeadLayout, mesh: Mesh) -> None:

@@ -4,6 +4,7 @@ The package needs torch only (no deepspeed, no transformers) and takes its proce
 used in another trainer.
 """
 
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import matrix, reference
 from kdtrain.losses.cross_entropy import linear_cross_entropy
 from kdtrain.losses.dense_kl import linear_kd_loss
@@ -12,9 +13,11 @@ from kdtrain.losses.sparse_targets import merge_duplicates
 from kdtrain.losses.types import LossParts, SparseTarget, TopK
 
 __all__ = [
+    "HeadShard",
     "LossParts",
     "SparseTarget",
     "TopK",
+    "VocabShard",
     "linear_cross_entropy",
     "linear_kd_loss",
     "linear_sparse_kd_loss",

@@ -1,4 +1,4 @@
-"""What every objective is: micro-batch in, summed loss and summed metrics out."""
+"""The interface of an objective: a micro-batch in, a summed loss and summed metrics out."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class LossOutput:
 
 
 class Objective(Protocol):
-    """A way to learn. Holds the student; returns sums, never means."""
+    """A training objective. Holds the student; returns sums, which the trainer divides by the global token count."""
 
     def begin_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Told of all micro-batches of a step before the first of them."""
+        """Called with all micro-batches of a step before the first of them; the teacher may start on them."""
 
     def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
-        """One micro-batch; with `measure`, also the metrics that cost an extra reading of the logits."""
+        """Loss of one micro-batch; with `measure`, also the metrics that need another pass over the logits."""
 
 
 PER_TOKEN_METRICS = {
@@ -43,13 +43,13 @@ PER_TOKEN_METRICS = {
     "distill/tvd": "tvd",
     "distill/top1_agreement": "agreement",
 }
-"""Metric name -> field of LossParts that it is the mean of."""
+"""Metric name -> field of LossParts whose mean it is."""
 
 
 def summed_metrics(parts: LossParts, loss_mask: Tensor, z_loss: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """The sums behind every per-token metric that `parts` carries, and loss/total. loss_mask [T].
+    """Sums and counts of every per-token metric that `parts` holds, and of loss/total. loss_mask: [T].
 
-    A masked position contributes nothing even if its value is not finite. loss/z: the part of a z_loss.
+    A masked position contributes nothing even if its value is not finite. loss/z: the part of the z-loss.
     """
     valid = loss_mask > 0
     count = valid.sum()

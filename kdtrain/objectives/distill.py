@@ -1,4 +1,4 @@
-"""Distillation from a running teacher's full distribution, mixed with cross-entropy on the data."""
+"""Distillation from the full distribution of a running teacher, mixed with cross-entropy on the data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kdtrain.teacher.source import TeacherSource
 
 
 class Distill:
-    """w tau^2 D(teacher, student) + (1 - w) CE(data) + z_loss lse^2, summed over valid tokens; the trainer divides.
+    """w tau^2 D(teacher, student) + (1 - w) CE(data) + z_loss lse^2, summed over valid tokens.
 
     Hinton et al. 2015 (arXiv 1503.02531) for the mix and tau^2; the divergences are in `losses/reference.py`.
     """
@@ -38,11 +38,11 @@ class Distill:
         self._layout = layout
 
     def begin_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Lets the teacher run them together."""
+        """Pass them to the teacher, which may run them together."""
         self.teacher.begin_step(micro_batches)
 
     def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
-        """One micro-batch; with `measure`, also entropies, KL at temperature 1, TVD and top-1 agreement."""
+        """Loss of one micro-batch; with `measure`, also entropies, KL at temperature 1, TVD and top-1 agreement."""
         signal = self.teacher.signal(batch)
         mask = batch.loss_mask.reshape(-1)
         s, layout = self._settings, self._layout

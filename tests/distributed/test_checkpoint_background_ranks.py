@@ -11,9 +11,10 @@ import torch.distributed as dist
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.background import BackgroundWriter
-from kdtrain.errors import CheckpointError
+from kdtrain.errors import CheckpointError, NonFiniteLoss
 from kdtrain.models.tiny import tiny_config
 from kdtrain.testing.ranks import load_file
+from tests.support.tiny_trainer import tiny_trainer
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
@@ -100,7 +101,7 @@ class Slow:
     def advance(self):
         self.advanced.append(self.progress.step)
 
-    def finish(self):
+    def wait(self):
         self.waited.append(self.progress.step)
 
     def save(self, engine, progress, loader, sequences, *, wait=True):
@@ -108,14 +109,13 @@ class Slow:
 
 
 def train_with_slow_writers(rank, world_size, folder):
-    test = load_file(HERE.parent / "unit" / "test_trainer_guards.py")
-    run = test.trainer(folder, 6, mesh=Mesh.build(1), every=2)
+    run = tiny_trainer(folder, 6, mesh=Mesh.build(1), every=2)
     run.checkpoints = Slow(run.progress, ready=2 + 2 * rank)
     run.run()
     found = run.checkpoints.advanced, run.checkpoints.waited
-    stops = test.trainer(folder / "nan", 6, {13: float("inf")}, mesh=Mesh.build(1))
+    stops = tiny_trainer(folder / "nan", 6, {13: float("inf")}, mesh=Mesh.build(1))
     stops.checkpoints = Slow(stops.progress, ready=9)
-    with pytest.raises(test.NonFiniteLoss):
+    with pytest.raises(NonFiniteLoss):
         stops.run()
     return *found, stops.checkpoints.waited
 

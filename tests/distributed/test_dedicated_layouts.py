@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.point_to_point import P2PChannel
+from kdtrain.jobs import dedicated
+from kdtrain.jobs.build.models import engine_settings
 from kdtrain.models.attention import common_name
 from kdtrain.models.load import ModelSpec, load_backbone
-from kdtrain.training import dedicated
 from tests.support.layout_oracle import check_case, oracle
 from tests.support.layout_steps import VOCAB, build_backbone, configuration, step_batch, three_steps, whole_teacher
 
@@ -75,7 +76,7 @@ def train(folder, case, cfg, spec, runtime, mesh):
     width = head.info.config.hidden_size
     rows = min(backbone.shard.stop, VOCAB) - backbone.shard.start
     assert head.elements_read == rows * width, "more was read than this rank's rows of the head"
-    engine = StudentEngine(backbone, mesh, cfg, device=runtime.device)
+    engine = StudentEngine(backbone, mesh, engine_settings(cfg), device=runtime.device)
     answer = three_steps(engine, teacher, case, folder / case.name)
     engine.close()
     return answer

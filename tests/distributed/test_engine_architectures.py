@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from kdtrain.engine import checkpoint
-from kdtrain.training.export import export_checkpoint
+from kdtrain.jobs.export_hf import export_checkpoint
 from tests.support.layout_oracle import check_case, oracle
 from tests.support.layout_steps import (
     SEQUENCES,

@@ -59,6 +59,7 @@ def join():
 def build(folder, mesh, stage, dtype, architecture, vocab, *, seed=1, nudged=False):
     """nudged: every weight is changed by one unit in its last place."""
     from kdtrain.engine.zero import StudentEngine
+    from kdtrain.jobs.build.models import engine_settings
 
     cfg = RunConfig()
     cfg.zero.stage, cfg.student.dtype = stage, dtype
@@ -71,7 +72,7 @@ def build(folder, mesh, stage, dtype, architecture, vocab, *, seed=1, nudged=Fal
         for param in backbone.parameters():
             up = torch.rand(param.shape, generator=generator) < 0.5
             param.data = torch.nextafter(param.data, torch.where(up, torch.inf, -torch.inf))
-    return StudentEngine(backbone, mesh, cfg, device=torch.device("cpu"))
+    return StudentEngine(backbone, mesh, engine_settings(cfg), device=torch.device("cpu"))
 
 
 def one_step(engine, step):

@@ -176,6 +176,7 @@ def test_without_marks_the_gradient_norm_would_be_wrong(fresh_pool, tmp_path):
 def refused_engines(rank, world_size, folder):
     """Engines with a missing and with a superfluous mark, steps without valid tokens, and steps without clipping."""
     from kdtrain.engine.zero import StudentEngine
+    from kdtrain.jobs.build.models import engine_settings
 
     mesh = join(world_size)[2]
     messages = []
@@ -183,7 +184,7 @@ def refused_engines(rank, world_size, folder):
         backbone = build_backbone(folder, "llama", mesh)
         dict(backbone.hf_parameters())[name].tensor_model_parallel = mark
         with pytest.raises(ParallelError) as refused:
-            StudentEngine(backbone, mesh, configuration(1), device=torch.device("cpu"))
+            StudentEngine(backbone, mesh, engine_settings(configuration(1)), device=torch.device("cpu"))
         messages.append(str(refused.value))
     norms = []
     for stage in (0, 1, 2, 3):

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from kdtrain.distributed.mesh import Mesh
+from kdtrain.jobs.build import teacher as build
 from kdtrain.models.load import load_backbone
-from kdtrain.teacher.signal_loss import HeadLayout
-from kdtrain.training import build
 from tests.support.layout_oracle import check_case, oracle
 from tests.support.layout_steps import VOCAB, Case, model_spec, run_cases, teacher_settings
 
@@ -45,8 +44,7 @@ def build_teacher(folder, student, mesh, words):
     """As layout_steps' of the same name, of the kind that the student is not."""
     kind = teacher_kind(student.config.rope_parameters["rope_type"])
     cfg, spec = teacher_settings(mesh, words), model_spec(folder, kind, dtype="float32")
-    models = build.Models(student, None, HeadLayout(student.shard, mesh.tp_group, 1 << 20), None)
-    return build.add_teacher(cfg, spec, models, mesh, torch.device("cpu")).teacher
+    return build.build_teacher(cfg, spec, student.shard, mesh, torch.device("cpu"))[0]
 
 
 @pytest.fixture(scope="module")

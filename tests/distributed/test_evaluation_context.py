@@ -1,4 +1,4 @@
-"""What is reported of sequences that ranks share: the means of whole sequences, each token counted once."""
+"""Metrics under context parallelism are the means over whole sequences, with each token counted once."""
 
 import dataclasses
 import json
@@ -61,7 +61,7 @@ def hidden_states(rank, world_size, folder, kinds):
     return found
 
 
-def test_hidden_states_of_every_kind_are_those_of_whole_sequences(rank_pool, tmp_path):
+def test_hidden_states_of_every_family_equal_those_of_whole_sequences(rank_pool, tmp_path):
     kinds = [kind for kind in KINDS if kind not in UNEVEN]
     for kind in kinds:
         (tmp_path / f"{kind}.json").write_text(json.dumps(KINDS[kind]))
@@ -103,13 +103,13 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("world_size", "tp", "cp"), [(2, 1, 2), (4, 2, 2), (4, 1, 2)])
-def test_every_metric_is_that_of_whole_sequences(rank_pool, models, world_size, tp, cp):
+def test_metrics_equal_those_of_whole_sequences(rank_pool, models, world_size, tp, cp):
     root, stock = models
-    want = reference_means(stock["student"], stock["teacher"], uneven_batches(VOCAB, SHAPES, SEQ_LEN), VOCAB)
-    assert set(want) == set(EVAL_METRICS)
+    expected = reference_means(stock["student"], stock["teacher"], uneven_batches(VOCAB, SHAPES, SEQ_LEN), VOCAB)
+    assert set(expected) == set(EVAL_METRICS)
     answers = rank_pool(world_size).run(evaluate, root=str(root), tp=tp, cp=cp)
     for answer in answers:
-        assert answer == pytest.approx(want, rel=3e-5)
+        assert answer == pytest.approx(expected, rel=3e-5)
     assert answers[0] == answers[-1]
 
 
@@ -122,5 +122,5 @@ def whole_teacher(rank, world_size, root):
     return str(refused.value)
 
 
-def test_a_teacher_that_would_take_parts_for_whole_sequences_is_refused(rank_pool, models):
+def test_teacher_without_context_parallelism_is_refused_for_parts_of_sequences(rank_pool, models):
     assert len(set(rank_pool(2).run(whole_teacher, root=str(models[0])))) == 1

@@ -1,4 +1,4 @@
-"""An evaluation reports the same numbers in every layout: those of whole float64 log-softmax of stock models."""
+"""Metrics of an evaluation in every layout equal those of the float64 log-softmax of stock models."""
 
 import json
 
@@ -72,18 +72,18 @@ def models(tmp_path_factory):
     ("teacher", "tp", "layout"),
     [(name, 2, layout) for name in TEACHERS for layout in ("plain", "tp")] + [("gemma3", 1, "plain")],
 )
-def test_every_metric_is_that_of_stock_models(rank_pool, models, teacher, tp, layout):
+def test_metrics_equal_those_of_stock_models(rank_pool, models, teacher, tp, layout):
     root, stock = models
-    want = reference_means(stock["student"], stock[teacher], uneven_batches(VOCAB, SHAPES), VOCAB)
-    assert set(want) == set(EVAL_METRICS)
-    assert 0.0 < want["eval/top1_agreement"] < 0.95
+    expected = reference_means(stock["student"], stock[teacher], uneven_batches(VOCAB, SHAPES), VOCAB)
+    assert set(expected) == set(EVAL_METRICS)
+    assert 0.0 < expected["eval/top1_agreement"] < 0.95
     answers = rank_pool(2).run(evaluate, root=str(root), teacher=teacher, tp=tp, layout=layout)
     for answer in answers:
-        assert answer == pytest.approx(want, rel=3e-5)
+        assert answer == pytest.approx(expected, rel=3e-5)
     assert answers[0] == answers[1]
 
 
-def test_what_the_heads_of_the_teachers_do_besides_a_product_shows_in_the_numbers(models):
+def test_scaling_in_the_teachers_heads_changes_the_metrics(models):
     """Without this, a head that lost its cap, scale or bias would pass the test above."""
     batches = uneven_batches(VOCAB, SHAPES)
     root, stock = models

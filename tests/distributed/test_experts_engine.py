@@ -6,19 +6,20 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from kdtrain.jobs.build.teacher import build_teacher
 
 from kdtrain.batch import Batch
 from kdtrain.config.schema import DistillObjective, RunConfig
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.slices import CheckpointReader
+from kdtrain.jobs.build.models import engine_settings, head_rows
 from kdtrain.losses.reference import forward_kl
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
 from kdtrain.objectives.distill import Distill
 from kdtrain.teacher.signal_loss import HeadLayout
-from kdtrain.training import build
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
@@ -118,10 +119,9 @@ def run_cases(rank, world_size, folder, cases):
     answers = []
     for case in cases:
         mesh, cfg = Mesh.build(case.tp), settings_of(case)
-        student = student_of(folder, mesh, build.head_rows(cfg, 101))
-        models = build.Models(student, None, None, None)
-        teacher = build.add_teacher(cfg, teacher_spec(folder, case), models, mesh, torch.device("cpu")).teacher
-        engine = StudentEngine(student, mesh, cfg, device=torch.device("cpu"))
+        student = student_of(folder, mesh, head_rows(cfg, 101))
+        teacher, _ = build_teacher(cfg, teacher_spec(folder, case), student.shard, mesh, torch.device("cpu"))
+        engine = StudentEngine(student, mesh, engine_settings(cfg), device=torch.device("cpu"))
         layout = HeadLayout(student.shard, mesh.tp_group, 16 * student.shard.rows * 3)
         objective = Distill(engine, teacher, KD, layout)
         for step in (2, 3):  # ZeRO-3 records the order of modules in the first step and prefetches in the second

@@ -72,6 +72,7 @@ def states(rank, world_size, folder):
     """What two steps leave behind, with a bucket bounded by the model and with DeepSpeed's own."""
     from kdtrain.engine import zero_state
     from kdtrain.engine.zero import StudentEngine
+    from kdtrain.jobs.build.models import engine_settings
 
     mesh, found = join(world_size)[1], {}
     for stage, dtype in LAYOUTS:
@@ -81,7 +82,7 @@ def states(rank, world_size, folder):
             cfg.zero.extra = extra
             student = student_of(folder, mesh, case)
             elements = sum(param.numel() for param in student.parameters())
-            engine = StudentEngine(student, mesh, cfg, device=torch.device("cpu"))
+            engine = StudentEngine(student, mesh, engine_settings(cfg), device=torch.device("cpu"))
             assert engine.deepspeed.zero_reduce_bucket_size() == extra.get("reduce_bucket_size", elements)
             steps = [make_step(engine, step, 1) for step in (1, 2)]
             state = {f.as_slice().key: f.tensor.clone() for f in zero_state.local_fragments(engine)}

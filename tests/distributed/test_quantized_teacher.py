@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from kdtrain.distributed.mesh import Mesh
+from kdtrain.jobs.build.models import Models
+from kdtrain.jobs.quantized import quantize_teacher
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.quantize import quantize_decoder_
 from kdtrain.models.tiny import tiny_config
 from kdtrain.parallel.shard_tensors import split_tensor
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.signal_loss import HeadLayout
-from kdtrain.training.build import Models
-from kdtrain.training.quantized import quantize_teacher
 from tests.support.layout_oracle import check_case, oracle
 from tests.support.layout_steps import (
     Case,

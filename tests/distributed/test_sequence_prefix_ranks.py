@@ -1,4 +1,4 @@
-"""What a teacher loses without its <bos> is the same number in every layout, and so is what a run decides."""
+"""The measured loss of a teacher without its <bos>, and the decision of a run, are the same in every layout."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ import torch
 from kdtrain.config.load import load_run
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
-from kdtrain.training import build
-from kdtrain.training.inputs import open_inputs
-from kdtrain.training.sequence_prefix import decide_prefix, measure_prefixes, nll_function, prefix_choice
+from kdtrain.jobs.build.models import build_models, model_specs
+from kdtrain.jobs.inputs import open_inputs
+from kdtrain.jobs.sequence_prefix import decide_prefix, measure_prefixes, nll_function, prefix_choice
 from tests.support.bos_models import BOS, write_bos_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
@@ -39,8 +39,8 @@ def measure(rank, world_size, folder):
     for layout, what in LAYOUTS:
         words = [*what.format(folder=folder).split(), *(layout.split() if world_size > 1 else ())]
         cfg = load_run([str(folder / "run.yaml"), *words]).config
-        inputs, mesh = open_inputs(cfg, build.specs(cfg)), Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
-        models = build.build_models(cfg, inputs, mesh, CPU, trainable=True)
+        inputs, mesh = open_inputs(cfg, model_specs(cfg)), Mesh.build(cfg.parallel.tp, cfg.parallel.cp)
+        models = build_models(cfg, inputs, mesh, CPU, trainable=True)
         measured = measure_prefixes(nll_function(models), [(), (BOS,)], inputs.train, cfg, mesh, CPU)
         taken = decide_prefix(cfg, prefix_choice(cfg, inputs), inputs, models, mesh, CPU)
         cfg.data.sequence_prefix = "none"
@@ -53,12 +53,14 @@ def measure(rank, world_size, folder):
     return found
 
 
-def test_every_layout_of_the_teacher_measures_the_same_and_all_ranks_decide_alike(fresh_pool, tmp_path):
+def test_all_layouts_measure_the_same_and_all_ranks_decide_the_same(fresh_pool, tmp_path):
     write_bos_run(tmp_path)
-    want = measure(0, 1, tmp_path)
+    expected = measure(0, 1, tmp_path)
     answers = fresh_pool(2).run(measure, folder=tmp_path)
     assert answers[0] == answers[1]
-    for (layout, what), (without, with_bos, count, taken, refused), one in zip(LAYOUTS, answers[0], want, strict=True):
+    for (layout, what), (without, with_bos, count, taken, refused), one in zip(
+        LAYOUTS, answers[0], expected, strict=True
+    ):
         assert (without, with_bos) == pytest.approx(one[:2], rel=2e-5), layout
         assert without > with_bos + 3, layout
         assert (count, taken) == (one[2], (BOS,)), layout

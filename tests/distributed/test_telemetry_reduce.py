@@ -20,7 +20,7 @@ def reduce_over_dp(rank, world_size, tp):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("tp", [1, 2])
-def test_unequal_counts_are_weighed_once_per_data_rank(rank_pool, tp):
+def test_unequal_counts_are_weighted_once_per_data_rank(rank_pool, tp):
     answers = rank_pool(4).run(reduce_over_dp, tp=tp)
     dp = 4 // tp
     counts = [3 + 10 * r for r in range(dp - 1)]
@@ -46,7 +46,7 @@ def add_different_names(rank, world_size):
 
 
 @pytest.mark.dist
-def test_ranks_with_different_names_are_told_so_instead_of_hanging(rank_pool):
+def test_different_metric_names_raise_on_all_ranks(rank_pool):
     answers = rank_pool(2).run(add_different_names)
     assert answers == ["data ranks added different metrics; not on every rank: loss/kd"] * 2
 
@@ -70,7 +70,7 @@ def load_alone(rank, world_size, state):
 
 
 @pytest.mark.dist
-def test_saved_sums_resume_bitwise_and_in_another_layout(rank_pool):
+def test_saved_sums_resume_bitwise_in_any_layout(rank_pool):
     answers = rank_pool(2).run(save_and_go_on)
     (state, going, resumed), other = answers[0], answers[1]
     assert going == resumed

@@ -88,7 +88,7 @@ def test_checkpoints_are_read_without_deepspeed(tmp_path):
     code = (
         "import sys, pathlib; sys.modules['deepspeed'] = None\n"
         "from kdtrain.engine import checkpoint\n"
-        "import kdtrain.training.export\n"
+        "import kdtrain.jobs.export_hf\n"
         "folder = checkpoint.find_latest(pathlib.Path(sys.argv[1]))\n"
         "print(folder.name, sum(float(t.sum()) for _, t in checkpoint.read_full_parameters(folder)))"
     )

@@ -20,18 +20,18 @@ TRAIN = """
 import pathlib, sys, torch
 from kdtrain.engine import bootstrap
 with bootstrap.runtime() as rank:
-    from kdtrain.config.schema import RunConfig
+    from kdtrain.config.schema import OptimSection, ZeroSection
     from kdtrain.batch import Batch
     from kdtrain.distributed.mesh import Mesh
+    from kdtrain.engine.settings import EngineSettings
     from kdtrain.engine.zero import StudentEngine
     from kdtrain.losses import linear_cross_entropy
     from kdtrain.models.load import ModelSpec, load_backbone
     mesh = Mesh.build(rank.world_size)
     spec = ModelSpec(architecture=sys.argv[1], attention="sdpa")
     backbone = load_backbone(spec, mesh, vocab_size=101, trainable=True)
-    cfg = RunConfig()
-    cfg.zero.stage = int(sys.argv[2])
-    engine = StudentEngine(backbone, mesh, cfg, device=rank.device)
+    settings = EngineSettings(ZeroSection(stage=int(sys.argv[2])), OptimSection(), "bfloat16", 8)
+    engine = StudentEngine(backbone, mesh, settings, device=rank.device)
     ids = torch.arange(24).reshape(2, 12)
     batch = Batch(ids, ids + 1, torch.ones(2, 12), torch.arange(12).expand(2, -1), torch.arange(2))
     def head_fn(hidden, head):

@@ -413,7 +413,7 @@ def test_a_dedicated_teacher_changes_nothing_and_a_signal_to_it_stops_the_run(wo
     run = world / "runs/own"
     state, reason = status(run)
     assert state == "stopped"
-    assert "a dedicated teacher's rank was asked to stop" in reason
+    assert "a rank of the dedicated teacher received a stop request" in reason
     done = deepspeed(*words, ranks=3)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "mesh     2 ranks = dp 1 x tp 2" in done.stdout

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from kdtrain.jobs.build.loop import loop_settings
 
 from kdtrain.config.load import load_run
 from kdtrain.data.loader import StepLoader
@@ -18,7 +19,6 @@ from kdtrain.data.packing import Packing
 from kdtrain.data.token_store import TokenStore
 from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
-from kdtrain.engine.optim import learning_rate
 from kdtrain.engine.slices import CheckpointReader
 from kdtrain.models.tiny import tiny_config
 from kdtrain.telemetry.jsonl_sink import read_records
@@ -109,7 +109,7 @@ def adamw_by_hand(folder, params, cfg):
     torch.nn.utils.clip_grad_norm_(params.values(), cfg.optim.grad_clip)
     decay = {2: cfg.optim.weight_decay, 1: 0.0}
     groups = [{"params": [param], "weight_decay": decay[param.dim()]} for param in params.values()]
-    lr = learning_rate(TOKENS_PER_STEP, cfg)
+    lr = loop_settings(cfg).learning_rate(TOKENS_PER_STEP)
     adamw = torch.optim.AdamW(groups, lr=lr, betas=cfg.optim.betas, eps=cfg.optim.eps)
     for name, param in params.items():
         state = {kind: values[name][kind].clone() for kind in KINDS[1:]}
@@ -140,7 +140,8 @@ def test_the_first_update_is_adamws_with_the_moments_and_step_counts_of_the_firs
     assert [record["data/step"] for record in records] == [1, 2, 3, 4]
     assert [record["data/tokens_seen"] for record in records] == [128, 256, 384, 512]
     assert records[0]["loss/ce"] == pytest.approx(loss, abs=1e-5)
-    assert [r["optim/lr"] for r in records] == pytest.approx([learning_rate(128 * n, cfg) for n in (1, 2, 3, 4)])
+    rate = loop_settings(cfg).learning_rate
+    assert [r["optim/lr"] for r in records] == pytest.approx([rate(128 * n) for n in (1, 2, 3, 4)])
     assert records[-1]["optim/lr"] == pytest.approx(2e-4), "the stage's own schedule, to its own end"
 
 

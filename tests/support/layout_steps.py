@@ -22,6 +22,8 @@ from kdtrain.distributed.collectives import reduce_sum_
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.documents import Documents
 from kdtrain.engine import checkpoint
+from kdtrain.jobs.build import teacher as build
+from kdtrain.jobs.build.models import engine_settings, head_rows
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
@@ -29,7 +31,6 @@ from kdtrain.objectives.distill import Distill
 from kdtrain.objectives.pretrain import Pretrain
 from kdtrain.parallel.shard_tensors import split_tensor
 from kdtrain.teacher.signal_loss import HeadLayout
-from kdtrain.training import build
 
 CPU = torch.device("cpu")
 VOCAB, SEQUENCES, SEQ_LEN = 299, 8, 12
@@ -138,7 +139,7 @@ def build_backbone(
 ) -> Backbone:
     """The student, cut for this rank, on `device`. The mesh of one process: plain torch's."""
     spec = model_spec(folder, family, attention=attention, dtype=dtype, activation_checkpointing=recompute)
-    rows = None if teacher is None else build.head_rows(teacher_settings(mesh, teacher), 301)
+    rows = None if teacher is None else head_rows(teacher_settings(mesh, teacher), 301)
     backbone = load_backbone(
         spec, mesh, vocab_size=VOCAB, total_rows=rows, device=device, trainable=True, seed=3, sequence=sequence
     )
@@ -165,8 +166,7 @@ def whole_teacher(folder: Path) -> Backbone:
 def build_teacher(folder: Path, student: Backbone, mesh: Mesh, words: str) -> Any:
     """The same teacher in a layout of its own beside the student, on its device."""
     cfg, spec = teacher_settings(mesh, words), model_spec(folder, TEACHER, dtype="float32")
-    models = build.Models(student, None, HeadLayout(student.shard, mesh.tp_group, 1 << 20), None)
-    return build.add_teacher(cfg, spec, models, mesh, device_of(student)).teacher
+    return build.build_teacher(cfg, spec, student.shard, mesh, device_of(student))[0]
 
 
 def device_of(backbone: Backbone) -> torch.device:
@@ -278,7 +278,7 @@ def engine_of(
 
     cfg = configuration(case.stage, dtype=case.dtype, clip=clip)
     cfg.zero.offload_optimizer = offload
-    return StudentEngine(backbone, mesh, cfg, device=device_of(backbone))
+    return StudentEngine(backbone, mesh, engine_settings(cfg), device=device_of(backbone))
 
 
 def run_cases(

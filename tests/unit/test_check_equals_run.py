@@ -1,5 +1,6 @@
-"""--check and the start of a run refuse the same configurations with the same messages, and accept the same ones. The
-run is started as in `run_training`, up to the engine, in this process."""
+"""--check accepts and refuses what the start of a run does, with the same messages.
+
+The run is started in this process as by `run_training`, up to the engine."""
 
 import json
 from dataclasses import replace
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from kdtrain.jobs.build.batches import build_loader
+from kdtrain.jobs.build.teacher import teacher_spec
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.distributed.mesh import Mesh
@@ -14,19 +17,21 @@ from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
 from kdtrain.engine.slices import Fragment
 from kdtrain.errors import CheckpointError, ConfigError, DataError, KdtrainError, ParallelError, StoreMismatch
+from kdtrain.jobs.build.models import build_models, model_specs
+from kdtrain.jobs.check import print_check
+from kdtrain.jobs.export_hf import write_model_files
+from kdtrain.jobs.header import log_header
+from kdtrain.jobs.inputs import open_inputs
+from kdtrain.jobs.quantized import quantize_teacher
+from kdtrain.jobs.sequence_prefix import prefix_choice
+from kdtrain.jobs.start import find_start
 from kdtrain.models.attention import IMPLEMENTATIONS
 from kdtrain.models.head import load_head
 from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
 from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
+from kdtrain.planning import estimate
 from kdtrain.telemetry.jsonl_sink import JsonlSink
-from kdtrain.training import build, estimate
-from kdtrain.training.describe import log_header, print_check
-from kdtrain.training.export import write_model_files
-from kdtrain.training.inputs import open_inputs
-from kdtrain.training.quantized import quantize_teacher
-from kdtrain.training.sequence_prefix import prefix_choice
-from kdtrain.training.start import find_start
 from tests.support.model_folders import check_and_load, edit_json, edit_tensors, outcome
 from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
@@ -49,11 +54,11 @@ def cfg(tmp_path):
 
 
 def begin(cfg):
-    """The steps of `run_training` before the engine is built, and the loading of a checkpoint."""
-    inputs, mesh = open_inputs(cfg, build.specs(cfg)), Mesh()
-    models = build.build_models(cfg, inputs, mesh, torch.device("cpu"), trainable=True)
+    """What `run_training` does before it builds the engine, and how that takes a checkpoint up."""
+    inputs, mesh = open_inputs(cfg, model_specs(cfg)), Mesh()
+    models = build_models(cfg, inputs, mesh, torch.device("cpu"), trainable=True)
     resume_from = find_start(cfg, inputs, Path(cfg.run.output_dir) / cfg.run.name)
-    loader = build.build_loader(cfg, inputs, mesh, prefetch=0)
+    loader = build_loader(cfg, inputs, mesh, prefetch=0)
     quantize_teacher(cfg, models, next(loader)[0], mesh)
     if resume_from is not None:
         checkpoint.check_model(resume_from.path, models.student)  # as checkpoint.load does
@@ -66,7 +71,7 @@ def begin(cfg):
 
 
 def check(cfg):
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1)
 
 
@@ -139,7 +144,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("name", REFUSALS)
-def test_check_refuses_model_folders_with_the_message_of_a_run(cfg, role, name):
+def test_check_refuses_a_model_folder_with_the_message_of_the_run(cfg, role, name):
     change, match = REFUSALS[name]
     change(Path(getattr(cfg, role).weights))
     refused(cfg, match)
@@ -175,14 +180,14 @@ ACCEPTED = {
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_check_accepts_model_folders_that_a_run_reads(cfg, role, name):
+def test_model_folder_that_a_run_reads_passes_the_check(cfg, role, name):
     ACCEPTED[name](Path(getattr(cfg, role).weights))
     models = both(cfg)
     assert models.student.elements_read > 0 < models.teacher_backbone.elements_read
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_allow_unused_weights_accepts_unused_tensors_of_either_model(cfg, role):
+def test_allow_unused_weights_accepts_tensors_without_a_place(cfg, role):
     section = getattr(cfg, role)
     edit_tensors(Path(section.weights), lambda tensors: tensors.update({"extra.weight": torch.ones(3)}))
     refused(cfg, "'extra.weight' of model.safetensors has no place")
@@ -190,7 +195,7 @@ def test_allow_unused_weights_accepts_unused_tensors_of_either_model(cfg, role):
     both(cfg)
 
 
-def test_mixtures_are_checked_expert_by_expert(cfg):
+def test_check_reads_every_expert_of_a_mixture(cfg):
     teacher = Path(cfg.teacher.weights)
     (teacher / "model.safetensors").unlink()
     model = write_mixture(teacher, "qwen3_moe", packed=False, vocab_size=257)
@@ -232,16 +237,16 @@ def too_small_a_share(cfg):
         (lambda cfg: setattr(cfg.student, "dtype", "float16"), ConfigError, "dtype = 'float16'"),
     ],
 )
-def test_check_refuses_settings_that_a_run_refuses_after_reading_models_and_data(cfg, change, kind, match):
+def test_check_refuses_settings_that_do_not_fit_models_or_data(cfg, change, kind, match):
     change(cfg)
     refused(cfg, match, kind)
 
 
-def test_check_refuses_checkpoints_that_a_run_refuses(cfg):
+def test_check_refuses_a_resume_that_the_run_refuses(cfg):
     models = both(cfg)
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     shapes = models.student.full_shapes()
-    state = {"loader": build.build_loader(cfg, inputs, Mesh(), prefetch=0).state_dict(4), "origin": None}
+    state = {"loader": build_loader(cfg, inputs, Mesh(), prefetch=0).state_dict(4), "origin": None}
     config = json.loads(models.student.config.to_json_string(use_diff=False))
     about = checkpoint.Description(1, shapes, {}, {"tp": 1}, config, state)
     values = {name: param[: shapes[name][0]].detach().flatten() for name, param in models.student.hf_parameters()}
@@ -260,7 +265,7 @@ def test_check_refuses_checkpoints_that_a_run_refuses(cfg):
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("name", ["auto", "packed", "sdpa", "eager"])
-def test_attention_of_either_model_is_the_configured_one(cfg, role, name):
+def test_check_resolves_the_configured_attention_of_either_model(cfg, role, name):
     getattr(cfg, role).attention = name
     models = both(cfg)
     found = models.student if role == "student" else models.teacher_backbone
@@ -276,19 +281,19 @@ def memory_lines(logged):
 @pytest.mark.parametrize("dedicated", [False, True])
 @pytest.mark.parametrize("name", ["auto", "sdpa", "eager"])
 def test_check_and_run_estimate_the_same_memory(cfg, name, dedicated, logged, monkeypatch):
-    """A dedicated teacher's ranks report their attention; here it is the one that `load_backbone` chose."""
+    """A dedicated teacher publishes its attention; here it is that of `load_backbone` on one of its ranks."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(estimate, "GIB", 1)  # every byte shows
     cfg.teacher.attention = name
     if dedicated:
         cfg.teacher.layout, cfg.teacher.ranks = "dedicated", 1
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1 + dedicated)
     checked = memory_lines(logged)
     models = begin(cfg)
     if dedicated:
-        head = load_head(build.teacher_spec(cfg), models.student.shard, device="cpu")
-        models = replace(models, teacher_backbone=None, teacher_head=head, elsewhere=models.teacher_attention)
+        head = load_head(teacher_spec(cfg), models.student.shard, device="cpu")
+        models = replace(models, teacher_backbone=None, teacher_head=head, dedicated_attention=models.teacher_attention)
     log_header(cfg, inputs, models, Mesh(), torch.device("cpu"))
     assert memory_lines(logged) == checked
     assert len(checked) == 1 + dedicated
@@ -302,7 +307,7 @@ def test_check_without_a_gpu_refuses_masks_too_large_for_one(cfg, role):
         check(cfg)
 
 
-def test_check_refuses_unreadable_metrics_of_the_run_folder(cfg):
+def test_check_refuses_damaged_records(cfg):
     folder = Path(cfg.run.output_dir) / cfg.run.name
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("{\n")
@@ -310,7 +315,7 @@ def test_check_refuses_unreadable_metrics_of_the_run_folder(cfg):
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
-def test_check_refuses_student_files_that_would_break_the_export(cfg, name):
+def test_check_refuses_student_files_that_break_the_export(cfg, name):
     (Path(cfg.student.weights) / name).write_text("{")
     refused(cfg, rf"student/{name} is not valid JSON")
 
@@ -349,7 +354,7 @@ def test_check_refuses_student_files_that_would_break_the_export(cfg, name):
         ({}, {"vocab_size": 102}, ConfigError, "vocab_size = 101, but the tokenizer has 102"),
     ],
 )
-def test_check_and_loading_agree_on_layouts_and_attention(tmp_path, settings, how, kind, match):
+def test_check_and_run_accept_the_same_layouts_and_attention(tmp_path, settings, how, kind, match):
     save_random(tmp_path, {**tiny_config("llama"), **settings})
     tp = how.pop("tp", 1)
     if how.get("attention") == "flash_attention_2":  # loading stops earlier, at the device that is no GPU

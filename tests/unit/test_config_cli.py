@@ -285,10 +285,20 @@ def test_closed_stdout_pipe_is_not_an_error():
     assert done.stderr == ""
 
 
-def test_deepspeed_sums_in_float32_and_gets_no_optimizer_or_scheduler():
+def settings_of(cfg, **given):
+    return deepspeed_config(
+        cfg.zero,
+        grad_clip=cfg.optim.grad_clip,
+        dtype=cfg.student.dtype,
+        sequences_per_micro_batch=cfg.data.sequences_per_micro_batch,
+        **given,
+    )
+
+
+def test_deepspeed_is_told_to_sum_in_float32_and_to_leave_the_rest_to_us():
     cfg = RunConfig()
     cfg.data.sequences_per_micro_batch = 3
-    found = deepspeed_config(cfg, on_cuda=True, num_parameters=1000)
+    found = settings_of(cfg, on_cuda=True, num_parameters=1000)
     assert found["data_types"] == {"grad_accum_dtype": "fp32"}
     assert found["communication_data_type"] == "fp32"
     assert found["managed_gradient_accumulation"] is False
@@ -306,7 +316,7 @@ def test_deepspeed_sums_in_float32_and_gets_no_optimizer_or_scheduler():
 def test_communication_overlaps_only_where_deepspeed_allows_it(stage, on_cuda, overlap):
     cfg = RunConfig()
     cfg.zero.stage = stage
-    found = deepspeed_config(cfg, on_cuda=on_cuda, num_parameters=1000)["zero_optimization"]
+    found = settings_of(cfg, on_cuda=on_cuda, num_parameters=1000)["zero_optimization"]
     assert found == {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": 1000}
 
 
@@ -317,7 +327,7 @@ def test_communication_overlaps_only_where_deepspeed_allows_it(stage, on_cuda, o
 def test_bucket_is_limited_to_the_model_unless_a_key_sets_it(parameters, extra, size):
     cfg = RunConfig()
     cfg.zero.extra = extra
-    found = deepspeed_config(cfg, on_cuda=True, num_parameters=parameters)["zero_optimization"]["reduce_bucket_size"]
+    found = settings_of(cfg, on_cuda=True, num_parameters=parameters)["zero_optimization"]["reduce_bucket_size"]
     assert found == size
     assert isinstance(found, int)
 
@@ -325,9 +335,9 @@ def test_bucket_is_limited_to_the_model_unless_a_key_sets_it(parameters, extra, 
 @pytest.mark.parametrize("on_cuda", [True, False])
 def test_offloaded_optimizer_is_not_compiled_by_deepspeed(on_cuda):
     cfg = RunConfig()
-    assert "offload_optimizer" not in deepspeed_config(cfg, on_cuda=on_cuda, num_parameters=1000)["zero_optimization"]
+    assert "offload_optimizer" not in settings_of(cfg, on_cuda=on_cuda, num_parameters=1000)["zero_optimization"]
     cfg.zero.offload_optimizer = True
-    found = deepspeed_config(cfg, on_cuda=on_cuda, num_parameters=1000)
+    found = settings_of(cfg, on_cuda=on_cuda, num_parameters=1000)
     assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": on_cuda}
     assert found["zero_force_ds_cpu_optimizer"] is False
 
@@ -335,14 +345,14 @@ def test_offloaded_optimizer_is_not_compiled_by_deepspeed(on_cuda):
 def test_dtype_clipping_and_expert_keys_reach_deepspeed():
     cfg = RunConfig()
     cfg.student.dtype, cfg.optim.grad_clip, cfg.zero.extra = "float32", None, {"sub_group_size": 7}
-    found = deepspeed_config(cfg, on_cuda=False, num_parameters=1000)
+    found = settings_of(cfg, on_cuda=False, num_parameters=1000)
     assert found["bf16"] == {"enabled": False}
     assert found["gradient_clipping"] == 0.0
     assert found["zero_optimization"]["sub_group_size"] == 7
     found["zero_optimization"]["sub_group_size"] = 8
     assert cfg.zero.extra == {"sub_group_size": 7}, "DeepSpeed writes into what it gets"
     cfg.optim.grad_clip = 0.25
-    assert deepspeed_config(cfg, on_cuda=False, num_parameters=1000)["gradient_clipping"] == 0.25
+    assert settings_of(cfg, on_cuda=False, num_parameters=1000)["gradient_clipping"] == 0.25
 
 
 def test_no_zero_key_is_both_allowed_and_owned():

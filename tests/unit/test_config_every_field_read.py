@@ -5,15 +5,21 @@ from pathlib import Path
 
 from kdtrain.config.keys import all_keys
 from kdtrain.config.schema import RunConfig
+from kdtrain.engine.settings import EngineSettings
+from kdtrain.planning.estimate import MemoryInputs
 
 PACKAGE = Path(__file__).resolve().parents[2] / "kdtrain"
 KEYS = all_keys()
-SECTION_OF_CLASS = {RunConfig.__name__: ""} | {key.section.__name__: name for name, key in KEYS.items() if key.section}
+PARTS = (RunConfig, EngineSettings, MemoryInputs)
+"""Classes whose attributes have the names and types of the sections."""
+SECTION_OF_CLASS = {part.__name__: "" for part in PARTS} | {
+    key.section.__name__: name for name, key in KEYS.items() if key.section
+}
 ROOTS = ("cfg", "config")
 """Names and attributes that hold a whole RunConfig."""
 READ_ELSEWHERE = {
-    "parallel.world_size": "kdtrain.config.checks.parallel refuses a job of another number of ranks",
-    "teacher.in_flight": "kdtrain.config.ranks.in_flight, which training calls, reads it",
+    "parallel.world_size": "kdtrain.config.checks_start refuses a job of another number of ranks",
+    "teacher.in_flight": "kdtrain.config.ranks.in_flight, whose result the jobs pass on, reads it",
     "teacher.ranks": "kdtrain.config.ranks.teacher_ranks, which splits the job, reads it",
     "teacher.tp": "kdtrain.config.ranks.teacher_tp, which training calls, reads it",
 }
@@ -74,13 +80,12 @@ def test_every_setting_is_read_outside_config():
     assert unread == set(READ_ELSEWHERE)
 
 
-def test_settings_read_inside_config_are_read_there():
+def test_settings_are_read_where_the_exceptions_say():
     for key, module in (
-        ("parallel.world_size", "checks/parallel"),
-        ("teacher.in_flight", "ranks"),
+        ("zero.extra", "deepspeed_config"),
         ("teacher.ranks", "ranks"),
         ("teacher.tp", "ranks"),
-        ("zero.extra", "deepspeed_config"),
+        ("teacher.in_flight", "ranks"),
     ):
         assert key in keys_read((PACKAGE / "config" / f"{module}.py").read_text(encoding="utf-8"))
 

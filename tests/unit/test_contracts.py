@@ -1,3 +1,4 @@
+import ast
 import os
 import shutil
 import subprocess
@@ -47,3 +48,22 @@ def test_a_planted_violation_is_caught(tmp_path, file, line, contract):
     done = lint_imports(tmp_path)
     assert done.returncode != 0
     assert f"{contract} BROKEN" in done.stdout
+
+
+def imported_names(source):
+    """Names that a module imports from kdtrain."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    return {alias.name for node in nodes if (node.module or "").startswith("kdtrain") for alias in node.names}
+
+
+def test_only_config_and_jobs_import_the_whole_configuration():
+    readers = {
+        path.relative_to(ROOT / "kdtrain").parts[0]
+        for path in (ROOT / "kdtrain").rglob("*.py")
+        if imported_names(path.read_text(encoding="utf-8")) & {"RunConfig", "Request", "load_run"}
+    }
+    assert readers == {"config", "jobs"}
+
+
+def test_import_of_the_whole_configuration_inside_a_function_is_found():
+    assert "RunConfig" in imported_names("def f():\n    from kdtrain.config.schema import RunConfig, ZeroSection")

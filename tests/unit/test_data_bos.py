@@ -16,10 +16,10 @@ from kdtrain.data.prepare import PrepareSettings, prepare_corpus
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.data.tokenizer import document_prefix, load_tokenizer
 from kdtrain.errors import EXIT_DONE, ConfigError, DataError
+from kdtrain.jobs.inputs import open_inputs
 from kdtrain.models.load import ModelSpec
 from kdtrain.models.tiny import tiny_config
 from kdtrain.testing.ranks import load_file
-from kdtrain.training.inputs import open_inputs
 from tests.support.tiny_data import SEPARATOR_ID, write_tokenizer
 
 BOS, EOS, CLS = 257, 258, 259

@@ -8,9 +8,9 @@ from kdtrain.config.load import load_run
 from kdtrain.data.import_megatron import MegatronSettings, import_megatron
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.errors import StoreMismatch
+from kdtrain.jobs.inputs import open_inputs
 from kdtrain.models.load import ModelSpec
 from kdtrain.models.tiny import tiny_config
-from kdtrain.training.inputs import open_inputs
 from tests.support.tiny_data import random_documents, write_pair, write_tokenizer
 
 

@@ -14,7 +14,7 @@ from kdtrain_kernels.dispatch import CapturingError, choice, row_kernels
 from kdtrain_kernels.sparse_dispatch import sparse_kernels
 
 from kdtrain.errors import ConfigError
-from kdtrain.training.build import check_kernels
+from kdtrain.jobs.build.models import check_kernels
 from tests.support.loss_cases import loss_of, random_case
 
 ROOT = Path(__file__).resolve().parents[2]

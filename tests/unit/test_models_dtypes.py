@@ -11,17 +11,18 @@ from kdtrain.batch import Batch
 from kdtrain.config.schema import RunConfig
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
+from kdtrain.jobs.build.models import model_specs
+from kdtrain.jobs.check import print_check
+from kdtrain.jobs.header import memory_inputs
+from kdtrain.jobs.inputs import open_inputs
+from kdtrain.jobs.sequence_prefix import prefix_choice
 from kdtrain.models.dtypes import listed_in_float32, stock_dtypes
 from kdtrain.models.export import export_hf
 from kdtrain.models.load import ModelSpec, load_backbone, model_info, parameters_on_meta
 from kdtrain.models.quantize import quantizable_layers
 from kdtrain.models.tiny import tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
-from kdtrain.training import build
-from kdtrain.training.describe import print_check
-from kdtrain.training.estimate import ModelSize, estimate_memory
-from kdtrain.training.inputs import open_inputs
-from kdtrain.training.sequence_prefix import prefix_choice
+from kdtrain.planning.estimate import ModelSize, estimate_memory
 from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 HYBRID = tiny_config(
@@ -138,9 +139,9 @@ def test_float32_tensors_are_counted_with_four_bytes(tmp_path, kind):
     size = ModelSize(info.num_parameters, 32, 2, 99, 0, info.num_float32_parameters)
     assert size.weight_bytes("bfloat16") == sum(param.nbytes for param in stock.parameters())
     assert size.weight_bytes("float32") == 4 * info.num_parameters
-    cfg = RunConfig()
+    inputs = memory_inputs(RunConfig())
     student = ModelSize(1000, 32, 2, 99)
-    found = estimate_memory(cfg, student, size, dp_size=1, on_cuda=True, student_attention="sdpa")
+    found = estimate_memory(inputs, student, size, dp_size=1, on_cuda=True, student_attention="sdpa")
     assert found.parts["teacher"] == size.weight_bytes("bfloat16")
 
 
@@ -162,7 +163,7 @@ def test_check_refuses_stage_3_for_a_bfloat16_student_with_float32_tensors(tmp_p
     cfg.data.train, cfg.train.total_tokens, cfg.data.reset_positions = [str(tmp_path / "store")], 2048, False
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 2, 64
     cfg.run.output_dir, cfg.run.name = str(tmp_path / "runs"), "x"
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     with pytest.raises(ConfigError, match=r"zero.stage = 3 (.|\n)*A_log'(.|\n)*set zero.stage=2"):
         print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1)
     for stage, dtype in ((2, "bfloat16"), (3, "float32")):

@@ -9,10 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.config.cli import parse
 from kdtrain.errors import ConfigError
+from kdtrain.jobs.eval_model import run_evaluation
+from kdtrain.jobs.train import run_training
 from kdtrain.models.load import ModelSpec, parameters_on_meta
 from kdtrain.models.positions import check_positions, positions_of
 from kdtrain.models.tiny import tiny_config
-from kdtrain.training.run import run_evaluation, run_training
 from tests.support.tiny_data import random_documents, write_store
 from tests.support.tiny_run import write_run
 

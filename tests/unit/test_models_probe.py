@@ -12,16 +12,16 @@ from kdtrain.batch import Batch
 from kdtrain.config.schema import RunConfig
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError, ParallelError
+from kdtrain.jobs.build.models import model_specs
+from kdtrain.jobs.check import print_check
+from kdtrain.jobs.inputs import open_inputs
+from kdtrain.jobs.sequence_prefix import prefix_choice
 from kdtrain.models import probe
 from kdtrain.models.architectures import ARCHITECTURES
 from kdtrain.models.load import ModelSpec, build_config, check_architecture, load_backbone, parameters_on_meta
 from kdtrain.models.probe import check_model, measure
 from kdtrain.models.shrink import tiny_settings
 from kdtrain.models.tiny import TINY, save_random, tiny_config
-from kdtrain.training import build
-from kdtrain.training.describe import print_check
-from kdtrain.training.inputs import open_inputs
-from kdtrain.training.sequence_prefix import prefix_choice
 from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 COMMON = {key: value for key, value in tiny_config("llama").items() if key != "model_type"}
@@ -110,7 +110,7 @@ def test_joined_documents_are_refused_by_the_check(tmp_path):
     write_store(tmp_path / "store", random_documents(4, seed=1), write_tokenizer(tmp_path / "tokenizer"))
     cfg.data.train, cfg.train.total_tokens = [str(tmp_path / "store")], 2048
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 2, 64
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     with pytest.raises(ConfigError, match="'opt', which does not separate documents"):
         print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1)
     cfg.data.reset_positions = False
@@ -164,7 +164,7 @@ def test_check_shards_both_models_like_the_run(tmp_path, student, teacher):
     cfg.student.architecture, cfg.teacher.weights = str(folders["student"]), str(folders["teacher"])
     cfg.data.train, cfg.train.total_tokens, cfg.data.reset_positions = [str(tmp_path / "store")], 2048, False
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 2, 64
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=2)
     for section, values in ((cfg.parallel, student), (cfg.teacher, teacher)):
         for key, value in values.items():

@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from kdtrain.errors import ConfigError
 from kdtrain.files import TOKENIZER_FILES
+from kdtrain.jobs import export_hf as export
 from kdtrain.models.export import export_hf, tokenizer_files
 from kdtrain.models.special_tokens import special_token_ids
 from kdtrain.models.tiny import tiny_config
-from kdtrain.training import export
 from tests.support.tiny_data import write_tokenizer
 
 MORE = ("<s>", "<|im_end|>", "<pad>")

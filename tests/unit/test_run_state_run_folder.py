@@ -190,7 +190,7 @@ def test_environment_names_versions_source_devices_and_settings_but_no_other_var
     monkeypatch.setenv("KDTRAIN_TEST_SECRET", "hunter2")
     for name, value in {"NCCL_DEBUG": "INFO", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "0", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
-    found = environment.describe(world_size=3)
+    found = environment.environment_record(world_size=3)
     assert found["world_size"] == 3
     assert found["packages"]["torch"].startswith("2.")
     assert found["devices"]

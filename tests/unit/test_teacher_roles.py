@@ -8,7 +8,7 @@ import torch
 from kdtrain.distributed.roles import Roles
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.errors import ConfigError
-from kdtrain.training.dedicated import answer_of
+from kdtrain.jobs.dedicated import answer_of
 
 WIDTH = 3
 

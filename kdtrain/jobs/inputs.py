@@ -1,4 +1,4 @@
-"""What a run reads, opened and compared before any weight is loaded: stores, tokenizers, vocabulary sizes."""
+"""Inputs of a run, opened and compared before any weight is loaded: stores, tokenizers, vocabulary sizes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import document_prefix
 from kdtrain.errors import StoreMismatch
+from kdtrain.jobs.vocabulary import SharedVocabulary
 from kdtrain.log import LOGGER
 from kdtrain.models.load import ModelSpec, model_rows
-from kdtrain.training.vocabulary import SharedVocabulary
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Stores that agree on the meaning of their ids and on what borders documents, and the vocabulary of both models.
+    """Stores with one meaning of their ids and one way to separate documents, and the vocabulary of both models.
 
-    vocab_size: ids of the softmax, those that stores and models share; total_rows: rows of the larger model's head.
-    unshared: ids that do not mean one token to all stores and models, with the reason; no store holds one.
+    vocab_size: ids of the softmax, which all stores and models share. total_rows: rows of the larger model's head.
+    unshared: ids with different tokens in different tokenizers, or without a row, with the reason; no store holds one.
     """
 
     train: tuple[TokenStore, ...]
@@ -31,7 +31,7 @@ class Inputs:
 
     @property
     def stores(self) -> tuple[TokenStore, ...]:
-        """Those to train on, and then that of validation."""
+        """The training stores, then the validation store."""
         return (*self.train, *(() if self.validation is None else (self.validation,)))
 
     @property
@@ -41,14 +41,14 @@ class Inputs:
 
 
 def open_inputs(cfg: RunConfig, specs: Sequence[ModelSpec]) -> Inputs:
-    """Open every store and hold them, the teacher's and the student's tokenizers against each other.
+    """Open every store and compare the tokenizers of stores, teacher and student.
 
-    No store may stand twice in data.train, nor a shard of data.train in data.validation.
+    data.train may name a store only once, and data.validation may hold no shard of data.train. Warns of documents that
+    do not begin with the ids that a model's tokenizer puts before a text.
 
-    Warns of documents that do not begin as a model's tokenizer begins a text.
-    Reads headers and tokenizers, and all tokens of a store only when a model lacks an id of its tokenizer and the store
-    does not say whether it occurs. Does not communicate. Raises DataError for damaged stores, StoreMismatch naming both
-    values when two things do not belong together, ConfigError for a model that is no text model.
+    Reads headers and tokenizers; all tokens of a store only if a model lacks an id of its tokenizer and the manifest
+    does not record whether it occurs. Does not communicate. Raises DataError for damaged stores, StoreMismatch naming
+    both values for inputs that do not fit together, ConfigError for a model that is no text model.
     """
     train = tuple(TokenStore.open(path) for path in cfg.data.train)
     validation = None if cfg.data.validation is None else TokenStore.open(cfg.data.validation)
@@ -105,13 +105,13 @@ def _all_different(train: Sequence[TokenStore], validation: TokenStore | None) -
                 raise StoreMismatch(
                     f"data.validation = {validation.path} holds the tokens of {store.path}, which is in data.train: "
                     f"{held_out[shard.bin_sha256]}.bin and {shard.name}.bin have the sha256 {shard.bin_sha256[:16]}\n"
-                    "  why: what was trained on says nothing of held-out text\n"
+                    "  why: validation on text of the training data does not measure generalisation\n"
                     "  fix: hold out a share with launch/prepare_corpus.py --validation-share, and name that store"
                 )
 
 
 def _compare_prefix(store: TokenStore, role: str, folder: Path) -> None:
-    """Warn of text that begins otherwise than the model is used to: many a model is lost without its <bos>."""
+    """Warn if documents lack the ids, mostly <bos>, that the model's tokenizer puts before a text."""
     usual, stored = document_prefix(folder), list(store.manifest.document_prefix)
     if usual != stored:
         LOGGER.warning(

@@ -1,4 +1,4 @@
-"""Runs whose teacher lives on ranks of its own: what those ranks do, and what the student's ranks hold instead."""
+"""A teacher on dedicated ranks: the job of those ranks, and the teacher that the student's ranks hold instead."""
 
 from __future__ import annotations
 
@@ -34,20 +34,23 @@ from kdtrain.teacher.server import Inbox, TeacherServer
 
 def serve(
     cfg: RunConfig,
-    spec: ModelSpec,
+    spec: ModelSpec | None,
     vocab_size: int,
     runtime: Runtime,
     *,
     folder: Path | None = None,
     wants_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """The whole life of a teacher's rank: load, tell what was loaded, answer until the student's ranks have ended.
+    """The job of a teacher's rank: load, publish facts of the model, serve requests until the student's ranks end.
 
-    folder: of the run, where heartbeats and warnings are written; None: nowhere. Every teacher rank must call it.
-    Raises RunStopped and PeerLost as `TeacherServer.run`, and what loading raises; the student's ranks are told.
+    spec: of the teacher. folder: of the run, for heartbeats and warnings; None: write none. Every rank of the teacher
+    must call it. Communicates point to point with the student's ranks, over tp among the teacher's own.
+    Raises RunStopped and PeerLost as `TeacherServer.run`, and any error of loading, which it sends to the student's
+    ranks.
     """
     channel, roles = runtime.channel, runtime.roles
     assert channel is not None
+    assert spec is not None  # a job without teacher.weights has no teacher ranks
     clients = list(range(0, roles.student_ranks, cfg.parallel.tp))
     mesh = Mesh.build(teacher_tp(cfg))
     inbox = Inbox(channel, clients) if mesh.tp_rank == 0 else None
@@ -63,10 +66,10 @@ def serve(
         raise
     pulse, stack = PhaseTracker(roles.rank), ExitStack()
 
-    def begun() -> None:  # not before: the folder is rank 0's to make
+    def begun() -> None:  # called at the first request: by then rank 0 has created the folder
         if folder is not None:
             setup_logging(roles.rank, folder)
-            # Only says where this rank is: waiting long for a request is nothing to warn of.
+            # writes heartbeats only: a long wait for a request is normal
             stack.enter_context(Watchdog(pulse, folder, channel.world_size, warn_s=math.inf))
 
     with stack:
@@ -86,9 +89,10 @@ def serve(
 
 
 def answer_of(backbone: Backbone) -> Callable[[Batch], Tensor]:
-    """Its hidden states, in the dtype and width of its head's rows: for these the student's ranks make room.
+    """A function from batches to the hidden states [B, S, D] of `backbone`.
 
-    The answer raises ConfigError for a model whose hidden states are otherwise.
+    It raises ConfigError unless they have the dtype and width of the head's rows, for which the student's ranks
+    allocate their buffers.
     """
     weight = backbone.lm_head_shard.weight
 
@@ -97,8 +101,8 @@ def answer_of(backbone: Backbone) -> Callable[[Batch], Tensor]:
         if (hidden.dtype, hidden.shape[-1]) != (weight.dtype, weight.shape[-1]):
             raise ConfigError(
                 f"the teacher's hidden states are {hidden.dtype}, {hidden.shape[-1]} wide; its head is {weight.dtype}, "
-                f"{weight.shape[-1]} wide\n  why: the student's ranks make room for what the head multiplies with\n"
-                "  fix: set teacher.layout=plain or tp, where hidden states need no room made in advance"
+                f"{weight.shape[-1]} wide\n  why: the student's ranks allocate buffers of the head's dtype and width\n"
+                "  fix: set teacher.layout=plain or tp, which need no such buffers"
             )
         return hidden
 
@@ -106,9 +110,9 @@ def answer_of(backbone: Backbone) -> Callable[[Batch], Tensor]:
 
 
 def _cannot_load(error: BaseException, runtime: Runtime, inbox: Inbox | None, clients: list[int]) -> None:
-    """Tell the student's ranks, and give them time to end by themselves.
+    """Send the error to the student's ranks and wait until they have shut down.
 
-    Said here, too: the launcher ends ranks that are still busy loading before they can learn of it and say it.
+    Also print it here: the launcher kills ranks that are still loading, which then never receive it.
     """
     assert runtime.channel is not None
     rank = runtime.roles.rank
@@ -121,7 +125,7 @@ def _cannot_load(error: BaseException, runtime: Runtime, inbox: Inbox | None, cl
 
 @contextmanager
 def student_side(cfg: RunConfig, runtime: Runtime) -> Iterator[None]:
-    """Around all that a student's rank does: however it ends, dedicated teachers are told and end too."""
+    """Context of a student's rank; at its end, normal or not, it sends the dedicated teachers a shutdown message."""
     channel, roles = runtime.channel, runtime.roles
     if channel is None or roles.rank % cfg.parallel.tp:
         yield
@@ -139,23 +143,24 @@ def remote_teacher(
     channel: P2PChannel,
     on_stop: Callable[[], None],
 ) -> tuple[RemoteTeacher, LoadedHead, str]:
-    """The teacher as a student's rank holds it: whom to ask for hidden states, its rows of the head, and the name of
-    what computes attention on the first teacher's ranks.
+    """The dedicated teacher as a student's rank holds it: a `RemoteTeacher`, its rows of the head, and the attention
+    implementation on the teacher's ranks.
 
-    shard: the student's. Every rank of the student must call it. Waits until all teachers are loaded, and holds what
-    they loaded against this rank's files: ConfigError naming both values, PeerLost if a teacher failed.
+    shard: the student's. Every rank of the student must call it. Waits until all teachers are loaded and compares the
+    facts that they published with this rank's files. Raises ConfigError naming both values, PeerLost if a teacher
+    failed.
     """
     loaded = load_head(spec, shard, device=device)
     facts = expected_facts(cfg, spec, shard.vocab_size, loaded.info.config)
     if mesh.tp_rank == 0:
         facts[FIRST_ROW] = _first_row(loaded.head)
-    asked = servers(cfg, range(student_ranks(cfg, channel.world_size), channel.world_size))
-    told = compare_facts(channel.key_values, asked, facts, collective_timeout())
-    LOGGER.info("teacher  %d on ranks %s, ready", len(asked), asked)
+    teachers = servers(cfg, range(student_ranks(cfg, channel.world_size), channel.world_size))
+    found = compare_facts(channel.key_values, teachers, facts, collective_timeout())
+    LOGGER.info("teacher  %d on ranks %s, ready", len(teachers), teachers)
     remote = RemoteTeacher(
-        channel, mesh, loaded.head, asked, in_flight=in_flight(cfg), timeout=collective_timeout(), on_stop=on_stop
+        channel, mesh, loaded.head, teachers, in_flight=in_flight(cfg), timeout=collective_timeout(), on_stop=on_stop
     )
-    return remote, loaded, str(told[0][ATTENTION])
+    return remote, loaded, str(found[0][ATTENTION])
 
 
 FIRST_ROW = "first row of the teacher's head (sha256)"
@@ -163,7 +168,7 @@ ATTENTION = "attention"
 
 
 def expected_facts(cfg: RunConfig, spec: ModelSpec, vocab_size: int, model_config: Any) -> dict[str, Any]:
-    """What both roles must agree on, in words that a message can use."""
+    """Facts that must be equal on both roles, by a name for messages."""
     assert spec.weights is not None
     return {
         "configuration": config_hash(cfg),
@@ -175,7 +180,7 @@ def expected_facts(cfg: RunConfig, spec: ModelSpec, vocab_size: int, model_confi
 
 
 def _first_row(head: HeadShard) -> str:
-    """Of a first tp rank, whose rows begin with token 0: the same bytes in any cut."""
+    """Digest of token 0's row of the head, on a first tp rank: the same in any tensor-parallel layout."""
     row: Tensor = head.weight[0].detach().cpu().contiguous()
     return _digest(row.view(torch.uint8).numpy().tobytes())
 

@@ -1,4 +1,4 @@
-"""What a run does with its devices, tried at a small size: row kernels against float64, collectives along each axis."""
+"""Small trials of a run's operations: row kernels against float64, collectives along each axis."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_kd_loss, reference
 
 TOKENS, VOCAB, WIDTHS = 37, 1001, (32, 48)
-"""Of the loss that is compared with float64; student's and teacher's width."""
+"""Size of the loss that is compared with float64; student's and teacher's width."""
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2e-2}
 """Largest error of loss or gradient, relative to its largest element."""
 BROKEN = (ValueError, ImportError, RuntimeError, OSError, subprocess.CalledProcessError)
-"""What a kernel that cannot be found, compiled or run raises."""
+"""Errors of a kernel that cannot be found, compiled or run."""
 CPU_BYTES, CUDA_BYTES = 1 << 23, 1 << 28
 """Size of the buffers that collectives are timed with."""
 REPEATS = 3
@@ -42,8 +42,10 @@ Result = Literal["ok", "FAIL", "warn", "-"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. result: "-" for what does not apply or only informs; a run works, but perhaps not as it
-    was meant to, with "warn"."""
+    """One line of the table.
+
+    result: "-" for a finding that does not apply or only informs; "warn" if a run works, but perhaps not as intended.
+    """
 
     check: str
     result: Result
@@ -58,7 +60,7 @@ class Row:
 def kernel_rows(mesh: Mesh, device: torch.device, wanted: str) -> list[Row]:
     """Every divergence's loss and gradients against float64, by each backend that all ranks have.
 
-    First on each rank alone, then cut over tp. A backend that is not there fails only if it is `wanted`
+    First on each rank alone, then sharded over tp. A backend that is not available fails only if it is `wanted`
     (train.kernels). Communicates over tp, and a gather over the world per backend.
     """
     rows = []
@@ -66,12 +68,12 @@ def kernel_rows(mesh: Mesh, device: torch.device, wanted: str) -> list[Row]:
         refused, kind = "", ""
         try:
             row_kernels(backend, device)
-            kind = "FAIL"  # it is there: from here on it must work
+            kind = "FAIL"  # the backend is available: an error from here on is a failure
             for dtype in TOLERANCE:
                 loss_error("forward_kl", Mesh(), device, dtype, backend)
         except BROKEN as error:
             refused = f"{type(error).__name__}: {error}".removeprefix("ValueError: ").partition("\n")[0]
-        # All ranks must skip or run the comparison together: it communicates.
+        # all ranks must leave out a backend that one of them lacks: the sharded loss communicates over tp
         if trouble := [(why, bad) for why, bad in gather_objects((refused, kind), mesh.world_group) if why]:
             why, bad = trouble[0]
             rows.append(Row(f"kernels {backend}", "FAIL" if bad or backend == wanted else "-", why))
@@ -124,6 +126,15 @@ def loss_error(divergence: str, mesh: Mesh, device: torch.device, dtype: torch.d
     ).loss
     loss.backward()
 
+    expected, grad_hidden, grad_head = _reference_of(divergence, hidden, heads, labels, weights)
+    pairs = ((loss.detach(), expected), (_grad(student), grad_hidden), (_grad(head), grad_head[mine]))
+    return max(_relative(found, right) for found, right in pairs)
+
+
+def _reference_of(
+    divergence: str, hidden: list[Tensor], heads: list[Tensor], labels: Tensor, weights: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, d(hidden) and d(head) of the student in float64, on whole heads."""
     x, w = (tensor.double().requires_grad_() for tensor in (hidden[0], heads[0]))
     expected = reference.total_loss(
         reference.head_logits(x, w, VOCAB),
@@ -135,8 +146,7 @@ def loss_error(divergence: str, mesh: Mesh, device: torch.device, dtype: torch.d
         ce_weight=weights[1],
     )
     expected.backward()
-    pairs = ((loss.detach(), expected.detach()), (_grad(student), _grad(x)), (_grad(head), _grad(w)[mine]))
-    return max(_relative(found, right) for found, right in pairs)
+    return expected.detach(), _grad(x), _grad(w)
 
 
 def _grad(tensor: Tensor) -> Tensor:
@@ -150,9 +160,9 @@ def _relative(found: Tensor, right: Tensor) -> float:
 
 
 def collective_rows(mesh: Mesh, device: torch.device) -> list[Row]:
-    """All-reduce, all-gather and all-to-all over tp, cp, dp and the world: right results, and bytes per second.
+    """All-reduce, all-gather and all-to-all over tp, cp, dp and the world: results, and bytes per second.
 
-    Communicates over each of them. A rate is that of the slowest rank: bytes in this rank's buffer per second.
+    Communicates over each of them. The rate is that of the slowest rank: bytes of this rank's buffer per second.
     """
     rows = []
     axes = (("tp", mesh.tp_group), ("cp", mesh.cp_group), ("dp", mesh.dp_group), ("world", mesh.world_group))
@@ -163,7 +173,7 @@ def collective_rows(mesh: Mesh, device: torch.device) -> list[Row]:
             continue
         for name, check in (("all-reduce", _all_reduce), ("all-gather", _all_gather), ("all-to-all", _all_to_all)):
             right, seconds, moved = check(group, device)
-            # A collective takes as long as on its slowest rank.
+            # a collective is as slow as its slowest rank
             slowest = max(gather_objects(seconds, mesh.world_group))
             what = f"{size} ranks, {moved / 2**20:.0f} MiB in {1e3 * slowest:.1f} ms: {moved / slowest / 1e9:.2f} GB/s"
             rows.append(Row.judged(f"{name} {axis}", right, what if right else f"{size} ranks: wrong numbers"))
@@ -171,7 +181,7 @@ def collective_rows(mesh: Mesh, device: torch.device) -> list[Row]:
 
 
 def _buffer(ranks: int, device: torch.device) -> Tensor:
-    """[ranks, n] of this rank's part, of small integers: sums over ranks are exact."""
+    """A buffer [ranks, n] of small integers, whose sums over ranks are exact in float32."""
     columns = (CUDA_BYTES if device.type == "cuda" else CPU_BYTES) // 4 // ranks
     return torch.arange(columns, device=device).remainder(251).float().repeat(ranks, 1)
 
@@ -202,7 +212,7 @@ def _all_to_all(group: Group, device: torch.device) -> tuple[bool, float, int]:
 
 
 def _time(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds per call, after one to warm up."""
+    """Seconds per call, after one warm-up call."""
     work()
     _wait(device)
     started = time.perf_counter()

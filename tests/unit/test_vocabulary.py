@@ -1,4 +1,4 @@
-"""Stores, teacher and student with unlike tokenizers or rows: trained where the data's ids mean one thing to all."""
+"""Stores, teacher and student with different tokenizers or rows train if the ids of the data are the same in all."""
 
 import json
 
@@ -9,11 +9,11 @@ from kdtrain.config.load import load_run
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.data.used_ids import scan_ids
 from kdtrain.errors import ConfigError, DataError, StoreMismatch
+from kdtrain.jobs.build.models import model_specs
+from kdtrain.jobs.eval_model import run_evaluation
+from kdtrain.jobs.inputs import open_inputs
+from kdtrain.jobs.sequence_prefix import prefix_choice
 from kdtrain.models.tiny import save_random, tiny_config
-from kdtrain.training import build
-from kdtrain.training.inputs import open_inputs
-from kdtrain.training.run import run_evaluation
-from kdtrain.training.sequence_prefix import prefix_choice
 from tests.support.tiny_data import random_documents, write_tokenizer
 
 FEW, MANY = ["<a>"], ["<a>", "<tool>", "<think>"]
@@ -51,7 +51,7 @@ def configured(tmp_path, train, *, teacher, student=None, validation=None, prefi
 
 def opened(*args, **kwargs):
     cfg = configured(*args, **kwargs)
-    return open_inputs(cfg, build.specs(cfg))
+    return open_inputs(cfg, model_specs(cfg))
 
 
 def refused(*args, **kwargs):
@@ -62,7 +62,7 @@ def refused(*args, **kwargs):
 
 @pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("prepared_with", ["teacher", "student"])
-def test_teacher_and_student_of_one_vocabulary_and_unlike_added_tokens_train(tmp_path, prepared_with, recorded, logged):
+def test_models_with_different_added_tokens_train_on_the_shared_vocabulary(tmp_path, prepared_with, recorded, logged):
     teacher, student = model(tmp_path / "teacher", MANY, 272), model(tmp_path / "student", FEW, 264)
     data = store(tmp_path / "data", tmp_path / prepared_with, recorded=recorded)
     inputs = opened(tmp_path, data, teacher=teacher, student=student)
@@ -76,7 +76,7 @@ def test_teacher_and_student_of_one_vocabulary_and_unlike_added_tokens_train(tmp
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_an_id_of_the_data_that_one_model_lacks_is_refused_with_its_name(tmp_path, recorded):
+def test_id_of_the_data_that_one_model_lacks_is_refused_by_name(tmp_path, recorded):
     teacher, student = model(tmp_path / "teacher", MANY, 272), model(tmp_path / "student", FEW, 264)
     data = store(tmp_path / "data", teacher, ids=[THINK], recorded=recorded)
     message = refused(tmp_path, data, teacher=teacher, student=student)
@@ -87,7 +87,7 @@ def test_an_id_of_the_data_that_one_model_lacks_is_refused_with_its_name(tmp_pat
     assert "--tokenizer" not in message
 
 
-def test_ids_that_two_tokenizers_call_otherwise_are_refused_only_where_they_occur(tmp_path):
+def test_ids_with_two_tokens_are_refused_only_if_they_occur(tmp_path):
     teacher, student = model(tmp_path / "teacher", MANY, 272), model(tmp_path / "student", ["<a>", "<x>", "<y>"], 272)
     assert opened(tmp_path, store(tmp_path / "no", teacher), teacher=teacher, student=student).vocab_size == 260
     message = refused(tmp_path, store(tmp_path / "yes", teacher, ids=[TOOL]), teacher=teacher, student=student)
@@ -96,7 +96,7 @@ def test_ids_that_two_tokenizers_call_otherwise_are_refused_only_where_they_occu
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_a_token_past_the_rows_that_the_data_never_uses_is_no_obstacle(tmp_path, recorded):
+def test_unused_token_without_a_row_is_accepted(tmp_path, recorded):
     """As Gemma 3's tokenizer, which has one token more than its text model has rows."""
     teacher = model(tmp_path / "teacher", FEW, 257)
     data = store(tmp_path / "data", teacher, recorded=recorded)
@@ -108,14 +108,14 @@ def test_a_token_past_the_rows_that_the_data_never_uses_is_no_obstacle(tmp_path,
     assert f"{other} holds" in refused(tmp_path, data, teacher=teacher, validation=other)
 
 
-def test_another_tokenizers_model_is_refused_with_the_ids(tmp_path):
+def test_model_of_another_tokenizer_is_refused_with_the_ids(tmp_path):
     teacher = model(tmp_path / "teacher", (), 101)
     message = refused(tmp_path, store(tmp_path / "data", teacher), teacher=teacher)
     assert "holds the ids 101 (" in message
     assert "more; model" in message
 
 
-def test_stores_of_unlike_added_tokens_go_together_where_these_do_not_occur(tmp_path):
+def test_stores_with_different_unused_added_tokens_are_accepted(tmp_path):
     few, many = model(tmp_path / "few", FEW, 264), write_tokenizer(tmp_path / "many", more=MANY)
     data = store(tmp_path / "data", few)
     inputs = opened(tmp_path, data, teacher=few, validation=store(tmp_path / "a", many, seed=1))
@@ -125,7 +125,7 @@ def test_stores_of_unlike_added_tokens_go_together_where_these_do_not_occur(tmp_
     assert f"{bad} holds the ids 258 ('<tool>'); the tokenizer of {data} does not have it" in message
 
 
-def test_the_advice_for_two_really_different_tokenizers_is_not_circular(tmp_path):
+def test_fix_for_two_different_tokenizers_is_not_circular(tmp_path):
     teacher, student = model(tmp_path / "teacher", (), 264), model(tmp_path / "student", (), 264, lowercase=True)
     for made_with in (teacher, student):
         data = store(tmp_path / f"data_{made_with.name}", made_with)
@@ -137,7 +137,7 @@ def test_the_advice_for_two_really_different_tokenizers_is_not_circular(tmp_path
     assert f"launch/prepare_corpus.py --tokenizer {teacher}" in refused(tmp_path, data, teacher=teacher)
 
 
-def test_a_store_says_which_added_tokens_occur_and_verify_reads_them_again(tmp_path):
+def test_store_records_its_added_tokens_and_verify_checks_them(tmp_path):
     tokenizer = write_tokenizer(tmp_path / "tokenizer", more=MANY)
     made = TokenStore.open(store(tmp_path / "data", tokenizer, ids=[THINK]))
     assert made.manifest.added_ids == (0, THINK)
@@ -180,14 +180,14 @@ def begins_with(folder, name, number):
     ],
     ids=["no such token", "no row", "named, another token", "the teacher's own, another token"],
 )
-def test_a_sequence_prefix_that_teacher_and_student_do_not_share_is_refused(tmp_path, student, rows, prefix, why):
+def test_unshared_sequence_prefix_is_refused(tmp_path, student, rows, prefix, why):
     """On a GPU its embedding would be an untrained row, or that of another token, without a word."""
     teacher, student = model(tmp_path / "teacher", MANY, 272), model(tmp_path / "student", student, rows)
     if prefix == "auto":
         begins_with(teacher, "<tool>", TOOL)
     data = store(tmp_path / "data", teacher)
     cfg = configured(tmp_path, data, teacher=teacher, student=student, prefix=prefix)
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     with pytest.raises(StoreMismatch, match=why):
         prefix_choice(cfg, inputs)
     cfg.data.sequence_prefix = "none"
@@ -204,7 +204,7 @@ def test_a_sequence_prefix_that_teacher_and_student_do_not_share_is_refused(tmp_
     ],
     ids=["damaged", "not shared"],
 )
-def test_the_check_of_an_evaluation_refuses_the_prefix_of_an_export_that_cannot_be_used(tmp_path, note, kind, why):
+def test_check_of_an_evaluation_refuses_an_unusable_prefix_of_an_export(tmp_path, note, kind, why):
     teacher, student = model(tmp_path / "teacher", FEW, 264), model(tmp_path / "student", MANY, 264)
     data = store(tmp_path / "data", teacher)
     held_out = store(tmp_path / "held_out", teacher, seed=1)

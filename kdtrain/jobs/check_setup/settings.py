@@ -1,4 +1,4 @@
-"""What a run will choose and be subject to on this machine: compiler, kernels, attention, NCCL, TF32, threads."""
+"""Choices and settings of a run on this machine: compiler, kernels, attention, NCCL, TF32, threads."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from kdtrain.config.schema import RunConfig, StudentSection, TeacherSection
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.process import LAUNCH_ORDER, host_threads, own_cpus
 from kdtrain.errors import ConfigError
+from kdtrain.jobs.check_setup.probes import Result, Row
 from kdtrain.models.attention import compute_capability, resolve_attention
 from kdtrain.models.attention_packages import attention_packages, installed_version
 from kdtrain.telemetry.environment import TF32_VARIABLES, nccl_version, settings
-from kdtrain.training.setup_probes import Result, Row
 
 FIRST_WITH_LAUNCH_ORDER = (2, 26)
 NCCL_FILES = ("~/.nccl.conf", "/etc/nccl.conf")
-"""Where NCCL reads what the environment does not set; NCCL_CONF_FILE takes the place of the first."""
+"""Files with NCCL's settings that the environment does not set; NCCL_CONF_FILE replaces the first."""
 SIDE = 256
-"""Of the product that shows TF32: the exact result needs 21 of float32's 24 bits in any order of summation."""
+"""Size of the product that reveals TF32: the exact result needs 21 of float32's 24 bits in any summation order."""
 
 
 def settings_rows(
     cfg: RunConfig, mesh: Mesh, device: torch.device, mine: Share, ranks: Sequence[Share], environ: Mapping[str, str]
 ) -> list[Row]:
-    """What a run's choices depend on besides versions; the same checks on every rank.
+    """Rows of the settings that a run's choices depend on besides versions; the same checks on every rank.
 
     mine: this rank's share of its host; ranks: those of all. Does not communicate.
     """
@@ -49,7 +49,7 @@ def settings_rows(
 
 
 def compiler_row(device: torch.device, environ: Mapping[str, str]) -> Row:
-    """Whether the compiler that Triton would take (CC, else gcc, else clang) builds a module with Python's headers.
+    """Whether the compiler that Triton takes (CC, else gcc, else clang) builds a module with Python's headers.
 
     Triton compiles the launcher of each kernel at its first use. Writes into a temporary folder only.
     """
@@ -65,8 +65,8 @@ def compiler_row(device: torch.device, environ: Mapping[str, str]) -> Row:
 
 
 def _build_problem(compiler: str) -> str:
-    """What stops `compiler` from building an extension module; empty if nothing does."""
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's name for the same
+    """Why `compiler` cannot build an extension module; empty if it can."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # Debian's name of the same scheme
     include = sysconfig.get_paths(scheme=scheme)["include"]
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -85,21 +85,25 @@ def _build_problem(compiler: str) -> str:
     if done.returncode == 0:
         return ""
     errors = [line for line in done.stderr.splitlines() if "error" in line] or ["it fails"]
-    # without the name of the temporary folder, which is another on every rank
+    # without the name of the temporary folder, which differs between ranks
     text = errors[0].removeprefix(str(source)).lstrip(":0123456789 ")
     return f"{compiler} cannot build with Python's headers: {text}"
 
 
 def kernels_row(device: torch.device) -> Row:
-    """What train.kernels=auto takes on this device, and why."""
+    """The backend that train.kernels=auto takes on this device, and the reason."""
     name, reason = choice(device)
-    reason = reason.replace(str(device), device.type)  # not its number: ranks that found the same share a line
+    reason = reason.replace(
+        str(device), device.type
+    )  # without its number, so that ranks with the same finding share a line
     return Row("kernels auto", "-" if name == "triton" else _bad_on_cuda(device), f"{name}: {reason}")
 
 
 def attention_rows(cfg: RunConfig, device: torch.device) -> list[Row]:
-    """Packages for flash-attention, what attention=auto takes by dtype, and explicit choices of `cfg`, which fail if
-    they cannot hold. An architecture may rule out more: only loading it shows that."""
+    """Packages of flash-attention, the choice of attention=auto by dtype, and explicit choices of `cfg`.
+
+    An explicit choice that is not available fails. An architecture may rule out others, which only loading it shows.
+    """
     rows = []
     for name, found in attention_packages():
         version = installed_version(name)
@@ -108,10 +112,10 @@ def attention_rows(cfg: RunConfig, device: torch.device) -> list[Row]:
     for dtype in ("bfloat16", "float32"):
         taken, reason = _resolved("auto", dtype, device)
         rows.append(Row(f"attention auto {dtype}", "-", f"{taken}: {reason.removeprefix('auto: ')}"))
-    asked = (
-        _asked_row(role, section, device) for role, section in (("student", cfg.student), ("teacher", cfg.teacher))
+    explicit = (
+        _explicit_row(role, section, device) for role, section in (("student", cfg.student), ("teacher", cfg.teacher))
     )
-    return [*rows, *(row for row in asked if row is not None)]
+    return [*rows, *(row for row in explicit if row is not None)]
 
 
 def _resolved(wanted: str, dtype: str, device: torch.device) -> tuple[str, str]:
@@ -119,22 +123,22 @@ def _resolved(wanted: str, dtype: str, device: torch.device) -> tuple[str, str]:
     return resolve_attention(wanted, device_type=device.type, dtype=dtype, capability=capability)
 
 
-def _asked_row(role: str, section: StudentSection | TeacherSection, device: torch.device) -> Row | None:
+def _explicit_row(role: str, section: StudentSection | TeacherSection, device: torch.device) -> Row | None:
     if section.attention == "auto":
         return None
     try:
         _resolved(section.attention, section.dtype, device)
     except ConfigError as error:
         return Row(f"attention {role}", "FAIL", str(error).partition("\n")[0])
-    return Row(f"attention {role}", "ok", f"{section.attention} in {section.dtype}, as asked for")
+    return Row(f"attention {role}", "ok", f"{section.attention} in {section.dtype}, as configured")
 
 
 def nccl_row(mesh: Mesh, found: Mapping[str, str], version: str | None) -> Row:
     """NCCL's settings, and whether collectives start in the order of the host.
 
-    Where a run has several axes, two communicators work on a device at once, and may wait for each other unless every
-    rank starts them in one order. found: from the environment and NCCL's files; version: of NCCL, None without a CUDA
-    device, where nothing is judged.
+    With several axes, two communicators work on a device at once and may deadlock unless every rank launches them in
+    one order. found: settings of the environment and NCCL's files. version: of NCCL; None without a CUDA device, where
+    the row only informs.
     """
     listed = ", ".join(f"{name}={value}" for name, value in sorted(found.items()) if "NCCL_" in name) or "none set"
     if version is None:
@@ -142,7 +146,7 @@ def nccl_row(mesh: Mesh, found: Mapping[str, str], version: str | None) -> Row:
     if not re.fullmatch(r"[+-]?0*[1-9][0-9]*", found.get(LAUNCH_ORDER, "0")):
         state = f"{LAUNCH_ORDER} is off"
     elif tuple(map(int, version.split(".")[:2])) < FIRST_WITH_LAUNCH_ORDER:
-        state = f"NCCL {version} does not know {LAUNCH_ORDER}"
+        state = f"NCCL {version} does not have {LAUNCH_ORDER}"
     else:
         return Row("nccl settings", "ok", f"{listed}; collectives start in the order of the host")
     several = sum(size > 1 for size in (mesh.dp_size, mesh.tp_size, mesh.cp_size)) > 1
@@ -151,13 +155,13 @@ def nccl_row(mesh: Mesh, found: Mapping[str, str], version: str | None) -> Row:
 
 
 def nccl_files(environ: Mapping[str, str], files: Sequence[str]) -> dict[str, str]:
-    """Settings of NCCL's configuration files; the first line that names a variable counts, as NCCL reads them."""
+    """Settings of NCCL's configuration files; as in NCCL, the first line that names a variable counts."""
     first, *others = files
     found: dict[str, str] = {}
     for name in (environ.get("NCCL_CONF_FILE") or os.path.expanduser(first), *others):
         try:
             lines = Path(name).read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:  # as a rule there is none
+        except OSError:  # usually there is no such file
             continue
         for line in lines:
             key, equals, value = line.partition("=")
@@ -167,7 +171,7 @@ def nccl_files(environ: Mapping[str, str], files: Sequence[str]) -> dict[str, st
 
 
 def float32_row(device: torch.device, environ: Mapping[str, str]) -> Row:
-    """Whether products of float32 keep all bits on `device`, by one whose TF32 result is another, and what says so."""
+    """Whether float32 products keep all bits on `device`, tested by one whose TF32 result differs, and the settings."""
     factor = torch.full((SIDE, SIDE), 1 + 2.0**-12, device=device)
     exact = bool((factor @ torch.ones_like(factor) == SIDE * (1 + 2.0**-12)).all())
     precision, override = torch.get_float32_matmul_precision(), environ.get("NVIDIA_TF32_OVERRIDE")
@@ -187,7 +191,7 @@ def float32_row(device: torch.device, environ: Mapping[str, str]) -> Row:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """A rank's part of its host: torch's threads, and the logical CPUs that it may run on."""
+    """A rank's share of its host: torch's threads, and the logical CPUs that it may run on."""
 
     host: str
     threads: int
@@ -195,15 +199,14 @@ class Share:
 
     @classmethod
     def of_this_rank(cls, host: str) -> Share:
-        """As the launcher and the scheduler left it."""
+        """The share that launcher and scheduler gave to this process."""
         return cls(host, torch.get_num_threads(), own_cpus())
 
 
 def threads_row(mine: Share, ranks: Sequence[Share], environ: Mapping[str, str], *, offload: bool) -> Row:
-    """Whether the ranks that share this rank's CPUs have no more threads than there are CPUs.
+    """Whether the ranks that share this rank's CPUs have at most as many threads as there are CPUs.
 
-    offload: the optimizer steps on the host (zero.offload_optimizer), on threads as `host_threads` says, where one is
-    one core for all of AdamW.
+    offload: zero.offload_optimizer, with which AdamW runs on the host, on `host_threads` threads.
     """
     sharing = [share for share in ranks if share.host == mine.host and share.cpus & mine.cpus]
     cpus = len(frozenset[int]().union(*(share.cpus for share in sharing)))
@@ -223,5 +226,5 @@ def threads_row(mine: Share, ranks: Sequence[Share], environ: Mapping[str, str],
 
 
 def _bad_on_cuda(device: torch.device) -> Result:
-    """Result of what only costs a run on CUDA."""
+    """The result of a finding that matters on CUDA only."""
     return "warn" if device.type == "cuda" else "-"

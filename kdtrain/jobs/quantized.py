@@ -1,4 +1,4 @@
-"""A quantised teacher: how far it is from what it was, measured on the run's own tokens before training begins."""
+"""Quantisation of the teacher, and its divergence from the unquantised one on the run's own tokens."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from kdtrain.batch import Batch
 from kdtrain.config.schema import RunConfig
 from kdtrain.distributed.collectives import reduce_sum_
 from kdtrain.distributed.mesh import Mesh
+from kdtrain.jobs.build.models import Models
 from kdtrain.log import LOGGER
 from kdtrain.losses import linear_kd_loss
 from kdtrain.models.quantize import quantize_decoder_
 from kdtrain.teacher.signal import DenseSignal
 from kdtrain.teacher.signal_loss import HeadLayout
-from kdtrain.training.build import Models
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizationCost:
-    """kl: KL(unquantised || quantised), nats per token, over num_tokens. bytes_share: of the weights' bytes, left."""
+    """kl: KL(unquantised || quantised), nats per token, over num_tokens. bytes_share: quantised / unquantised bytes."""
 
     kl: float
     num_tokens: int
@@ -29,11 +29,11 @@ class QuantizationCost:
 
 
 def quantize_teacher(cfg: RunConfig, models: Models, batch: Batch, mesh: Mesh) -> QuantizationCost | None:
-    """Quantise the teacher as teacher.quantize says and log what that costs; None if it says nothing.
+    """Quantise the teacher by teacher.quantize and log the cost; None without it.
 
-    batch: any micro-batch of this rank, whose tokens the cost is measured on; the teacher runs on it twice. Every rank
-    must call it, before the student's engine is built. Communicates over tp as quantising and the loss do, and one
-    all-reduce over the world; all ranks get the same numbers.
+    batch: any micro-batch of this rank, on which the teacher runs before and after. Every rank must call it, before the
+    student's engine is built. Communicates over tp as quantisation and the loss do, and one all-reduce over the world;
+    all ranks get the same numbers.
     """
     teacher, backbone, kind = models.teacher, models.teacher_backbone, cfg.teacher.quantize
     if kind is None or teacher is None or backbone is None:
@@ -43,8 +43,8 @@ def quantize_teacher(cfg: RunConfig, models: Models, batch: Batch, mesh: Mesh) -
     kl = divergence(before, teacher.signal(batch), batch, models.layout)
     table = torch.tensor([0.0, 0.0, *sizes], dtype=torch.float64, device=kl.device)
     table[0], table[1] = kl, batch.num_valid_tokens()
-    # Each rank has the sums of its own tokens and weights.
-    total, count, old, new = reduce_sum_(table, mesh.world_group).tolist()  # tokens once per tp rank
+    # each rank measured its own tokens and holds its own part of the weights; tokens are counted once per tp rank
+    total, count, old, new = reduce_sum_(table, mesh.world_group).tolist()
     cost = QuantizationCost(total / max(count, 1.0), int(count) // mesh.tp_size, new / old)
     LOGGER.info(
         "teacher  %s: KL to its %s self %.3g nats/token over %d tokens, weights %.2f of the bytes",
@@ -61,7 +61,7 @@ def quantize_teacher(cfg: RunConfig, models: Models, batch: Batch, mesh: Mesh) -
 def divergence(one: DenseSignal, other: DenseSignal, batch: Batch, layout: HeadLayout) -> Tensor:
     """KL(one || other) of two signals of `batch` with the same head, summed over its valid tokens; 0-d float64.
 
-    No logits are kept. Replicated over tp, local to the ranks with other tokens. Communicates as linear_kd_loss.
+    Streamed: no logits are stored. Replicated over tp, local to a data rank. Communicates as linear_kd_loss.
     """
     resharding = one.resharding
     shard, group = (layout.shard, layout.group) if resharding is None else (resharding.shard, resharding.group)

@@ -1,4 +1,7 @@
-"""From a checkpoint to a Hugging Face folder, without DeepSpeed and without a process group."""
+"""Export of a checkpoint to a Hugging Face folder: `launch/export_hf.py` and the end of a run.
+
+Needs neither DeepSpeed nor a process group.
+"""
 
 from __future__ import annotations
 
@@ -18,26 +21,21 @@ from kdtrain.files import TOKENIZER_FILES
 from kdtrain.models.export import SPECIAL_IDS, export_hf, ids_within
 from kdtrain.models.special_tokens import read_json
 from kdtrain.stores.folders import recover_folder
-
-MODEL_FOLDER = "model"
-"""Inside a run folder: the tokenizer of the student, and the generation_config.json it came with."""
-
-VOCAB_SIZE = "vocab_size"
-"""In a checkpoint's state: ids of the softmax that the run trains; rows past it are not exported."""
+from kdtrain.training.run_files import CHECKPOINTS, MODEL, VOCAB_SIZE
 
 GENERATION = "generation_config.json"
-"""Where a model's folder says, among other things, at which tokens generation stops."""
+"""In a model folder: settings of generation, among them the ids that end it."""
 
 ORIGIN_FILE = "kdtrain.json"
-"""Inside an export: which checkpoint it is, and the ids that began every sequence of its run."""
+"""Inside an export: the identity of its checkpoint, and the ids that began every sequence of its run."""
 
 
 def model_files(tokenizer_dir: Path, weights: str | None = None) -> list[Path]:
-    """The files that an export needs besides checkpoints: of the student's tokenizer, and its generation_config.json.
+    """Files that an export needs besides a checkpoint: the student's tokenizer and its generation_config.json.
 
-    A student that began as the model folder `weights` keeps its own tokenizer, with chat template and special tokens,
-    and its generation_config.json, where that folder has them. Else it gets `tokenizer_dir`, the tokenizer of the data.
-    ConfigError for one of those an export reads that is no JSON: it would fail after all the training.
+    A student that started from the model folder `weights` keeps that folder's tokenizer, with chat template and special
+    tokens, and generation_config.json, if they exist; otherwise it gets `tokenizer_dir`, the tokenizer of the data.
+    Raises ConfigError if a file that the export reads is not JSON: else the export would fail after all the training.
     """
     own = None if weights is None else Path(weights)
     source = own if own is not None and (own / "tokenizer.json").is_file() else tokenizer_dir
@@ -51,11 +49,11 @@ def model_files(tokenizer_dir: Path, weights: str | None = None) -> list[Path]:
 
 
 def write_model_files(run_folder: Path, tokenizer_dir: Path, weights: str | None = None) -> None:
-    """Keep `model_files` next to the checkpoints, each replaced whole; raises as it does.
+    """Copy `model_files` into the run folder, each by an atomic replace; raises as `model_files`.
 
-    Files of these names that an earlier version of the run left are removed.
+    Files of these names that an earlier start of the run left are removed.
     """
-    files, folder = model_files(tokenizer_dir, weights), run_folder / MODEL_FOLDER
+    files, folder = model_files(tokenizer_dir, weights), run_folder / MODEL
     folder.mkdir(exist_ok=True)
     for file in files:
         temporary = folder / f".{file.name}.writing"
@@ -66,22 +64,22 @@ def write_model_files(run_folder: Path, tokenizer_dir: Path, weights: str | None
 
 
 def export_checkpoint(source: Path, output: Path, *, dtype: str | None = None, replace: bool = False) -> Path:
-    """Write the Hugging Face folder `output` from a run folder's newest checkpoint, or from one checkpoint folder.
+    """Write the Hugging Face folder `output` from a checkpoint folder, or from the newest one of a run folder.
 
-    dtype: "float32" or "bfloat16"; None: the student's in its run. replace: an export of an older checkpoint may be
-    replaced; one of the same checkpoint is left as it is. Needs neither DeepSpeed nor a process group; one parameter
-    is in memory at a time.
-    Raises CheckpointError when `source` holds no complete checkpoint, ConfigError when `output` exists already.
+    dtype: "float32" or "bfloat16"; None: the student's in its run. replace: replace an export of another checkpoint;
+    one of the same checkpoint is left unchanged. One parameter is in memory at a time.
+    Raises CheckpointError if `source` holds no complete checkpoint, ConfigError if `output` exists and may not be
+    replaced.
     """
-    source = Path(os.path.realpath(source))  # unlike resolve() it takes a loop of links for a path that is not there
+    source = Path(os.path.realpath(source))  # unlike resolve(), no error for a loop of links: the path is then missing
     is_checkpoint = (source / "checkpoint.json").is_file()
-    folder = source if is_checkpoint else checkpoint.find_latest(source / "checkpoints")
+    folder = source if is_checkpoint else checkpoint.find_latest(source / CHECKPOINTS)
     if folder is None:
         raise CheckpointError(
             f"{source} holds no complete checkpoint\n"
             "  fix: give a run folder that has checkpoints/step_NNNNNN, or such a folder itself"
         )
-    tokenizer = (folder.parent.parent if is_checkpoint else source) / MODEL_FOLDER
+    tokenizer = (folder.parent.parent if is_checkpoint else source) / MODEL
     if not tokenizer.is_dir():
         raise CheckpointError(
             f"{tokenizer} is missing\n  why: a run keeps its student's tokenizer there\n"
@@ -111,15 +109,15 @@ def export_checkpoint(source: Path, output: Path, *, dtype: str | None = None, r
 
 
 def _softmax_size(folder: Path, tokenizer: Path) -> int | None:
-    """Ids that the run of checkpoint `folder` trained; None where neither it nor a tokenizer.json says."""
+    """Number of ids of the softmax of checkpoint `folder`; None if neither its state nor a tokenizer.json has it."""
     found: int | None = checkpoint.read_state(folder).get(VOCAB_SIZE)
-    if found is None and (tokenizer / "tokenizer.json").is_file():  # a checkpoint of before it was recorded
+    if found is None and (tokenizer / "tokenizer.json").is_file():  # a checkpoint written before the size was recorded
         return vocab_size(tokenizer)
     return found
 
 
 def _generation_text(file: Path, size: int | None) -> str:
-    """What `file` says, byte for byte unless it names ids that have no row."""
+    """The text of `file`, unchanged unless it names ids that have no row; these are removed."""
     text, settings = file.read_text(encoding="utf-8"), read_json(file)
     special = {key: settings[key] for key in SPECIAL_IDS if key in settings}
     kept = special if size is None else ids_within(special, size)
@@ -127,14 +125,14 @@ def _generation_text(file: Path, size: int | None) -> str:
 
 
 def stored_prefix(folder: Path) -> tuple[int, ...]:
-    """The ids that begin every sequence of the run that wrote the checkpoint `folder`. Raises CheckpointError."""
+    """The sequence prefix of the run that wrote checkpoint `folder`. Raises CheckpointError."""
     return sequence_prefix_of(checkpoint.read_state(folder).get("loader", {}))
 
 
 def exported_prefix(weights: Path) -> tuple[int, ...] | None:
-    """The ids that began every sequence the student `weights` was trained on; None for a folder not of kdtrain.
+    """The sequence prefix that the exported student `weights` was trained with; None for a folder not of kdtrain.
 
-    Raises ConfigError if the folder's note is damaged.
+    Raises ConfigError if ORIGIN_FILE is damaged.
     """
     try:
         about = _origin(weights)
@@ -146,7 +144,7 @@ def exported_prefix(weights: Path) -> tuple[int, ...] | None:
 
 
 def _origin(output: Path) -> dict[str, Any] | None:
-    """What ORIGIN_FILE of an export says; None for a folder that kdtrain did not write."""
+    """The content of ORIGIN_FILE of an export; None for a folder that kdtrain did not write."""
     path = output / ORIGIN_FILE
     found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     return found

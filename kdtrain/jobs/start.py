@@ -1,4 +1,4 @@
-"""Whether what a run begins with belongs to what it trains: looked at before minutes are spent on loading."""
+"""The checkpoint that a run starts from, checked against its student and its data before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.data.tokenizer_compare import compare_tokenizers
 from kdtrain.engine import checkpoint
 from kdtrain.errors import StoreMismatch
+from kdtrain.jobs.build.models import student_spec
+from kdtrain.jobs.export_hf import stored_prefix
+from kdtrain.jobs.inputs import Inputs
+from kdtrain.jobs.resume import find_resume_point
+from kdtrain.jobs.sequence_prefix import Prefix, PrefixChoice
 from kdtrain.models.load import model_info
-from kdtrain.training import build
-from kdtrain.training.export import MODEL_FOLDER, stored_prefix
-from kdtrain.training.inputs import Inputs
-from kdtrain.training.resume import ResumePoint, find_resume_point
-from kdtrain.training.sequence_prefix import Prefix, PrefixChoice
+from kdtrain.training.checkpoints import ResumePoint
+from kdtrain.training.run_files import MODEL
 
 
 def find_start(cfg: RunConfig, inputs: Inputs, run_folder: Path) -> ResumePoint | None:
@@ -25,16 +27,16 @@ def find_start(cfg: RunConfig, inputs: Inputs, run_folder: Path) -> ResumePoint 
     point = find_resume_point(cfg, run_folder)
     if point is not None and point.is_stage:
         _same_tokenizer(point.path, inputs)
-        config = model_info(build.student_spec(cfg), inputs.vocab_size).config
+        config = model_info(student_spec(cfg), inputs.vocab_size).config
         checkpoint.check_config(point.path, json.loads(config.to_json_string(use_diff=False)))
     return point
 
 
 def kept_prefix(point: ResumePoint | None, choice: PrefixChoice) -> Prefix | None:
-    """The sequence prefix of the run that this one goes on with; None where it is decided anew.
+    """The sequence prefix of the checkpoint that the run continues; None if it is decided anew.
 
-    A new stage reads other data, perhaps beside another teacher: a teacher is measured again. Without one nothing that
-    could be measured is the student that goes on, so auto keeps what it was trained with. Reads the checkpoint's state.
+    In a new stage, data and teacher may have changed, so a teacher is measured again. Without a teacher there is
+    nothing to measure, and auto keeps the prefix that the student was trained with. Reads the checkpoint's state.
     """
     if point is None or (point.is_stage and (choice.configured is not None or choice.model == "teacher")):
         return None
@@ -42,8 +44,8 @@ def kept_prefix(point: ResumePoint | None, choice: PrefixChoice) -> Prefix | Non
 
 
 def _same_tokenizer(source: Path, inputs: Inputs) -> None:
-    """A resumed run reads the very same stores; a new stage reads others, which only their tokenizer holds together."""
-    kept = source.parent.parent / MODEL_FOLDER
+    """Raise StoreMismatch unless the stores of a new stage have the tokenizer of the run it continues."""
+    kept = source.parent.parent / MODEL
     if not (kept / "tokenizer.json").is_file():
         raise StoreMismatch(
             f"{kept} has no tokenizer.json\n"
@@ -60,6 +62,6 @@ def _same_tokenizer(source: Path, inputs: Inputs) -> None:
     if difference is not None:
         raise StoreMismatch(
             f"{source} was trained on another tokenizer than that of {inputs.train[0].path}: {difference}\n"
-            "  why: token ids that mean other text would be learned without a word\n"
+            "  why: the student would be trained on ids of other tokens without any error\n"
             "  fix: prepare the stores of the new stage with the same tokenizer"
         )

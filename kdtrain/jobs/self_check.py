@@ -1,4 +1,4 @@
-"""Does this teacher belong to these tokens? Asked before the first step, answered with numbers."""
+"""Check before the first step that the teacher predicts the labels of the training data."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from kdtrain.teacher.source import TeacherSource
 
 @torch.no_grad()
 def nll_sum(signal: DenseSignal, labels: Tensor, mask: Tensor, layout: HeadLayout) -> Tensor:
-    """A teacher's cross-entropy on `labels`, weighted with `mask` (both [B, S]) and summed; 0-d float64.
+    """Cross-entropy of a teacher's signal on `labels`, weighted with `mask` (both [B, S]) and summed; 0-d float64.
 
-    Replicated over tp, to be summed over the ranks with other tokens. Communicates as linear_cross_entropy and, where
-    replicas share a teacher, one all-gather over them for each of labels and mask.
+    Replicated over tp, local to a data rank. Communicates as linear_cross_entropy and, if replicas share a teacher,
+    one all-gather over them for each of labels and mask.
     """
     resharding, weight, labels = signal.resharding, mask.reshape(-1), labels.reshape(-1)
     shard, group = (layout.shard, layout.group) if resharding is None else (resharding.shard, resharding.group)
@@ -43,21 +43,20 @@ def nll_sum(signal: DenseSignal, labels: Tensor, mask: Tensor, layout: HeadLayou
 def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout, mesh: Mesh) -> dict[str, float]:
     """Teacher's cross-entropy (nats per token) on the labels and on the labels shifted by -1 and +1 positions.
 
-    A teacher that predicts the previous or the next-but-one token better than the label means that labels, tokenizer
-    or weights are not what they are said to be. Every rank must call it, with its own batch; all judge the same sums.
-    Communicates over tp (the loss's statistics) and one all-reduce over dp and cp. Raises StoreMismatch with the three
-    values.
+    If the teacher predicts the previous or the next-but-one token better than the label, then labels, tokenizer or
+    weights do not belong together. Every rank must call it with its own batch; all get the same sums. Communicates
+    over tp (the loss's statistics) and one all-reduce over dp and cp. Raises StoreMismatch with the three values.
     """
     signal = teacher.signal(batch)
     ids = batch.input_ids
     after_next = torch.cat([batch.labels[:, 1:], batch.labels[:, -1:]], dim=1)
-    # The last position has no next-but-one label; leave it out of all three so that they compare like with like.
+    # The last position has no next-but-one label; it is masked in all three, so that they cover the same tokens.
     mask = batch.loss_mask.clone()
     mask[:, -1] = 0.0
 
     own = [nll_sum(signal, labels, mask, layout) for labels in (batch.labels, ids, after_next)]
     sums = torch.stack([*own, mask.sum(dtype=torch.float64)])
-    # Each rank has the sums of its own tokens; all ranks must take the same decision.
+    # all ranks must come to the same decision: an error on one alone would leave the others waiting
     *totals, count = reduce_sum_(sums, mesh.zero_group).tolist()
     found = dict(zip(("label", "previous", "after_next"), (total / max(count, 1.0) for total in totals), strict=True))
     if count and not found["label"] < min(found["previous"], found["after_next"]):
@@ -65,7 +64,7 @@ def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout, me
             "the teacher does not predict the labels of data.train\n"
             f"  teacher's cross-entropy on the labels: {found['label']:.3f} nats/token; on labels shifted by -1: "
             f"{found['previous']:.3f}, by +1: {found['after_next']:.3f}; the first must be the smallest\n"
-            "  why: the store was made with another tokenizer, or the teacher's weights are not what they should be\n"
+            "  why: the store was made with another tokenizer, or the teacher's weights are wrong\n"
             "  fix: prepare the corpus with the teacher's own tokenizer; debug.self_check=false skips this check"
         )
     return found

@@ -1,19 +1,20 @@
-"""What the memory estimate says of weights, states, buckets and masks, on the device and on the host."""
+"""The memory estimate: weights, states, buckets and masks, on the device and on the host."""
 
 from dataclasses import replace
 
 import pytest
 
-from kdtrain.config.schema import RunConfig
-from kdtrain.training.estimate import ModelSize, estimate_memory, estimate_teacher_rank, mask_bytes
-from kdtrain.training.zero_memory import Share, zero_memory
+from kdtrain.config.schema import RunConfig, ZeroSection
+from kdtrain.jobs.header import memory_inputs
+from kdtrain.planning.estimate import ModelSize, estimate_memory, estimate_teacher_rank, mask_bytes
+from kdtrain.planning.zero_memory import Share, zero_memory
 
 STUDENT, TEACHER = ModelSize(8_000_000, 256, 4, 1024), ModelSize(32_000_000, 512, 8, 1024)
 
 
 def estimate(cfg, student=STUDENT, teacher=None, *, dp_size=1, on_cuda=True, attention="sdpa"):
     return estimate_memory(
-        cfg,
+        memory_inputs(cfg),
         student,
         teacher,
         dp_size=dp_size,
@@ -33,7 +34,7 @@ def estimated(stage, *, offload, teacher=None, dp_size=2):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_optimizer_on_the_host_leaves_the_device(stage):
+def test_optimizer_offload_removes_its_bytes_from_the_device(stage):
     on, off = estimated(stage, offload=True), estimated(stage, offload=False)
     assert off.host == 0
     assert on.host == 8_000_000 // 2 // 2 * 20
@@ -46,7 +47,7 @@ def test_an_optimizer_on_the_host_leaves_the_device(stage):
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2), (3, 2)])
-def test_what_is_written_behind_training_is_copied_to_the_host(stage, ranks):
+def test_async_write_counts_a_copy_of_the_states_on_the_host(stage, ranks):
     cfg = RunConfig()
     cfg.zero.stage = stage
     assert estimate(cfg, STUDENT, None, dp_size=2).host == 0
@@ -54,7 +55,7 @@ def test_what_is_written_behind_training_is_copied_to_the_host(stage, ranks):
     assert estimate(cfg, STUDENT, None, dp_size=2).host == 8_000_000 * 12 // ranks
 
 
-def test_a_teacher_that_runs_ahead_keeps_the_hidden_states_of_two_micro_batches():
+def test_overlapped_teacher_keeps_hidden_states_of_two_micro_batches():
     cfg = RunConfig()
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch = 16, 3
     one = estimate(cfg, STUDENT, TEACHER, dp_size=1).parts["teacher_hidden"]
@@ -62,14 +63,14 @@ def test_a_teacher_that_runs_ahead_keeps_the_hidden_states_of_two_micro_batches(
     assert estimate(cfg, STUDENT, TEACHER, dp_size=1).parts["teacher_hidden"] == 2 * one
 
 
-def test_a_quantised_decoder_takes_a_byte_per_element_and_its_vocabulary_two():
+def test_quantised_decoder_takes_one_byte_per_element_and_its_vocabulary_two():
     cfg = RunConfig()
     cfg.teacher.quantize = "int8"
     vocabulary = 2 * 1024 * 512
     assert estimate(cfg, STUDENT, TEACHER, dp_size=1).parts["teacher"] == 32_000_000 + vocabulary
 
 
-def test_experts_are_not_quantised():
+def test_experts_are_counted_unquantised():
     cfg = RunConfig()
     mixture = replace(TEACHER, num_expert_parameters=20_000_000)
     full = estimate(cfg, STUDENT, mixture, dp_size=1).parts["teacher"]
@@ -79,23 +80,23 @@ def test_experts_are_not_quantised():
     assert estimate(cfg, STUDENT, mixture, dp_size=1).parts["teacher"] == full - quantised
 
 
-def test_a_teacher_on_the_host_is_counted_there():
+def test_offloaded_teacher_is_counted_on_the_host():
     on, off = (estimated(2, offload=offload, teacher=TEACHER) for offload in (True, False))
     assert on.host - estimated(2, offload=True).host == 32_000_000 * 2 // 4
     assert off.parts["teacher"] - on.parts["teacher"] == 32_000_000 * 2 // 4
 
 
-def test_answers_of_a_dedicated_teacher_are_counted_on_both_hosts():
+def test_hidden_states_in_flight_are_counted_on_both_hosts():
     cfg = RunConfig()
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch = 16, 3
     here = estimate(cfg, STUDENT, TEACHER, dp_size=2).host
     cfg.teacher.weights, cfg.teacher.layout, cfg.teacher.ranks, cfg.teacher.in_flight = "folder", "dedicated", 1, 5
     answers = 6 * 16 * 3 * TEACHER.width * 2
     assert estimate(cfg, STUDENT, TEACHER, dp_size=2).host - here == answers
-    assert estimate_teacher_rank(cfg, TEACHER, dp_size=2, attention="sdpa").host == 2 * answers
+    assert estimate_teacher_rank(memory_inputs(cfg), TEACHER, dp_size=2, attention="sdpa").host == 2 * answers
 
 
-def test_ranks_that_share_sequences_share_activations_and_states():
+def test_context_parallelism_divides_activations_and_states():
     cfg = RunConfig()
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 2, 128
     cfg.zero.stage, cfg.teacher.zero_stage = 3, 3
@@ -107,10 +108,9 @@ def test_ranks_that_share_sequences_share_activations_and_states():
 
 
 def zero_of(stage, *, parameters=1000.0, dtype="float32", on_cuda=False, extra=None, offload=False, micro_batches=2):
-    cfg = RunConfig()
-    cfg.zero.stage, cfg.student.dtype, cfg.zero.extra, cfg.zero.offload_optimizer = stage, dtype, extra or {}, offload
+    zero = ZeroSection(stage=stage, extra=extra or {}, offload_optimizer=offload)
     share = Share(parameters, parameters / 10, 4, dtype == "bfloat16", micro_batches)
-    return zero_memory(cfg, share, on_cuda=on_cuda)
+    return zero_memory(zero, share, on_cuda=on_cuda)
 
 
 @pytest.mark.parametrize(
@@ -125,14 +125,14 @@ def zero_of(stage, *, parameters=1000.0, dtype="float32", on_cuda=False, extra=N
         (3, "float32", False, 4, 8),
     ],
 )
-def test_buckets_take_what_the_stage_the_dtype_and_the_device_make_of_them(stage, dtype, on_cuda, bucket, reducing):
+def test_bucket_sizes_by_stage_dtype_and_device(stage, dtype, on_cuda, bucket, reducing):
     found = zero_of(stage, dtype=dtype, on_cuda=on_cuda)
     assert (found.bucket, found.reducing) == (bucket * 1000, reducing * 1000)
     assert not found.early
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_bucket_of_zero_extra_costs_its_size_and_a_small_one_is_reduced_during_backward(stage):
+def test_bucket_of_zero_extra_is_counted_and_a_small_one_is_reduced_during_backward(stage):
     assert zero_of(stage, extra={"reduce_bucket_size": 5e8}).bucket == 4 * 500_000_000
     small = zero_of(stage, extra={"reduce_bucket_size": 50}, on_cuda=True)
     assert small.bucket == (4 if stage == 3 else 8) * 50
@@ -141,14 +141,14 @@ def test_a_bucket_of_zero_extra_costs_its_size_and_a_small_one_is_reduced_during
     assert zero_of(stage, parameters=2e9).early
 
 
-def test_stage_3_gathers_what_fits_and_what_it_fetches_ahead():
+def test_stage_3_gathers_live_and_prefetched_weights():
     assert zero_of(3).gathered == 2 * 1000 * 4
     limits = {"stage3_max_live_parameters": 100, "stage3_prefetch_bucket_size": 10}
     assert zero_of(3, extra=limits).gathered == 110 * 4
     assert zero_of(2).gathered == 0
 
 
-def test_total_is_what_is_there_at_once():
+def test_total_is_the_largest_amount_at_one_time():
     cfg = RunConfig()
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 1, 64
     cfg.zero.stage = 2
@@ -165,7 +165,7 @@ def test_total_is_what_is_there_at_once():
     assert small.total == kept + small.parts["buckets"] == kept + (2 + 6) * 1_000_000
 
 
-def test_masks_grow_with_the_square_of_seq_len_for_eager_and_sdpa_alone():
+def test_only_masks_of_eager_and_sdpa_grow_with_seq_len_squared():
     sizes = {"sequences": 3, "seq_len": 64, "item": 2, "layers": 5}
     square = 3 * 64 * 64
     assert mask_bytes("sdpa", **sizes) == square * (1 + 2 * 5)
@@ -176,7 +176,7 @@ def test_masks_grow_with_the_square_of_seq_len_for_eager_and_sdpa_alone():
         assert mask_bytes(name, **sizes, heads=7) == 4 * (3 * 64 + 1)
 
 
-def test_masks_of_the_student_are_kept_for_every_layer_and_of_the_teacher_for_one():
+def test_student_keeps_masks_of_every_layer_and_teacher_of_one():
     cfg = RunConfig()
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.parallel.cp = 64, 2, 2
     parts = estimate(cfg, STUDENT, TEACHER).parts
@@ -189,7 +189,7 @@ def test_masks_of_the_student_are_kept_for_every_layer_and_of_the_teacher_for_on
     assert flash.parts["masks"] == 4 * (2 * 64 + 1)
 
 
-def test_masks_of_a_teacher_that_runs_ahead_are_there_beside_the_students():
+def test_masks_of_an_overlapped_teacher_add_to_the_students():
     cfg = RunConfig()
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 512, 8, 4096
     alone = estimate(cfg, STUDENT, TEACHER)
@@ -200,7 +200,7 @@ def test_masks_of_a_teacher_that_runs_ahead_are_there_beside_the_students():
 
 
 @pytest.mark.parametrize(("dtype", "item", "widths"), [("float32", 4, 10), ("bfloat16", 2, 12)])
-def test_activations_count_what_a_llama_layer_keeps_and_copies_of_packed_attention(dtype, item, widths):
+def test_activations_of_a_llama_layer_and_copies_of_packed_attention(dtype, item, widths):
     cfg = RunConfig()
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.student.dtype = 64, 2, dtype
     size = replace(STUDENT, inner_width=1000)

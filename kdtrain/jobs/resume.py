@@ -1,10 +1,9 @@
-"""Where a run goes on from, and what has changed since."""
+"""The checkpoint that a run resumes from or continues, by run.resume and run.continue_from."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,56 +11,20 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.engine import checkpoint
 from kdtrain.errors import CheckpointError, ConfigError
 from kdtrain.log import LOGGER
-
-FOLDER = "checkpoints"
-"""Inside the run folder."""
-
-LAYOUT_ONLY = (
-    *("run", "parallel", "zero", "log", "eval", "checkpoint", "debug"),
-    *("guard.spike_sigmas", "guard.stall_warn_s", "guard.stall_exit_s", "guard.data_wait_share"),
-    *(
-        "student.attention",
-        "student.activation_checkpointing",
-        "student.allow_unused_weights",
-        "teacher.attention",
-        "teacher.allow_unused_weights",
-        "teacher.layout",
-        "teacher.tp",
-        "teacher.ranks",
-        "teacher.in_flight",
-        "teacher.zero_stage",
-        "teacher.offload",
-        "teacher.max_tokens_per_forward",
-        "teacher.overlap",
-    ),
-    *("data.sequences_per_micro_batch", "data.prefetch", "data.validation", "train.slab_bytes", "train.kernels"),
-    *("data.sequence_prefix", "data.allow_worse_prefix"),
-)
-"""Sections and keys that change where and how fast a run computes, not what it learns (beyond rounding); and how the
-sequence prefix was chosen: a resumed run has the one of its checkpoint, or is refused."""
-
-
-@dataclass(frozen=True, slots=True)
-class ResumePoint:
-    """path: the checkpoint to load. origin: what run.resume=PATH or run.continue_from the run began with, None for one
-    from scratch. is_stage: only the student and the optimizer's state are taken; a new stage of training begins.
-    """
-
-    path: Path
-    origin: dict[str, Any] | None
-    is_stage: bool = False
+from kdtrain.training.checkpoints import ResumePoint
+from kdtrain.training.run_files import CHECKPOINTS
 
 
 def find_resume_point(cfg: RunConfig, run_folder: Path) -> ResumePoint | None:
-    """The checkpoint to continue from, by run.resume; None to start afresh. Reads only the file system.
+    """The checkpoint to load, by run.resume and run.continue_from; None for a run from scratch.
 
-    auto: the newest good one of this run folder. never: none may be there. A path starts a run from that checkpoint, as
-    run.continue_from does with a new stage; once the run has checkpoints of its own it continues from its newest, so
-    that the same command resumes it.
-    Raises ConfigError when run.resume contradicts what the folder holds, CheckpointError when no good checkpoint is
-    where one must be.
+    auto: the newest complete one of the run folder. never: the folder may hold none. A path, as run.continue_from with
+    a new stage, starts the run from that checkpoint; once the run has checkpoints of its own, the same command resumes
+    it from the newest of them. Reads the file system only.
+    Raises ConfigError if run.resume contradicts the run folder, CheckpointError if a required checkpoint is missing or
+    incomplete.
     """
-    root = run_folder / FOLDER
+    root = run_folder / CHECKPOINTS
     own = checkpoint.find_latest(root)
     if own is None and checkpoint.any_folder(root):
         raise CheckpointError(
@@ -87,10 +50,10 @@ def _from_path(key: str, named: Path, own: Path | None) -> ResumePoint:
     is_stage = key == "run.continue_from"
     same_kind = origin is not None and origin.get("is_stage", False) == is_stage
     if own is not None and origin is not None and same_kind and _real(named) in (origin["named"], origin["path"]):
-        # Where the run began may have moved on since, or be gone: the run does not need it any more.
+        # the named checkpoint may have been removed or followed by others since; the run does not need it any more
         LOGGER.info("%s = %s is where this run began; it continues from its own %s", key, named, own.name)
         return ResumePoint(own, origin)
-    found = named if checkpoint.is_complete(named) else checkpoint.find_latest(named / FOLDER)
+    found = named if checkpoint.is_complete(named) else checkpoint.find_latest(named / CHECKPOINTS)
     if found is None:
         raise CheckpointError(
             f"{key} = {named}: no complete checkpoint there\n"
@@ -106,7 +69,7 @@ def _from_path(key: str, named: Path, own: Path | None) -> ResumePoint:
 
 
 def _identity(named: Path, found: Path, *, is_stage: bool) -> dict[str, Any]:
-    """What a run keeps of the checkpoint it began with; of a stage also how far and from where that one had come."""
+    """What a run stores about the checkpoint it started from; for a stage also its progress and its own origin."""
     identity = {
         "named": _real(named),
         "path": str(found),
@@ -124,8 +87,8 @@ def _two_histories(
 ) -> str:
     if Path(_real(own)).parent == Path(identity["path"]).parent and key == "run.resume":
         return (
-            f"run.resume = {named} is an older checkpoint of this very run, whose newest is {own}\n"
-            "  why: the newer one would win at the next resume; two histories in one folder cannot be told apart\n"
+            f"run.resume = {named} is an older checkpoint of this run, whose newest is {own}\n"
+            "  why: the next resume would load the newer one; two histories in one folder cannot be distinguished\n"
             f"  fix: to go back to step {identity['step']}, choose another run.name and keep run.resume; to continue "
             "from the newest, set run.resume=auto"
         )
@@ -134,33 +97,11 @@ def _two_histories(
     return (
         f"{key} = {named} (step {identity['step']}), but this run folder holds {own}\n"
         f"  of a run that began {began}{' as a new stage' if origin and origin.get('is_stage') else ''}\n"
-        "  why: two histories in one folder could not be told apart, and the newer would win at the next resume\n"
+        "  why: two histories in one folder cannot be distinguished, and the next resume would load the newer\n"
         f"  fix: choose another run.name, or set {stays} to continue the run that is here"
     )
 
 
 def _real(path: Path) -> str:
-    """Links followed. Not Path.resolve, which raises where links go in a circle."""
+    """The path with links resolved. Unlike Path.resolve, it does not raise for a loop of links."""
     return os.path.realpath(path)
-
-
-def config_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines "key: old -> new" for settings that change what is learned. Both: plain nested configurations."""
-    old, new = dict(_leaves(before)), dict(_leaves(now))
-    keys = [key for key in {**old, **new} if not any(key == s or key.startswith(f"{s}.") for s in LAYOUT_ONLY)]
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in keys if old.get(key) != new.get(key)]
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found += _leaves(value, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", list(value) if isinstance(value, tuple) else value))
-    return found
-
-
-def saved_config(cfg: RunConfig) -> dict[str, Any]:
-    """The configuration as it is kept in a checkpoint's state."""
-    return asdict(cfg)

@@ -1,7 +1,7 @@
-"""data.sequence_prefix: what begins every packed sequence of a run, decided once, by measuring a model where need be.
+"""data.sequence_prefix: the ids at the beginning of every packed sequence, decided once per run, if needed measured.
 
-A sequence of a packed stream mostly begins inside a document, where the text has no <bos>. Models that have never seen
-text without it (Gemma's perplexity explodes) are then wrong teachers for a part of all tokens.
+Most sequences of a packed stream begin inside a document, where the text has no <bos>. A model that was never trained
+on text without it (Gemma: its perplexity explodes) is then a wrong teacher for a part of all tokens.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from kdtrain.distributed.collectives import gather_objects, reduce_sum_
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.errors import ConfigError, DataError, KdtrainError, StoreMismatch
+from kdtrain.jobs.build.models import Models
+from kdtrain.jobs.inputs import Inputs
+from kdtrain.jobs.self_check import nll_sum
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import call_with_head
 from kdtrain.teacher.signal import DenseSignal
-from kdtrain.training.build import Models
-from kdtrain.training.inputs import Inputs
-from kdtrain.training.self_check import nll_sum
 
 NUM_SEQUENCES = 64
-"""Measured on."""
-MOST_LOOKED_AT = 4096
-"""Sequences among which those that begin inside a document are looked for."""
+"""Sequences that the measurement uses."""
+MAX_SEARCHED = 4096
+"""Sequences that are searched for those that begin inside a document."""
 TOLERANCE = 0.05
-"""Nats per token by which an explicit choice must not be worse than another one."""
+"""An explicit choice must be worse than the best prefix by less than this, in nats per token."""
 
 Prefix = tuple[int, ...]
 """Ids at the beginning of every sequence; () for none."""
@@ -45,11 +45,11 @@ Prefix = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class PrefixChoice:
-    """What data.sequence_prefix says, and what there is to choose from.
+    """The setting data.sequence_prefix, and the prefixes to choose from.
 
     configured: the ids that it names; None: auto. usual: ids that the tokenizer of the measured model puts before a
-    text, or else those before the stores' documents. model: which one that is, "teacher" or "student"; None: nothing to
-    measure. tokenizer: of the stores.
+    text, or else those before the stores' documents. model: the one to measure, "teacher" or "student"; None: none.
+    tokenizer: of the stores.
     """
 
     configured: Prefix | None
@@ -59,22 +59,22 @@ class PrefixChoice:
 
     @property
     def rivals(self) -> list[Prefix]:
-        """The prefixes to measure, no prefix first; fewer than two: nothing is measured."""
+        """The prefixes to measure, the empty one first; if there are fewer than two, nothing is measured."""
         if self.model is None or (self.configured is not None and self.model != "teacher"):
             return []
         return list(dict.fromkeys([(), self.usual, self.configured or ()]))
 
     @property
     def likely(self) -> Prefix:
-        """The prefix before anything is measured."""
+        """The prefix that the run will most likely have, without a measurement."""
         return self.usual if self.configured is None else self.configured
 
     def name(self, prefix: Prefix) -> str:
-        """A prefix in words: "'<bos>' (id 2)", "no prefix"."""
+        """A prefix for messages: "'<bos>' (id 2)", "no prefix"."""
         return " ".join(f"{self.tokenizer.id_to_token(token)!r} (id {token})" for token in prefix) or "no prefix"
 
     def line(self) -> str | None:
-        """What a new run will do, for --check; None if there is nothing to say."""
+        """What a new run will do, for --check; None without any prefix."""
         names = ", ".join(self.name(prefix) for prefix in self.rivals)
         if len(self.rivals) > 1 and self.configured is None:
             return f"auto: a new run measures the {self.model} with {names} and takes the better"
@@ -86,9 +86,9 @@ class PrefixChoice:
 def prefix_choice(cfg: RunConfig, inputs: Inputs) -> PrefixChoice:
     """Read data.sequence_prefix and the tokenizer of the model that a new run will measure.
 
-    That is the teacher, or else a student that begins with weights; auto means none without either. Reads files only.
-    Raises ConfigError for a token that the tokenizer has not or a prefix as long as a sequence, StoreMismatch for one
-    that not all models know as the same tokens.
+    That is the teacher, or else a student that starts from weights; without either, auto means none. Reads files only.
+    Raises ConfigError for a token that the tokenizer lacks or a prefix as long as a sequence, StoreMismatch for one
+    with different ids in different models.
     """
     named, folder = cfg.data.sequence_prefix, inputs.tokenizer_dir
     tokenizer = load_tokenizer(folder)
@@ -109,7 +109,7 @@ def prefix_choice(cfg: RunConfig, inputs: Inputs) -> PrefixChoice:
         usual = tuple(inputs.train[0].manifest.document_prefix)
     if configured is None:
         require_shared(usual, inputs, f"data.sequence_prefix = auto: the tokenizer of {model}.weights = {weights}")
-    elif any(_why_not(token, inputs) for token in usual):
+    elif any(_unshared_reason(token, inputs) for token in usual):
         usual = ()
     found = PrefixChoice(configured, usual, model, tokenizer)
     for prefix in (found.likely, *found.rivals):
@@ -118,10 +118,13 @@ def prefix_choice(cfg: RunConfig, inputs: Inputs) -> PrefixChoice:
 
 
 def require_shared(prefix: Prefix, inputs: Inputs, what: str) -> None:
-    """Raise StoreMismatch for ids of `prefix` that are not in the softmax or are not one token to all; what: its
-    origin. In the embedding of a GPU such an id would be an untrained row, or another token, without a word."""
+    """Raise StoreMismatch for ids of `prefix` that are not in the softmax or differ between the tokenizers.
+
+    what: the origin of the prefix, for the message. On a GPU the embedding would return an untrained row, or that of
+    another token, without an error.
+    """
     for token in prefix:
-        if (why := _why_not(token, inputs)) is not None:
+        if (why := _unshared_reason(token, inputs)) is not None:
             raise StoreMismatch(
                 f"{what} puts the id {token} before sequences: {why}\n"
                 "  why: an id must mean one token to teacher and student and have a row in both\n"
@@ -130,7 +133,7 @@ def require_shared(prefix: Prefix, inputs: Inputs, what: str) -> None:
             )
 
 
-def _why_not(token: int, inputs: Inputs) -> str | None:
+def _unshared_reason(token: int, inputs: Inputs) -> str | None:
     outside = f"the softmax of the run has {inputs.vocab_size} ids" if token >= inputs.vocab_size else None
     return inputs.unshared.get(token, outside)
 
@@ -147,11 +150,11 @@ class Measured:
 def decide_prefix(
     cfg: RunConfig, choice: PrefixChoice, inputs: Inputs, models: Models, mesh: Mesh, device: torch.device
 ) -> Prefix:
-    """The prefix of a new run, measured if there is a choice, and one line that says so.
+    """The prefix of a new run, measured if there is a choice; logs one line.
 
-    Every rank of the student must call it, before the student has an engine; all get the same. Communicates as
-    `measure_prefixes`. Raises ConfigError, on all ranks, for an explicit choice that is TOLERANCE or more worse than
-    another one, unless data.allow_worse_prefix.
+    Every rank of the student must call it, before the student has an engine; all get the same result. Communicates as
+    `measure_prefixes`. Raises ConfigError, on all ranks, for an explicit choice that is worse than another one by
+    TOLERANCE or more, unless data.allow_worse_prefix.
     """
     rivals = choice.rivals
     if len(rivals) < 2:
@@ -164,11 +167,11 @@ def decide_prefix(
         taken = choice.configured or ()
         LOGGER.info("prefix   %s: no sequence of data.train begins inside a document", choice.name(taken))
         return taken
-    return _judged(cfg, choice, found)
+    return _choose(cfg, choice, found)
 
 
-def _judged(cfg: RunConfig, choice: PrefixChoice, found: Measured) -> Prefix:
-    """The better prefix, or the configured one, and a line with all numbers; ConfigError as `decide_prefix`."""
+def _choose(cfg: RunConfig, choice: PrefixChoice, found: Measured) -> Prefix:
+    """The best prefix, or the configured one; logs all numbers. Raises ConfigError as `decide_prefix`."""
     values, key = found.nll, "data.sequence_prefix"
     best = min(values, key=lambda prefix: values[prefix] if math.isfinite(values[prefix]) else math.inf)
     taken = best if choice.configured is None else choice.configured
@@ -179,7 +182,7 @@ def _judged(cfg: RunConfig, choice: PrefixChoice, found: Measured) -> Prefix:
     if worse and not cfg.data.allow_worse_prefix:
         raise ConfigError(
             f"{key} = {cfg.data.sequence_prefix} is worse than {choice.name(best)}\n  {numbers}\n"
-            f"  why: {TOLERANCE} nats or more are lost in the targets that the student learns from\n"
+            f"  why: {TOLERANCE} nats or more are lost in the targets of the student\n"
             f"  fix: set {key}=auto, which takes the better, or data.allow_worse_prefix=true"
         )
     LOGGER.info("prefix   %s: %s", choice.name(taken), numbers)
@@ -187,7 +190,7 @@ def _judged(cfg: RunConfig, choice: PrefixChoice, found: Measured) -> Prefix:
 
 
 def nll_function(models: Models) -> Callable[[Batch], Tensor]:
-    """Summed cross-entropy on a batch's labels that count, of the teacher or else the student; communicates over tp."""
+    """A function from a batch to the summed cross-entropy of the teacher, or else the student; communicates over tp."""
     teacher, student, layout = models.teacher, models.student, models.layout
     if teacher is not None:
         return lambda batch: nll_sum(teacher.signal(batch), batch.labels, batch.loss_mask, layout)
@@ -217,12 +220,12 @@ def measure_prefixes(
 ) -> Measured | None:
     """A model's nll with each of `prefixes` before the same tokens; None if no sequence begins inside a document.
 
-    The sequences are the first NUM_SEQUENCES of the run's order that begin inside a document, fewer in a small corpus.
-    Compared are labels that all forms predict: with reset_positions those of the document that was cut, as later
-    documents of a sequence do not see the prefix; else all. nll: see `nll_function`; called equally often with batches
-    of one shape on every rank, at most data.sequences_per_micro_batch sequences at a time. Communicates as it does,
-    one gather of errors over the world and one all-reduce over dp and cp. Data that one rank cannot read are a
-    DataError on all others.
+    Uses the first NUM_SEQUENCES sequences of the run's order that begin inside a document, fewer in a small corpus. The
+    compared labels are those that every form predicts: with reset_positions only those of the document that was cut, as
+    later documents of a sequence do not attend to the prefix.
+    nll: see `nll_function`; every rank calls it equally often, with batches of one shape of at most
+    data.sequences_per_micro_batch sequences. Communicates as `nll` does, one gather of errors over the world and one
+    all-reduce over dp and cp. If one rank cannot read its data, all others raise DataError.
     """
     d = cfg.data
     batches: list[list[Batch]] = []
@@ -234,7 +237,7 @@ def measure_prefixes(
         batches = list(_batches(stores, places, prefixes, packing, d.sequences_per_micro_batch, mesh))
     except (KdtrainError, OSError) as error:
         failure = error
-    # no rank may wait in a collective of the model for one that cannot read its data
+    # All ranks share their errors: a rank that raised alone would leave the others in a collective of the model.
     texts = gather_objects(None if failure is None else str(failure), mesh.world_group)
     if failure is not None:
         raise failure
@@ -247,7 +250,7 @@ def measure_prefixes(
         for number, batch in enumerate(forms):
             sums[number] += nll(batch.to(device))
         sums[-1] += forms[0].loss_mask.sum(dtype=torch.float64).to(device)
-    # Each rank has the sums of its own tokens; all ranks must take the same decision.
+    # the means are over the tokens of all data ranks, and all ranks must choose the same prefix
     *totals, count = reduce_sum_(sums, mesh.zero_group).tolist()
     means = (total / max(count, 1.0) for total in totals)
     return Measured(dict(zip(prefixes, means, strict=True)), int(count), len(places))
@@ -258,12 +261,12 @@ def sequences_inside(
 ) -> list[tuple[int, int]]:
     """(store, sequence) of the first NUM_SEQUENCES in a run's order that begin inside a document, each once.
 
-    With room for the whole prefix before the place in its document, and a label behind it. Looks at MOST_LOOKED_AT.
+    The document has room for the whole prefix before the sequence, and a label in it. Searches MAX_SEARCHED sequences.
     """
     sizes = [num_sequences(store, packing) for store in stores]
     order, room = BlendOrder(sizes, weights, seed), max(1, len(packing.sequence_prefix))
     found: dict[tuple[int, int], None] = {}
-    for position in range(min(MOST_LOOKED_AT, 2 * sum(sizes))):
+    for position in range(min(MAX_SEARCHED, 2 * sum(sizes))):
         store, sequence = order[position]
         start = sequence * packing.stride
         if len(stores[store].document_starts(max(0, start - room + 1), start + 2)) == 0:
@@ -281,7 +284,7 @@ def _batches(
     most: int,
     mesh: Mesh,
 ) -> Iterator[list[Batch]]:
-    """This data rank's share of `places`, at most `most` at a time: per batch its form with each of the prefixes."""
+    """This data rank's share of `places` in batches of at most `most`: for each its form with every prefix."""
     rows = max(1, min(most, -(-len(places) // mesh.dp_size)))
     for start in range(0, len(places), rows * mesh.dp_size):
         first = start + mesh.dp_rank * rows
@@ -297,7 +300,7 @@ def _batches(
 
 
 def _form(store: TokenStore, sequence: int, packing: Packing, prefix: Prefix) -> Packed:
-    """The tokens of a sequence of `packing` behind another prefix; only the labels that are compared count."""
+    """The tokens of a sequence of `packing` after another prefix; labels that are not compared are masked."""
     start = sequence * packing.stride
     ids, labels, mask, positions = pack_from(store, start, replace(packing, sequence_prefix=prefix))
     begins = store.document_starts(start, start + packing.stride) - start
