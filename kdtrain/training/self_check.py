@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,34 +11,44 @@ from kdtrain.data.batch import Batch
 from kdtrain.dist.collectives import reduce_sum_
 from kdtrain.dist.mesh import Mesh
 from kdtrain.errors import StoreMismatch
-from kdtrain.losses import linear_cross_entropy
+from kdtrain.losses.label_sets import cross_entropy_of_label_sets
 from kdtrain.objectives.base import HeadLayout
 from kdtrain.objectives.distill import TeacherSource
 from kdtrain.teacher.signal import DenseSignal
 
 
-@torch.no_grad()
 def nll_sum(signal: DenseSignal, labels: Tensor, mask: Tensor, layout: HeadLayout) -> Tensor:
     """A teacher's cross-entropy on `labels`, weighted with `mask` (both [B, S]) and summed; 0-d float64.
 
-    Replicated over tp, to be summed over the ranks with other tokens. Communicates as linear_cross_entropy and, where
-    replicas share a teacher, one all-gather over them for each of labels and mask.
+    Replicated over tp, to be summed over the ranks with other tokens. Communicates as `nll_sums` of one set.
     """
-    spread, weight, labels = signal.spread, mask.reshape(-1), labels.reshape(-1)
+    return nll_sums(signal, [labels], mask, layout)[0]
+
+
+@torch.no_grad()
+def nll_sums(signal: DenseSignal, label_sets: Sequence[Tensor], mask: Tensor, layout: HeadLayout) -> list[Tensor]:
+    """`nll_sum` of each of `label_sets`; the teacher's logits are computed once.
+
+    Communicates as cross_entropy_of_label_sets and, where replicas share a teacher, one all-gather over them for the
+    mask and for each set.
+    """
+    spread, weight = signal.spread, mask.reshape(-1)
+    flat = [labels.reshape(-1) for labels in label_sets]
     shard, group = (layout.shard, layout.group) if spread is None else (spread.shard, spread.group)
     if spread is not None:
-        weight, labels = spread.gather(weight), spread.gather(labels)
-    parts = linear_cross_entropy(
+        # the loss is taken over the tokens of all replicas that share the teacher
+        weight, flat = spread.gather(weight), [spread.gather(labels) for labels in flat]
+    parts = cross_entropy_of_label_sets(
         signal.hidden_states,
         signal.head,
-        labels,
+        flat,
         weight=weight,
         shard=shard,
         group=group,
         slab_bytes=layout.slab_bytes,
         backend=layout.backend,
     )
-    return (parts if spread is None else spread.own(parts)).loss.double()
+    return [(part if spread is None else spread.own(part)).loss.double() for part in parts]
 
 
 @torch.no_grad()
@@ -55,7 +67,7 @@ def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout, me
     mask = batch.loss_mask.clone()
     mask[:, -1] = 0.0
 
-    own = [nll_sum(signal, labels, mask, layout) for labels in (batch.labels, ids, after_next)]
+    own = nll_sums(signal, (batch.labels, ids, after_next), mask, layout)
     sums = torch.stack([*own, mask.sum(dtype=torch.float64)])
     *totals, count = reduce_sum_(sums, mesh.zero_group).tolist()
     found = dict(zip(("label", "previous", "after_next"), (total / max(count, 1.0) for total in totals), strict=True))
