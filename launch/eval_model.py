@@ -6,10 +6,12 @@ With the CONFIG.yaml of a run from scratch, student.architecture=null too. The l
 import sys
 
 from kdtrain.config.cli import Request, parse, run_script
+from kdtrain.imports import collector_paused
 
 
 def main(request: Request) -> int:
-    from kdtrain.jobs.eval_model import run_evaluation  # torch, transformers: seconds
+    with collector_paused():
+        from kdtrain.jobs.eval_model import run_evaluation  # torch, transformers: seconds
 
     return run_evaluation(request)
 

@@ -239,8 +239,6 @@ get_data() {
     finish data "$key"
 }
 
-free_port() { "$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-
 train() { # run name, config; configurations extend each other
     key=$(key_of configs/demo/*.yaml)-$(cat "$WORK/data.done")
     if finished "$1" "$key"; then
@@ -252,8 +250,9 @@ train() { # run name, config; configurations extend each other
         rm -rf "$WORK/runs/$1"
         finish "$1.started" "$key"
     fi
-    say "[$1] deepspeed --num_accelerators 2 launch/train.py $2"
-    OMP_NUM_THREADS=1 "$VENV/bin/deepspeed" --num_accelerators 2 --master_port "$(free_port)" \
+    # As `deepspeed --num_accelerators 2 launch/train.py` does, which imports DeepSpeed twice before a rank starts.
+    say "[$1] python launch/local_ranks.py 2 launch/train.py $2"
+    OMP_NUM_THREADS=1 "$VENV/bin/python" launch/local_ranks.py 2 \
         launch/train.py "$2" run.output_dir=.quickstart/runs "run.name=$1"
     finish "$1" "$key"
 }

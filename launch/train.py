@@ -4,10 +4,12 @@ import sys
 
 # no torch yet: mistakes are reported in a fraction of a second
 from kdtrain.config.cli import Request, parse, run_script
+from kdtrain.imports import collector_paused
 
 
 def main(request: Request) -> int:
-    from kdtrain.jobs.train import run_training  # torch, deepspeed, transformers: seconds
+    with collector_paused():
+        from kdtrain.jobs.train import run_training  # torch, deepspeed, transformers: seconds
 
     return run_training(request)
 

@@ -32,7 +32,6 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises ConfigError if there is none, DataError if it cannot be parsed.
     """
     path = tokenizer_file(folder)
-    _json(path)
     with _LibraryErrors(path):
         tokenizer = Tokenizer.from_file(str(path))
     # The file may contain truncation and padding for a model's inputs; documents must be encoded whole.
@@ -52,6 +51,7 @@ class _LibraryErrors:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is Exception:
+            _json(self._path)
             raise DataError(
                 f"{self._path} is not a tokenizer that the tokenizers library reads: {error}\n"
                 "  fix: copy it again from the model it belongs to, or install a newer tokenizers"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from kdtrain.data.tokenizer import fingerprint, load_tokenizer
+from kdtrain.data.tokenizer import fingerprint, load_tokenizer, tokenizer_file
 
 PROBES = (
     "Hello world",
@@ -41,8 +41,11 @@ class Comparison:
 def compare_tokenizers(first: str | Path, second: str | Path) -> Comparison:
     """Compare two folders by probe strings, then by every id's name.
 
-    Equal fingerprints need no comparison. Raises as `load_tokenizer`.
+    Equal files or fingerprints need no comparison. Raises as `load_tokenizer`.
     """
+    if tokenizer_file(first).read_bytes() == tokenizer_file(second).read_bytes():
+        load_tokenizer(first)  # refuses what is no tokenizer
+        return Comparison(None)
     if fingerprint(first) == fingerprint(second):
         return Comparison(None)
     a, b = load_tokenizer(first), load_tokenizer(second)

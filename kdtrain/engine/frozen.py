@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from contextlib import redirect_stdout
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from kdtrain.batch import Batch
 from kdtrain.config.deepspeed_config import frozen_config
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard
+from kdtrain.engine.process import import_muon
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.load import move_buffers
@@ -52,6 +54,7 @@ class FrozenEngine:
             # Which modules inside the experts run depends on a rank's tokens, but DeepSpeed prefetches weights in the
             # order of calls that it recorded, which must be the same on all ranks. It records nothing inside a leaf.
             set_z3_leaf_module(experts, True)
+        import_muon(os.environ)
         with redirect_stdout(io.StringIO()) as printed:
             # Before `initialize`, which would first move an undivided model to the device.
             deepspeed.zero.Init(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Collection, Mapping, MutableMapping
 
@@ -46,6 +47,26 @@ def compute_deterministically(environ: MutableMapping[str, str]) -> None:
             )
     torch.use_deterministic_algorithms(True)
     LOGGER.info("debug    deterministic algorithms only: slower, and an operation without one ends the run")
+
+
+def import_muon(environ: MutableMapping[str, str]) -> None:
+    """Import DeepSpeed's Muon optimizer with torch.compile switched off. Before `deepspeed.initialize`.
+
+    DeepSpeed 0.19 imports its module in every run, to compare classes, and its decorators then import torch's compiler,
+    which takes a second. Here that optimizer is never used; in this process it computes without the compiler.
+    """
+    name = "TORCHDYNAMO_DISABLE"
+    before = environ.get(name)
+    environ[name] = "1"
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    except ImportError:  # another release of DeepSpeed keeps it elsewhere: nothing is gained, nothing lost
+        LOGGER.debug("DeepSpeed has no deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        if before is None:
+            del environ[name]
+        else:
+            environ[name] = before
 
 
 def own_cpus() -> frozenset[int]:

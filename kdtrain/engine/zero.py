@@ -25,7 +25,7 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.engine.mixed import float32_beside_bfloat16, putting_back, refuse_float32_at_stage_3
 from kdtrain.engine.optim import build_adamw
-from kdtrain.engine.process import host_threads, own_cpus
+from kdtrain.engine.process import host_threads, import_muon, own_cpus
 from kdtrain.engine.settings import EngineSettings
 from kdtrain.errors import DataError, ParallelError
 from kdtrain.log import LOGGER
@@ -80,6 +80,7 @@ class StudentEngine:
             config["gradient_clipping"] = 0.0
             self.optimizer.register_step_pre_hook(self._clip_without_zero)
         optimizer = putting_back(self.optimizer, float32.values()) if float32 else self.optimizer
+        import_muon(os.environ)
         with redirect_stdout(io.StringIO()) as printed:  # DeepSpeed's bfloat16 optimizer prints memory tables
             self.deepspeed: Any = deepspeed.initialize(
                 model=backbone, optimizer=optimizer, config=config, mpu=mesh, dist_init_required=False

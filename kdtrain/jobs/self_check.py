@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,34 +11,44 @@ from kdtrain.batch import Batch
 from kdtrain.distributed.collectives import reduce_sum_
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import StoreMismatch
-from kdtrain.losses import linear_cross_entropy
+from kdtrain.losses.label_sets import cross_entropy_of_label_sets
 from kdtrain.teacher.signal import DenseSignal
 from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.teacher.source import TeacherSource
 
 
-@torch.no_grad()
 def nll_sum(signal: DenseSignal, labels: Tensor, mask: Tensor, layout: HeadLayout) -> Tensor:
     """Cross-entropy of a teacher's signal on `labels`, weighted with `mask` (both [B, S]) and summed; 0-d float64.
 
-    Replicated over tp, local to a data rank. Communicates as linear_cross_entropy and, if replicas share a teacher,
-    one all-gather over them for each of labels and mask.
+    Replicated over tp, to be summed over the ranks with other tokens. Communicates as `nll_sums` of one set.
     """
-    resharding, weight, labels = signal.resharding, mask.reshape(-1), labels.reshape(-1)
+    return nll_sums(signal, [labels], mask, layout)[0]
+
+
+@torch.no_grad()
+def nll_sums(signal: DenseSignal, label_sets: Sequence[Tensor], mask: Tensor, layout: HeadLayout) -> list[Tensor]:
+    """`nll_sum` of each of `label_sets`; the teacher's logits are computed once.
+
+    Communicates as cross_entropy_of_label_sets and, where replicas share a teacher, one all-gather over them for the
+    mask and for each set.
+    """
+    resharding, weight = signal.resharding, mask.reshape(-1)
+    flat = [labels.reshape(-1) for labels in label_sets]
     shard, group = (layout.shard, layout.group) if resharding is None else (resharding.shard, resharding.group)
     if resharding is not None:
-        weight, labels = resharding.gather(weight), resharding.gather(labels)
-    parts = linear_cross_entropy(
+        # the loss is taken over the tokens of all replicas that share the teacher
+        weight, flat = resharding.gather(weight), [resharding.gather(labels) for labels in flat]
+    parts = cross_entropy_of_label_sets(
         signal.hidden_states,
         signal.head,
-        labels,
+        flat,
         weight=weight,
         shard=shard,
         group=group,
         slab_bytes=layout.slab_bytes,
         backend=layout.backend,
     )
-    return (parts if resharding is None else resharding.local_parts(parts)).loss.double()
+    return [(part if resharding is None else resharding.local_parts(part)).loss.double() for part in parts]
 
 
 @torch.no_grad()
@@ -54,7 +66,7 @@ def check_alignment(teacher: TeacherSource, batch: Batch, layout: HeadLayout, me
     mask = batch.loss_mask.clone()
     mask[:, -1] = 0.0
 
-    own = [nll_sum(signal, labels, mask, layout) for labels in (batch.labels, ids, after_next)]
+    own = nll_sums(signal, (batch.labels, ids, after_next), mask, layout)
     sums = torch.stack([*own, mask.sum(dtype=torch.float64)])
     # all ranks must come to the same decision: an error on one alone would leave the others waiting
     *totals, count = reduce_sum_(sums, mesh.zero_group).tolist()

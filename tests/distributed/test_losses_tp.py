@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_cross_entropy, reference, stream
+from kdtrain.losses.label_sets import cross_entropy_of_label_sets
 from tests.support.loss_cases import (
     LossCase,
     cut_head,
@@ -109,6 +110,17 @@ def _check_laws(rank: int, world_size: int) -> None:
         assert torch.equal(got.loss, parts.loss.detach()), name
         assert torch.equal(got.grad_hidden, hidden.grad), name
         assert torch.equal(got.grad_weight, head.weight.grad[: shard.valid_rows]), name
+        for of_set in cross_entropy_of_label_sets(
+            case.hidden_s,
+            head,
+            [case.labels] * 2,
+            weight=case.ce_weight,
+            shard=shard,
+            group=group,
+            slab_bytes=stream.bytes_per_token(shard, group, torch.float32) * 8,
+        ):
+            assert torch.equal(of_set.ce, parts.ce), name
+            assert torch.equal(of_set.loss, parts.loss.detach()), name
 
 
 @pytest.mark.parametrize("world_size", [2, 4])

@@ -252,13 +252,12 @@ def demo(tree):
     (tree / "configs/demo").mkdir(parents=True)
     for name in ("distill_cpu", "pretrain_cpu"):
         (tree / f"configs/demo/{name}.yaml").write_text(f"# {name}\n")
-    executable(
-        tree / ".venv/bin/deepspeed",
-        "#!/bin/sh\n"
-        'while [ "${1#launch}" = "$1" ]; do shift; done\n'
-        'echo "deepspeed $*" >>calls\n'
-        "[ ! -f fail ] || exit 75\n"
-        'for word; do case $word in run.name=*) mkdir -p ".quickstart/runs/${word#run.name=}" ;; esac; done\n',
+    (tree / "launch/local_ranks.py").write_text(
+        "import os, sys\n"
+        "open('calls', 'a').write('local_ranks ' + ' '.join(sys.argv[1:]) + '\\n')\n"
+        "if os.path.exists('fail'):\n"
+        "    sys.exit(75)\n"
+        "os.makedirs('.quickstart/runs/' + sys.argv[-1].removeprefix('run.name='), exist_ok=True)\n"
     )
     (tree / ".quickstart").mkdir()
     key = subprocess.run(
@@ -277,7 +276,7 @@ def calls(tree):
     """Names of the stages called since the last look."""
     lines = (tree / "calls").read_text().splitlines() if (tree / "calls").exists() else []
     (tree / "calls").unlink(missing_ok=True)
-    return [line.split()[0] if not line.startswith("deepspeed") else line.split()[-1] for line in lines]
+    return [line.split()[0] if not line.startswith("local_ranks") else line.split()[-1] for line in lines]
 
 
 ALL = ["prepare_corpus.py", "run.name=distill", "run.name=pretrain", "demo_report.py"]
