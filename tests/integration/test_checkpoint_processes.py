@@ -77,7 +77,7 @@ test, slices = map(load_file, sys.argv[1:3])
 
 
 @pytest.mark.parametrize("behind", [False, True])
-def test_a_kill_at_any_byte_leaves_the_last_good_checkpoint(tmp_path, behind):
+def test_kill_at_any_byte_keeps_the_last_complete_checkpoint(tmp_path, behind):
     code = f"test.kill_at_every_kind_of_byte(slices, pathlib.Path(sys.argv[3]), {behind})"
     run(LOAD + code, __file__, SLICES, tmp_path)
 

@@ -75,7 +75,7 @@ def config(tmp_path):
     )
 
 
-def test_a_job_that_is_warned_saves_is_requeued_and_goes_on(tmp_path, config):
+def test_signalled_batch_job_saves_is_requeued_and_resumes(tmp_path, config):
     (tmp_path / "bin").mkdir()
     for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
         (tmp_path / "bin" / name).write_text(text)

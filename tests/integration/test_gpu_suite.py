@@ -13,7 +13,7 @@ pytestmark = pytest.mark.deepspeed
 
 
 @pytest.mark.timeout(580)
-def test_the_probe_and_two_whole_runs_pass_on_the_cpu(tmp_path):
+def test_gpu_probe_and_two_runs_pass_on_the_cpu(tmp_path):
     names = {"PYTHON": sys.executable, "ARGS": "--cpu", "RUNS": "zero2_overlap_async resumed", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         ["sh", str(ROOT / "benchmarks/gpu_suite.sh"), "gpu-1", str(tmp_path)],

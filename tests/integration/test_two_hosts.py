@@ -259,7 +259,7 @@ def end_of(process, folder, name, timeout_s):
 @pytest.mark.dist
 @pytest.mark.deepspeed
 @pytest.mark.timeout(600)
-def test_hosts_that_lose_power_end_the_run_and_the_same_command_goes_on_bitwise(tmp_path):
+def test_run_resumes_bitwise_after_either_host_loses_power(tmp_path):
     if reason := what_is_missing():
         pytest.skip(reason)
     write_run(
