@@ -1,4 +1,4 @@
-"""Our idea of DeepSpeed's settings against DeepSpeed itself, in a process of its own: importing it is slow."""
+"""kdtrain's tables of DeepSpeed's settings against DeepSpeed itself, in a new process."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Ranks as real processes: with no launcher, in a world of two, without a compiler, and how they end."""
+"""Ranks as processes: without a launcher, in a world of two, without a compiler, and their exit."""
 
 import json
 import os
@@ -44,7 +44,7 @@ bootstrap.leave(0)
 
 
 def start(code, *args, **variables):
-    """A process with no launcher's variables but `variables`, on whose PATH no compiler is."""
+    """A process with no launcher's variables but `variables`, with no compiler on its PATH."""
     env = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "PATH": "/nonexistent", **variables}
     command = [sys.executable, "-c", code, *map(str, args)]
@@ -95,9 +95,9 @@ def test_leave_flushes_output_and_exits_with_its_code():
     code = (
         "import atexit, sys\nfrom kdtrain.engine import bootstrap\n"
         "atexit.register(lambda: print('torn down'))\n"
-        "sys.stdout.write('last words')\nbootstrap.leave(75)\n"
+        "sys.stdout.write('output')\nbootstrap.leave(75)\n"
     )
-    assert finish(start(code))[:2] == (EXIT_STOPPED, "last words")
+    assert finish(start(code))[:2] == (EXIT_STOPPED, "output")
 
 
 def test_world_without_master_address_is_refused(monkeypatch):

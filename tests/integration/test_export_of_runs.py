@@ -1,4 +1,4 @@
-"""Whole runs of students with padded head rows: what transformers computes from the export is what the run measured."""
+"""Whole runs of students with padded head rows: transformers computes from the export what the run measured."""
 
 import json
 
@@ -15,7 +15,7 @@ from tests.support.tiny_data import random_documents, write_store, write_tokeniz
 from tests.support.tiny_run import write_run
 
 TOKENS, ROWS = 258, 304
-pytestmark = pytest.mark.deepspeed
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from kdtrain.models.tiny import tiny_config
 from tests.support.launching import free_port, start_rank
 from tests.support.tiny_run import write_run
 
-pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
+pytestmark = [pytest.mark.dist, pytest.mark.deepspeed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

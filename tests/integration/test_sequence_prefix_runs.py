@@ -1,4 +1,4 @@
-"""data.sequence_prefix in whole runs: decided once, kept by checkpoint and export, the same for validation."""
+"""data.sequence_prefix in whole runs: measured once, kept in checkpoint and export, used in validation."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from tests.support.bos_models import BOS, write_bos_run
 from tests.support.launching import end_ranks, numbers_of, start_ranks
 
-pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
+pytestmark = [pytest.mark.dist, pytest.mark.deepspeed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""run.continue_from: a second stage of training, with the optimizer's state of the first and data of its own."""
+"""run.continue_from: a second stage of training with the optimizer's state of the first and other data."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from tests.support.launching import run_ranks
 from tests.support.tiny_data import random_documents, write_store
 from tests.support.tiny_run import TOKENS_PER_STEP, write_run
 
-pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
+pytestmark = [pytest.mark.dist, pytest.mark.deepspeed, pytest.mark.slow]
 STEPS = 2
 """Of the first stage."""
 
@@ -126,16 +126,16 @@ def test_first_update_of_a_stage_uses_moments_and_step_counts_of_the_former(firs
 
 
 def test_console_lists_what_a_stage_takes_resets_and_changes(first, second):
-    said = second[1]
+    output = second[1]
     assert (
         f"stage    from {first[1]}/checkpoints/step_{STEPS:06d} (step {STEPS}, 256 tokens): took weights, AdamW's "
         "moments and step counts; steps, tokens, learning-rate schedule and data position begin at 0"
-    ) in said
-    assert f"changed since step_{STEPS:06d} was written: optim.betas: [0.9, 0.95] -> [0.8, 0.9]" in said
-    assert f"changed since step_{STEPS:06d} was written: optim.lr: " in said
-    assert "written: data." not in said
-    assert "store    " in said
-    assert " sequences, 64 drawn, " in said
+    ) in output
+    assert f"changed since step_{STEPS:06d} was written: optim.betas: [0.9, 0.95] -> [0.8, 0.9]" in output
+    assert f"changed since step_{STEPS:06d} was written: optim.lr: " in output
+    assert "written: data." not in output
+    assert "store    " in output
+    assert " sequences, 64 drawn, " in output
 
 
 def test_stage_on_the_same_store_starts_at_its_first_sequence(first):
@@ -161,8 +161,8 @@ def test_stage_resumes_bitwise_by_the_same_command_and_ends_once(first, second, 
     assert (tmp_path / "second" / file).read_bytes() == (folder / file).read_bytes()
     resumed, whole = (read_records(run / "metrics.jsonl") for run in (tmp_path / "second", folder))
     assert [record["loss/ce"] for record in resumed] == [record["loss/ce"] for record in whole]
-    said = start(first[0], *words, f"run.output_dir={tmp_path}")
-    assert "is where this run began; it continues from its own step_000004" in said
+    output = start(first[0], *words, f"run.output_dir={tmp_path}")
+    assert "is where this run began; it continues from its own step_000004" in output
 
 
 def test_stage_starts_bitwise_in_another_layout(first, second):
@@ -202,5 +202,5 @@ def test_check_of_a_stage_refuses_what_its_start_refuses(first, second):
     assert "check    passed" in start(config, *words)
     assert "another model than this run trains" in start(config, *words, "student.architecture=llama-5m", code=3)
     assert not (source.parent / "checked").exists()
-    said = start(config, *stage_words(first, "first", "--check"), code=2)
-    assert "this run folder holds" in said
+    output = start(config, *stage_words(first, "first", "--check"), code=2)
+    assert "this run folder holds" in output

@@ -183,5 +183,6 @@ def read_status(run: Path) -> tuple[str, str]:
     """(state, reason up to its first semicolon) of RUN/STATUS."""
     from kdtrain.run_state.run_folder import read_status as read
 
-    state, reason = read(run)
-    return state, reason.partition(";")[0]
+    found = read(run)
+    assert found is not None, f"{run} has no STATUS"
+    return found[0], found[1].partition(";")[0]
