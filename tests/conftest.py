@@ -19,6 +19,15 @@ from kdtrain.log import LOGGER
 from kdtrain.testing.ranks import ENGINE_MODULES, RankPool
 
 
+LONG_FILES = ("test_triton_", "test_bench_", "test_telemetry_wandb", "test_setup_check")
+"""Files of tests/unit that take longest, by the beginning of their names."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: two workers that take whole files then end at about the same time."""
+    items.sort(key=lambda item: item.path.parent.name == "unit" and not item.path.name.startswith(LONG_FILES))
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the fork server while other tests run, with all that engines import if a test needs it."""
     if any(item.get_closest_marker("deepspeed") for item in session.items) and not session.config.option.collectonly:

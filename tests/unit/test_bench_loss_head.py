@@ -47,6 +47,7 @@ def test_every_provider_that_runs_here_has_float64s_value_and_gradients(task):
     assert {"streamed-128MiB", "naive", "chunked"} <= set(compared)
 
 
+@pytest.mark.slow
 def test_torchs_fused_cross_entropy_is_an_oracle_in_float32_and_none_in_bfloat16():
     providers = import_module("loss_providers")
     provider = providers.find("ce", "torch-linear-ce")
@@ -83,6 +84,7 @@ def test_a_package_that_is_not_there_and_a_missing_device_are_named():
         providers.find("ce", "x")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_one_measurement_checks_times_the_loss_and_sees_its_memory(tmp_path):
     bench, common = import_module("bench_loss_head"), import_module("measuring")

@@ -34,6 +34,7 @@ def table(text):
     return {row[0]: tuple(row[1:]) for row in rows if len(row) == 3 and row[1] in ("ok", "FAIL", "warn", "-")}
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_two_ranks_under_the_launcher_try_every_axis_and_leave_nothing_behind(tmp_path):
     with socket.socket() as s:

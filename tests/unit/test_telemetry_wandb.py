@@ -139,6 +139,7 @@ def test_two_steps_a_resume_and_two_more_are_one_curve_of_four_steps_on_disk_and
         assert server.offsets == [0, 2]
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_what_a_killed_process_reported_and_wandb_lost_is_sent_by_the_resumed_run(tmp_path):
     run_part(tmp_path, 0, "kill")
@@ -152,6 +153,7 @@ def test_what_a_killed_process_reported_and_wandb_lost_is_sent_by_the_resumed_ru
         assert uploaded(server, tmp_path) == rows
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_steps_that_a_resumed_run_repeats_are_not_sent_twice(tmp_path):
     run_part(tmp_path, 0)
@@ -159,6 +161,7 @@ def test_steps_that_a_resumed_run_repeats_are_not_sent_twice(tmp_path):
     assert [history(part) for part in parts_of(tmp_path)] == [[row(1), row(2)], [row(3)]]
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_a_run_that_starts_anew_in_its_folder_is_a_new_wandb_run(tmp_path):
     run_part(tmp_path, 0, "kill")
@@ -169,6 +172,7 @@ def test_a_run_that_starts_anew_in_its_folder_is_a_new_wandb_run(tmp_path):
     assert history(parts_of(tmp_path)[-1]) == [row(1), row(2)]
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_an_online_run_that_goes_on_sends_what_its_server_has_not(tmp_path):
     with WandbServer() as server:
