@@ -9,7 +9,7 @@ allocated, rounds of three modes follow each other, so that a busy machine slows
 
 alone    steps while nothing is written
 at once  `checkpoint.save`: training waits until the checkpoint is on disk
-behind   `checkpoint.save_behind`: training waits for the copy, and for each stage's agreement after a step
+behind   `checkpoint.save_async`: training waits for the copy, and for each stage's agreement after a step
 
 stall_s: seconds training waits. on_disk_s: from the beginning of the save until the checkpoint exists and old ones are
 removed, a step's rest included. step_s: of a step meanwhile. first_stall_s: of the warm-up's save.
@@ -109,13 +109,13 @@ class Bench:
         from kdtrain.engine import checkpoint, commit
 
         began = time.perf_counter()
-        checkpoint.save_behind(
+        checkpoint.save_async(
             self.writer,
             self.folder,
             self.engine,
             step=self.step,
             state={},
-            tidy=lambda saved: commit.remove_older(self.folder, 1, None, saved),
+            prune=lambda saved: commit.remove_older(self.folder, 1, None, saved),
         )
         stall, steps = time.perf_counter() - began, []
         while self.writer.in_flight is not None:

@@ -1,4 +1,4 @@
-"""What the loader yields and the models read. Shapes: B sequences, S tokens each, T = B * S."""
+"""The batch that the loader yields and the models read. Shapes: B sequences, S tokens each, T = B * S."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Batch:
     position_ids  [B, S] int64, restarting at 0 with every document; attention never crosses a restart
     sample_ids    [B] int64, key of each sequence in the (blended) token store; with the position in the
                   sequence it is the key of every cached record and of every random draw
-    documents     those of the whole sequences, also where this rank holds parts of them; None: to be read from the
+    documents     those of the whole sequences, also where this rank holds parts of them; None: computed from the
                   position_ids where they are needed, which synchronises the device
-    host          the batch in host memory that this one was moved from; None: not known
+    host          the batch in host memory that this one was copied from; None: unknown
     """
 
     input_ids: Tensor
@@ -56,7 +56,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; `host` is this one if it is on the host.
 
-        Asynchronous from pinned memory. A copy to the host waits: its values would be read before they are there.
+        Asynchronous from pinned memory. A copy to the host waits, since its values may be read at once.
         """
         is_host = self.input_ids.is_cpu
         moved = self.map(lambda values: values.to(device, non_blocking=is_host))
@@ -64,7 +64,7 @@ class Batch:
         return replace(moved, documents=documents, host=self if is_host else self.host)
 
     def on_host(self) -> Batch:
-        """This batch in host memory: itself, or `host`; if that is not known a copy, which synchronises the device."""
+        """This batch in host memory: itself, or `host`; if that is unknown a copy, which synchronises the device."""
         if self.input_ids.is_cpu:
             return self
         return self.to("cpu") if self.host is None else self.host
@@ -88,7 +88,7 @@ class Batch:
         return [self.rows(start, min(start + at_once, num_sequences)) for start in range(0, num_sequences, at_once)]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """change(tensor) of every tensor; neither the documents nor the host's copy of the answer are known."""
+        """A batch with change(tensor) of every tensor; its `documents` and `host` are None."""
         ids, labels, mask, positions, keys = (change(values) for values in self.tensors())
         return Batch(ids, labels, mask, positions, keys)
 

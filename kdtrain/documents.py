@@ -1,4 +1,4 @@
-"""Where the documents of packed sequences begin and end: what attention needs to keep them apart."""
+"""Where the documents of packed sequences begin and end, so that attention does not cross from one to another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 class Documents:
     """The documents of B whole sequences of S tokens, in the order of the T = B * S tokens one after the other.
 
-    lengths: tokens of each, on the host; a document ends with its sequence at the latest. seq_len: S. offsets: int32
+    lengths: tokens of each, on the host; no document crosses the end of a sequence. seq_len: S. offsets: int32
     [documents + 1], where each begins, then T; on the device of the tokens. firsts [B + 1]: the number of each
     sequence's first document, then of documents. ValueError for a document that crosses the end of a sequence.
     """
@@ -38,7 +38,7 @@ class Documents:
 
     @classmethod
     def beginning(cls, begins: Tensor) -> Documents:
-        """Those that begin where bool [B, S] says, on the host; all sequences must begin with one."""
+        """Documents that begin where `begins` (bool [B, S], on the host) is true, as in the first column it must be."""
         firsts = begins.flatten().nonzero().flatten().tolist()
         ends = [*firsts[1:], begins.numel()]
         lengths = tuple(end - first for first, end in zip(firsts, ends, strict=True))

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     code = run_script(main, sys.argv[1:])
     if "torch" in sys.modules:  # this process has been a rank
-        from kdtrain.engine.bootstrap import leave
+        from kdtrain.engine.bootstrap import exit_process
 
-        leave(code)
+        exit_process(code)
     sys.exit(code)

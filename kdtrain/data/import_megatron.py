@@ -16,12 +16,12 @@ from kdtrain.data.manifest import Manifest, token_dtype
 from kdtrain.data.megatron_pair import DOCUMENTS_FROM, INNER, Documents, Marks, Pair, begun, find_documents, open_pair
 from kdtrain.data.prepare import progress, report_left_out
 from kdtrain.data.separator import document_borders
-from kdtrain.data.shards import sha256_of
 from kdtrain.data.text_bytes import TextBytes
 from kdtrain.data.token_store import TokenStoreWriter
 from kdtrain.data.tokenizer import load_tokenizer, prefix_of, size_of, tokenizer_file
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.log import LOGGER
+from kdtrain.stores.checksums import sha256_of
 
 BLOCK_TOKENS = 1 << 21
 """A thread's portion; it bounds memory and never changes the result."""
@@ -134,20 +134,20 @@ def _copy(
 ) -> None:
     """Write a pair's documents, blocks of them in threads (numpy and the tokenizer work without Python's lock)."""
 
-    def finish(block: slice) -> tuple[np.ndarray, np.ndarray, int]:
-        tokens, sizes = _finished(
+    def assemble(block: slice) -> tuple[np.ndarray, np.ndarray, int]:
+        tokens, sizes = _with_borders(
             pair.tokens, documents.starts[block], documents.stops[block], documents.ended[block], target
         )
         if len(tokens) and (tokens.min() < 0 or tokens.max() >= target.vocab_size):
             return tokens, sizes, 0  # the writer names the document
         return tokens.astype(target.dtype, copy=False), sizes, target.text.measure(tokens, sizes)
 
-    for tokens, sizes, text_bytes in _in_order(finish, _blocks(documents)):
+    for tokens, sizes, text_bytes in _in_order(assemble, _blocks(documents)):
         writer.add_block(tokens, sizes, text_bytes)
         report(len(tokens), len(sizes))
 
 
-def _finished(
+def _with_borders(
     tokens: np.ndarray, starts: np.ndarray, stops: np.ndarray, ended: np.ndarray, target: _Target
 ) -> tuple[np.ndarray, np.ndarray]:
     """Documents with exactly one prefix and separator each: their tokens and sizes. A view where nothing changes."""

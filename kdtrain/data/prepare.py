@@ -104,7 +104,7 @@ def prepare_corpus(
                 report(len(bare) + 1, 1)
         report_left_out(left_out + Counter({f"files ({name})": count for name, count in ignored.items()}))
         for writer in writers.values():  # all of them can still fail here, so none appears yet
-            writer.finish(left_out)
+            writer.write_all(left_out)
         # train last: whoever finds it finds the text held out from it too
         made = {name: writers[name].commit() for name in reversed(names)}
     return {name: made[name] for name in names}

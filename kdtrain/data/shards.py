@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import os
 from pathlib import Path
 
@@ -99,9 +98,3 @@ def _linked(path: Path, manifest: Manifest) -> Linked | None:
     if path.suffix != ".bin" or not path.is_symlink():
         return None
     return next((entry for entry in manifest.linked if entry.shard == path.stem), None)
-
-
-def sha256_of(path: Path) -> str:
-    """Checksum of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

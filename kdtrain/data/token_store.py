@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 
@@ -30,12 +27,14 @@ from kdtrain.data.manifest import (
     token_dtype,
 )
 from kdtrain.data.megatron_index import index_bytes
-from kdtrain.data.shards import check_borders, map_shard, sha256_of, shown_and_fix
+from kdtrain.data.shards import check_borders, map_shard, shown_and_fix
 from kdtrain.data.tokenizer import fingerprint, trained_ids, vocab_size
-from kdtrain.data.unfinished import make_unfinished, remove_abandoned
 from kdtrain.data.used_ids import scan_ids
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.files import TOKENIZER_FILES, sync, write_synced
+from kdtrain.stores.checksums import ChecksummedFile, sha256_of
+from kdtrain.stores.folders import write_manifest
+from kdtrain.stores.unfinished import UnfinishedFolder, remove_abandoned
 
 TOKENIZER = "tokenizer"
 SHARD_TOKENS = 1 << 30
@@ -180,7 +179,7 @@ class TokenStore:
 class TokenStoreWriter:
     """Writes a store document by document; `commit` makes it appear, anything else leaves nothing behind.
 
-    What a killed process of this machine left beside `folder` is removed first (`kdtrain.data.unfinished`).
+    What a killed process of this machine left beside `folder` is removed first (`kdtrain.stores.unfinished`).
 
     document_prefix: ids before every document, as separator_id is the one after it.
 
@@ -207,9 +206,9 @@ class TokenStoreWriter:
         self._dtype = np.dtype(token_dtype(self._vocab_size))
         if self.folder.exists():
             raise ConfigError(f"{self.folder} exists already\n  fix: name a new folder, or remove this one")
-        remove_abandoned(self.folder.parent)
+        remove_abandoned(self.folder.parent, "prepare")
         try:
-            self._temporary, self._lock = make_unfinished(self.folder)
+            self._unfinished = UnfinishedFolder(self.folder)
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written: {error.strerror}\n  fix: choose another folder"
@@ -217,8 +216,7 @@ class TokenStoreWriter:
         self._shards: list[Shard] = []
         self._linked: list[Linked] = []
         self._sizes: list[int] = []
-        self._file: BinaryIO | None = None
-        self._digest = hashlib.sha256()
+        self._file: ChecksummedFile | None = None
         self._text_bytes = 0
         self._manifest: Manifest | None = None
         self._seen = np.zeros(self._vocab_size, dtype=bool)
@@ -244,16 +242,13 @@ class TokenStoreWriter:
         with _disk_errors(self.folder):
             while document < len(sizes):
                 if self._file is None:
-                    self._file = (self._temporary / f"{shard_name(len(self._shards))}.bin").open("wb")
-                    self._digest = hashlib.sha256()
-                room = self._shard_tokens - self._file.tell() // self._dtype.itemsize
+                    self._file = ChecksummedFile(self._unfinished.path / f"{shard_name(len(self._shards))}.bin")
+                room = self._shard_tokens - self._file.size // self._dtype.itemsize
                 last = min(int(np.searchsorted(stops, start + room)), len(sizes) - 1)  # the one that fills the shard
-                data = np.ascontiguousarray(tokens[start : stops[last]], dtype=self._dtype).data
-                self._file.write(data)
-                self._digest.update(data)
+                self._file.write(np.ascontiguousarray(tokens[start : stops[last]], dtype=self._dtype).data)
                 self._sizes += sizes[document : last + 1].tolist()
                 document, start = last + 1, int(stops[last])
-                if self._file.tell() >= self._shard_tokens * self._dtype.itemsize:
+                if self._file.size >= self._shard_tokens * self._dtype.itemsize:
                     self._close_shard()
         self._text_bytes += text_bytes
 
@@ -280,7 +275,7 @@ class TokenStoreWriter:
         with _disk_errors(self.folder):
             self._close_shard()
             name, target = shard_name(len(self._shards)), data.resolve()
-            (self._temporary / f"{name}.bin").symlink_to(target)
+            (self._unfinished.path / f"{name}.bin").symlink_to(target)
             self._sizes = sizes.tolist()
             self._add_shard(name, sha256)
         self._seen |= seen
@@ -292,16 +287,14 @@ class TokenStoreWriter:
         if self._file is None:
             return
         name = shard_name(len(self._shards))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        sha256 = self._file.commit()
         self._file = None
-        self._add_shard(name, self._digest.hexdigest())
+        self._add_shard(name, sha256)
 
     def _add_shard(self, name: str, sha256: str) -> None:
         """Write the index of the documents in `_sizes`."""
         index = index_bytes(np.asarray(self._sizes), self._dtype)
-        write_synced(self._temporary / f"{name}.idx", index)
+        write_synced(self._unfinished.path / f"{name}.idx", index)
         tokens = int(np.sum(self._sizes, dtype=np.int64))
         self._shards.append(
             Shard(
@@ -316,7 +309,7 @@ class TokenStoreWriter:
         )
         self._sizes = []
 
-    def finish(self, left_out: Mapping[str, int] | None = None) -> Manifest:
+    def write_all(self, left_out: Mapping[str, int] | None = None) -> Manifest:
         """Write everything to disk, still under the temporary name. left_out: documents that were not added, by reason.
 
         Raises DataError if no document was added.
@@ -330,10 +323,10 @@ class TokenStoreWriter:
                     f"{self.folder}: no documents\n  why: a store without tokens cannot be trained on\n"
                     "  fix: name files that hold text"
                 )
-            (self._temporary / TOKENIZER).mkdir()
+            (self._unfinished.path / TOKENIZER).mkdir()
             for file in sorted(self._tokenizer_dir.iterdir()):
                 if file.name in TOKENIZER_FILES:
-                    write_synced(self._temporary / TOKENIZER / file.name, file.read_bytes())
+                    write_synced(self._unfinished.path / TOKENIZER / file.name, file.read_bytes())
             manifest = Manifest(
                 dtype=str(self._dtype),
                 num_documents=sum(s.num_documents for s in self._shards),
@@ -350,9 +343,8 @@ class TokenStoreWriter:
                 linked=tuple(self._linked),
                 left_out={reason: count for reason, count in (left_out or {}).items() if count},
             )
-            write_synced(self._temporary / "manifest.json", manifest_bytes(manifest))
-            sync(self._temporary / TOKENIZER)
-            sync(self._temporary)
+            sync(self._unfinished.path / TOKENIZER)
+            write_manifest(self._unfinished.path, "manifest.json", manifest_bytes(manifest))
         self._manifest = manifest
         return manifest
 
@@ -364,11 +356,10 @@ class TokenStoreWriter:
         return tuple(int(i) for i in np.flatnonzero(self._seen) if i not in trained)
 
     def commit(self, left_out: Mapping[str, int] | None = None) -> Manifest:
-        """`finish`, then give the store its name: it is either there and whole, or not there."""
-        manifest = self.finish(left_out)
+        """`write_all`, then give the store its name: it is either there and whole, or not there."""
+        manifest = self.write_all(left_out)
         with _disk_errors(self.folder):
-            os.rename(self._temporary, self.folder)
-            sync(self.folder.parent)
+            self._unfinished.publish()
         return manifest
 
     def __enter__(self) -> TokenStoreWriter:
@@ -378,10 +369,8 @@ class TokenStoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk fails again at the flush; the file goes either way
-                self._file.close()
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        os.close(self._lock)
+            self._file.close()
+        self._unfinished.close()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from itertools import takewhile
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from kdtrain.errors import ConfigError, DataError
+from kdtrain.stores.checksums import sha256_of_json
 
 _ADDED_TOKEN = ("id", "content", "special", "single_word", "lstrip", "rstrip", "normalized")
 
@@ -89,7 +89,7 @@ def fingerprint(folder: str | Path) -> str:
         "pre_tokenizer": found.get("pre_tokenizer"),
         "added_tokens": added,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(content)
 
 
 def vocab_size(folder: str | Path) -> int:

@@ -1,4 +1,4 @@
-"""What `checkpoint.json` says: parameters, how they were cut, and which file holds which slice. No tensors here.
+"""Content of `checkpoint.json`: parameters, how they were cut, and which file holds which slice. No tensors here.
 
 A saved piece (one tensor-parallel rank's part of a parameter, padding dropped) is stored as flat slices. The *saved
 order* of a parameter is its pieces one after the other, each in row-major order; for a parameter that is replicated
@@ -7,7 +7,6 @@ or cut along dim 0 that is the row-major order of the full parameter.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from typing import Any
 
 from kdtrain.errors import CheckpointError
 from kdtrain.parallel.cut import Cut
+from kdtrain.stores.checksums import sha256_of_json
 
 MANIFEST = "checkpoint.json"
 FORMAT = "kdtrain-checkpoint"
@@ -47,7 +47,7 @@ VOLATILE = frozenset(
 
 
 class DamagedCheckpoint(CheckpointError):
-    """Something that was written is missing or changed, or was never completed."""
+    """A file of a checkpoint is missing or changed, or the checkpoint was never completed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class Manifest:
     """All of `checkpoint.json`.
 
     layout: tp, dp, cp, ZeRO stage and dtype of the run that saved. config: the model's Hugging Face config.
-    fingerprint: of config and shapes, for people to compare. state: the caller's.
+    fingerprint: of config and shapes, shown in messages. state: the caller's.
     """
 
     step: int
@@ -198,7 +198,7 @@ class Manifest:
 
 
 def damaged(path: Path, what: str) -> DamagedCheckpoint:
-    """The error for a file of a checkpoint that does not hold what was written; `what` completes "PATH: ..."."""
+    """The error for a damaged file of a checkpoint; `what` completes "PATH: ..."."""
     return DamagedCheckpoint(
         f"{path}: {what}\n"
         "  why: the checkpoint is damaged or was copied incompletely\n"
@@ -258,7 +258,6 @@ def _file_from_json(name: str, found: dict[str, Any]) -> FileEntry:
 
 
 def model_fingerprint(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> str:
-    """16 hex digits of the parameters' names and shapes and of what the config says about the computation."""
-    lasting = {key: value for key, value in config.items() if key not in VOLATILE}
-    text = json.dumps([lasting, {name: list(shape) for name, shape in shapes.items()}], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """16 hex digits of the parameters' names and shapes and of the config without VOLATILE keys."""
+    stable = {key: value for key, value in config.items() if key not in VOLATILE}
+    return sha256_of_json([stable, {name: list(shape) for name, shape in shapes.items()}])[:16]

@@ -1,8 +1,9 @@
-"""Parameters of a bfloat16 student that its class keeps in float32: how DeepSpeed keeps them so.
+"""Parameters of a bfloat16 student that its class keeps in float32, and how they stay so under DeepSpeed.
 
 DeepSpeed 0.19.8 rounds every parameter to bfloat16 when its engine starts, just before it calls the function that makes
-the optimizer; values put back in that call stay, in parameter groups of their own. The gradients of those groups are
-exact at stage 1 and rounded to bfloat16, as all others are, at stage 2. Stage 3 flattens all groups into one tensor.
+the optimizer; values that this function restores are kept, in parameter groups of their own. The gradients of those
+groups are exact at stage 1 and rounded to bfloat16, as all others are, at stage 2. Stage 3 flattens all groups into one
+tensor.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def refuse_float32_at_stage_3(names: Sequence[str], cfg: RunConfig) -> None:
 def putting_back(
     optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]
 ) -> Callable[[Any], torch.optim.Optimizer]:
-    """A function that returns `optimizer` and gives `parameters` back the values that they have now."""
+    """A function that returns `optimizer` after restoring the values that `parameters` have now."""
     values: list[tuple[nn.Parameter, Tensor]] = [(param, param.detach().clone()) for param in parameters]
 
     def make(_: Any) -> torch.optim.Optimizer:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.errors import ConfigError
-from kdtrain.files import TOKENIZER_FILES, is_running, sync
+from kdtrain.files import TOKENIZER_FILES
 from kdtrain.log import LOGGER
 from kdtrain.models.dtypes import dtypes_of
 from kdtrain.models.special_tokens import read_json, special_token_ids
 from kdtrain.models.stock import parameters_on_meta, stock_settings
 from kdtrain.models.ties import tied_names
+from kdtrain.stores.folders import replacing_folder
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Settings of a config.json that belong to a tokenizer."""
@@ -119,62 +118,6 @@ def tokenizer_files(folder: str | Path) -> list[Path]:
             "  fix: give the folder of the tokenizer that prepared the data"
         )
     return found
-
-
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A new empty folder beside `folder` that takes its place when the block ends well, and vanishes when it fails.
-
-    Every file is flushed to disk before the name changes, so a crash leaves the old folder or the new one; if it comes
-    between the two changes of names, under a hidden name that the next use, or `recover_folder`, changes back.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    recover_folder(folder)
-    temporary = folder.with_name(f".{folder.name}.writing.{os.getpid()}")
-    retired = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            if path.is_file():
-                path.chmod(0o644)  # safetensors writes files that only their owner can read
-            sync(path)
-        if folder.exists():
-            os.rename(folder, retired)
-        os.rename(temporary, folder)
-        sync(folder.parent)
-    finally:
-        if retired.exists() and not folder.exists():
-            os.rename(retired, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
-
-
-def recover_folder(folder: Path) -> None:
-    """Undo what a killed `replacing_folder` left: the old folder gets its name back, half-written ones are removed.
-
-    Only one process may be replacing `folder`. Leftovers of processes that live on this machine are not touched.
-    """
-    retired = [path for path in _leftovers(folder, "old") if not _is_alive(path)]
-    if retired and not folder.exists():
-        newest = max(retired, key=lambda path: path.stat().st_mtime)
-        LOGGER.warning("%s is restored: a process was killed while it replaced it", folder)
-        os.rename(newest, folder)
-        retired.remove(newest)
-    for path in (*retired, *(path for path in _leftovers(folder, "writing") if not _is_alive(path))):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _leftovers(folder: Path, kind: str) -> list[Path]:
-    prefix = f".{folder.name}.{kind}."
-    found = folder.parent.iterdir() if folder.parent.is_dir() else ()
-    return [path for path in found if path.name.startswith(prefix) and path.name.removeprefix(prefix).isdigit()]
-
-
-def _is_alive(leftover: Path) -> bool:
-    """Whether another process with the id at the end of the name runs here; this one is not replacing it yet."""
-    pid = int(leftover.name.rpartition(".")[2])
-    return pid != os.getpid() and is_running(pid)
 
 
 def _first_rows(

@@ -19,9 +19,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoModelForCausalLM
 
 from kdtrain.errors import ConfigError, DataError
-from kdtrain.models.export import export_hf, replacing_folder
+from kdtrain.models.export import export_hf
 from kdtrain.models.special_tokens import END_OF_TEXT
 from kdtrain.models.ties import tied_names
+from kdtrain.stores.folders import replacing_folder
 
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

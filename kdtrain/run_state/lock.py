@@ -1,8 +1,8 @@
-"""The lock of a run folder: a file LOCK that names its holder and shows, by its time, that the holder lives.
+"""The lock of a run folder: a file LOCK that names its holder and whose modification time the holder renews.
 
-A holder that was killed is recognised at once on its own host, by its process; on any host by the LOCK of an earlier
-start of the same Slurm job; and elsewhere by a LOCK that nobody has touched for as long as it promises (its lease).
-Clocks are never compared: whoever wants the folder watches for a change.
+A killed holder is detected at once on its own host, by its process id, and on any host if the LOCK is of an earlier
+start of the same Slurm job. Otherwise the LOCK is stale when its time has not changed for its lease. Clocks of hosts
+are never compared: the process that tries to take the lock waits for a change.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from kdtrain.log import LOGGER
 
 NAME = "LOCK"
 TOUCHES = 6
-"""How often a lock is touched in the time it promises."""
+"""Times that a lock is touched per lease."""
 
 
 def take_lock(folder: Path, lease_s: float | None) -> dict[str, Any]:
-    """Make folder/LOCK for this process; what is in it.
+    """Create folder/LOCK for this process and return its content.
 
-    lease_s: what the lock promises, for a `LockKeeper` to keep; None: nothing. A lock whose holder is gone is removed,
-    with a warning; to find that out may take that lock's lease. Raises ConfigError when another run holds the folder,
+    lease_s: the lock's lease, which a `LockKeeper` renews; None: no lease. A lock whose holder has ended is removed,
+    with a warning; detecting that may take the lock's lease. Raises ConfigError when another run holds the folder,
     OSError when it cannot be written.
     """
     mine = {
@@ -47,19 +47,19 @@ def take_lock(folder: Path, lease_s: float | None) -> dict[str, Any]:
     }
     path = folder / NAME
     expired = _watch(path, mine)
-    with _alone(folder):
+    with _serialised(folder):
         if path.exists():
             held = read_lock(path)
             if held is not None and held != expired and not _is_stale(held, mine):
                 raise _in_use(path, held)
-            LOGGER.warning("%s was left by a process that is gone; taking over", path)
+            LOGGER.warning("%s was left by a process that has ended; taking over", path)
             _remove(path, held)
         _create(path, mine)
     return mine
 
 
 def read_lock(path: Path) -> dict[str, Any] | None:
-    """The lock's content; None if there is none or its writer died before it was whole."""
+    """The lock's content; None if there is no lock or it is incomplete, as after a kill of its writer."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -67,8 +67,8 @@ def read_lock(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and {"host", "pid", "started", "since"} <= set(found) else None
 
 
-def give_back(folder: Path, mine: dict[str, Any]) -> None:
-    """Remove folder/LOCK unless it is another's; a warning where it cannot be removed."""
+def release_lock(folder: Path, mine: dict[str, Any]) -> None:
+    """Remove folder/LOCK if it is this process's; logs a warning if it cannot be removed."""
     path = folder / NAME
     if read_lock(path) == mine:
         try:
@@ -78,11 +78,11 @@ def give_back(folder: Path, mine: dict[str, Any]) -> None:
 
 
 class LockKeeper:
-    """A thread that touches a lock while its holder lives, and ends the process when another has taken the lock over.
+    """A thread that renews the lease of a lock, and ends the process if another process has taken the lock over.
 
-    That happens to a holder that stood still for longer than its lease: two runs must not write into one folder. A
-    lock that somebody removed by hand is put back. As a context manager it works inside the block. lost: called with
-    one line before the process ends.
+    That happens to a process that was suspended for longer than its lease: two runs must not write into one folder. A
+    lock that was removed by hand is created again. As a context manager it runs inside the block. lost: called with one
+    line before the process ends.
     """
 
     def __init__(
@@ -116,11 +116,11 @@ class LockKeeper:
             self.look()
 
     def look(self) -> None:
-        """Touch the lock if it is still this process's; end the process if it is another's."""
+        """Touch the lock if this process still holds it; end the process if another one does."""
         held = None
         try:
             if not self._path.exists():
-                with contextlib.suppress(ConfigError):  # somebody else's is there by now: that is seen below
+                with contextlib.suppress(ConfigError):  # another process was faster: detected below
                     _create(self._path, self._mine)
             held = read_lock(self._path)
             if held == self._mine:
@@ -134,15 +134,15 @@ class LockKeeper:
                 )
             self._can_touch = False
         if held is not None and held != self._mine:
-            self._give_up(held)
+            self._end_process(held)
 
-    def _give_up(self, held: dict[str, Any]) -> None:
+    def _end_process(self, held: dict[str, Any]) -> None:
         why = f"{self._path} was taken over by process {held['pid']} on {held['host']} since {held['since']}"
-        with contextlib.suppress(OSError):  # whoever read what this process says may be gone; it must end all the same
+        with contextlib.suppress(OSError):  # stderr may be closed; the process must end anyway
             print(
                 f"kdtrain: {why}\n  why: it was not touched for run.lock_lease_s = {self._mine['lease_s']:g} s, "
                 "and two runs in one folder would overwrite each other's checkpoints\n"
-                "  fix: let the other run go on; set run.lock_lease_s higher if this host stood still for long",
+                "  fix: keep the other run; set run.lock_lease_s higher if this host was suspended for long",
                 file=sys.stderr,
                 flush=True,
             )
@@ -151,7 +151,7 @@ class LockKeeper:
 
 
 def _watch(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
-    """The lock if it is one of which only its lease can tell, and that has run out; None if there is no such lock.
+    """The lock if its lease has expired and nothing else shows that it is stale; None if there is no such lock.
 
     Raises ConfigError as soon as the lock is touched.
     """
@@ -160,13 +160,13 @@ def _watch(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
         return None
     lease_s, seen, began = float(held["lease_s"]), _touched(path), time.monotonic()
     LOGGER.warning(
-        "%s is held by process %s on %s; waiting up to %g s for a sign of life",
+        "%s is held by process %s on %s; waiting up to %g s to see whether it is renewed",
         *(path, held["pid"], held["host"], lease_s),
     )
     while time.monotonic() - began < lease_s:
         time.sleep(min(1.0, lease_s / TOUCHES))
         now = _touched(path)
-        if now is None:  # given back while we watched
+        if now is None:  # released meanwhile
             return None
         if now != seen:
             raise _in_use(path, held)
@@ -174,7 +174,7 @@ def _watch(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _touched(path: Path) -> int | None:
-    """When the lock was last touched; None if it is gone. Opened, because network file systems then ask the server."""
+    """Modification time of the lock, None without a lock. Opens it so that network file systems query the server."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
@@ -183,15 +183,15 @@ def _touched(path: Path) -> int | None:
 
 
 def _is_near(held: dict[str, Any], mine: dict[str, Any]) -> bool:
-    """Whether the holder's process, if it lives, is one that this process can see."""
+    """Whether the holder's process, if it runs, is visible to this process."""
     return held["host"] == mine["host"] and held.get("processes", mine["processes"]) == mine["processes"]
 
 
 def _is_stale(held: dict[str, Any], mine: dict[str, Any]) -> bool:
-    """Whether the holder is certainly gone, without waiting.
+    """Whether the holder has certainly ended, without waiting.
 
-    On this host: no such process, or its number is another process's now. On any host: the holder was an earlier
-    start of this very Slurm job.
+    On this host: no such process, or another process now has its id. On any host: the holder was an earlier start of
+    this Slurm job.
     """
     if _is_near(held, mine):
         return _start_time(held["pid"]) is None or _start_time(held["pid"]) != held["started"]
@@ -202,7 +202,7 @@ def _in_use(path: Path, held: dict[str, Any]) -> ConfigError:
     return ConfigError(
         f"the run folder {path.parent} is in use by process {held['pid']} on {held['host']} since {held['since']}\n"
         "  why: two runs in one folder would overwrite each other's checkpoints\n"
-        f"  fix: choose another run.name; or, if that process is gone, remove {path}"
+        f"  fix: choose another run.name; or, if that process has ended, remove {path}"
     )
 
 
@@ -238,13 +238,13 @@ def _create(path: Path, mine: dict[str, Any]) -> None:
         file.write(json.dumps(mine) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    if read_lock(path) != mine:  # while it was empty it looked left behind, and another host took it over
+    if read_lock(path) != mine:  # another host saw it while it was empty and took it over
         raise _taken(path)
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Serialise the taking of locks between the processes of this host, where the file system can."""
+def _serialised(folder: Path) -> Iterator[None]:
+    """Serialise `take_lock` between the processes of this host, where the file system supports locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems have no flock; O_EXCL still holds
@@ -255,18 +255,18 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _process_space() -> str:
-    """Which machine since which boot, and which container: where a process number means the same process."""
+    """Boot id and process namespace: within them a process id identifies one process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"
-    except OSError:  # no Linux, or no /proc: the host's name must do
+    except OSError:  # no Linux, or no /proc: only the host's name is compared
         return "?"
 
 
 def _start_time(pid: int) -> str | None:
-    """When process `pid` started, as the kernel counts it; "?" where that is unknown, None if there is none."""
+    """Start time of process `pid` in the kernel's units; "?" if unknown, None if there is no such process."""
     try:
-        with contextlib.suppress(PermissionError):  # it lives, and is somebody else's
+        with contextlib.suppress(PermissionError):  # it runs and belongs to another user
             os.kill(pid, 0)
     except ProcessLookupError:
         return None
@@ -274,6 +274,6 @@ def _start_time(pid: int) -> str | None:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return "?"
-    # the name may hold spaces and brackets; field 22 counts from after it. A zombie holds nothing any more.
+    # The name may contain spaces and brackets: count field 22 from its end. A zombie holds no lock any more.
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] == "Z" else fields[19]

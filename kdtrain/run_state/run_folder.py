@@ -1,10 +1,10 @@
-"""A run's folder: what was asked, where it ran, how it ended, and a lock against two runs in one place.
+"""A run's folder: configuration, environment, status, and a lock against two runs in one folder.
 
 <output_dir>/<name>/
-  config.yaml  config.origin.txt  environment.json    what was asked, who set it, versions and machines
+  config.yaml  config.origin.txt  environment.json    configuration, origin of each key, versions and machines
   STATUS                                              running | done | failed | stopped, and the reason
-  LOCK                                                who is writing here; gone when nobody is
-  console.log  metrics.jsonl  checkpoints/  ...       written by others
+  LOCK                                                the process that writes here; absent when there is none
+  console.log  metrics.jsonl  checkpoints/  ...       written by other modules
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, Literal
 from kdtrain.errors import ConfigError, OutputError, RunStopped
 from kdtrain.files import write_atomic
 from kdtrain.log import LOGGER
-from kdtrain.run_state.lock import LockKeeper, give_back, take_lock
+from kdtrain.run_state.lock import LockKeeper, release_lock, take_lock
 
 State = Literal["running", "done", "failed", "stopped"]
 
 
 def read_status(folder: Path) -> tuple[State, str] | None:
-    """(state, reason) of the run in `folder`; None if none ever started there. Raises ConfigError if unreadable."""
+    """(state, reason) of the run in `folder`; None if no run was started there. Raises ConfigError if unreadable."""
     path = folder / "STATUS"
     if not path.exists():
         return None
@@ -41,8 +41,8 @@ def read_status(folder: Path) -> tuple[State, str] | None:
 class RunFolder:
     """An open run folder, held by this process until `close`. One rank opens it; others only need its path.
 
-    As a context manager, unless a state was set, it ends as done; or if the block raises as stopped (RunStopped) or
-    failed, with the error's first line. If that cannot be written, a warning says so and the block's error goes on.
+    As a context manager it sets the final state unless one was set: done, or, if the block raises, stopped (RunStopped)
+    or failed, with the error's first line. If that cannot be written it logs a warning, and the block's error passes.
     """
 
     def __init__(self, path: Path, lock: dict[str, Any]) -> None:
@@ -54,9 +54,9 @@ class RunFolder:
     def open(cls, output_dir: str | os.PathLike[str], name: str, *, lease_s: float | None = None) -> RunFolder:
         """Create <output_dir>/<name> or take up an existing one, lock it, and mark it running.
 
-        A lock left by a process that no longer lives is removed, with a warning. lease_s: what the lock promises;
-        keep it with `kept`. Raises ConfigError if the folder cannot be written or another run holds it; nothing is
-        left behind then.
+        A lock left by a process that has ended is removed, with a warning. lease_s: the lock's lease, renewed by
+        `lock_kept`. Raises ConfigError if the folder cannot be written or another run holds it, and then leaves no
+        lock.
         """
         if name in ("", ".", "..") or Path(name).name != name:
             raise ConfigError(
@@ -83,7 +83,7 @@ class RunFolder:
 
     @property
     def state(self) -> State:
-        """What STATUS says."""
+        """The state in STATUS."""
         return self._state
 
     def set_status(self, state: State, reason: str = "") -> None:
@@ -93,9 +93,9 @@ class RunFolder:
         self._state = state
 
     def write_config(self, config_yaml: str, origin: str) -> None:
-        """Keep the resolved configuration and where each key came from.
+        """Write the resolved configuration and the origin of each key.
 
-        A resumed run replaces both; the former ones stay as config.yaml.before and config.origin.txt.before if they
+        A resumed run replaces both; the former ones are kept as config.yaml.before and config.origin.txt.before if they
         differ.
         """
         for name, text in (("config.yaml", config_yaml), ("config.origin.txt", origin)):
@@ -105,17 +105,17 @@ class RunFolder:
             write_atomic(path, text)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
-        """Keep what `environment.describe` found, as environment.json."""
+        """Write `environment`, versions and machines, as environment.json."""
         write_atomic(self.path / "environment.json", json.dumps(environment, indent=2, sort_keys=True) + "\n")
 
     def close(self) -> None:
-        """Give the lock back. Does nothing if another process has taken it over; a warning where it cannot be removed:
-        the next run sees that its holder is gone.
+        """Release the lock, unless another process has taken it over. Logs a warning if it cannot be removed; the next
+        run detects that its holder has ended.
         """
-        give_back(self.path, self._lock)
+        release_lock(self.path, self._lock)
 
-    def kept(self) -> LockKeeper:
-        """A context manager in which a thread keeps the lock's promise. The process ends if another took it over."""
+    def lock_kept(self) -> LockKeeper:
+        """A context manager that renews the lock's lease; the process ends if another one has taken the lock over."""
         return LockKeeper(self.path, self._lock)
 
     def __enter__(self) -> RunFolder:
@@ -137,9 +137,9 @@ class RunFolder:
         try:
             self.set_status(state, f"{type(error).__name__}: {error}")
         except OSError as refused:  # the error itself matters more
-            LOGGER.warning("%s still says running: %s", self.path / "STATUS", refused.strerror)
+            LOGGER.warning("%s could not be changed from running: %s", self.path / "STATUS", refused.strerror)
 
-    def finish(self) -> None:
+    def mark_done(self) -> None:
         """Mark the run done. Raises OutputError if that cannot be written."""
         try:
             self.set_status("done")

@@ -24,7 +24,7 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.wire import Message, Wire
 from kdtrain.documents import Documents
 from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, PeerLost, RunStopped
-from kdtrain.run_state.heartbeat import Pulse
+from kdtrain.run_state.heartbeat import PhaseTracker
 from kdtrain.teacher.protocol import ANSWER, ASK, BYE, GRACE, HIDDEN, IDS, REQUEST, exit_code_of, write_failure
 
 
@@ -104,12 +104,12 @@ class TeacherServer:
         max_tokens: int | None = None,
         begun: Callable[[], None] = lambda: None,
         wants_stop: Callable[[], bool] = lambda: False,
-        pulse: Pulse | None = None,
+        pulse: PhaseTracker | None = None,
     ) -> None:
         self._wire, self._mesh, self._inbox, self._forward = wire, mesh, inbox, forward
         self._clients, self._device, self._wants_stop = list(clients), device, wants_stop
         self._begun, self._max_tokens = begun, max_tokens
-        self._pulse = pulse or Pulse(wire.rank)
+        self._pulse = pulse or PhaseTracker(wire.rank)
         # A client that asks again has received all but its last in_flight answers, and one that was out of turn.
         self._most_open = in_flight + 1
         self._sent: dict[int, deque[tuple[Message, Message]]] = {c: deque(maxlen=self._most_open) for c in clients}

@@ -85,7 +85,7 @@ class Checkpoints:
             def tidy(saved: Path) -> None:
                 remove_older(self._root, keep.keep_last, keep.keep_every, saved)
 
-            return checkpoint.save_behind(self._writer, self._root, engine, step=step, state=state, tidy=tidy)
+            return checkpoint.save_async(self._writer, self._root, engine, step=step, state=state, prune=tidy)
         path = checkpoint.save(self._root, engine, step=step, state=state)
         checkpoint.retain(self._root, keep.keep_last, keep_every=keep.keep_every, just_saved=path, mesh=self._mesh)
         self._stalled = 0.0

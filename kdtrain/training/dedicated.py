@@ -26,7 +26,7 @@ from kdtrain.log import LOGGER, setup_logging
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.head import LoadedHead, load_head
 from kdtrain.models.load import ModelSpec, load_backbone
-from kdtrain.run_state.heartbeat import Pulse, Watchdog
+from kdtrain.run_state.heartbeat import PhaseTracker, Watchdog
 from kdtrain.teacher.protocol import compare_facts, farewell, write_facts, write_failure
 from kdtrain.teacher.remote import RemoteTeacher
 from kdtrain.teacher.server import Inbox, TeacherServer
@@ -61,7 +61,7 @@ def serve(
     except BaseException as error:
         _cannot_load(error, runtime, inbox, clients)
         raise
-    pulse, stack = Pulse(roles.rank), ExitStack()
+    pulse, stack = PhaseTracker(roles.rank), ExitStack()
 
     def begun() -> None:  # not before: the folder is rank 0's to make
         if folder is not None:

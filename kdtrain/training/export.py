@@ -15,8 +15,9 @@ from kdtrain.data.tokenizer import vocab_size
 from kdtrain.engine import checkpoint
 from kdtrain.errors import CheckpointError, ConfigError
 from kdtrain.files import TOKENIZER_FILES
-from kdtrain.models.export import SPECIAL_IDS, export_hf, ids_within, recover_folder
+from kdtrain.models.export import SPECIAL_IDS, export_hf, ids_within
 from kdtrain.models.special_tokens import read_json
+from kdtrain.stores.folders import recover_folder
 
 MODEL_FOLDER = "model"
 """Inside a run folder: the tokenizer of the student, and the generation_config.json it came with."""

@@ -23,7 +23,7 @@ from kdtrain.errors import ConfigError, KdtrainError, RunStopped
 from kdtrain.evaluation.validation import Validation
 from kdtrain.log import LOGGER, setup_logging
 from kdtrain.models.backbone import call_with_head
-from kdtrain.run_state.heartbeat import Pulse, Watchdog, clear_beats
+from kdtrain.run_state.heartbeat import PhaseTracker, Watchdog, clear_heartbeats
 from kdtrain.run_state.run_folder import RunFolder
 from kdtrain.telemetry.environment import describe, headline
 from kdtrain.telemetry.jsonl_sink import JsonlSink
@@ -70,7 +70,7 @@ def run_training(request: Request) -> int:
             _same_everywhere(mesh, "configuration", config_hash(cfg))
             with _run_folder(cfg, mesh) as (folder, opened):
                 _train(request, inputs, choice, mesh, rank, folder, opened, stop)
-                on_main(mesh, lambda: opened.finish() if opened is not None else None)
+                on_main(mesh, lambda: opened.mark_done() if opened is not None else None)
     return 0
 
 
@@ -183,7 +183,7 @@ def _train(
     # Only now: a resume that is refused must leave the folder as it was.
     on_main(mesh, lambda: _describe_run(request, inputs, opened, folder))
     sinks, events = on_main(mesh, lambda: _sinks(cfg, folder, progress), share=False) or ([], None)
-    pulse = Pulse(mesh.rank)
+    pulse = PhaseTracker(mesh.rank)
     timer = PhaseTimer(device, pulse)
     costs, last_step = build.costs_of(cfg, models, mesh, device), Cadence(cfg, progress).last_step
     reporter = Reporter(sinks, mesh, device, costs, last_step)
@@ -264,7 +264,7 @@ def _export(cfg: RunConfig, folder: Path) -> None:
 
 
 def _sinks(cfg: RunConfig, folder: Path, progress: Progress) -> tuple[list[Sink], Events]:
-    clear_beats(folder)
+    clear_heartbeats(folder)
     jsonl = JsonlSink(folder / "metrics.jsonl", resume_step=progress.step)
     wandb = WandbSink(cfg.log.wandb, folder, name=cfg.run.name, config=as_dict(cfg), resume_step=progress.step)
     found = [
@@ -274,7 +274,7 @@ def _sinks(cfg: RunConfig, folder: Path, progress: Progress) -> tuple[list[Sink]
 
 
 def _watchdog(
-    settings: GuardSection, pulse: Pulse, mesh: Mesh, folder: Path, opened: RunFolder | None, teachers: range
+    settings: GuardSection, pulse: PhaseTracker, mesh: Mesh, folder: Path, opened: RunFolder | None, teachers: range
 ) -> AbstractContextManager[object]:
     """Who notices on this rank that nothing moves; ending the run, rank 0 says so in STATUS."""
     if settings.stall_warn_s is None:
@@ -291,7 +291,7 @@ def _watchdog(
         teachers=teachers,
         warn_s=settings.stall_warn_s,
         exit_s=settings.stall_exit_s,
-        give_up=give_up,
+        on_exit=give_up,
     )
 
 
@@ -301,7 +301,7 @@ def _run_folder(cfg: RunConfig, mesh: Mesh) -> Iterator[tuple[Path, RunFolder | 
     run = cfg.run
     opened = on_main(mesh, lambda: RunFolder.open(run.output_dir, run.name, lease_s=run.lock_lease_s), share=False)
     path = Path(cfg.run.output_dir) / cfg.run.name
-    with opened if opened is not None else nullcontext(), opened.kept() if opened is not None else nullcontext():
+    with opened if opened is not None else nullcontext(), opened.lock_kept() if opened is not None else nullcontext():
         setup_logging(mesh.rank, path)
         if opened is not None:
             LOGGER.info(headline(describe(world_size=mesh.world_size)))

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from kdtrain.run_state.heartbeat import Pulse
+from kdtrain.run_state.heartbeat import PhaseTracker
 
 
 class PhaseTimer:
@@ -19,8 +19,8 @@ class PhaseTimer:
     by the wall clock. pulse: told of every phase, for other ranks to see.
     """
 
-    def __init__(self, device: torch.device, pulse: Pulse | None = None) -> None:
-        self.pulse = pulse or Pulse()
+    def __init__(self, device: torch.device, pulse: PhaseTracker | None = None) -> None:
+        self.pulse = pulse or PhaseTracker()
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []

@@ -44,7 +44,7 @@ def write_both_ways(rank, world_size, folder, cases):
         test.one_step(engine, 1)
         plain = checkpoint.save(folder / "plain" / test.name_of(case), engine, step=1, state={"a": 1})
         root = folder / "behind" / test.name_of(case)
-        checkpoint.save_behind(writer, root, engine, step=1, state={"a": 1}, tidy=lambda saved: None)
+        checkpoint.save_async(writer, root, engine, step=1, state={"a": 1}, prune=lambda saved: None)
         steps = train_until_written(engine, writer, test.one_step, 2)
         dist.barrier()
         answers.append((steps, *({p.name: p.read_bytes() for p in f.iterdir()} for f in (plain, root / plain.name))))
@@ -60,7 +60,7 @@ def rank_1_has_no_room(rank, world_size, folder):
     good = checkpoint.save(root, engine, step=1, state={})
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
-    checkpoint.save_behind(writer, root, engine, step=2, state={}, tidy=lambda saved: None)
+    checkpoint.save_async(writer, root, engine, step=2, state={}, prune=lambda saved: None)
     with pytest.raises(CheckpointError) as failed:
         train_until_written(engine, writer, test.one_step, 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -110,7 +110,7 @@ def fingerprints(engine):
 
     from kdtrain.engine import zero_state
 
-    found = {f.describe().key: f.tensor for f in zero_state.local_fragments(engine)}
+    found = {f.as_slice().key: f.tensor for f in zero_state.local_fragments(engine)}
     for name, param in engine.backbone.hf_parameters():
         with deepspeed.zero.GatheredParameters([param], enabled=engine.zero_stage == 3):
             found[f"{name} working"] = param.detach().float().clone()

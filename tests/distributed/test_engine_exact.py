@@ -32,7 +32,7 @@ def fragments(engine):
     """This rank's part of master weights and moments, and AdamW's step counts."""
     from kdtrain.engine import zero_state
 
-    found = {fragment.describe().key: fragment.tensor.clone() for fragment in zero_state.local_fragments(engine)}
+    found = {fragment.as_slice().key: fragment.tensor.clone() for fragment in zero_state.local_fragments(engine)}
     return found, zero_state.local_adam_steps(engine)
 
 

@@ -53,7 +53,7 @@ def test_every_stage_makes_the_steps_of_plain_torch(fresh_pool, tmp_path):
 def fragments(engine):
     from kdtrain.engine import zero_state
 
-    found = {fragment.describe().key: fragment.tensor.clone() for fragment in zero_state.local_fragments(engine)}
+    found = {fragment.as_slice().key: fragment.tensor.clone() for fragment in zero_state.local_fragments(engine)}
     return found | {name: torch.tensor(step) for name, step in zero_state.local_adam_steps(engine).items()}
 
 

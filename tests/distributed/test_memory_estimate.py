@@ -84,7 +84,7 @@ def states(rank, world_size, folder):
             engine = StudentEngine(student, mesh, cfg, device=torch.device("cpu"))
             assert engine.deepspeed.zero_reduce_bucket_size() == extra.get("reduce_bucket_size", elements)
             steps = [make_step(engine, step, 1) for step in (1, 2)]
-            state = {f.describe().key: f.tensor.clone() for f in zero_state.local_fragments(engine)}
+            state = {f.as_slice().key: f.tensor.clone() for f in zero_state.local_fragments(engine)}
             found[stage, dtype, bool(extra)] = steps, state
             engine.close()
     return found

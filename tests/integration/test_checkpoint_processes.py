@@ -33,7 +33,7 @@ def save(slices, root, *, behind, **settings):
     writer = BackgroundWriter(Mesh(), slices.torch.device("cpu"))
     fragments = slices.fragments({}, slices.ragged)
     writer.begin(root, slices.about(**settings), fragments, dict.fromkeys(slices.SHAPES, 3))
-    return writer.finish()
+    return writer.wait()
 
 
 def save_until_killed(slices, root, step, state_bytes, limit, behind):

@@ -39,7 +39,7 @@ with bootstrap.runtime() as rank:
                                     shard=backbone.shard, group=mesh.tp_group)
     engine.backward(engine(batch, head_fn).loss, 24)
     print(f"rank {rank.rank} of {rank.world_size}: {engine.step(1e-3)}")
-bootstrap.leave(0)
+bootstrap.exit_process(0)
 """
 
 
@@ -91,11 +91,11 @@ def test_two_ranks_join_from_launcher_variables(architecture):
     assert "rank 1 of 2: StepResult" in answers[1][1]
 
 
-def test_leave_flushes_output_and_exits_with_its_code():
+def test_exit_process_flushes_output_and_exits_with_its_code():
     code = (
         "import atexit, sys\nfrom kdtrain.engine import bootstrap\n"
         "atexit.register(lambda: print('torn down'))\n"
-        "sys.stdout.write('output')\nbootstrap.leave(75)\n"
+        "sys.stdout.write('output')\nbootstrap.exit_process(75)\n"
     )
     assert finish(start(code))[:2] == (EXIT_STOPPED, "output")
 

@@ -299,7 +299,7 @@ def test_run_resumes_bitwise_after_either_host_loses_power(tmp_path):
 
         last = start(hosts, tmp_path, "lost", node=1, alone=True)
         assert end_of(last, tmp_path, "lost", 120) == 0, log.read_text()[-3000:]
-    assert "LOCK was left by a process that is gone; taking over" in log.read_text()
+    assert "LOCK was left by a process that has ended; taking over" in log.read_text()
     assert "resumed " in log.read_text()
     assert outcome(tmp_path / "runs/lost") == outcome(tmp_path / "runs/whole")
     assert outcome(tmp_path / "runs/whole")[0] == STEPS

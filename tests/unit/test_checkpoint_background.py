@@ -47,7 +47,7 @@ def test_the_bytes_are_those_of_the_plain_write_whatever_happens_after_the_copy(
         fragment.tensor.fill_(-1.0)  # the next optimizer step
     state["tokens"].append(2)
     assert writer.in_flight == path == tmp_path / "behind" / plain.name
-    assert writer.finish() == path
+    assert writer.wait() == path
     assert writer.in_flight is None
     assert contents(path) == contents(plain)
     assert writer.host_bytes == sum(4 * f.tensor.numel() for f in fragments)
@@ -73,12 +73,12 @@ def test_every_stage_is_left_only_when_asked_and_another_save_must_wait(tmp_path
     writer = BackgroundWriter(Mesh(), CPU)
     assert writer.advance() is None
 
-    def tidy(saved):
+    def prune(saved):
         gate.wait(30)
         tidied.append(saved)
 
-    path = begin(writer, slices, tmp_path, tidy=tidy)
-    with pytest.raises(RuntimeError, match="still being written; finish it first"):
+    path = begin(writer, slices, tmp_path, prune=prune)
+    with pytest.raises(RuntimeError, match="still being written; wait for it first"):
         begin(writer, slices, tmp_path, step=8)
     assert not path.exists(), "rank 0 alone must not make a checkpoint of files that others still write"
     assert writer.advance() is None
@@ -89,13 +89,13 @@ def test_every_stage_is_left_only_when_asked_and_another_save_must_wait(tmp_path
     assert writer.advance() == path
     assert (writer.busy, writer.advance(), tidied) == (False, None, [path])
     assert begin(writer, slices, tmp_path, step=8).name == "step_000008"
-    writer.finish()
+    writer.wait()
 
 
 def test_a_full_disk_is_the_error_of_the_plain_write_and_leaves_the_former_checkpoint(tmp_path, slices):
     writer = BackgroundWriter(Mesh(), CPU)
     good = begin(writer, slices, tmp_path, step=1, state={"good": True})
-    writer.finish()
+    writer.wait()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
@@ -103,7 +103,7 @@ def test_a_full_disk_is_the_error_of_the_plain_write_and_leaves_the_former_check
             slices.write(tmp_path, step=2)
         begin(writer, slices, tmp_path, step=2)
         with pytest.raises(CheckpointError) as behind:
-            writer.finish()
+            writer.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     messages = [str(plain.value), str(behind.value)]
@@ -114,7 +114,7 @@ def test_a_full_disk_is_the_error_of_the_plain_write_and_leaves_the_former_check
     assert read_state(find_latest(tmp_path)) == {"good": True}
     assert writer.in_flight is None
     begin(writer, slices, tmp_path, step=3)
-    assert writer.finish().name == "step_000003", "it can be tried again"
+    assert writer.wait().name == "step_000003", "it can be tried again"
 
 
 def test_a_folder_that_cannot_be_tidied_is_told_and_the_new_checkpoint_stays(tmp_path, slices):
@@ -122,11 +122,11 @@ def test_a_folder_that_cannot_be_tidied_is_told_and_the_new_checkpoint_stays(tmp
         slices.write(tmp_path, step=step)
     writer = BackgroundWriter(Mesh(), CPU)
 
-    def tidy(saved):
+    def prune(saved):
         (tmp_path / ".step_000001.removing").write_text("no folder can be renamed to this")
         remove_older(tmp_path, 1, None, saved)
 
-    begin(writer, slices, tmp_path, step=3, tidy=tidy)
-    with pytest.raises(CheckpointError, match=r"was not tidied: rank 0: .*cannot be removed: (.|\n)*fix: remove it"):
-        writer.finish()
+    begin(writer, slices, tmp_path, step=3, prune=prune)
+    with pytest.raises(CheckpointError, match=r"was not pruned: rank 0: .*cannot be removed: (.|\n)*fix: remove it"):
+        writer.wait()
     assert find_latest(tmp_path).name == "step_000003"

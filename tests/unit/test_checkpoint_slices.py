@@ -17,7 +17,6 @@ from kdtrain.engine.checkpoint import (
     find_latest,
     read_full_parameters,
     read_state,
-    retain,
     write_checkpoint,
 )
 from kdtrain.engine.manifest import KINDS, FileEntry, Manifest, ParameterEntry, Slice
@@ -312,89 +311,6 @@ def test_a_full_disk_names_the_file_and_the_errno_and_leaves_the_former_checkpoi
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     assert list(tmp_path.iterdir()) == [good]
     assert find_latest(tmp_path) == good
-
-
-def test_a_root_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file/root: \[Errno 20\]"):
-        write(tmp_path / "file" / "root")
-
-
-def test_saving_the_same_step_again_replaces_it_and_never_leaves_none(tmp_path):
-    folder = write(tmp_path, state={"try": 1})
-    assert write(tmp_path, state={"try": 2}) == folder
-    assert read_state(folder) == {"try": 2}
-    assert list(tmp_path.iterdir()) == [folder]
-    # killed between the two renames: the former folder has stepped aside, the new one is not there yet
-    aside = folder.rename(tmp_path / ".step_000007.replaced")
-    assert find_latest(tmp_path) == aside
-    assert write(tmp_path, state={"try": 3}) == folder
-    # killed after them, before the former one was removed
-    shutil.copytree(folder, aside)
-    assert find_latest(tmp_path) == folder
-    write(tmp_path, step=8)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000007", "step_000008"]
-
-
-def test_the_newest_complete_checkpoint_is_found_and_damaged_ones_are_reported(tmp_path, caplog):
-    assert find_latest(tmp_path / "nowhere") is None
-    assert find_latest(tmp_path) is None
-    for step in (999_999, 1_000_000, 5, 12):
-        write(tmp_path, step=step)
-    (tmp_path / "step_2000000").write_text("a file")
-    (tmp_path / "step_3000000.bak").mkdir()
-    assert find_latest(tmp_path).name == "step_1000000"
-    assert not caplog.records
-    os.truncate(tmp_path / "step_1000000" / "rank_00000.safetensors", 50)
-    (tmp_path / "step_999999" / "checkpoint.json").unlink()
-    assert find_latest(tmp_path).name == "step_000012"
-    assert ["step_1000000" in caplog.messages[0], "step_999999" in caplog.messages[1]] == [True, True]
-    edit(tmp_path / "step_000012", lambda found: found.update(version=9))
-    with pytest.raises(CheckpointError, match="newer kdtrain"):
-        find_latest(tmp_path)
-
-
-def test_only_the_newest_complete_checkpoints_stay_and_damaged_ones_are_not_touched(tmp_path):
-    for step in (1, 2, 3, 4, 5):
-        newest = write(tmp_path, step=step)
-    (tmp_path / "step_000004" / "checkpoint.json").unlink()
-    (tmp_path / "notes").mkdir()
-    retain(tmp_path, 9, just_saved=newest)
-    assert len(list(tmp_path.iterdir())) == 6
-    retain(tmp_path, 2, just_saved=newest)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_000003", "step_000004", "step_000005"]
-    retain(tmp_path, 1, just_saved=newest)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_000004", "step_000005"]
-    with pytest.raises(ValueError, match="at least 1"):
-        retain(tmp_path, 0, just_saved=newest)
-    with pytest.raises(ValueError, match="at least 1"):
-        retain(tmp_path, 1, just_saved=newest, keep_every=0)
-    retain(tmp_path / "nowhere", 1, just_saved=newest)
-
-
-def test_checkpoints_at_multiples_of_keep_every_stay_besides_the_newest(tmp_path):
-    for step in range(1, 11):
-        newest = write(tmp_path, step=step)
-        retain(tmp_path, 2, just_saved=newest, keep_every=4)
-    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [4, 8, 9, 10]
-    retain(tmp_path, 1, just_saved=newest)
-    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [10], (
-        "what keep_every kept goes when it is taken back"
-    )
-
-
-def test_what_was_just_saved_stays_whatever_else_is_there(tmp_path):
-    for step in (6, 8):
-        write(tmp_path, step=step)
-    fresh = write(tmp_path, step=1)
-    retain(tmp_path, 1, just_saved=fresh)
-    assert fresh.is_dir()
-    for folder in tmp_path.glob("step_00000[68]"):
-        for file in folder.glob("*.safetensors"):
-            file.write_bytes(file.read_bytes()[:-1])
-    fresh = write(tmp_path, step=2)
-    retain(tmp_path, 1, just_saved=fresh)
-    assert find_latest(tmp_path) == fresh
 
 
 def test_two_saves_of_equal_state_are_equal_byte_for_byte_and_carry_no_notes(tmp_path):

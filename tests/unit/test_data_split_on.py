@@ -1,12 +1,12 @@
 """Several documents in one text file, the separator in the text, tokens that no vocabulary has."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kdtrain.config.cli import run_script
-from kdtrain.data import token_store
 from kdtrain.data.packing import Packing, pack
 from kdtrain.data.prepare import PrepareSettings, prepare_corpus
 from kdtrain.data.text import read_documents
@@ -102,8 +102,8 @@ def test_a_text_without_tokens_is_left_out_and_counted(tmp_path, tokenizer):
 def test_train_appears_only_after_the_text_held_out_from_it(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(40)))
     there = []
-    rename = token_store.os.rename
-    monkeypatch.setattr(token_store.os, "rename", lambda a, b: (rename(a, b), there.append(Path(b).name)))
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: (rename(a, b), there.append(Path(b).name)))
     made = prepare_corpus(
         [tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", PrepareSettings(validation_share=0.5, workers=1)
     )

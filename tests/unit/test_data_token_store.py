@@ -226,7 +226,7 @@ def test_a_store_appears_only_when_committed(tmp_path, tokenizer, monkeypatch):
 
     with TokenStoreWriter(tmp_path / "left", tokenizer, 0, source="") as writer:
         writer.add([1, 2], 2)
-        writer.finish()
+        writer.write_all()
     assert list(tmp_path.iterdir()) == []
     for step in ("fsync", "rename"):
         with monkeypatch.context() as patch:

@@ -15,9 +15,10 @@ from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.architectures import ARCHITECTURES, read_architecture
-from kdtrain.models.export import export_hf, recover_folder, replacing_folder
+from kdtrain.models.export import export_hf
 from kdtrain.models.load import ModelSpec, build_config, load_backbone, model_rows, parameters_on_meta
 from kdtrain.models.tiny import TINY, tiny_config
+from kdtrain.stores.folders import recover_folder, replacing_folder
 
 
 def write_folder(folder, name="llama", *, shard_size="1GB", **changes):
@@ -322,7 +323,7 @@ def test_a_failure_while_writing_keeps_the_old_folder(tmp_path):
 KILLED = """
 import os, sys
 from pathlib import Path
-from kdtrain.models.export import replacing_folder
+from kdtrain.stores.folders import replacing_folder
 folder, at = Path(sys.argv[1]), int(sys.argv[2])
 real, calls = os.rename, []
 def rename(a, b):

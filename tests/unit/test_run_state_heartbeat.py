@@ -12,7 +12,14 @@ import pytest
 
 from kdtrain.log import LOGGER
 from kdtrain.run_state import heartbeat
-from kdtrain.run_state.heartbeat import Beat, Pulse, Watchdog, behind, clear_beats, read_beats
+from kdtrain.run_state.heartbeat import (
+    Heartbeat,
+    PhaseTracker,
+    Watchdog,
+    clear_heartbeats,
+    ranks_behind,
+    read_heartbeats,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,39 +46,45 @@ def warned(monkeypatch):
 
 def ranks(tmp_path, clock, count=3, **limits):
     """Pulses and their watchdogs without threads; `end` keeps its code in the watchdog's attribute."""
-    pulses = [Pulse(rank, clock, clock) for rank in range(count)]
+    trackers = [PhaseTracker(rank, clock, clock) for rank in range(count)]
     dogs = [
-        Watchdog(pulse, tmp_path, count, clock=clock, wall=clock, **({"warn_s": 10.0} | limits)) for pulse in pulses
+        Watchdog(tracker, tmp_path, count, clock=clock, wall=clock, **({"warn_s": 10.0} | limits))
+        for tracker in trackers
     ]
-    return pulses, dogs
+    return trackers, dogs
 
 
-def work(pulse, step, *phases):
-    pulse.begin(step)
+def work(tracker, step, *phases):
+    tracker.begin(step)
     for name in phases:
-        with pulse.phase(name):
+        with tracker.phase(name):
             pass
 
 
 def test_a_beat_says_step_completed_phase_and_where_the_rank_is_now(clock):
-    pulse = Pulse(3, clock, clock)
-    work(pulse, 7, "data_wait")
+    tracker = PhaseTracker(3, clock, clock)
+    work(tracker, 7, "data_wait")
     clock.now += 5
-    with pulse.phase("forward"):
-        with pulse.phase("teacher"):
-            assert (pulse.beat.now, pulse.beat.done, pulse.beat.count, pulse.beat.time) == (
+    with tracker.phase("forward"):
+        with tracker.phase("teacher"):
+            assert (tracker.beat.now, tracker.beat.done, tracker.beat.count, tracker.beat.time) == (
                 "teacher",
                 "data_wait",
                 1,
                 1000,
             )
-        assert (pulse.beat.now, pulse.beat.done, pulse.beat.count, pulse.beat.time) == ("forward", "teacher", 2, 1005)
-    assert (pulse.beat.now, pulse.beat.done, pulse.beat.step, pulse.beat.rank) == ("", "forward", 7, 3)
+        assert (tracker.beat.now, tracker.beat.done, tracker.beat.count, tracker.beat.time) == (
+            "forward",
+            "teacher",
+            2,
+            1005,
+        )
+    assert (tracker.beat.now, tracker.beat.done, tracker.beat.step, tracker.beat.rank) == ("", "forward", 7, 3)
 
 
 def test_the_file_is_whole_and_is_not_written_again_without_news(tmp_path, clock, monkeypatch):
-    (pulse, *_), (dog, *_) = ranks(tmp_path, clock)
-    work(pulse, 1, "data_wait")
+    (tracker, *_), (dog, *_) = ranks(tmp_path, clock)
+    work(tracker, 1, "data_wait")
     dog.look()
     path = tmp_path / "heartbeat/rank_00000"
     assert json.loads(path.read_text())["done"] == "data_wait"
@@ -86,19 +99,19 @@ def test_files_are_written_no_more_than_once_a_second(tmp_path, clock):
 
 
 def test_a_rank_that_is_behind_is_named_with_its_last_completed_phase(tmp_path, clock, warned):
-    pulses, dogs = ranks(tmp_path, clock)
-    for pulse in pulses:
-        work(pulse, 4, "data_wait", "forward", "backward", "optimizer")
-        pulse.begin(5)
-    work(pulses[0], 5, "data_wait")
-    work(pulses[2], 5, "data_wait")
+    trackers, dogs = ranks(tmp_path, clock)
+    for tracker in trackers:
+        work(tracker, 4, "data_wait", "forward", "backward", "optimizer")
+        tracker.begin(5)
+    work(trackers[0], 5, "data_wait")
+    work(trackers[2], 5, "data_wait")
     clock.now += 9.5
     for dog in dogs:
         dog.look()
     assert warned == []
     clock.now += 1.5
     dogs[0].look()
-    host = pulses[1].beat.host
+    host = trackers[1].beat.host
     assert warned == [
         "stall    rank 0: step 5 has taken 11 s (between phases); "
         f"behind: rank 1 on {host} (completed optimizer of step 4 11 s ago)"
@@ -106,8 +119,8 @@ def test_a_rank_that_is_behind_is_named_with_its_last_completed_phase(tmp_path, 
 
 
 def test_a_stall_is_repeated_only_when_the_wait_has_doubled_and_ends_with_the_step(tmp_path, clock, warned):
-    (pulse, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
-    pulse.begin(1)
+    (tracker, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
+    tracker.begin(1)
     times = []
     for second in range(50):
         dog.look()
@@ -115,7 +128,7 @@ def test_a_stall_is_repeated_only_when_the_wait_has_doubled_and_ends_with_the_st
         clock.now += 1
     assert times == [10, 20, 40]
     assert warned[0].endswith("step 1 has taken 10 s (between phases); all ranks have completed the same phases")
-    pulse.begin(2)
+    tracker.begin(2)
     dog.look()
     clock.now += 10
     dog.look()
@@ -124,97 +137,99 @@ def test_a_stall_is_repeated_only_when_the_wait_has_doubled_and_ends_with_the_st
 
 
 def test_a_stall_says_what_dedicated_teachers_do_and_counts_them_not_as_behind(tmp_path, clock, warned):
-    (pulse, *_), (dog, *_) = ranks(tmp_path, clock, count=1, teachers=[1, 2])
-    teacher = Pulse(1, clock, clock)
+    (tracker, *_), (dog, *_) = ranks(tmp_path, clock, count=1, teachers=[1, 2])
+    teacher = PhaseTracker(1, clock, clock)
     teachers_dog = Watchdog(teacher, tmp_path, 3, warn_s=10.0, clock=clock, wall=clock)
     work(teacher, 5, "teacher")
     teachers_dog.look()
-    pulse.begin(1)
+    tracker.begin(1)
     clock.now += 12
-    with pulse.phase("forward"), pulse.phase("teacher"):
+    with tracker.phase("forward"), tracker.phase("teacher"):
         dog.look()
     (words,) = warned
     assert words.startswith("stall    rank 0: step 1 has taken 12 s (teacher); teachers: rank 1 on ")
-    assert "(completed teacher of step 5 12 s ago), rank 2 (no word); all ranks have completed" in words
+    assert "(completed teacher of step 5 12 s ago), rank 2 (no heartbeat); all ranks have completed" in words
 
 
 def test_an_evaluation_is_measured_apart_from_the_step(tmp_path, clock, warned):
-    (pulse, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
-    pulse.begin(1)
+    (tracker, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
+    tracker.begin(1)
     clock.now += 9
-    with pulse.phase("evaluate", apart=True):
+    with tracker.phase("evaluate", apart=True):
         clock.now += 9
         dog.look()
     clock.now += 9
     dog.look()
     assert warned == []
-    with pulse.phase("evaluate", apart=True):
+    with tracker.phase("evaluate", apart=True):
         clock.now += 10
         dog.look()
     assert "(evaluate)" in warned[0]
 
 
 def test_a_rank_without_a_word_is_behind_and_former_processes_say_nothing(tmp_path, clock):
-    pulses, dogs = ranks(tmp_path, clock)
+    trackers, dogs = ranks(tmp_path, clock)
     dogs[0].look()
-    assert behind(read_beats(tmp_path, 3), 3) == [1, 2]
+    assert ranks_behind(read_heartbeats(tmp_path, 3), 3) == [1, 2]
     (tmp_path / "heartbeat/rank_00001").write_text('{"rank": 1, "cou')
     (tmp_path / "heartbeat/rank_00002").write_text('{"rank": 2, "other": 1, "host": "a"}')
-    assert list(read_beats(tmp_path, 3)) == [0]
-    work(pulses[2], 1, "data_wait")
+    assert list(read_heartbeats(tmp_path, 3)) == [0]
+    work(trackers[2], 1, "data_wait")
     dogs[2].look()
-    assert read_beats(tmp_path, 2).keys() == {0}, "a smaller world than before"
-    clear_beats(tmp_path)
-    assert read_beats(tmp_path, 3) == {}
-    clear_beats(tmp_path)
+    assert read_heartbeats(tmp_path, 2).keys() == {0}, "a smaller world than before"
+    clear_heartbeats(tmp_path)
+    assert read_heartbeats(tmp_path, 3) == {}
+    clear_heartbeats(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_said_once_until_it_can_and_stops_nobody(tmp_path, clock, warned):
     in_the_way = tmp_path / "heartbeat"
     in_the_way.write_text("a file where a folder should be")
-    (pulse, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
+    (tracker, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
     for step in (1, 2):
-        pulse.begin(step)
+        tracker.begin(step)
         dog.look()
     assert len(warned) == 1
-    assert "others do not see where this rank is" in warned[0]
+    assert "other ranks cannot see this rank" in warned[0]
     in_the_way.unlink()
     dog.look()
-    assert read_beats(tmp_path, 1)[0].step == 2
-    clear_beats(tmp_path)
+    assert read_heartbeats(tmp_path, 1)[0].step == 2
+    clear_heartbeats(tmp_path)
     in_the_way.write_text("again")
-    pulse.begin(3)
+    tracker.begin(3)
     dog.look()
     assert len(warned) == 2
 
 
 def test_the_thread_writes_while_the_work_goes_on_and_a_last_time_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat, "SHORTEST_S", 0.01)
-    pulse = Pulse()
-    with Watchdog(pulse, tmp_path, 1, warn_s=0.04):
-        work(pulse, 1, "data_wait")
+    tracker = PhaseTracker()
+    with Watchdog(tracker, tmp_path, 1, warn_s=0.04):
+        work(tracker, 1, "data_wait")
         deadline = time.monotonic() + 10
-        while read_beats(tmp_path, 1)[0].done != "data_wait" and time.monotonic() < deadline:
+        while read_heartbeats(tmp_path, 1)[0].done != "data_wait" and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert read_beats(tmp_path, 1)[0].done == "data_wait"
-        work(pulse, 2, "backward")
-    assert read_beats(tmp_path, 1)[0].done == "backward"
+        assert read_heartbeats(tmp_path, 1)[0].done == "data_wait"
+        work(tracker, 2, "backward")
+    assert read_heartbeats(tmp_path, 1)[0].done == "backward"
 
 
 HANG = """
 import sys, time
 from pathlib import Path
-from kdtrain.run_state.heartbeat import Pulse, Watchdog
-folder, pulse = Path(sys.argv[1]), Pulse()
-with Watchdog(pulse, folder, 2, warn_s=0.5, exit_s=1.0, give_up=lambda why: (folder / "STATUS").write_text(why)):
-    pulse.begin(3)
-    with pulse.phase("forward"):
+from kdtrain.run_state.heartbeat import PhaseTracker, Watchdog
+folder, tracker = Path(sys.argv[1]), PhaseTracker()
+with Watchdog(tracker, folder, 2, warn_s=0.5, exit_s=1.0, on_exit=lambda why: (folder / "STATUS").write_text(why)):
+    tracker.begin(3)
+    with tracker.phase("forward"):
         time.sleep(60)
 """
 
 
 def test_a_rank_that_hangs_too_long_shows_the_table_and_its_stack_and_exits_with_1(tmp_path):
-    other = Beat(1, "elsewhere", step=3, count=0, done="optimizer", done_step=2, time=time.time() - 40, now="data_wait")
+    other = Heartbeat(
+        1, "elsewhere", step=3, count=0, done="optimizer", done_step=2, time=time.time() - 40, now="data_wait"
+    )
     (tmp_path / "heartbeat").mkdir()
     (tmp_path / "heartbeat/rank_00001").write_text(json.dumps({name: getattr(other, name) for name in other.__slots__}))
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -238,11 +253,11 @@ MUTE = """
 import os, sys, time
 from pathlib import Path
 from kdtrain.run_state import heartbeat
-from kdtrain.run_state.heartbeat import Pulse, Watchdog
-folder, what, pulse = Path(sys.argv[1]), sys.argv[2], Pulse()
+from kdtrain.run_state.heartbeat import PhaseTracker, Watchdog
+folder, what, tracker = Path(sys.argv[1]), sys.argv[2], PhaseTracker()
 heartbeat.GRACE_S = 1.0
 
-def give_up(why):
+def on_exit(why):
     if what == "disk":
         raise OSError(28, "No space left on device")
     if what == "file system":
@@ -256,8 +271,8 @@ if what == "reader":
 if what == "heartbeat":
     (folder / "heartbeat").mkdir()
     os.mkfifo(folder / "heartbeat/rank_00001")  # opening it never returns
-with Watchdog(pulse, folder, 2, warn_s=0.5, exit_s=1.0, give_up=give_up):
-    pulse.begin(3)
+with Watchdog(tracker, folder, 2, warn_s=0.5, exit_s=1.0, on_exit=on_exit):
+    tracker.begin(3)
     time.sleep(60)
 """
 

@@ -41,7 +41,7 @@ def test_a_lock_nobody_touches_is_taken_over_after_its_lease_and_no_sooner(tmp_p
 )
 def test_without_a_lease_only_the_holders_own_host_and_process_numbers_can_tell(tmp_path, held):
     left_behind(tmp_path, **held)
-    with pytest.raises(ConfigError, match=r"in use by process 7 on (.|\n)*if that process is gone, remove .*LOCK"):
+    with pytest.raises(ConfigError, match=r"in use by process 7 on (.|\n)*if that process has ended, remove .*LOCK"):
         take_lock(tmp_path, LEASE_S)
 
 
@@ -56,7 +56,7 @@ def test_a_lock_that_is_given_back_while_somebody_waits_is_free(tmp_path):
 HOLD = """
 import sys, time
 from kdtrain.run_state.run_folder import RunFolder
-with RunFolder.open(sys.argv[1], "a", lease_s=float(sys.argv[2])) as folder, folder.kept():
+with RunFolder.open(sys.argv[1], "a", lease_s=float(sys.argv[2])) as folder, folder.lock_kept():
     print("held", flush=True)
     time.sleep(60)
 """
@@ -71,7 +71,7 @@ def test_a_live_holder_is_never_robbed_and_one_that_stood_still_ends_when_it_wak
             with pytest.raises(ConfigError, match=f"in use by process {holder.pid}"):
                 RunFolder.open(tmp_path, "a", lease_s=LEASE_S)
         holder.send_signal(signal.SIGSTOP)
-        with RunFolder.open(tmp_path, "a", lease_s=LEASE_S) as folder, folder.kept():
+        with RunFolder.open(tmp_path, "a", lease_s=LEASE_S) as folder, folder.lock_kept():
             before = read_lock(folder.path / "LOCK")
             holder.send_signal(signal.SIGCONT)
             _, said = holder.communicate(timeout=30)
@@ -153,8 +153,8 @@ def test_who_is_robbed_while_his_lock_is_still_empty_notices(tmp_path, monkeypat
 
 
 def test_no_lease_needs_no_thread(tmp_path):
-    with RunFolder.open(tmp_path, "a") as folder, folder.kept():
+    with RunFolder.open(tmp_path, "a") as folder, folder.lock_kept():
         assert not any(thread.name == "kdtrain-lock" for thread in threading.enumerate())
-    with RunFolder.open(tmp_path, "a", lease_s=5.0) as folder, folder.kept():
+    with RunFolder.open(tmp_path, "a", lease_s=5.0) as folder, folder.lock_kept():
         assert any(thread.name == "kdtrain-lock" for thread in threading.enumerate())
     assert not any(thread.name == "kdtrain-lock" for thread in threading.enumerate())

@@ -18,7 +18,7 @@ from kdtrain.engine.zero import StepResult
 from kdtrain.errors import EXIT_NON_FINITE, EXIT_OTHER, NonFiniteLoss, OutputError
 from kdtrain.log import LOGGER, setup_logging
 from kdtrain.objectives.base import LossOutput
-from kdtrain.run_state.heartbeat import Pulse
+from kdtrain.run_state.heartbeat import PhaseTracker
 from kdtrain.run_state.run_folder import RunFolder, read_status
 from kdtrain.telemetry.jsonl_sink import JsonlSink
 from kdtrain.training import guards
@@ -141,7 +141,7 @@ def trainer(folder, steps, values=(), *, mesh=ALONE, saved=None, every=10, log=3
         checkpoints=Checkpoints(),
         reporter=reporter,
         guards=Guards(cfg.guard, mesh, CPU, progress, events),
-        timer=PhaseTimer(CPU, Pulse(mesh.rank)),
+        timer=PhaseTimer(CPU, PhaseTracker(mesh.rank)),
         stop=StopRequest(),
         progress=progress,
     )
@@ -416,7 +416,7 @@ def test_a_status_that_cannot_be_written_does_not_hide_why_the_run_ended(tmp_pat
         patch.setattr(RunFolder, "set_status", on_a_full_disk)
         with pytest.raises(NonFiniteLoss, match="step 3"):
             work()
-    assert warned == [f"{folder / 'STATUS'} still says running: File too large"]
+    assert warned == [f"{folder / 'STATUS'} could not be changed from running: File too large"]
     assert read_status(folder)[0] == "running"
     assert [p.name for p in folder.iterdir()] == ["STATUS"]
 
@@ -424,8 +424,8 @@ def test_a_status_that_cannot_be_written_does_not_hide_why_the_run_ended(tmp_pat
 def test_a_status_that_cannot_be_written_is_an_error_when_the_run_is_done(tmp_path):
     folder = RunFolder.open(tmp_path, "run")
     with full_disk(0), pytest.raises(OutputError, match=r"cannot write .*STATUS: \[Errno 27\]"):
-        folder.finish()
+        folder.mark_done()
     assert read_status(tmp_path / "run")[0] == "running"
-    folder.finish()
+    folder.mark_done()
     assert read_status(tmp_path / "run")[0] == "done"
     folder.close()

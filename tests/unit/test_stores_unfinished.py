@@ -1,4 +1,4 @@
-"""What a killed preparation leaves behind is removed by the next one; what somebody still writes to is not."""
+"""The folder of a killed preparation is removed by the next one; that of a running process is kept."""
 
 import fcntl
 import os
@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from kdtrain.data import unfinished
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
+from kdtrain.stores import unfinished
 from tests.support.tiny_data import write_store, write_tokenizer
 
 WRITES = """
@@ -38,14 +38,14 @@ def unfinished_in(folder):
     return sorted(p.name for p in folder.iterdir() if ".writing." in p.name)
 
 
-def gone():
-    """Number of a process that has ended."""
+def ended_process():
+    """Id of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
 
 
-def test_the_next_preparation_removes_what_a_killed_one_left(tmp_path, tokenizer, logged):
+def test_next_preparation_removes_folder_of_killed_one(tmp_path, tokenizer, logged):
     out = tmp_path / "out"
     for name in ("train", "validation"):
         process = writer_in_a_process(out / name, tokenizer, "die")
@@ -57,11 +57,11 @@ def test_the_next_preparation_removes_what_a_killed_one_left(tmp_path, tokenizer
     assert (out / left[0] / "shard_00000.bin").exists()
     store = write_store(out / "train", [[1, 2]], tokenizer)
     assert unfinished_in(out) == []
-    assert f"removed {out / left[0]}, which a killed preparation left behind" in logged.text
+    assert f"removed {out / left[0]}, left by a killed process" in logged.text
     TokenStore.open(store.path).verify()
 
 
-def test_what_is_still_written_to_stays(tmp_path, tokenizer, logged):
+def test_folder_of_running_process_is_kept(tmp_path, tokenizer, logged):
     out = tmp_path / "out"
     process = writer_in_a_process(out / "train", tokenizer, "wait")
     try:
@@ -80,24 +80,24 @@ def test_what_is_still_written_to_stays(tmp_path, tokenizer, logged):
     assert unfinished_in(out) == []
 
 
-def test_a_folder_locked_by_a_process_that_this_one_cannot_see_stays(tmp_path):
-    path = tmp_path / f".train.writing.{socket.gethostname()}.{gone()}.01234567"
+def test_locked_folder_of_invisible_process_is_kept(tmp_path):
+    path = tmp_path / f".train.writing.{socket.gethostname()}.{ended_process()}.01234567"
     path.mkdir()
     holder = os.open(path, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
-    unfinished.remove_abandoned(tmp_path)
+    unfinished.remove_abandoned(tmp_path, "prepare")
     assert path.exists()
     os.close(holder)
-    unfinished.remove_abandoned(tmp_path)
+    unfinished.remove_abandoned(tmp_path, "prepare")
     assert not path.exists()
 
 
-def test_where_folders_cannot_be_locked_the_process_decides(tmp_path, tokenizer, monkeypatch):
+def test_process_id_decides_where_folders_cannot_be_locked(tmp_path, tokenizer, monkeypatch):
     def unsupported(*_):
         raise OSError(9, "Bad file descriptor")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    (tmp_path / f".train.writing.{socket.gethostname()}.{gone()}.01234567").mkdir()
+    (tmp_path / f".train.writing.{socket.gethostname()}.{ended_process()}.01234567").mkdir()
     with (
         TokenStoreWriter(tmp_path / "a", tokenizer, 0, source="x"),
         TokenStoreWriter(tmp_path / "b", tokenizer, 0, source="x"),
@@ -105,9 +105,9 @@ def test_where_folders_cannot_be_locked_the_process_decides(tmp_path, tokenizer,
         assert [name.split(".")[1] for name in unfinished_in(tmp_path)] == ["a", "b"]
 
 
-def test_folders_of_other_machines_and_other_names_stay(tmp_path, logged):
+def test_folders_of_other_hosts_and_other_names_are_kept(tmp_path, logged):
     names = [
-        f".train.writing.{socket.gethostname()}x.{gone()}.01234567",
+        f".train.writing.{socket.gethostname()}x.{ended_process()}.01234567",
         f".train.writing.{socket.gethostname()}.{os.getppid()}.01234567",
         f".train.writing.{socket.gethostname()}.0.01234567",
         ".train.writing.01234567",
@@ -115,22 +115,22 @@ def test_folders_of_other_machines_and_other_names_stay(tmp_path, logged):
     ]
     for name in names:
         (tmp_path / name).mkdir()
-    unfinished.remove_abandoned(tmp_path)
+    unfinished.remove_abandoned(tmp_path, "prepare")
     assert unfinished_in(tmp_path) == sorted(names)
     assert logged.messages == [
         f"prepare  {tmp_path / '.train.writing.01234567'} is unfinished; remove it if nothing writes to it"
     ]
 
 
-def test_what_cannot_be_removed_is_not_said_to_be(tmp_path, logged, monkeypatch):
-    path = tmp_path / f".train.writing.{socket.gethostname()}.{gone()}.01234567"
+def test_failed_removal_is_logged_as_failed(tmp_path, logged, monkeypatch):
+    path = tmp_path / f".train.writing.{socket.gethostname()}.{ended_process()}.01234567"
     path.mkdir()
     monkeypatch.setattr(unfinished.shutil, "rmtree", lambda path, ignore_errors: None)
-    unfinished.remove_abandoned(tmp_path)
-    assert logged.messages == [f"prepare  {path}, which a killed preparation left behind, cannot be removed"]
+    unfinished.remove_abandoned(tmp_path, "prepare")
+    assert logged.messages == [f"prepare  {path}, left by a killed process, cannot be removed"]
 
 
-def test_the_lock_is_given_back_with_the_writer(tmp_path, tokenizer):
+def test_writer_releases_its_lock(tmp_path, tokenizer):
     before = len(os.listdir("/proc/self/fd"))
     for number in range(3):
         write_store(tmp_path / str(number), [[1, 2]], tokenizer)
