@@ -18,7 +18,6 @@ import pytest
 from kdtrain.log import LOGGER
 from kdtrain.testing.ranks import ENGINE_MODULES, RankPool
 
-
 LONG_FILES = ("test_triton_", "test_bench_", "test_telemetry_wandb", "test_setup_check")
 """Files of tests/unit that take longest, by the beginning of their names."""
 
