@@ -68,6 +68,7 @@ def rank_1_has_no_room(rank, world_size, folder):
     return str(failed.value), left, latest == good
 
 
+@pytest.mark.slow
 def test_behind_running_steps_the_bytes_are_the_plain_write_s_and_errors_reach_all_ranks(fresh_pool, tmp_path):
     (tmp_path / "smollm").mkdir()
     (tmp_path / "smollm/config.json").write_text(json.dumps(tiny_config("smollm")))

@@ -24,6 +24,7 @@ from tests.support.layout_steps import (
     run_cases,
     step_batch,
 )
+from tests.support.tiers import slow_cases
 from tests.support.tiny_data import write_tokenizer
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
@@ -75,7 +76,7 @@ def oracles(folder):
     return {family: oracle(folder, family, False) for family in families}
 
 
-@pytest.mark.parametrize("world_size", CASES)
+@pytest.mark.parametrize("world_size", slow_cases(CASES, 4))
 def test_every_architecture_makes_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
     answers = fresh_pool(world_size).run(run_cases, folder=folder, cases=CASES[world_size])
     for rank in range(world_size):

@@ -90,6 +90,7 @@ def bfloat16_steps(rank, world_size, folder):
     return found
 
 
+@pytest.mark.slow
 def test_under_bfloat16_gradients_accumulate_in_float32_on_the_host_too(fresh_pool, tmp_path):
     for answer in fresh_pool(2).run(bfloat16_steps, folder=tmp_path):
         for layout, (norm, state, same) in answer.items():
@@ -136,6 +137,7 @@ def checkpoints(rank, world_size, folder):
     return found
 
 
+@pytest.mark.slow
 def test_checkpoints_pass_between_runs_with_and_without_offload(fresh_pool, tmp_path):
     for answer in fresh_pool(2).run(checkpoints, folder=tmp_path):
         assert len(answer) == 4

@@ -19,6 +19,7 @@ from kdtrain.models.tiny_mixtures import write_mixture
 from kdtrain.objectives.distill import Distill
 from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.training import build
+from tests.support.tiers import slow_cases
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
@@ -174,7 +175,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("world_size", CASES)
+@pytest.mark.parametrize("world_size", slow_cases(CASES, 4))
 def test_a_mixture_teaches_a_dense_student_in_every_layout(world_size, fresh_pool, folder):
     answers = fresh_pool(world_size).run(run_cases, timeout_s=300, folder=folder, cases=CASES[world_size])
     right = {case.folder: oracle(folder, case) for case in (Case(1, 0, "plain"), Case(1, 0, "plain", odd=True))}

@@ -53,6 +53,7 @@ def measure(rank, world_size, folder):
     return found
 
 
+@pytest.mark.slow
 def test_every_layout_of_the_teacher_measures_the_same_and_all_ranks_decide_alike(fresh_pool, tmp_path):
     write_bos_run(tmp_path)
     want = measure(0, 1, tmp_path)
