@@ -10,7 +10,7 @@ from kdtrain.models.tiny import tiny_config
 from tests.support.launching import free_port, start_rank
 from tests.support.tiny_run import write_run
 
-pytestmark = [pytest.mark.dist, pytest.mark.deepspeed, pytest.mark.slow]
+pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
 
 @pytest.fixture(scope="module")

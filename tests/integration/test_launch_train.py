@@ -131,7 +131,6 @@ def test_stopped_and_resumed_run_is_bitwise_the_uninterrupted_one(world, finishe
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.slow
 def test_dropout_is_the_same_after_a_resume(world):
     """Masks come from (run.seed, step, data rank): no random state is saved, and two runs of one seed are one run."""
     from kdtrain.models.tiny import tiny_config
@@ -149,7 +148,6 @@ def test_dropout_is_the_same_after_a_resume(world):
     assert len(whole) == 4
 
 
-@pytest.mark.slow
 def test_longer_run_exports_the_longer_trained_student_and_refuses_another_model(world, finished):
     whole, _ = finished
     run = world / "runs/longer"
@@ -223,7 +221,6 @@ def test_teacher_with_another_tokenizer_is_refused(world, tmp_path):
     assert "another tokenizer than the teacher's" in done.err
 
 
-@pytest.mark.slow
 def test_teacher_layout_and_memory_settings_change_no_number(world, finished):
     words = ("teacher.layout=tp", "debug.check_replicas=true", "teacher.overlap=true")
     train(world, "cut", *words, "teacher.max_tokens_per_forward=64", "zero.offload_optimizer=true", ranks=2)
@@ -231,7 +228,6 @@ def test_teacher_layout_and_memory_settings_change_no_number(world, finished):
     assert_same_numbers(world / "runs/cut", finished[0], keys, rel=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 def test_quantised_teacher_prints_its_error_and_teaches_nearly_the_same(world, finished):
     done = train(world, "int8_weights", "teacher.quantize=int8", "checkpoint.export=false")
@@ -245,7 +241,6 @@ def test_quantised_teacher_prints_its_error_and_teaches_nearly_the_same(world, f
             assert mine["loss/kd"] == pytest.approx(theirs["loss/kd"], rel=0.05)
 
 
-@pytest.mark.slow
 def test_mixture_of_experts_teaches_the_same_in_two_layouts(world):
     from kdtrain.models.tiny_mixtures import write_mixture
 
@@ -267,7 +262,6 @@ def test_mixture_of_experts_teaches_the_same_in_two_layouts(world):
 OWN_RANK = ("teacher.layout=dedicated", "teacher.ranks=1")
 
 
-@pytest.mark.slow
 def test_dedicated_teacher_changes_no_number_and_a_signal_to_it_stops_the_run(world, finished):
     """Stopped through its teacher, then resumed with another number of the student's ranks."""
     words = (world / "config.yaml", "run.name=own", *OWN_RANK)
@@ -295,7 +289,6 @@ def test_dedicated_teacher_changes_no_number_and_a_signal_to_it_stops_the_run(wo
     assert beats["rank_00002"]["done"] == "teacher"
 
 
-@pytest.mark.slow
 def test_dedicated_teacher_that_lacks_a_tensor_ends_all_ranks_with_its_name(world, tmp_path):
     """Every rank reads the headers of all its files, those of the student too, which read nothing but the head."""
     broken = tmp_path / "teacher"

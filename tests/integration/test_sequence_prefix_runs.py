@@ -7,7 +7,7 @@ import pytest
 from tests.support.bos_models import BOS, write_bos_run
 from tests.support.launching import end_ranks, numbers_of, start_ranks
 
-pytestmark = [pytest.mark.dist, pytest.mark.deepspeed, pytest.mark.slow]
+pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from tests.support.launching import run_ranks
 from tests.support.tiny_data import random_documents, write_store
 from tests.support.tiny_run import TOKENS_PER_STEP, write_run
 
-pytestmark = [pytest.mark.dist, pytest.mark.deepspeed, pytest.mark.slow]
+pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 STEPS = 2
 """Of the first stage."""
 
