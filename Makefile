@@ -1,5 +1,5 @@
 # Shortcuts; every line can also be typed by hand. `make demo` and `make test` need nothing installed before.
-.PHONY: demo test test-slow install lint types bench newest ci layouts architectures soak
+.PHONY: demo test test-slow install lint types docs bench newest ci layouts architectures soak
 .PHONY: prove-layouts prove-architectures prove-soak prove-sass prove-triton-releases
 BIN := .venv/bin
 
@@ -19,13 +19,18 @@ lint: install    ## style, spelling, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/codespell kdtrain kernels launch configs tests docs benchmarks proofs examples findings README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell kdtrain kernels launch configs tests docs benchmarks proofs examples findings README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 
 types: install
 	$(BIN)/mypy
 
-bench: install   ## every CPU benchmark; results go to benchmarks/results
-	set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
+docs: install    ## the documentation site, strictly -> build/site
+	$(BIN)/python -m pip install -q -c constraints-cpu.txt --no-build-isolation -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+
+# bench_start.py and bench_tests.py compare two checkouts and need a --base.
+bench: install   ## every other CPU benchmark; results go to benchmarks/results
+	set -e; for script in $(filter-out %/bench_start.py %/bench_tests.py, $(wildcard benchmarks/bench_*.py)); do $(BIN)/python $$script; done
 
 # Proofs take longer than tests may; each writes its table in docs/results.
 prove-layouts: install         ## every layout against plain torch, about 10 minutes
