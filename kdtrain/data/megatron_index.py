@@ -51,7 +51,7 @@ class MegatronIndex:
         return bisect_left(self.pointers, byte)
 
     def check(self, path: Path, *, probes: int | None = None) -> None:
-        """Sequences must follow each other without gap. probes: look at so many places (None: at all of them).
+        """Check that sequences follow each other without gap. probes: number of places to check; None: all.
 
         Raises DataError naming `path` and the first sequence that is wrong.
         """
@@ -68,7 +68,7 @@ class MegatronIndex:
 
 
 def read_index(path: Path) -> MegatronIndex:
-    """Map an .idx file. Raises DataError naming the file if it is missing, foreign, truncated or inconsistent."""
+    """Map an .idx file. Raises DataError if it is missing, of another format, truncated or inconsistent."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -93,7 +93,7 @@ def read_index(path: Path) -> MegatronIndex:
         )
     if size != expected:
         raise DataError(
-            f"{path} is {'truncated' if size < expected else 'damaged'}: {size} bytes, its header says {expected}\n"
+            f"{path} is {'truncated' if size < expected else 'damaged'}: {size} bytes, {expected} by its header\n"
             "  fix: copy the store again, or prepare the corpus again"
         )
     raw = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))

@@ -1,7 +1,7 @@
-"""Tokens on disk: Megatron .bin/.idx shards plus a manifest that says what they are and refuses misuse.
+"""Tokens on disk: Megatron .bin/.idx shards with a manifest that describes and checks them.
 
 A store is a folder: manifest.json, shard_00000.bin, shard_00000.idx, ..., and tokenizer/ with the tokenizer that made
-it. It is written under a temporary name and renamed at the end, so a half-written store is never opened.
+it. It is written under a temporary name and renamed when complete (`kdtrain.stores`).
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from kdtrain.stores.unfinished import UnfinishedFolder, remove_abandoned
 
 TOKENIZER = "tokenizer"
 SHARD_TOKENS = 1 << 30
-"""Tokens after which a new shard begins."""
+"""Number of tokens after which a new shard begins."""
 MAPPED_SHARDS = 128
-"""Shards mapped at a time, two files each."""
+"""Shards that are mapped at a time, two files each."""
 
 
 class TokenStore:
     """Random access to documents and to the stream of all tokens, memory-mapped. Thread-safe.
 
-    A mapped file costs a file descriptor, of which a process often has 1024; so at most MAPPED_SHARDS are mapped at a
-    time, and a store may have any number. `open` makes one.
+    A mapped file takes a file descriptor, and the usual limit is 1024 per process: at most MAPPED_SHARDS are mapped at
+    a time, so that a store may have any number of shards. Use `open` to make one.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -59,7 +59,7 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenStore:
-        """Open a store. Checks sizes and index consistency, not every byte (see `verify`).
+        """Open a store. Checks sizes and the consistency of the indices, not every byte (see `verify`).
 
         Raises DataError naming the file, what was expected and found, and a fix.
         """
@@ -78,16 +78,16 @@ class TokenStore:
         source: str,
         document_prefix: Sequence[int] = (),
     ) -> TokenStoreWriter:
-        """A writer for a new store, to be used as a context manager and ended by its `commit`."""
+        """A writer for a new store: a context manager, with `commit` as its last call."""
         return TokenStoreWriter(folder, tokenizer_dir, separator_id, source=source, document_prefix=document_prefix)
 
     def __len__(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return self.manifest.num_documents
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, separators included."""
+        """Number of tokens, separators included."""
         return self.manifest.num_tokens
 
     def __getitem__(self, document: int) -> np.ndarray:
@@ -104,7 +104,7 @@ class TokenStore:
         """Tokens [start, stop) of all documents one after the other, as int64. IndexError outside the store."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) are not in [0, {self.num_tokens})")
-        out = np.empty(stop - start, dtype=np.int64)  # filled shard by shard, so that no shard stays mapped for it
+        out = np.empty(stop - start, dtype=np.int64)  # filled shard by shard, so that the result keeps no shard mapped
         for shard in self._shards_of(start, stop):
             first, last = int(self._token_edges[shard]), int(self._token_edges[shard + 1])
             low, high = max(start, first), min(stop, last)
@@ -112,9 +112,10 @@ class TokenStore:
         return out
 
     def occurring_ids(self, wanted: Collection[int]) -> list[int]:
-        """Those of the ids `wanted` that occur, ascending.
+        """The ids of `wanted` that occur in the store, ascending.
 
-        By the manifest if it says so and `wanted` holds none of the trained vocabulary, else every token is read once.
+        Read from the manifest if `added_ids` is recorded and `wanted` holds no id of the trained vocabulary; else every
+        token is read once.
         """
         recorded, wanted = self.manifest.added_ids, {i for i in wanted if 0 <= i < self.manifest.vocab_size}
         if not wanted or (recorded is not None and wanted.isdisjoint(trained_ids(self.path / TOKENIZER))):
@@ -146,7 +147,7 @@ class TokenStore:
                 found = sha256_of(path)
                 if found != expected:
                     shown, fix = shown_and_fix(path, self.manifest)
-                    raise DataError(f"{shown} is damaged: sha256 {found}, the manifest says {expected}\n{fix}")
+                    raise DataError(f"{shown} is damaged: sha256 {found}, {expected} in the manifest\n{fix}")
         for number, shard in enumerate(self.manifest.shards):
             tokens, index = self._shard(number)
             index.check(self.path / f"{shard.name}.idx")
@@ -157,33 +158,31 @@ class TokenStore:
         found = fingerprint(self.path / TOKENIZER)
         if found != self.manifest.tokenizer_fingerprint:
             raise DataError(
-                f"{self.path / TOKENIZER} is not the tokenizer that made the tokens: fingerprint {found}, the manifest "
-                f"says {self.manifest.tokenizer_fingerprint}\n{DAMAGED_FIX}"
+                f"{self.path / TOKENIZER} is not the tokenizer that made the tokens: fingerprint {found}, "
+                f"{self.manifest.tokenizer_fingerprint} in the manifest\n{DAMAGED_FIX}"
             )
-        tokens_of_it = vocab_size(self.path / TOKENIZER)
-        if tokens_of_it != self.manifest.vocab_size:
+        size = vocab_size(self.path / TOKENIZER)
+        if size != self.manifest.vocab_size:
             raise DataError(
                 f"{self.path}/manifest.json is damaged: vocab_size is {self.manifest.vocab_size}, that of "
-                f"{self.path / TOKENIZER} is {tokens_of_it}\n{DAMAGED_FIX}"
+                f"{self.path / TOKENIZER} is {size}\n{DAMAGED_FIX}"
             )
         if self.manifest.added_ids is None:
             return
-        occur = scan_ids(self, set(range(tokens_of_it)) - trained_ids(self.path / TOKENIZER))
-        if list(self.manifest.added_ids) != occur:
+        occurring = scan_ids(self, set(range(size)) - trained_ids(self.path / TOKENIZER))
+        if list(self.manifest.added_ids) != occurring:
             raise DataError(
                 f"{self.path}/manifest.json is damaged: added_ids is {list(self.manifest.added_ids)}, of the ids "
-                f"outside the trained vocabulary {occur} occur\n{DAMAGED_FIX}"
+                f"outside the trained vocabulary {occurring} occur\n{DAMAGED_FIX}"
             )
 
 
 class TokenStoreWriter:
-    """Writes a store document by document; `commit` makes it appear, anything else leaves nothing behind.
+    """Writes a store document by document; `commit` renames it to `folder`, without `commit` nothing is kept.
 
-    What a killed process of this machine left beside `folder` is removed first (`kdtrain.stores.unfinished`).
-
-    document_prefix: ids before every document, as separator_id is the one after it.
-
-    Use as a context manager. Not thread-safe. Raises ConfigError if `folder` exists or cannot be written, or if the
+    Folders that killed processes of this machine left beside `folder` are removed first (`kdtrain.stores.unfinished`).
+    document_prefix: ids before every document; separator_id: the id after it. Use as a context manager. Not
+    thread-safe. Raises ConfigError if `folder` exists or cannot be written, or if the
     tokenizer is missing; DataError when the disk is full.
     """
 
@@ -244,7 +243,7 @@ class TokenStoreWriter:
                 if self._file is None:
                     self._file = ChecksummedFile(self._unfinished.path / f"{shard_name(len(self._shards))}.bin")
                 room = self._shard_tokens - self._file.size // self._dtype.itemsize
-                last = min(int(np.searchsorted(stops, start + room)), len(sizes) - 1)  # the one that fills the shard
+                last = min(int(np.searchsorted(stops, start + room)), len(sizes) - 1)  # fills the shard
                 self._file.write(np.ascontiguousarray(tokens[start : stops[last]], dtype=self._dtype).data)
                 self._sizes += sizes[document : last + 1].tolist()
                 document, start = last + 1, int(stops[last])
@@ -266,11 +265,11 @@ class TokenStoreWriter:
     def link_shard(
         self, data: Path, sizes: np.ndarray, sha256: str, mtime_ns: int, text_bytes: int, seen: np.ndarray
     ) -> None:
-        """A shard whose tokens are those of another file, used in place; its index is the store's own.
+        """Add a shard that uses the tokens of another file in place; its index is written into the store.
 
-        The caller has read all of `data`: it holds finished documents of `sizes` tokens and nothing else, of the
-        store's dtype, with this checksum and, before it was read, this time of its last change. seen [V] bool: the ids
-        that occur.
+        data: a file that the caller has read: documents of `sizes` tokens with prefix and separator and nothing else,
+        of the store's dtype. sha256: its checksum. mtime_ns: its modification time before it was read. seen [V] bool:
+        the ids that occur.
         """
         with _disk_errors(self.folder):
             self._close_shard()
@@ -349,14 +348,14 @@ class TokenStoreWriter:
         return manifest
 
     def _added_ids(self) -> tuple[int, ...] | None:
-        """Ids outside the trained vocabulary that were written; None unless every token was looked at."""
+        """Ids outside the trained vocabulary that were written; None unless every token was seen."""
         if self._num_seen != sum(s.num_tokens for s in self._shards):
             return None
         trained = trained_ids(self._tokenizer_dir)
         return tuple(int(i) for i in np.flatnonzero(self._seen) if i not in trained)
 
     def commit(self, left_out: Mapping[str, int] | None = None) -> Manifest:
-        """`write_all`, then give the store its name: it is either there and whole, or not there."""
+        """`write_all`, then rename the store to `folder`. Raises as `write_all`."""
         manifest = self.write_all(left_out)
         with _disk_errors(self.folder):
             self._unfinished.publish()

@@ -27,7 +27,7 @@ def tokenizer_file(folder: str | Path) -> Path:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in `folder`, which encodes whole texts whatever its file says of truncation and padding.
+    """The tokenizer in `folder`, without the truncation and padding that its file may set.
 
     Raises ConfigError if there is none, DataError if it cannot be parsed.
     """
@@ -35,14 +35,14 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     _json(path)
     with _LibraryErrors(path):
         tokenizer = Tokenizer.from_file(str(path))
-    # the file keeps what its last user set for a model's inputs; a document is neither cut nor filled up
+    # The file may contain truncation and padding for a model's inputs; documents must be encoded whole.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 class _LibraryErrors:
-    """Turns what `tokenizers` raises into a DataError. It raises bare `Exception`; a subclass is another error."""
+    """Turns errors of `tokenizers` into a DataError: it raises plain `Exception`; subclasses are other errors."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -93,7 +93,7 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def vocab_size(folder: str | Path) -> int:
-    """The largest id plus one: the tokenizer's true size, whatever a model's padded head says. Raises as above."""
+    """The largest id plus one; a model's head may have more rows, as padding. Raises as above."""
     return size_of(load_tokenizer(folder), tokenizer_file(folder))
 
 
@@ -128,7 +128,7 @@ def prefix_of(tokenizer: Tokenizer, path: Path) -> list[int]:
             with _LibraryErrors(path):
                 known = len(tokenizer.encode(text, add_special_tokens=False).ids) > 0
         except DataError:
-            continue  # a vocabulary without an unknown token cannot write all of its own names
+            continue  # a vocabulary without an unknown token cannot encode all of its own names
         if known:
             found = tokenizer.encode(text, add_special_tokens=True)
             marked = zip(found.ids, found.special_tokens_mask, strict=True)

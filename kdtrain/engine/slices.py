@@ -202,7 +202,7 @@ class CheckpointReader:
             view = self._open[file].get_slice(s.key)
             found = (view.get_dtype(), list(view.get_shape()))
             if found != ("F32", [s.numel]):
-                raise damaged(path, f"{s.key!r} is {found}, checkpoint.json says {('F32', [s.numel])}")
+                raise damaged(path, f"{s.key!r} is {found}, {('F32', [s.numel])} in checkpoint.json")
             values: Tensor = view[start:stop]
         except (SafetensorError, OSError) as error:
             raise damaged(path, f"{s.key!r} cannot be read: {error}") from error

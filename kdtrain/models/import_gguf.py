@@ -7,7 +7,6 @@ pre-tokenizer that the file names.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from kdtrain.errors import ConfigError, DataError
 from kdtrain.models.export import export_hf
 from kdtrain.models.special_tokens import END_OF_TEXT
 from kdtrain.models.ties import tied_names
+from kdtrain.stores.checksums import sha256_of
 from kdtrain.stores.folders import replacing_folder
 
 _QWEN2_WORDS = (
@@ -127,8 +127,7 @@ def _checked_hash(file: Path, wanted: str | None) -> str:
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise DataError(f"{file} is not a GGUF file (it does not start with GGUF)\n  fix: give the *.gguf file")
-        stream.seek(0)
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = sha256_of(file)
     if wanted is not None and digest != wanted.lower():
         raise DataError(
             f"{file} has sha256\n    {digest}, wanted\n    {wanted.lower()}\n"

@@ -1,4 +1,4 @@
-"""Checkpoints written behind running steps by several ranks: the plain write's bytes, and one rank's error on all."""
+"""Checkpoints written in the background by several ranks: bytes of the synchronous write, errors on all ranks."""
 
 import json
 import resource
@@ -36,7 +36,7 @@ def train_until_written(engine, writer, at):
 
 
 def write_both_ways(rank, world_size, folder, cases):
-    """Every case: the same state by the plain write and behind the steps that change it; the bytes of both."""
+    """Every case: bytes of the same state by the synchronous write and by save_async during steps that change it."""
     join()
     mesh, answers = Mesh.build(2), []
     for case in cases:
@@ -69,7 +69,7 @@ def rank_1_has_no_room(rank, world_size, folder):
 
 
 @pytest.mark.slow
-def test_behind_running_steps_the_bytes_are_the_plain_write_s_and_errors_reach_all_ranks(fresh_pool, tmp_path):
+def test_async_save_equals_synchronous_write_and_errors_reach_all_ranks(fresh_pool, tmp_path):
     (tmp_path / "smollm").mkdir()
     (tmp_path / "smollm/config.json").write_text(json.dumps(tiny_config("smollm")))
     pool = fresh_pool(2)
@@ -88,7 +88,7 @@ def test_behind_running_steps_the_bytes_are_the_plain_write_s_and_errors_reach_a
 
 
 class Slow:
-    """Checkpoints of which this rank is busy until its `ready`-th step; says when all went on."""
+    """Checkpoints whose writer is busy on this rank until its `ready`-th step; records the steps of `advance`."""
 
     def __init__(self, progress, ready):
         self.progress, self.ready, self.advanced, self.waited = progress, ready, [], []
@@ -120,7 +120,7 @@ def train_with_slow_writers(rank, world_size, folder):
     return *found, stops.checkpoints.waited
 
 
-def test_the_trainer_goes_on_with_a_checkpoint_when_no_rank_is_busy_and_waits_for_the_last(fresh_pool, tmp_path):
+def test_trainer_advances_async_save_when_no_rank_is_busy_and_waits_at_end(fresh_pool, tmp_path):
     (tmp_path / "nan").mkdir()
     for advanced, waited, before_the_error in fresh_pool(2).run(train_with_slow_writers, folder=tmp_path):
         assert advanced == [4, 5, 6], "rank 1 was busy until step 4, rank 0 only until 2"

@@ -86,7 +86,7 @@ def test_every_architecture_makes_the_steps_of_plain_torch(world_size, fresh_poo
 
 
 CONTINUED = {1: [("few_groups", 1), ("phi3", 1)], 2: [("few_groups", 2), ("gpt2", 1), ("olmo2", 1)]}
-"""World size -> (family, tp) that goes on from a checkpoint of the first of the family's cases."""
+"""World size -> (family, tp) that continues from a checkpoint of the first of the family's cases."""
 
 
 @pytest.mark.parametrize("world_size", CONTINUED)
@@ -103,8 +103,8 @@ def test_another_tp_continues_from_a_checkpoint(world_size, fresh_pool, folder, 
         assert evaluation == pytest.approx(want.evaluation, rel=1e-5), (case.name, tp)
 
 
-def test_an_export_of_what_was_cut_in_pieces_is_the_stock_model(folder, oracles):
-    """Fused, transposed and shared pieces put together again, read by transformers alone, over all rows it has."""
+def test_export_of_sharded_architecture_is_stock_model(folder, oracles):
+    """Exported fused, transposed and shared shards, read by transformers alone, over all rows."""
     write_tokenizer(folder / "model", more=[f"<{token}>" for token in range(257, VOCAB)])
     for family in ("gpt2", "phi3", "few_groups", "olmo2"):
         case = next(case for cases in CASES.values() for case in cases if case.family == family and case.tp > 1)

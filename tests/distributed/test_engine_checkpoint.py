@@ -1,4 +1,4 @@
-"""Checkpoints through live engines: stop and resume is bitwise the same run, in another layout it is so to rounding."""
+"""Checkpoints of engines: a resumed run is bitwise equal, in another layout equal up to rounding."""
 
 import hashlib
 import json
@@ -59,7 +59,7 @@ def fingerprints(engine):
 
 
 def run_through(rank, world_size, folder, cases):
-    """Every case uninterrupted, saving on the way: what the engine held at the save and at the end, and the losses."""
+    """Every case uninterrupted, with a save: the engine's state at the save and at the end, and the losses."""
     join()
     mesh = Mesh.build(2)
     answers = []
@@ -75,7 +75,7 @@ def run_through(rank, world_size, folder, cases):
 
 
 def resume(rank, world_size, folder, cases):
-    """Every case from its checkpoint, in an engine that began from other random weights and made a step."""
+    """Every case from its checkpoint, in an engine that has other weights and has made a step."""
     join()
     mesh = Mesh.build(2)
     answers = []
@@ -92,7 +92,7 @@ def resume(rank, world_size, folder, cases):
     return answers
 
 
-def test_stop_and_resume_is_bitwise_the_uninterrupted_run(fresh_pool, architectures):
+def test_resumed_run_equals_uninterrupted_run_bitwise(fresh_pool, architectures):
     whole = fresh_pool(4).run(run_through, folder=architectures, cases=CASES)
     resumed = fresh_pool(4).run(resume, folder=architectures, cases=CASES)
     for rank in range(4):
@@ -109,7 +109,7 @@ def test_stop_and_resume_is_bitwise_the_uninterrupted_run(fresh_pool, architectu
 
 
 def relay(rank, world_size, folder, legs, root, nudged=False):
-    """Train two steps in each layout (tp, stage) of `legs`, handing over by checkpoint; the last checkpoint.
+    """Train two steps in each layout (tp, stage) of `legs`, continued by checkpoint; the last checkpoint.
 
     nudged: as in `build`, of the first leg.
     """
@@ -135,7 +135,7 @@ def test_a_run_continues_in_any_other_layout(fresh_pool, architectures):
     moved = pool.run(relay, folder=architectures, legs=[(2, 2), (1, 1), (1, 3), (2, 0), (2, 3)], root="moved")[0]
     alone = fresh_pool(1)
     stayed = alone.run(relay, folder=architectures, legs=[(1, 1)] * 5, root="stayed")[0]
-    # what rounding is worth after ten steps, which differs between processors
+    # the effect of rounding after ten steps, which differs between processors
     nudged = alone.run(relay, folder=architectures, legs=[(1, 1)] * 5, root="nudged", nudged=True)[0]
     assert moved.name == stayed.name == "step_000010"
     with (
@@ -156,7 +156,7 @@ def test_a_run_continues_in_any_other_layout(fresh_pool, architectures):
                 assert noise < 1e-4, (name, kind)
                 assert (got.read_full(name, kind) - value).abs().max() < 1e-6 + 3 * noise, (name, kind)
             moved_by = (want.read_full(name, "master") - before.read_full(name, "master")).abs().max()
-            assert moved_by > 1e-3, f"{name} hardly moved, so that equality would say little"
+            assert moved_by > 1e-3, f"{name} hardly moved, so that equality would prove little"
 
 
 def refusals(rank, world_size, folder):
@@ -194,7 +194,7 @@ def refusals(rank, world_size, folder):
     return found
 
 
-def test_what_fails_on_one_rank_fails_on_all_and_names_the_cause(fresh_pool, architectures):
+def test_failure_on_one_rank_raises_on_all_with_cause(fresh_pool, architectures):
     for found in fresh_pool(2).run(refusals, folder=architectures):
         assert "model.layers.0.mlp.gate_proj.weight: (44, 36) there, (52, 36) here" in found["width"]
         assert "lm_head.weight: (299, 36) there, (300, 36) here" in found["rows"]

@@ -42,7 +42,7 @@ def oracles(folder):
 
 
 @pytest.mark.parametrize("world_size", slow_cases([2, 4], 4))
-def test_ranks_that_share_sequences_make_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
+def test_context_parallel_ranks_make_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
     answers = fresh_pool(world_size).run(run_cases, timeout_s=400, folder=folder, cases=CASES[world_size])
     for rank in range(world_size):
         assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
@@ -69,7 +69,7 @@ def hand_over(rank, world_size, folder):
     return last, loss, result.grad_norm
 
 
-def test_a_run_goes_on_over_another_number_of_cp_ranks(fresh_pool, folder, oracles):
+def test_run_continues_with_another_number_of_cp_ranks(fresh_pool, folder, oracles):
     from kdtrain.engine.slices import CheckpointReader
 
     last, loss, norm = fresh_pool(2).run(hand_over, folder=folder)[0]

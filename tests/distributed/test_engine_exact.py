@@ -1,4 +1,4 @@
-"""What must hold to the last bit or stop a run: float32 sums under bfloat16, non-finite steps, forgotten marks."""
+"""Exact properties of the engine: float32 sums under bfloat16, non-finite steps, missing marks."""
 
 import pytest
 import torch
@@ -115,7 +115,7 @@ def test_gradients_under_bfloat16_are_reduced_over_data_ranks_in_float32(fresh_p
 
 
 def poisoned_steps(rank, world_size, folder):
-    """A step that is non-finite on rank 0 alone changes nothing anywhere, and the next one is as if it never was."""
+    """A step that is non-finite on rank 0 alone changes nothing on any rank, nor the next step."""
     meshes = join(world_size)
     for tp, stage, dtype in POISONED:
         mesh = meshes[tp]
@@ -146,7 +146,7 @@ def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all(fresh_pool, tmp
 
 
 def refused_engines(rank, world_size, folder):
-    """Forgotten and superfluous marks, a step without valid tokens, and a run without clipping."""
+    """Missing and superfluous marks, a step without valid tokens, and a run without clipping."""
     from kdtrain.engine.zero import StudentEngine
 
     mesh = join(world_size)[2]
@@ -172,7 +172,7 @@ def refused_engines(rank, world_size, folder):
     return messages, norms
 
 
-def test_forgotten_marks_and_empty_steps_are_refused_and_null_means_no_clipping(fresh_pool, tmp_path):
+def test_missing_marks_and_empty_steps_are_refused_and_null_means_no_clipping(fresh_pool, tmp_path):
     assert DataError.exit_code == EXIT_DATA
     answers = fresh_pool(2).run(refused_engines, folder=tmp_path)
     for messages, _ in answers:

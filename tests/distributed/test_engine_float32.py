@@ -46,7 +46,7 @@ def is_float32(tensor):
 
 
 def steps(rank, world_size, folder):
-    """Per layout: what became of the parameter that stays in float32, after steps and after loading a checkpoint."""
+    """Per layout: the parameter that stays in float32, after steps and after loading a checkpoint."""
     meshes, answers = join(world_size), {}
     for tp, stage, offload in ((1, 1, False), (1, 2, False), (2, 2, False), (1, 2, True)):
         case = Case("olmo_hybrid", tp, stage, (2, 2, 2), dtype="bfloat16")
@@ -76,7 +76,7 @@ def steps(rank, world_size, folder):
     return answers
 
 
-def test_what_a_class_keeps_in_float32_trains_in_float32_beside_bfloat16(fresh_pool, tmp_path):
+def test_float32_parameters_of_bfloat16_model_train_in_float32(fresh_pool, tmp_path):
     whole = student(tmp_path, Mesh())
     assert whole.facts().float32 == (KEPT,)
     batch = step_batch(1)
@@ -116,7 +116,7 @@ def at_stage_3(rank, world_size, folder):
     return message, loss
 
 
-def test_stage_3_refuses_what_it_would_round_and_takes_it_in_float32(fresh_pool, tmp_path):
+def test_stage_3_refuses_float32_parameters_of_bfloat16_model(fresh_pool, tmp_path):
     student(tmp_path, Mesh())
     for message, loss in fresh_pool(1).run(at_stage_3, folder=tmp_path):
         assert f"zero.stage = 3 and student.dtype = bfloat16 do not go together here: {KEPT!r}" in message

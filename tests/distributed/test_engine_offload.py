@@ -31,7 +31,7 @@ def start(folder, mesh, case, *, offload=True, clip=MAX_NORM):
 
 
 def run_cases(rank, world_size, folder):
-    """Per case what `layout_oracle.check_case` wants to see."""
+    """Per case the input of `layout_oracle.check_case`."""
     meshes = join(world_size)
     answers = []
     for case in cases():
@@ -91,7 +91,7 @@ def bfloat16_steps(rank, world_size, folder):
 
 
 @pytest.mark.slow
-def test_under_bfloat16_gradients_accumulate_in_float32_on_the_host_too(fresh_pool, tmp_path):
+def test_bfloat16_gradients_accumulate_in_float32_on_host(fresh_pool, tmp_path):
     for answer in fresh_pool(2).run(bfloat16_steps, folder=tmp_path):
         for layout, (norm, state, same) in answer.items():
             assert norm < 1e-6, layout
@@ -138,7 +138,7 @@ def checkpoints(rank, world_size, folder):
 
 
 @pytest.mark.slow
-def test_checkpoints_pass_between_runs_with_and_without_offload(fresh_pool, tmp_path):
+def test_checkpoints_load_with_and_without_offload(fresh_pool, tmp_path):
     for answer in fresh_pool(2).run(checkpoints, folder=tmp_path):
         assert len(answer) == 4
         for case, (state, norm) in answer.items():
@@ -147,7 +147,7 @@ def test_checkpoints_pass_between_runs_with_and_without_offload(fresh_pool, tmp_
 
 
 def poisoned_steps(rank, world_size, folder):
-    """A step that is non-finite on rank 0 alone changes nothing, and the next is as if it never was."""
+    """A step that is non-finite on rank 0 alone changes nothing, nor does it affect the next step."""
     meshes = join(world_size)
     for tp, stage, dtype in ((1, 1, "float32"), (2, 2, "float32"), (1, 2, "bfloat16"), (2, 3, "bfloat16")):
         mesh, case = meshes[tp], Case("llama_untied", tp, stage, (4, 4, 4), dtype=dtype)
@@ -192,6 +192,6 @@ def threads_of_steps(rank, world_size, folder):
     return found
 
 
-def test_a_step_on_the_host_takes_the_ranks_part_of_the_cores(fresh_pool, tmp_path):
+def test_host_step_uses_ranks_part_of_cores(fresh_pool, tmp_path):
     for answer in fresh_pool(2).run(threads_of_steps, folder=tmp_path):
         assert answer == [(1, {3}, 1), (1, {1}, 1)]

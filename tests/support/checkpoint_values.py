@@ -60,7 +60,7 @@ def values(name: str, kind: str) -> Tensor:
 
 
 def fragments(cuts: Cuts, pieces_of: Callable[[int], list[int]] = lambda size: [size]) -> list[Fragment]:
-    """What all tp ranks would write; pieces_of: the sizes into which a flat piece is cut."""
+    """The fragments of all tp ranks; pieces_of: sizes into which a flat shard is divided."""
     found = []
     for name in SHAPES:
         cut = cuts.get(name)
@@ -79,7 +79,7 @@ def fragments(cuts: Cuts, pieces_of: Callable[[int], list[int]] = lambda size: [
 
 
 def ragged(size: int) -> list[int]:
-    """1, 2, 3, ... elements, then what is left."""
+    """1, 2, 3, ... elements, then the rest."""
     sizes, step = [], 1
     while size:
         sizes.append(min(step, size))
@@ -109,7 +109,7 @@ def write(
 
 
 def write_scattered(folder: Path, cuts: Cuts, ranks: int = 4) -> Path:
-    """As several ranks would: the fragments dealt out to files in turn."""
+    """Write as several ranks do: fragments distributed over files in turn."""
     folder.mkdir()
     dealt = fragments(cuts, ragged)
     files = [write_rank_file(folder / f"rank_{r:05d}.safetensors", dealt[r::ranks]) for r in range(ranks)]

@@ -225,7 +225,7 @@ def too_small_a_share(cfg):
     ("change", "kind", "match"),
     [
         (other_quantisation, ConfigError, r"teacher\.quantize = int8: GPT2LMHeadModel has Conv1D layers"),
-        (too_little_text, DataError, "has not one complete sequence"),
+        (too_little_text, DataError, "has no complete sequence"),
         (too_small_a_share, DataError, "less than one sequence in"),
         (lambda cfg: setattr(cfg.run, "resume", cfg.run.output_dir), CheckpointError, "no complete checkpoint there"),
         (lambda cfg: setattr(cfg.student, "attention", "flash"), ConfigError, "'flash' is not known"),

@@ -1,4 +1,4 @@
-"""Checkpoints written while the caller goes on: the bytes of the plain write, and its errors. One process."""
+"""Checkpoints written in the background: bytes and errors of the synchronous write. One process."""
 
 import resource
 import threading
@@ -29,7 +29,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("block", [4, 20, background.BLOCK_BYTES])
-def test_the_bytes_are_those_of_the_plain_write_whatever_happens_after_the_copy(tmp_path, monkeypatch, block):
+def test_bytes_equal_synchronous_write_after_sources_change(tmp_path, monkeypatch, block):
     monkeypatch.setattr(background, "BLOCK_BYTES", block)
     plain = slices.write(tmp_path / "plain", state={"tokens": [1]})
     state = {"tokens": [1]}
@@ -52,7 +52,7 @@ ON_CUDA = pytest.param(
 
 
 @pytest.mark.parametrize("device", ["cpu", ON_CUDA])
-def test_memory_is_kept_and_grows_only_when_it_must(device):
+def test_host_memory_is_reused_and_grows_only_when_needed(device):
     held = Snapshot(torch.device(device))
     assert list(held.data()) == []
     for size in (5, 3, 0, 6):
@@ -61,7 +61,7 @@ def test_memory_is_kept_and_grows_only_when_it_must(device):
         assert held.num_bytes == 4 * max(5, size)
 
 
-def test_every_stage_is_left_only_when_asked_and_another_save_must_wait(tmp_path):
+def test_stages_advance_only_on_call_and_second_save_is_refused(tmp_path):
     gate, tidied = threading.Event(), []
     writer = BackgroundWriter(Mesh(), CPU)
     assert writer.advance() is None
@@ -85,7 +85,7 @@ def test_every_stage_is_left_only_when_asked_and_another_save_must_wait(tmp_path
     writer.wait()
 
 
-def test_a_full_disk_is_the_error_of_the_plain_write_and_leaves_the_former_checkpoint(tmp_path):
+def test_full_disk_raises_as_synchronous_write_and_keeps_former_checkpoint(tmp_path):
     writer = BackgroundWriter(Mesh(), CPU)
     good = begin(writer, tmp_path, step=1, state={"good": True})
     writer.wait()
@@ -110,7 +110,7 @@ def test_a_full_disk_is_the_error_of_the_plain_write_and_leaves_the_former_check
     assert writer.wait().name == "step_000003", "it can be tried again"
 
 
-def test_a_folder_that_cannot_be_tidied_is_told_and_the_new_checkpoint_stays(tmp_path):
+def test_failed_pruning_raises_and_new_checkpoint_is_kept(tmp_path):
     for step in (1, 2):
         slices.write(tmp_path, step=step)
     writer = BackgroundWriter(Mesh(), CPU)

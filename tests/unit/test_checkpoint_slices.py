@@ -1,4 +1,4 @@
-"""The checkpoint format by itself: any layout to any layout, and every way a folder can be damaged. No DeepSpeed."""
+"""The checkpoint format: any layout reads any layout, and damage of every kind is refused. No DeepSpeed."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from tests.support.checkpoint_values import LAYOUTS, SHAPES, about, fragments, r
 
 
 @pytest.mark.parametrize("saved", LAYOUTS)
-def test_any_layout_reads_what_any_layout_wrote(tmp_path, saved):
+def test_every_layout_reads_every_layout(tmp_path, saved):
     with CheckpointReader(write_scattered(tmp_path / "step_000007", LAYOUTS[saved])) as reader:
         reader.verify()
         assert reader.names() == list(SHAPES)
@@ -42,7 +42,7 @@ def test_any_layout_reads_what_any_layout_wrote(tmp_path, saved):
 
 
 @pytest.mark.parametrize("saved", LAYOUTS)
-def test_a_range_is_the_same_part_of_the_padded_piece_and_zero_past_its_end(tmp_path, saved):
+def test_range_equals_part_of_padded_shard_and_zeros_past_its_end(tmp_path, saved):
     with CheckpointReader(write_scattered(tmp_path / "step_000007", LAYOUTS[saved])) as reader:
         for name in SHAPES:
             for cuts in LAYOUTS.values():
@@ -144,7 +144,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_refused_with_the_file_and_the_reason(tmp_path, kind):
+def test_damage_is_refused_with_file_and_reason(tmp_path, kind):
     folder = write(tmp_path, LAYOUTS["two"])
     damage, message = DAMAGE[kind]
     damage(folder)
@@ -174,7 +174,7 @@ def test_one_flipped_bit_anywhere_fails_the_checksum(tmp_path):
     list(read_full_parameters(folder))
 
 
-def test_a_file_whose_content_is_another_ranks_is_refused_when_read(tmp_path):
+def test_file_with_content_of_another_rank_is_refused_when_read(tmp_path):
     folder = write_scattered(tmp_path / "step_000001", LAYOUTS["whole"])
     first, second = folder / "rank_00000.safetensors", folder / "rank_00001.safetensors"
     shutil.copy(second, first)
@@ -191,7 +191,7 @@ def test_a_save_that_does_not_cover_the_model_is_not_completed(tmp_path):
     assert list(tmp_path.iterdir()) == [good]
 
 
-def test_a_state_that_json_cannot_hold_is_an_error_before_anything_is_written(tmp_path):
+def test_state_that_is_not_json_raises_before_writing(tmp_path):
     with pytest.raises(TypeError, match="bytes"):
         write(tmp_path / "root", state={"rng": b"12"})
     assert not (tmp_path / "root").exists()
@@ -208,7 +208,7 @@ def test_fragments_must_be_flat_float32_and_distinct(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, 7, 100, 2000, 4000])
-def test_a_full_disk_names_the_file_and_the_errno_and_leaves_the_former_checkpoints(tmp_path, limit):
+def test_full_disk_raises_with_file_and_errno_and_keeps_former_checkpoints(tmp_path, limit):
     good = write(tmp_path, step=1)
     size = (good / "rank_00000.safetensors").stat().st_size
     assert limit < size
@@ -223,7 +223,7 @@ def test_a_full_disk_names_the_file_and_the_errno_and_leaves_the_former_checkpoi
     assert find_latest(tmp_path) == good
 
 
-def test_two_saves_of_equal_state_are_equal_byte_for_byte_and_carry_no_notes(tmp_path):
+def test_two_saves_of_equal_state_are_equal_bytes_without_metadata(tmp_path):
     def made(name):
         path = tmp_path / name
         entry = write_rank_file(path, fragments(LAYOUTS["two"]))

@@ -1,4 +1,4 @@
-"""Which files become documents: nothing in a folder is left out without a word, nothing is taken for what it is not."""
+"""Which files become documents: files left out are logged, files of other formats are refused."""
 
 import bz2
 import gzip
@@ -25,7 +25,7 @@ def names(files, folder):
     return [str(file.relative_to(folder)) for file in files]
 
 
-def test_a_folder_is_read_whatever_the_case_and_through_links_and_the_rest_is_counted(tmp_path, logged):
+def test_folder_is_read_in_any_case_through_links_and_other_files_are_counted(tmp_path, logged):
     other = fill(tmp_path / "other", h__txt=b"linked")
     corpus = fill(
         tmp_path / "corpus",
@@ -46,8 +46,8 @@ def test_a_folder_is_read_whatever_the_case_and_through_links_and_the_rest_is_co
     found = find_files([corpus])
     assert names(found, corpus) == ["B.TXT", "a.txt", "e.ndjson", "i.JSONL.GZ", "sub/h.txt"]
     assert list(read_documents(found)) == ["B", "a", "one", "two", "one", "two", "linked"]
-    (said,) = logged.messages
-    assert f"{corpus}: 8 files are ignored" in said
+    (message,) = logged.messages
+    assert f"{corpus}: 8 files are ignored" in message
     for part in (
         "2 .dat",
         "1 .zst",
@@ -57,15 +57,15 @@ def test_a_folder_is_read_whatever_the_case_and_through_links_and_the_rest_is_co
         "1 without a suffix",
         "1 broken links and the like",
     ):
-        assert part in said
+        assert part in message
 
 
-def test_a_folder_without_other_files_needs_no_word(tmp_path, logged):
+def test_folder_without_other_files_logs_nothing(tmp_path, logged):
     find_files([fill(tmp_path / "corpus", a__txt=b"a", b__json__xz=lzma.compress(LINE))])
     assert not logged.messages
 
 
-def test_links_are_followed_without_going_round_and_every_file_counts_once(tmp_path):
+def test_link_cycles_end_and_every_file_is_read_once(tmp_path):
     corpus = fill(tmp_path / "corpus", a__txt=b"a")
     fill(corpus / "sub", b__txt=b"b")
     outside = fill(tmp_path / "outside/deep", c__txt=b"c").parent
@@ -140,7 +140,7 @@ def test_a_file_of_another_format_named_by_itself_is_refused(tmp_path, name):
         ("lines.part.XZ", lzma.compress(LINE), "lines.part.jsonl.XZ"),
     ],
 )
-def test_json_lines_under_another_name_are_not_taken_for_one_text(tmp_path, name, content, new):
+def test_json_lines_with_unknown_suffix_are_refused(tmp_path, name, content, new):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="begins with a line of JSON") as caught:
@@ -153,7 +153,7 @@ def test_json_lines_under_another_name_are_not_taken_for_one_text(tmp_path, name
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.txt", LINE),  # what is said to be text is text
+        ("a.txt", LINE),  # named as text, read as text
         ("a.py", b"x = {}\n"),
         ("a", b"12\n"),
         ("a.conf", b"[1, 2]\n"),

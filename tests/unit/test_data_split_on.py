@@ -1,4 +1,4 @@
-"""Several documents in one text file, the separator in the text, tokens that no vocabulary has."""
+"""Several documents in one text file, the separator in the text, tokens outside the vocabulary."""
 
 import os
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_a_separator_inside_a_text_is_refused_and_cut_or_kept_on_request(tmp_pat
         prepared(tmp_path, tokenizer, "unknown", "x", text)
 
 
-def test_a_separator_at_the_end_of_a_text_is_the_one_of_its_document(tmp_path, tokenizer):
+def test_separator_at_end_of_text_is_not_repeated(tmp_path, tokenizer):
     documents, made = prepared(tmp_path, tokenizer, "out", None, f"one{SEPARATOR}")
     assert (documents, made.num_tokens, made.text_bytes) == (["one", "three"], 4 + 6, 3 + 5)
 
@@ -99,7 +99,7 @@ def test_a_text_without_tokens_is_left_out_and_counted(tmp_path, tokenizer):
     assert (documents, made.left_out) == (["three"], {"texts without tokens": 1})
 
 
-def test_train_appears_only_after_the_text_held_out_from_it(tmp_path, tokenizer, monkeypatch):
+def test_train_store_appears_after_validation_store(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(40)))
     there = []
     rename = os.rename
@@ -131,7 +131,7 @@ def test_create_gives_the_writer_of_a_store(tmp_path, tokenizer):
     assert store.manifest.source == "by hand"
 
 
-def test_a_token_outside_the_vocabulary_is_named_before_it_reaches_a_model(tmp_path, tokenizer):
+def test_token_outside_vocabulary_is_refused_when_packed(tmp_path, tokenizer):
     store = write_store(tmp_path / "store", [[5, 6, 7, 8], [9, 10]], tokenizer)
     data = np.fromfile(store.path / "shard_00000.bin", dtype=np.uint16)
     data[5] = 40000

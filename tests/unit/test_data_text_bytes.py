@@ -61,7 +61,7 @@ def test_looked_up_equals_decoded(tmp_path, kind, by_table, prefix):
         assert found == sum(len(text.encode()) for text in texts), documents
 
 
-def test_text_and_only_text_counts(tmp_path):
+def test_only_text_is_counted(tmp_path):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path))
     texts = ["na\u00efve \U0001f642", "", "two"]
     documents = [[0, *tokenizer.encode(text).ids, 0] for text in texts]

@@ -17,7 +17,7 @@ def edit(folder, change):
     return folder
 
 
-def test_the_fingerprint_ignores_layout_and_what_never_changes_ids(tmp_path):
+def test_fingerprint_ignores_formatting_and_settings_without_effect_on_ids(tmp_path):
     a, b = write_tokenizer(tmp_path / "a"), write_tokenizer(tmp_path / "b")
     edit(
         b,
@@ -43,12 +43,12 @@ def test_the_fingerprint_reads_merges_written_in_either_way(tmp_path):
         lambda t: t["model"].update(byte_fallback=True),
     ],
 )
-def test_the_fingerprint_changes_with_whatever_changes_ids(tmp_path, change):
+def test_fingerprint_changes_with_settings_that_change_ids(tmp_path, change):
     a = write_tokenizer(tmp_path / "a")
     assert fingerprint(a) != fingerprint(edit(write_tokenizer(tmp_path / "b"), change))
 
 
-def test_the_size_counts_to_the_largest_id(tmp_path):
+def test_size_is_largest_id_plus_one(tmp_path):
     assert vocab_size(write_tokenizer(tmp_path / "a")) == 257
     assert vocab_size(write_tokenizer(tmp_path / "b", more=["<x>", "<y>"])) == 259
 
@@ -57,7 +57,7 @@ def test_trained_ids_leave_out_added_tokens_wherever_they_are(tmp_path):
     assert trained_ids(write_tokenizer(tmp_path / "a", more=["<x>"])) == set(range(1, 257))
 
 
-def test_texts_are_neither_cut_nor_filled_up_by_what_the_file_keeps_for_a_models_inputs(tmp_path):
+def test_truncation_and_padding_of_file_are_ignored(tmp_path):
     plain, kept = write_tokenizer(tmp_path / "plain"), write_tokenizer(tmp_path / "kept")
     cut = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     fill = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}

@@ -39,13 +39,13 @@ def test_every_schedule_warms_up_linearly_to_the_peak(shape):
         ("cosine", 1000, 0.25),
         ("linear", 325, 0.25 + 0.75 * 0.75),
         ("linear", 1000, 0.25),
-        ("wsd", 900, 1.0),  # the last tenth decays when nothing is said
+        ("wsd", 900, 1.0),  # the last tenth decays by default
         ("wsd", 950, 0.25 + 0.75 * 0.5),
         ("wsd", 1000, 0.25),
         ("constant", 1000, 1.0),
     ],
 )
-def test_a_schedule_is_where_its_formula_says(shape, tokens, share):
+def test_schedule_equals_formula(shape, tokens, share):
     assert learning_rate(tokens, configuration(shape)) == pytest.approx(PEAK * share)
 
 

@@ -1,4 +1,4 @@
-"""A rank that stops moving is named by the others, and, if asked, ends them with their stack traces."""
+"""Heartbeats and the watchdog: a stalled rank is named by the others and, with guard.stall_exit_s, ends them."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def warned(monkeypatch):
 
 
 def ranks(tmp_path, clock, count=3, **limits):
-    """Pulses and their watchdogs without threads; `end` keeps its code in the watchdog's attribute."""
+    """Phase trackers and their watchdogs without threads."""
     trackers = [PhaseTracker(rank, clock, clock) for rank in range(count)]
     dogs = [
         Watchdog(tracker, tmp_path, count, clock=clock, wall=clock, **({"warn_s": 10.0} | limits))
@@ -61,7 +61,7 @@ def work(tracker, step, *phases):
             pass
 
 
-def test_a_beat_says_step_completed_phase_and_where_the_rank_is_now(clock):
+def test_heartbeat_has_step_completed_phase_and_current_phase(clock):
     tracker = PhaseTracker(3, clock, clock)
     work(tracker, 7, "data_wait")
     clock.now += 5
@@ -82,7 +82,7 @@ def test_a_beat_says_step_completed_phase_and_where_the_rank_is_now(clock):
     assert (tracker.beat.now, tracker.beat.done, tracker.beat.step, tracker.beat.rank) == ("", "forward", 7, 3)
 
 
-def test_the_file_is_whole_and_is_not_written_again_without_news(tmp_path, clock, monkeypatch):
+def test_heartbeat_file_is_complete_and_written_only_after_a_change(tmp_path, clock, monkeypatch):
     (tracker, *_), (dog, *_) = ranks(tmp_path, clock)
     work(tracker, 1, "data_wait")
     dog.look()
@@ -98,7 +98,7 @@ def test_files_are_written_no_more_than_once_a_second(tmp_path, clock):
     assert ranks(tmp_path, clock, warn_s=300.0)[1][0]._every == 5.0
 
 
-def test_a_rank_that_is_behind_is_named_with_its_last_completed_phase(tmp_path, clock, warned):
+def test_rank_behind_is_named_with_last_completed_phase(tmp_path, clock, warned):
     trackers, dogs = ranks(tmp_path, clock)
     for tracker in trackers:
         work(tracker, 4, "data_wait", "forward", "backward", "optimizer")
@@ -118,7 +118,7 @@ def test_a_rank_that_is_behind_is_named_with_its_last_completed_phase(tmp_path, 
     ]
 
 
-def test_a_stall_is_repeated_only_when_the_wait_has_doubled_and_ends_with_the_step(tmp_path, clock, warned):
+def test_stall_warning_repeats_when_wait_doubles_and_ends_with_step(tmp_path, clock, warned):
     (tracker, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
     tracker.begin(1)
     times = []
@@ -136,7 +136,7 @@ def test_a_stall_is_repeated_only_when_the_wait_has_doubled_and_ends_with_the_st
     assert "step 2" in warned[-1]
 
 
-def test_a_stall_says_what_dedicated_teachers_do_and_counts_them_not_as_behind(tmp_path, clock, warned):
+def test_stall_warning_reports_dedicated_teachers_separately(tmp_path, clock, warned):
     (tracker, *_), (dog, *_) = ranks(tmp_path, clock, count=1, teachers=[1, 2])
     teacher = PhaseTracker(1, clock, clock)
     teachers_dog = Watchdog(teacher, tmp_path, 3, warn_s=10.0, clock=clock, wall=clock)
@@ -151,7 +151,7 @@ def test_a_stall_says_what_dedicated_teachers_do_and_counts_them_not_as_behind(t
     assert "(completed teacher of step 5 12 s ago), rank 2 (no heartbeat); all ranks have completed" in words
 
 
-def test_an_evaluation_is_measured_apart_from_the_step(tmp_path, clock, warned):
+def test_evaluation_time_is_measured_separately(tmp_path, clock, warned):
     (tracker, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
     tracker.begin(1)
     clock.now += 9
@@ -167,7 +167,7 @@ def test_an_evaluation_is_measured_apart_from_the_step(tmp_path, clock, warned):
     assert "(evaluate)" in warned[0]
 
 
-def test_a_rank_without_a_word_is_behind_and_former_processes_say_nothing(tmp_path, clock):
+def test_rank_without_heartbeat_is_behind_and_old_heartbeats_are_cleared(tmp_path, clock):
     trackers, dogs = ranks(tmp_path, clock)
     dogs[0].look()
     assert ranks_behind(read_heartbeats(tmp_path, 3), 3) == [1, 2]
@@ -182,7 +182,7 @@ def test_a_rank_without_a_word_is_behind_and_former_processes_say_nothing(tmp_pa
     clear_heartbeats(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_is_said_once_until_it_can_and_stops_nobody(tmp_path, clock, warned):
+def test_unwritable_heartbeat_folder_warns_once_per_failure(tmp_path, clock, warned):
     in_the_way = tmp_path / "heartbeat"
     in_the_way.write_text("a file where a folder should be")
     (tracker, *_), (dog, *_) = ranks(tmp_path, clock, count=1)
@@ -201,7 +201,7 @@ def test_a_folder_that_cannot_be_written_is_said_once_until_it_can_and_stops_nob
     assert len(warned) == 2
 
 
-def test_the_thread_writes_while_the_work_goes_on_and_a_last_time_at_the_end(tmp_path, monkeypatch):
+def test_thread_writes_during_work_and_at_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat, "SHORTEST_S", 0.01)
     tracker = PhaseTracker()
     with Watchdog(tracker, tmp_path, 1, warn_s=0.04):
@@ -226,7 +226,7 @@ with Watchdog(tracker, folder, 2, warn_s=0.5, exit_s=1.0, on_exit=lambda why: (f
 """
 
 
-def test_a_rank_that_hangs_too_long_shows_the_table_and_its_stack_and_exits_with_1(tmp_path):
+def test_hanging_rank_prints_table_and_stack_and_exits_with_1(tmp_path):
     other = Heartbeat(
         1, "elsewhere", step=3, count=0, done="optimizer", done_step=2, time=time.time() - 40, now="data_wait"
     )
@@ -239,8 +239,8 @@ def test_a_rank_that_hangs_too_long_shows_the_table_and_its_stack_and_exits_with
     assert done.returncode == 1, done.stderr
     lines = done.stderr.splitlines()  # a look just before 1 s has passed only warns
     first, why, header, _, mine, theirs, *trace = lines[lines[0].startswith("stall") :]
-    said = r"kdtrain: rank 0: step 3 has taken \d+ s \(forward\); all ranks have completed the same"
-    assert re.match(said, first), first  # on a busy machine a little later than after 1 s
+    message = r"kdtrain: rank 0: step 3 has taken \d+ s \(forward\); all ranks have completed the same"
+    assert re.match(message, first), first  # on a busy machine a little later than after 1 s
     assert why == "  why: guard.stall_exit_s = 1 s have passed"
     assert header.split() == ["rank", "host", "step", "phases", "completed", "in", "seconds", "ago"]
     assert mine.split()[2:6] == ["3", "0", "start/0", "forward"]
@@ -278,7 +278,7 @@ with Watchdog(tracker, folder, 2, warn_s=0.5, exit_s=1.0, on_exit=on_exit):
 
 
 @pytest.mark.parametrize("what", ["disk", "file system", "reader", "heartbeat"])
-def test_a_rank_that_cannot_say_why_it_ends_ends_all_the_same(tmp_path, what):
+def test_hanging_rank_exits_when_its_report_fails(tmp_path, what):
     command = [sys.executable, "-c", MUTE, str(tmp_path), what]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=env, capture_output=True, timeout=50, check=False)

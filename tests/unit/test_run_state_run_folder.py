@@ -16,13 +16,13 @@ from kdtrain.telemetry import environment
 
 
 def hold(path, **changes):
-    """A LOCK as another process would have left it."""
+    """Write a LOCK as of another process."""
     lock = {"host": socket.gethostname(), "pid": 1, "started": "1", "job": None, "restart": 0, "since": "yesterday"}
     path.mkdir(parents=True)
     (path / "LOCK").write_text(json.dumps(lock | changes) + "\n")
 
 
-def test_an_open_folder_says_running_and_a_closed_one_done(tmp_path):
+def test_status_is_running_while_open_and_done_after_close(tmp_path):
     with RunFolder.open(tmp_path / "runs", "a") as folder:
         assert read_status(folder.path)[0] == "running"
         assert str(os.getpid()) in read_status(folder.path)[1]
@@ -40,27 +40,27 @@ def test_an_open_folder_says_running_and_a_closed_one_done(tmp_path):
         (KeyboardInterrupt(), ("failed", "KeyboardInterrupt:")),
     ],
 )
-def test_a_failure_is_written_down_with_its_first_line(tmp_path, error, status):
+def test_status_of_failure_has_first_line_of_error(tmp_path, error, status):
     with pytest.raises(type(error)), RunFolder.open(tmp_path, "a"):
         raise error
     assert read_status(tmp_path / "a") == status
     assert not (tmp_path / "a" / "LOCK").exists()
 
 
-def test_a_state_set_by_hand_is_kept(tmp_path):
+def test_state_set_by_caller_is_kept(tmp_path):
     with RunFolder.open(tmp_path, "a") as folder:
         folder.set_status("stopped", "signal SIGTERM")
     assert read_status(folder.path) == ("stopped", "signal SIGTERM")
 
 
-def test_a_folder_nobody_ran_in_has_no_status(tmp_path):
+def test_folder_without_run_has_no_status(tmp_path):
     assert read_status(tmp_path) is None
     (tmp_path / "STATUS").write_text("finito\n")
     with pytest.raises(ConfigError, match="begins with 'finito'"):
         read_status(tmp_path)
 
 
-def test_a_second_run_in_the_same_folder_is_refused_and_the_first_goes_on(tmp_path):
+def test_second_run_in_folder_is_refused_and_first_continues(tmp_path):
     with RunFolder.open(tmp_path, "a") as folder:
         before = (folder.path / "STATUS").read_text()
         with pytest.raises(
@@ -80,7 +80,7 @@ time.sleep(60)
 """
 
 
-def test_a_killed_run_leaves_a_lock_that_the_next_one_takes_over(tmp_path):
+def test_lock_of_killed_run_is_taken_over(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", HOLD_AND_WAIT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     with pytest.raises(ConfigError, match=f"in use by process {process.pid}"):
@@ -111,7 +111,7 @@ def test_a_killed_run_leaves_a_lock_that_the_next_one_takes_over(tmp_path):
         ({"host": "elsewhere", "job": "77"}, {"SLURM_JOB_ID": "78", "SLURM_RESTART_COUNT": "1"}, False),
     ],
 )
-def test_a_lock_is_taken_over_only_when_its_holder_is_certainly_gone(tmp_path, monkeypatch, changes, environ, stale):
+def test_lock_is_taken_over_only_when_holder_has_certainly_ended(tmp_path, monkeypatch, changes, environ, stale):
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environ.items():
@@ -125,13 +125,13 @@ def test_a_lock_is_taken_over_only_when_its_holder_is_certainly_gone(tmp_path, m
         assert (tmp_path / "a" / "LOCK").exists()
 
 
-def test_a_lock_cut_off_while_it_was_written_holds_nobody_up(tmp_path):
+def test_incomplete_lock_is_taken_over(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "LOCK").write_text('{"host": "x", "pi')
     RunFolder.open(tmp_path, "a").close()
 
 
-def test_closing_leaves_a_lock_that_was_taken_over_alone(tmp_path):
+def test_close_keeps_lock_of_another_process(tmp_path):
     folder = RunFolder.open(tmp_path, "a")
     (folder.path / "LOCK").unlink()
     other = RunFolder.open(tmp_path, "a")
@@ -141,7 +141,7 @@ def test_closing_leaves_a_lock_that_was_taken_over_alone(tmp_path):
     assert (folder.path / "LOCK").exists()
 
 
-def test_an_unwritable_output_dir_is_one_clear_message_with_a_fix(tmp_path):
+def test_unwritable_output_dir_is_refused_with_fix(tmp_path):
     (tmp_path / "runs").write_text("a file where a folder should be")
     with pytest.raises(ConfigError, match=r"cannot write the run folder (.|\n)*fix: set run\.output_dir") as caught:
         RunFolder.open(tmp_path / "runs", "a")
@@ -162,7 +162,7 @@ def test_a_name_that_leaves_the_output_dir_is_refused(tmp_path, name):
         RunFolder.open(tmp_path, name)
 
 
-def test_a_changed_configuration_keeps_the_former_one_beside_it(tmp_path):
+def test_changed_configuration_is_kept_as_before_file(tmp_path):
     with RunFolder.open(tmp_path, "a") as folder:
         folder.write_config("seed: 1\n", "seed  a.yaml:1\n")
         folder.write_config("seed: 1\n", "seed  a.yaml:1\n")
