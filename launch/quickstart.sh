@@ -2,7 +2,8 @@
 # Quick start for a machine with nothing but Python: no root, GPU, compiler, make or model hub is needed.
 #
 #   sh launch/quickstart.sh            install, then distil a real teacher on two CPU ranks and print a table
-#   sh launch/quickstart.sh test       install, then run the default tests (more words go to pytest)
+#   sh launch/quickstart.sh test       install, then run the fast tier of the tests (more words go to pytest)
+#   sh launch/quickstart.sh test slow  the slow tier (likewise)
 #   sh launch/quickstart.sh install    only make .venv
 #
 # Everything is kept in .venv and .quickstart beside the source; run it again and finished stages are skipped.
@@ -12,6 +13,7 @@
 #   PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS
 #                         pip's own. Name an index or folder with torch's CPU wheels here: pip prefers them.
 #   KDTRAIN_TORCH_INDEX   an index to take torch, and only torch, from
+#   KDTRAIN_TEST_WORKERS  processes that run tests, 2 if unset
 #   KDTRAIN_FREE_KB       believe this instead of the free disk space that df reports
 set -eu
 
@@ -275,7 +277,12 @@ run_tests() {
     install
     PATH=$VENV/bin:$PATH
     export PATH
-    exec "$VENV/bin/python" -m pytest "$@"
+    if [ "${1:-}" = slow ]; then
+        shift
+        set -- -m slow "$@"
+    fi
+    # Files go whole to a worker, in the order of tests/conftest.py: long ones first.
+    exec "$VENV/bin/python" -m pytest -n "${KDTRAIN_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
 }
 
 case ${1:-demo} in

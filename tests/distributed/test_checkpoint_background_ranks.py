@@ -13,7 +13,7 @@ from kdtrain.engine import checkpoint
 from kdtrain.engine.background import BackgroundWriter
 from kdtrain.errors import CheckpointError, NonFiniteLoss
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.ranks import load_file
+from tests.support.checkpoint_engines import build, join, name_of, one_step
 from tests.support.tiny_trainer import tiny_trainer
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 CASES = [(1, "float32", "smollm", 299), (3, "bfloat16", "smollm", 299)]
 
 
-def train_until_written(engine, writer, one_step, at):
+def train_until_written(engine, writer, at):
     """Steps as the trainer takes them: advance when no rank is busy. Steps taken."""
     steps = 0
     while writer.in_flight is not None:
@@ -37,16 +37,15 @@ def train_until_written(engine, writer, one_step, at):
 
 def write_both_ways(rank, world_size, folder, cases):
     """Every case: bytes of the same state by the synchronous write and by save_async during steps that change it."""
-    test = load_file(HERE / "test_engine_checkpoint.py")
-    test.join()
+    join()
     mesh, answers = Mesh.build(2), []
     for case in cases:
-        engine, writer = test.build(folder, mesh, *case), BackgroundWriter(mesh, torch.device("cpu"))
-        test.one_step(engine, 1)
-        plain = checkpoint.save(folder / "plain" / test.name_of(case), engine, step=1, state={"a": 1})
-        root = folder / "behind" / test.name_of(case)
+        engine, writer = build(folder, mesh, *case), BackgroundWriter(mesh, torch.device("cpu"))
+        one_step(engine, 1)
+        plain = checkpoint.save(folder / "plain" / name_of(case), engine, step=1, state={"a": 1})
+        root = folder / "behind" / name_of(case)
         checkpoint.save_async(writer, root, engine, step=1, state={"a": 1}, prune=lambda saved: None)
-        steps = train_until_written(engine, writer, test.one_step, 2)
+        steps = train_until_written(engine, writer, 2)
         dist.barrier()
         answers.append((steps, *({p.name: p.read_bytes() for p in f.iterdir()} for f in (plain, root / plain.name))))
         engine.close()
@@ -54,22 +53,22 @@ def write_both_ways(rank, world_size, folder, cases):
 
 
 def rank_1_has_no_room(rank, world_size, folder):
-    test = load_file(HERE / "test_engine_checkpoint.py")
-    test.join()
+    join()
     mesh, root = Mesh.build(2), folder / "full"
-    engine, writer = test.build(folder, mesh, *CASES[0]), BackgroundWriter(mesh, torch.device("cpu"))
+    engine, writer = build(folder, mesh, *CASES[0]), BackgroundWriter(mesh, torch.device("cpu"))
     good = checkpoint.save(root, engine, step=1, state={})
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
     checkpoint.save_async(writer, root, engine, step=2, state={}, prune=lambda saved: None)
     with pytest.raises(CheckpointError) as failed:
-        train_until_written(engine, writer, test.one_step, 2)
+        train_until_written(engine, writer, 2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     left, latest = sorted(path.name for path in root.iterdir()), checkpoint.find_latest(root)
     engine.close()
     return str(failed.value), left, latest == good
 
 
+@pytest.mark.slow
 def test_async_save_equals_synchronous_write_and_errors_reach_all_ranks(fresh_pool, tmp_path):
     (tmp_path / "smollm").mkdir()
     (tmp_path / "smollm/config.json").write_text(json.dumps(tiny_config("smollm")))

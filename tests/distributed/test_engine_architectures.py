@@ -4,6 +4,8 @@ Fused projections, Conv1D, outputs gathered for a norm over the whole width, key
 gradient norm, every gathered gradient, three steps, and a checkpoint that another tp continues.
 """
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from kdtrain.engine import checkpoint
 from kdtrain.jobs.export_hf import export_checkpoint
+from kdtrain.testing.ranks import ENGINE_MODULES, RankPool
 from tests.support.layout_oracle import check_case, oracle
 from tests.support.layout_steps import (
     SEQUENCES,
@@ -24,6 +27,7 @@ from tests.support.layout_steps import (
     run_cases,
     step_batch,
 )
+from tests.support.tiers import slow_cases
 from tests.support.tiny_data import write_tokenizer
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
@@ -75,9 +79,24 @@ def oracles(folder):
     return {family: oracle(folder, family, False) for family in families}
 
 
-@pytest.mark.parametrize("world_size", CASES)
-def test_every_architecture_makes_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
-    answers = fresh_pool(world_size).run(run_cases, folder=folder, cases=CASES[world_size])
+@pytest.fixture(scope="module")
+def trained(folder):
+    """trained(world_size) -> every rank's answers to its cases, which run once; their checkpoints are in `folder`."""
+
+    @cache
+    def train(world_size):
+        pool = RankPool(world_size, preload=ENGINE_MODULES)
+        try:
+            return pool.run(run_cases, folder=folder, cases=CASES[world_size])
+        finally:
+            pool.close()
+
+    return train
+
+
+@pytest.mark.parametrize("world_size", slow_cases(CASES, 4))
+def test_every_architecture_makes_the_steps_of_plain_torch(world_size, trained, folder, oracles):
+    answers = trained(world_size)
     for rank in range(world_size):
         assert answers[rank] == answers[0], "ranks disagree about a loss or a norm"
     for case, answer in zip(CASES[world_size], answers[0], strict=True):
@@ -88,12 +107,13 @@ CONTINUED = {1: [("few_groups", 1), ("phi3", 1)], 2: [("few_groups", 2), ("gpt2"
 """World size -> (family, tp) that continues from a checkpoint of the first of the family's cases."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", CONTINUED)
-def test_another_tp_continues_from_a_checkpoint(world_size, fresh_pool, folder, oracles):
+def test_another_tp_continues_from_a_checkpoint(world_size, trained, fresh_pool, folder, oracles):
+    for trained_on in CASES:
+        trained(trained_on)
     every = [case for cases in CASES.values() for case in cases]
     cases = [(next(c for c in every if c.family == family), tp) for family, tp in CONTINUED[world_size]]
-    missing = [case for case, _ in cases if not (folder / case.name).exists()]
-    assert not missing, "this test goes on where test_every_architecture_makes_the_steps_of_plain_torch was"
     answers = fresh_pool(world_size).run(continue_cases, folder=folder, cases=cases)
     for (case, tp), (steps, evaluation) in zip(cases, answers[0], strict=True):
         want = oracles[case.family]
@@ -102,8 +122,11 @@ def test_another_tp_continues_from_a_checkpoint(world_size, fresh_pool, folder, 
         assert evaluation == pytest.approx(want.evaluation, rel=1e-5), (case.name, tp)
 
 
-def test_export_of_sharded_architecture_is_stock_model(folder, oracles):
+@pytest.mark.slow
+def test_export_of_sharded_architecture_is_stock_model(trained, folder, oracles):
     """Exported fused, transposed and shared shards, read by transformers alone, over all rows."""
+    for trained_on in CASES:
+        trained(trained_on)
     write_tokenizer(folder / "model", more=[f"<{token}>" for token in range(257, VOCAB)])
     for family in ("gpt2", "phi3", "few_groups", "olmo2"):
         case = next(case for cases in CASES.values() for case in cases if case.family == family and case.tp > 1)

@@ -7,18 +7,14 @@ import resource
 import pytest
 import torch
 
-from kdtrain.batch import Batch
-from kdtrain.config.schema import RunConfig
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.errors import CheckpointError
-from kdtrain.losses import linear_cross_entropy
-from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
+from tests.support.checkpoint_engines import build, join, name_of, one_step
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
-SEQUENCES, SEQ_LEN = 4, 12
 STEPS, SAVE_AT = 3, 2
 
 # (zero stage, dtype, architecture, vocabulary): 299 rows leave padding on one tp rank, with 101 it has nothing else
@@ -46,63 +42,6 @@ def architectures(tmp_path):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
     return tmp_path
-
-
-def join():
-    import deepspeed
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-
-
-def build(folder, mesh, stage, dtype, architecture, vocab, *, seed=1, nudged=False):
-    """nudged: every weight is changed by one unit in its last place."""
-    from kdtrain.engine.zero import StudentEngine
-    from kdtrain.jobs.build.models import engine_settings
-
-    cfg = RunConfig()
-    cfg.zero.stage, cfg.student.dtype = stage, dtype
-    cfg.data.sequences_per_micro_batch = SEQUENCES // mesh.dp_size
-    cfg.optim.eps, cfg.optim.grad_clip = 1e-4, 0.5
-    spec = ModelSpec(architecture=str(folder / architecture / "config.json"), dtype=dtype, attention="sdpa")
-    backbone = load_backbone(spec, mesh, vocab_size=vocab, trainable=True, seed=seed)
-    if nudged:
-        generator = torch.Generator().manual_seed(0)
-        for param in backbone.parameters():
-            up = torch.rand(param.shape, generator=generator) < 0.5
-            param.data = torch.nextafter(param.data, torch.where(up, torch.inf, -torch.inf))
-    return StudentEngine(backbone, mesh, engine_settings(cfg), device=torch.device("cpu"))
-
-
-def one_step(engine, step):
-    generator = torch.Generator().manual_seed(step)
-    shard = engine.backbone.shard
-    tokens = torch.randint(shard.vocab_size, (SEQUENCES, SEQ_LEN + 1), generator=generator)
-    batch = Batch(
-        input_ids=tokens[:, :-1],
-        labels=tokens[:, 1:],
-        loss_mask=torch.ones(SEQUENCES, SEQ_LEN),
-        position_ids=torch.arange(SEQ_LEN).expand(SEQUENCES, -1),
-        sample_ids=torch.arange(SEQUENCES),
-    )
-    mine = SEQUENCES // engine.mesh.dp_size
-    batch = batch.rows(engine.mesh.dp_rank * mine, (engine.mesh.dp_rank + 1) * mine)
-    parts = engine(
-        batch,
-        lambda hidden, head: linear_cross_entropy(
-            hidden,
-            head,
-            batch.labels.reshape(-1),
-            weight=batch.loss_mask.reshape(-1),
-            shard=shard,
-            group=engine.mesh.tp_group,
-        ),
-    )
-    engine.backward(parts.loss, SEQUENCES * SEQ_LEN)
-    result = engine.step(1e-3 * step)
-    assert result.applied
-    return float(parts.loss), result.grad_norm
 
 
 def fingerprints(engine):
@@ -151,10 +90,6 @@ def resume(rank, world_size, folder, cases):
         answers.append((loaded, losses, fingerprints(engine)))
         engine.close()
     return answers
-
-
-def name_of(case):
-    return "-".join(str(part) for part in case)
 
 
 def test_resumed_run_equals_uninterrupted_run_bitwise(fresh_pool, architectures):

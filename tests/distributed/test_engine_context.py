@@ -4,6 +4,7 @@ import pytest
 
 from tests.support.layout_oracle import check_case, oracle
 from tests.support.layout_steps import Case, engine_of, join, make_step, run_cases, student_of
+from tests.support.tiers import slow_cases
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
@@ -40,7 +41,7 @@ def oracles(folder):
     return {what: oracle(folder, *what) for what in {case.what for some in CASES.values() for case in some}}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", slow_cases([2, 4], 4))
 def test_context_parallel_ranks_make_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
     answers = fresh_pool(world_size).run(run_cases, timeout_s=400, folder=folder, cases=CASES[world_size])
     for rank in range(world_size):

@@ -4,6 +4,7 @@ import pytest
 
 from tests.support.layout_oracle import check_case, oracle
 from tests.support.layout_steps import Case, run_cases
+from tests.support.tiers import slow_cases
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
@@ -61,7 +62,7 @@ def oracles(folder):
     return {what: oracle(folder, *what) for what in {case.what for cases in CASES.values() for case in cases}}
 
 
-@pytest.mark.parametrize("world_size", CASES)
+@pytest.mark.parametrize("world_size", slow_cases(CASES, 4))
 def test_every_layout_makes_the_steps_of_plain_torch(world_size, fresh_pool, folder, oracles):
     answers = fresh_pool(world_size).run(run_cases, timeout_s=400, folder=folder, cases=CASES[world_size])
     for rank in range(world_size):

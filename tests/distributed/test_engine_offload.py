@@ -89,6 +89,7 @@ def bfloat16_steps(rank, world_size, folder):
     return found
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_accumulate_in_float32_on_host(fresh_pool, tmp_path):
     for answer in fresh_pool(2).run(bfloat16_steps, folder=tmp_path):
         for layout, (norm, state, same) in answer.items():
@@ -135,6 +136,7 @@ def checkpoints(rank, world_size, folder):
     return found
 
 
+@pytest.mark.slow
 def test_checkpoints_load_with_and_without_offload(fresh_pool, tmp_path):
     for answer in fresh_pool(2).run(checkpoints, folder=tmp_path):
         assert len(answer) == 4

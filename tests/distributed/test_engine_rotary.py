@@ -12,6 +12,7 @@ from kdtrain.jobs.build import teacher as build
 from kdtrain.models.load import load_backbone
 from tests.support.layout_oracle import check_case, oracle
 from tests.support.layout_steps import VOCAB, Case, model_spec, run_cases, teacher_settings
+from tests.support.tiers import slow_cases
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
@@ -58,7 +59,7 @@ def oracles(folder):
     return {what: oracle(folder, *what, whole_teacher(teacher_kind(what[0]))) for what in wanted}
 
 
-@pytest.mark.parametrize("world_size", CASES)
+@pytest.mark.parametrize("world_size", slow_cases(CASES, 2))
 def test_length_dependent_models_make_the_same_steps_in_every_layout(world_size, fresh_pool, folder, oracles):
     cases = CASES[world_size]
     answers = fresh_pool(world_size).run(run_cases, timeout_s=400, folder=folder, cases=cases, teacher_of=build_teacher)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from kdtrain.jobs.build.teacher import build_teacher
 
 from kdtrain.batch import Batch
 from kdtrain.config.schema import DistillObjective, RunConfig
@@ -14,12 +13,14 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.slices import CheckpointReader
 from kdtrain.jobs.build.models import engine_settings, head_rows
+from kdtrain.jobs.build.teacher import build_teacher
 from kdtrain.losses.reference import forward_kl
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
 from kdtrain.objectives.distill import Distill
 from kdtrain.teacher.signal_loss import HeadLayout
+from tests.support.tiers import slow_cases
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
@@ -174,7 +175,7 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("world_size", CASES)
+@pytest.mark.parametrize("world_size", slow_cases(CASES, 4))
 def test_a_mixture_teacher_equals_plain_torch_in_every_layout(world_size, fresh_pool, folder):
     answers = fresh_pool(world_size).run(run_cases, timeout_s=300, folder=folder, cases=CASES[world_size])
     right = {case.folder: oracle(folder, case) for case in (Case(1, 0, "plain"), Case(1, 0, "plain", odd=True))}

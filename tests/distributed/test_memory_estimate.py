@@ -54,6 +54,7 @@ def measured(rank, world_size, folder):
     return found
 
 
+@pytest.mark.slow
 def test_the_estimate_is_what_ranks_allocate_and_would_not_be_without_buckets(fresh_pool, tmp_path):
     found = fresh_pool(2).run(measured, folder=tmp_path)[0]
     for (stage, dtype, bucket), answer in found.items():
@@ -91,6 +92,7 @@ def states(rank, world_size, folder):
     return found
 
 
+@pytest.mark.slow
 def test_a_bucket_bounded_by_the_model_changes_no_bit(fresh_pool, tmp_path):
     for found in fresh_pool(2).run(states, folder=tmp_path):
         for stage, dtype in LAYOUTS:

@@ -53,6 +53,7 @@ def measure(rank, world_size, folder):
     return found
 
 
+@pytest.mark.slow
 def test_all_layouts_measure_the_same_and_all_ranks_decide_the_same(fresh_pool, tmp_path):
     write_bos_run(tmp_path)
     expected = measure(0, 1, tmp_path)

@@ -5,6 +5,7 @@ import torch
 
 from tests.support.layout_oracle import check_case, oracle
 from tests.support.layout_steps import Case, build_backbone, build_teacher, join, run_cases, step_batch
+from tests.support.tiers import slow_cases
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
@@ -43,7 +44,7 @@ def oracles(folder):
     return {family: oracle(folder, family, True) for family in ("llama", "qwen3")}
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", slow_cases([2, 4], 4))
 def test_overlap_and_token_limits_equal_plain_torch(world_size, fresh_pool, folder, oracles):
     answers = fresh_pool(world_size).run(run, folder=folder)
     for rank in range(world_size):

@@ -1,4 +1,4 @@
-"""Our idea of DeepSpeed's settings against DeepSpeed itself, in a process of its own: importing it is slow."""
+"""kdtrain's tables of DeepSpeed's settings against DeepSpeed itself, in a new process."""
 
 import json
 import os
@@ -31,7 +31,7 @@ print(json.dumps({"known": known, "parsed": parsed}))
 """
 
 
-def test_every_zero_key_is_either_offered_or_owned_with_a_reason():
+def test_every_zero_key_is_offered_or_refused():
     from kdtrain.config.deepspeed_config import EXTRA_ZERO_KEYS, OWNED_ZERO_KEYS
 
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), "DS_ACCELERATOR": "cpu"}

@@ -1,4 +1,4 @@
-"""Two machines, made of namespaces, lose power in the middle of a run, one after the other; it goes on as it was.
+"""Two machines made of namespaces lose power during a run, one after the other; its resume is bitwise exact.
 
 Each host has its own network, process ids, mounts, host name and sshd; they share the file system, as a cluster's nodes
 share theirs. Needs root, and iproute2, openssh-server, openssh-client, pdsh, util-linux (see docs/clusters.md).
@@ -125,7 +125,7 @@ class Host:
         ]
 
     def lose_power(self):
-        """Every process ends at once, and nobody out there hears of it: no connection is closed."""
+        """Every process ends at once and no connection is closed."""
         run(_ip(), "-n", self.netns, "link", "set", WIRE, "down")
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
@@ -258,8 +258,9 @@ def end_of(process, folder, name, timeout_s):
 
 @pytest.mark.dist
 @pytest.mark.deepspeed
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_hosts_that_lose_power_end_the_run_and_the_same_command_goes_on_bitwise(tmp_path):
+def test_run_resumes_bitwise_after_either_host_loses_power(tmp_path):
     if reason := what_is_missing():
         pytest.skip(reason)
     write_run(

@@ -148,6 +148,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_installed_packages_are_judged_by_distribution_version_and_import(tmp_path, case):
     installed, expected = CASES[case]

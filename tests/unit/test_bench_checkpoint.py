@@ -18,6 +18,7 @@ print(json.dumps(bench_checkpoint.measure(sys.argv[1], Path(sys.argv[2]), rounds
 """
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_one_round_of_a_tiny_model_saves_in_both_modes_and_keeps_one_checkpoint(tmp_path):
     from kdtrain.models.tiny import tiny_config

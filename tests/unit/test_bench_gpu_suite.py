@@ -41,6 +41,7 @@ def setting(device, out=Path(), small=False):
     return import_module("gpu_common").Setting(import_module("torch").device(device), out, device == "cpu", small)
 
 
+@pytest.mark.slow
 def test_correctness_covers_every_kernel_and_operation_without_the_training_stack(tmp_path):
     """deepspeed, omegaconf and the rest are not installed on a bare GPU machine: here they cannot be imported."""
     hook = f"import sys\nsys.modules.update(dict.fromkeys({FOREIGN!r}))\n"
@@ -175,6 +176,7 @@ def test_peers_are_compared_or_absent_with_a_reason(tmp_path, monkeypatch):
     assert absent["ce", "cut-ce"] == "needs cuda"
 
 
+@pytest.mark.slow
 def test_teacher_on_a_second_stream_is_compared_with_a_synchronous_one(tmp_path):
     absent = [name for name in FOREIGN if name != "transformers"]  # which kdtrain.teacher needs
     hook = f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n"
@@ -264,6 +266,7 @@ def test_the_sanitizer_runs_without_the_caching_allocator(tmp_path):
         assert " benchmarks/gpu_correct.py --small " in line
 
 
+@pytest.mark.slow
 def test_failing_stage_does_not_stop_the_others_or_the_table(tmp_path):
     python = script(
         tmp_path / "python",
@@ -281,6 +284,7 @@ def test_failing_stage_does_not_stop_the_others_or_the_table(tmp_path):
     assert len(rows_of(tmp_path / "out/dry_overlap.csv")) == 6
 
 
+@pytest.mark.slow
 def test_suite_runs_without_git_and_without_a_python_command(tmp_path):
     bare = tmp_path / "bin"
     bare.mkdir()

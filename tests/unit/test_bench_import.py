@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,7 @@ def test_every_available_provider_matches_float64(task):
     assert {"streamed-128MiB", "naive", "chunked"} <= set(compared)
 
 
+@pytest.mark.slow
 def test_fused_cross_entropy_of_torch_is_accurate_in_float32_and_not_in_bfloat16():
     providers = import_module("loss_providers")
     provider = providers.find("ce", "torch-linear-ce")
@@ -83,6 +84,7 @@ def test_missing_package_and_missing_device_are_named():
         providers.find("ce", "x")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_measurement_checks_and_times_the_loss_and_records_its_memory(tmp_path):
     bench, common = import_module("bench_loss_head"), import_module("measuring")

@@ -36,6 +36,7 @@ def test_check_detects_joined_documents_and_wrong_gradients(bench):
     assert error_of(bench, halved) > 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_measurement_includes_the_masks_and_makes_a_row(bench, monkeypatch):
     common = import_module("measuring")

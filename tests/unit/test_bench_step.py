@@ -26,6 +26,7 @@ def toy(folder):
     return {**job, "rounds": 2, "steps": 3, "slab_bytes": 1 << 14, "device": "cpu", "threads": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_a_toy_run_measures_three_modes_whose_phases_add_up(bench, tmp_path):

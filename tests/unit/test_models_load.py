@@ -336,6 +336,7 @@ with replacing_folder(folder) as temporary:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_kill_while_a_folder_is_replaced_loses_nothing(tmp_path, at):
     folder = tmp_path / "out"

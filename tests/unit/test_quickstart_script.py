@@ -207,11 +207,21 @@ def test_an_up_to_date_environment_is_left_alone_and_a_changed_pin_is_noticed(tr
     assert "no Python" in done.stderr, "it began to install again"
 
 
-def test_test_passes_its_words_and_its_exit_code_through(tree, tools):
+@pytest.mark.parametrize(
+    ("words", "workers", "arguments"),
+    [
+        (("-k", "two words"), "2", "-k two words"),
+        (("slow", "-x"), "2", "-m slow -x"),
+        ((), "5", ""),
+    ],
+)
+def test_test_command_chooses_the_tier_and_passes_words_and_exit_code(tree, tools, words, workers, arguments):
     pretend_installed(tree)
     executable(tree / ".venv/bin/python", '#!/bin/sh\necho "called: $*"\nexit 5\n')
-    done = run(tree, "test", "-k", "two words", path=tools)
-    assert done.stdout.splitlines()[-1] == "called: -m pytest -k two words"
+    chosen = {} if workers == "2" else {"KDTRAIN_TEST_WORKERS": workers}
+    done = run(tree, "test", *words, path=tools, **chosen)
+    how = f"-n {workers} --dist loadfile --no-loadscope-reorder"
+    assert done.stdout.splitlines()[-1] == f"called: -m pytest {how} {arguments}".rstrip()
     assert done.returncode == 5
 
 

@@ -35,6 +35,7 @@ def table(text):
     return {row[0]: tuple(row[1:]) for row in rows if len(row) == 3 and row[1] in ("ok", "FAIL", "warn", "-")}
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 def test_two_launched_ranks_check_every_axis_and_leave_no_files(tmp_path):
     with socket.socket() as s:

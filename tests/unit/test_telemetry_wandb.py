@@ -139,6 +139,7 @@ def test_resumed_run_is_one_history_on_disk_and_on_a_server(tmp_path):
         assert server.offsets == [0, 2]
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_resumed_run_sends_records_that_a_killed_process_lost(tmp_path):
     run_part(tmp_path, 0, "kill")
@@ -152,6 +153,7 @@ def test_resumed_run_sends_records_that_a_killed_process_lost(tmp_path):
         assert uploaded(server, tmp_path) == rows
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_repeated_steps_of_a_resumed_run_are_sent_once(tmp_path):
     run_part(tmp_path, 0)
@@ -159,6 +161,7 @@ def test_repeated_steps_of_a_resumed_run_are_sent_once(tmp_path):
     assert [history(part) for part in parts_of(tmp_path)] == [[row(1), row(2)], [row(3)]]
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_run_from_scratch_is_a_new_wandb_run(tmp_path):
     run_part(tmp_path, 0, "kill")
@@ -169,6 +172,7 @@ def test_run_from_scratch_is_a_new_wandb_run(tmp_path):
     assert history(parts_of(tmp_path)[-1]) == [row(1), row(2)]
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_resumed_online_run_sends_missing_records(tmp_path):
     with WandbServer() as server:

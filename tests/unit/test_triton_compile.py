@@ -28,6 +28,7 @@ def compiled(tmp_path_factory):
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_every_target(compiled):
     for name in ("row_stats, T", "pair_grad jsd, T, bf16"):
         assert {row["target"] for row in compiled if row["variant"] == name} == TARGETS
