@@ -1,5 +1,5 @@
 # Shortcuts; every line can also be typed by hand. `make demo` and `make test` need nothing installed before.
-.PHONY: demo test install lint types layouts architectures bench soak newest ci
+.PHONY: demo test install lint types docs layouts architectures bench soak newest ci
 BIN := .venv/bin
 
 demo:            ## the quick start: distil a real teacher on two CPU ranks
@@ -15,10 +15,14 @@ lint: install    ## style, spelling, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/codespell kdtrain kernels launch configs tests docs benchmarks proofs examples findings README.md CHANGELOG.md CONTRIBUTING.md
+	$(BIN)/codespell kdtrain kernels launch configs tests docs benchmarks proofs examples findings README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md
 
 types: install
 	$(BIN)/mypy
+
+docs: install    ## the documentation site, strictly -> build/site
+	$(BIN)/python -m pip install -q -c constraints-cpu.txt --no-build-isolation -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
 
 layouts: install ## every layout against plain torch -> docs/results/layouts.md, about 10 minutes
 	$(BIN)/python proofs/layouts.py $(ARGS)

@@ -41,6 +41,7 @@ setup(
         "quantize": ["torchao>=0.18,<0.19"],
         "gguf": ["gguf>=0.10", "accelerate>=1.0"],
         "gpu": ["triton>=3.6,<3.8; platform_system == 'Linux'", "flash-attn>=2.7; platform_system == 'Linux'"],
+        "docs": ["mkdocs-material>=9.6"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",

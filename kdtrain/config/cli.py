@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kdtrain.config.checks import check
 from kdtrain.config.launcher import fill_launcher_environment, require_meeting_point, world_size
 from kdtrain.config.load import Loaded, drop_launcher_arguments, load_run, yaml_lines
 from kdtrain.config.problems import DEFAULT
 from kdtrain.config.schema import RunConfig
-from kdtrain.config.validate import check
 from kdtrain.errors import EXIT_CONFIG, EXIT_DONE, ConfigError, KdtrainError
 from kdtrain.log import rank_from_environment
 

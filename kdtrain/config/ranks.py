@@ -1,4 +1,4 @@
-"""How a job's ranks are shared out, as far as a configuration says it. Checks nothing and communicates nothing."""
+"""How a configuration divides the ranks of a job. Neither checks nor communicates."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def data_ranks(cfg: RunConfig, world_size: int) -> int | None:
 
 
 def in_flight(cfg: RunConfig) -> int:
-    """Micro-batches of a data rank under way at a time: one at each teacher, and one waiting there."""
+    """Micro-batches of a data rank in flight at a time; by default one computed and one queued per teacher."""
     return max(4, 2 * num_teachers(cfg)) if cfg.teacher.in_flight is None else cfg.teacher.in_flight
 
 
 def servers(cfg: RunConfig, teachers: range) -> list[int]:
-    """Global ranks to ask, of the teachers' ranks: the first of each tp group."""
+    """Global ranks that receive requests: the first of each tp group of `teachers`, the teachers' ranks."""
     return list(teachers[:: teacher_tp(cfg)])

@@ -1,5 +1,5 @@
-"""--check and the start of a run, side by side: what one refuses the other refuses with the same words, and the same
-for what passes. The run is begun as `run_training` begins it, up to the engine, in this process."""
+"""--check and the start of a run refuse the same configurations with the same messages, and accept the same ones. The
+run is started as in `run_training`, up to the engine, in this process."""
 
 import json
 from dataclasses import replace
@@ -49,7 +49,7 @@ def cfg(tmp_path):
 
 
 def begin(cfg):
-    """What `run_training` does before it builds the engine, and how that takes a checkpoint up."""
+    """The steps of `run_training` before the engine is built, and the loading of a checkpoint."""
     inputs, mesh = open_inputs(cfg, build.specs(cfg)), Mesh()
     models = build.build_models(cfg, inputs, mesh, torch.device("cpu"), trainable=True)
     resume_from = find_start(cfg, inputs, Path(cfg.run.output_dir) / cfg.run.name)
@@ -71,14 +71,14 @@ def check(cfg):
 
 
 def both(cfg):
-    """What `begin` returns, or the error it raises, after --check has fared alike."""
+    """Value or error of `begin`; asserts that --check gives the same error or none."""
     checked = outcome(lambda: check(cfg))
-    begun = outcome(lambda: begin(cfg))
-    if isinstance(begun, KdtrainError):
-        assert (type(checked), str(checked)) == (type(begun), str(begun))
+    started = outcome(lambda: begin(cfg))
+    if isinstance(started, KdtrainError):
+        assert (type(checked), str(checked)) == (type(started), str(started))
     else:
         assert checked is None, checked
-    return begun
+    return started
 
 
 def refused(cfg, match, kind=ConfigError):
@@ -139,7 +139,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_folder_that_a_run_refuses_is_refused_by_the_check_in_the_same_words(cfg, role, name):
+def test_check_refuses_model_folders_with_the_message_of_a_run(cfg, role, name):
     change, match = REFUSALS[name]
     change(Path(getattr(cfg, role).weights))
     refused(cfg, match)
@@ -175,14 +175,14 @@ ACCEPTED = {
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_a_folder_that_a_run_reads_passes_the_check(cfg, role, name):
+def test_check_accepts_model_folders_that_a_run_reads(cfg, role, name):
     ACCEPTED[name](Path(getattr(cfg, role).weights))
     models = both(cfg)
     assert models.student.elements_read > 0 < models.teacher_backbone.elements_read
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_the_switch_lets_either_model_have_tensors_without_a_place(cfg, role):
+def test_allow_unused_weights_accepts_unused_tensors_of_either_model(cfg, role):
     section = getattr(cfg, role)
     edit_tensors(Path(section.weights), lambda tensors: tensors.update({"extra.weight": torch.ones(3)}))
     refused(cfg, "'extra.weight' of model.safetensors has no place")
@@ -232,14 +232,12 @@ def too_small_a_share(cfg):
         (lambda cfg: setattr(cfg.student, "dtype", "float16"), ConfigError, "dtype = 'float16'"),
     ],
 )
-def test_settings_that_a_run_refuses_once_it_looks_at_models_and_data_are_refused_by_the_check(
-    cfg, change, kind, match
-):
+def test_check_refuses_settings_that_a_run_refuses_after_reading_models_and_data(cfg, change, kind, match):
     change(cfg)
     refused(cfg, match, kind)
 
 
-def test_a_resume_that_a_run_refuses_is_refused_by_the_check(cfg):
+def test_check_refuses_checkpoints_that_a_run_refuses(cfg):
     models = both(cfg)
     inputs = open_inputs(cfg, build.specs(cfg))
     shapes = models.student.full_shapes()
@@ -262,7 +260,7 @@ def test_a_resume_that_a_run_refuses_is_refused_by_the_check(cfg):
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("name", ["auto", "packed", "sdpa", "eager"])
-def test_the_attention_of_either_model_is_the_one_asked_for(cfg, role, name):
+def test_attention_of_either_model_is_the_configured_one(cfg, role, name):
     getattr(cfg, role).attention = name
     models = both(cfg)
     found = models.student if role == "student" else models.teacher_backbone
@@ -277,8 +275,8 @@ def memory_lines(logged):
 
 @pytest.mark.parametrize("dedicated", [False, True])
 @pytest.mark.parametrize("name", ["auto", "sdpa", "eager"])
-def test_both_estimate_the_same_memory(cfg, name, dedicated, logged, monkeypatch):
-    """A dedicated teacher's ranks tell what they took; here the answer of `load_backbone` on one of them."""
+def test_check_and_run_estimate_the_same_memory(cfg, name, dedicated, logged, monkeypatch):
+    """A dedicated teacher's ranks report their attention; here it is the one that `load_backbone` chose."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(estimate, "GIB", 1)  # every byte shows
     cfg.teacher.attention = name
@@ -297,14 +295,14 @@ def test_both_estimate_the_same_memory(cfg, name, dedicated, logged, monkeypatch
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_masks_too_large_for_a_gpu_are_refused_by_the_check_before_there_is_one(cfg, role):
+def test_check_without_a_gpu_refuses_masks_too_large_for_one(cfg, role):
     getattr(cfg, role).attention = "sdpa"
     cfg.data.seq_len = 46341
     with pytest.raises(ConfigError, match=r"'sdpa' cannot be used: sequences of 46341 tokens with a mask"):
         check(cfg)
 
 
-def test_records_that_a_run_cannot_continue_are_refused_by_the_check(cfg):
+def test_check_refuses_unreadable_metrics_of_the_run_folder(cfg):
     folder = Path(cfg.run.output_dir) / cfg.run.name
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("{\n")
@@ -312,7 +310,7 @@ def test_records_that_a_run_cannot_continue_are_refused_by_the_check(cfg):
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
-def test_a_student_whose_files_would_spoil_the_export_is_refused_by_the_check(cfg, name):
+def test_check_refuses_student_files_that_would_break_the_export(cfg, name):
     (Path(cfg.student.weights) / name).write_text("{")
     refused(cfg, rf"student/{name} is not valid JSON")
 
@@ -351,7 +349,7 @@ def test_a_student_whose_files_would_spoil_the_export_is_refused_by_the_check(cf
         ({}, {"vocab_size": 102}, ConfigError, "vocab_size = 101, but the tokenizer has 102"),
     ],
 )
-def test_layouts_and_attention_are_judged_alike(tmp_path, settings, how, kind, match):
+def test_check_and_loading_agree_on_layouts_and_attention(tmp_path, settings, how, kind, match):
     save_random(tmp_path, {**tiny_config("llama"), **settings})
     tp = how.pop("tp", 1)
     if how.get("attention") == "flash_attention_2":  # loading stops earlier, at the device that is no GPU

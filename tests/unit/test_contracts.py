@@ -33,6 +33,7 @@ def test_layers_and_doors_hold():
         ("kdtrain/engine/planted.py", "import transformers", "transformers only in kdtrain.models"),
         ("kdtrain/config/planted.py", "import omegaconf", "omegaconf only in kdtrain.config.load"),
         ("kdtrain/config/planted.py", "import torch", "configuration needs no torch"),
+        ("kdtrain/config/schema/types.py", "import kdtrain.config.schema.teacher", "no cycles"),
         ("kdtrain/telemetry/planted.py", "import wandb", "wandb only in kdtrain.telemetry.wandb_sink"),
         ("kdtrain/losses/planted.py", "import triton", "triton only in kdtrain_kernels.triton"),
         ("kernels/kdtrain_kernels/planted.py", "import kdtrain.log", "kernels know nothing of kdtrain"),
