@@ -133,7 +133,7 @@ def test_incomplete_runs_are_refused_with_what_is_missing(tmp_path, kd):
     with pytest.raises(DataError, match=r"metrics\.jsonl: no such file"):
         compare_runs(kd, cut)
     (cut / "config.yaml").write_text("data: {validation: val}\n")
-    with pytest.raises(DataError, match=r"does not say teacher\.weights"):
+    with pytest.raises(DataError, match=r"has no teacher\.weights"):
         compare_runs(kd, cut)
     (cut / "config.yaml").write_text("data: [\n")
     with pytest.raises(DataError, match="is damaged"):

@@ -66,7 +66,7 @@ def test_fusion_of_products_and_sums_is_disabled_in_every_kernel(compiled):
 def run(script, tmp_path):
     """Output of a script that imports proofs/triton_sass.py as `t`, compiling anew."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "kernels")])
+    env["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("proofs", "benchmarks", "kernels"))
     env["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-c", "import triton_sass as t\n" + script]
     done = subprocess.run(command, check=True, env=env, capture_output=True, text=True, timeout=120)

@@ -218,7 +218,8 @@ def check_compile():
 def run_checks(names, tmp_path, **settings):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), str(root / "benchmarks"), env.get("PYTHONPATH", "")])
+    folders = [str(root / folder) for folder in (".", "kernels", "proofs", "benchmarks")]
+    path = os.pathsep.join([*folders, env.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, __file__, *names],
         env={**env, **settings, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)},
