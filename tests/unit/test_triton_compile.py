@@ -36,12 +36,14 @@ def test_kernels_compile_for_every_target(compiled):
     assert kernels == {"first_argmax", "row_stats", "coupling", "pair_measure", "row_grad", "pair_sums", "pair_grad"}
 
 
+@pytest.mark.slow
 def test_no_kernel_spills_registers_and_several_programs_fit_a_multiprocessor(compiled):
     for row in compiled:
         assert row["spills"] == 0, row
         assert row["registers"] <= 128, row  # at least 2 programs of 256 threads
 
 
+@pytest.mark.slow
 def test_slabs_are_read_and_written_in_wide_pieces(compiled):
     for row in compiled:
         per_slab = 2 if row["target"].startswith("sm") else 1  # 8 columns a thread; half as many, wider waves on AMD
@@ -51,6 +53,7 @@ def test_slabs_are_read_and_written_in_wide_pieces(compiled):
             assert row["wide_stores"] >= 1, row
 
 
+@pytest.mark.slow
 def test_a_gradient_rounded_in_place_meets_its_barrier_with_no_load_in_flight(compiled):
     narrow = [row for row in compiled if "bf16" in row["variant"]]
     assert len(narrow) >= 5
@@ -59,6 +62,7 @@ def test_a_gradient_rounded_in_place_meets_its_barrier_with_no_load_in_flight(co
         assert row["in_flight"] == 0, row
 
 
+@pytest.mark.slow
 def test_no_kernel_leaves_the_fusion_of_products_and_sums_to_the_release(compiled):
     assert {row["fusion"] for row in compiled} == {False}
 
@@ -73,6 +77,7 @@ def run(script, tmp_path):
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_without_a_promise_about_the_stride_loads_would_be_narrow(compiled, tmp_path):
     """The gate above can fail: the same kernel without the divisibility of its stride."""
     script = (
