@@ -45,7 +45,7 @@ def random_slab(setting: Setting, rows: int, columns: int) -> Tensor:
 
 
 def copy_of(setting: Setting, slab: Tensor) -> Tensor:
-    """In memory of its own, padding poisoned again."""
+    """In memory of its own, padding filled with NaN again."""
     return poisoned_slab(setting, *slab.shape).copy_(slab)
 
 

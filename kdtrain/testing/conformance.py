@@ -352,7 +352,7 @@ factors that a trainer applies to it are not included.
 
 
 def main() -> None:
-    """Run a subjects file, print its table, write it if asked."""
+    """Run a subjects file, print its table and, with --write, write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subjects", type=Path, help="Python file with SUBJECTS")
     parser.add_argument("--write", type=Path, metavar="FILE.md")

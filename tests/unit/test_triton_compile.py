@@ -36,12 +36,14 @@ def test_kernels_compile_for_every_target(compiled):
     assert kernels == {"first_argmax", "row_stats", "coupling", "pair_measure", "row_grad", "pair_sums", "pair_grad"}
 
 
+@pytest.mark.slow
 def test_no_kernel_spills_registers_and_several_programs_fit_a_multiprocessor(compiled):
     for row in compiled:
         assert row["spills"] == 0, row
         assert row["registers"] <= 128, row  # at least 2 programs of 256 threads
 
 
+@pytest.mark.slow
 def test_slabs_are_read_and_written_16_bytes_at_a_time(compiled):
     for row in compiled:
         per_slab = 2 if row["target"].startswith("sm") else 1  # 8 columns a thread; half as many, wider waves on AMD
@@ -51,6 +53,7 @@ def test_slabs_are_read_and_written_16_bytes_at_a_time(compiled):
             assert row["wide_stores"] >= 1, row
 
 
+@pytest.mark.slow
 def test_no_load_is_in_flight_at_the_barrier_of_in_place_rounding(compiled):
     narrow = [row for row in compiled if "bf16" in row["variant"]]
     assert len(narrow) >= 5
@@ -59,6 +62,7 @@ def test_no_load_is_in_flight_at_the_barrier_of_in_place_rounding(compiled):
         assert row["in_flight"] == 0, row
 
 
+@pytest.mark.slow
 def test_fusion_of_products_and_sums_is_disabled_in_every_kernel(compiled):
     assert {row["fusion"] for row in compiled} == {False}
 
@@ -73,6 +77,7 @@ def run(script, tmp_path):
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_loads_are_narrow_without_the_stride_assumption(compiled, tmp_path):
     """The gate above can fail: the same kernel without the divisibility of its stride."""
     script = (
