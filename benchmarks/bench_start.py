@@ -72,8 +72,12 @@ def check_seconds(root: Path, bad: Path) -> float:
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "launch/train.py", str(bad), "--check"],
-        cwd=root, env=environment(root), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=root,
+        env=environment(root),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     seconds = time.perf_counter() - start
     if done.returncode != 2 or "max_skiped_steps is not a setting" not in done.stderr:
         raise SystemExit(f"{root}: --check ended with {done.returncode}\n{done.stderr}")
@@ -101,14 +105,18 @@ def demo_start(root: Path, quickstart: Path, output: Path) -> dict:
     start = time.perf_counter()
     process = subprocess.Popen(
         [*ranks_command(root), "launch/train.py", *words],
-        cwd=root, env=environment(root), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=root,
+        env=environment(root),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
     assert process.stdout is not None
-    said: list[str] = []
+    lines: list[str] = []
     try:
         for line in process.stdout:
-            said.append(line)
+            lines.append(line)
             for name, pattern in (("first step", EVALUATION), ("one step", FIRST_STEP)):
                 if name not in found and (match := pattern.match(line)):
                     found[name] = (time.perf_counter() - start, match[1])
@@ -121,7 +129,7 @@ def demo_start(root: Path, quickstart: Path, output: Path) -> dict:
         process.wait()
         process.stdout.close()
     if "one step" not in found:
-        raise SystemExit(f"{root}: the demo ended before its first step\n{''.join(said[-25:])}")
+        raise SystemExit(f"{root}: the demo ended before its first step\n{''.join(lines[-25:])}")
     return found
 
 
@@ -188,11 +196,16 @@ def goals_of(rows: list[dict]) -> list[dict]:
         found["demo_start_to_first_step_ratio"] = (mine["first step"]["time_ratio"], "0.7")
     return [
         {
-            "name": name, "measured": measured, "goal": goal, "better": "lower",
-            "commit": rows[0]["commit"], "date": rows[0]["date"], "command": COMMAND,
+            "name": name,
+            "measured": measured,
+            "goal": goal,
+            "better": "lower",
+            "commit": rows[0]["commit"],
+            "date": rows[0]["date"],
+            "command": COMMAND,
         }
         for name, (measured, goal) in found.items()
-    ]  # fmt: skip
+    ]
 
 
 def commit_of(root: Path) -> str:

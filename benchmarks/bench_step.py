@@ -18,7 +18,7 @@ heads' products, the loss and its gradients, which the forward computes), backwa
 rest (everything else in the step). On CUDA phases are CUDA events and the device is synchronised once per step.
 peak_bytes: of rank 0 over the first distill round. On the CPU it is the growth of the resident set since before the
 models were built (and after a step of tiny ones, which brings the libraries in), on CUDA that of allocated memory.
-parts: what `kdtrain.planning.estimate` says beforehand, in bytes; estimate_bytes: how much of it is there at once.
+parts: of the estimate of `kdtrain.planning.estimate`, in bytes; estimate_bytes: the estimated peak.
 """
 
 from __future__ import annotations

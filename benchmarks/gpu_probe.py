@@ -47,7 +47,7 @@ def error_of(got: Tensor, expected: Tensor) -> float:
 
 
 def products(setting: Setting) -> Iterator[dict]:
-    """logits, d hidden and d head, each against float64 of the same operands, outputs filled with NaN first; d head twice."""
+    """logits, d hidden and d head (twice) against float64 of the same operands; outputs are filled with NaN first."""
     for tokens, width, columns in PRODUCTS:
         rows, narrow = setting.rows(tokens), setting.width(width)
         shape, device, dtype = f"C={rows} D={narrow} n={columns}", setting.device, setting.dtype

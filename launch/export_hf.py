@@ -1,6 +1,6 @@
 """Turn a checkpoint into a Hugging Face folder.   python launch/export_hf.py RUN_OR_CHECKPOINT OUT
 
-Rows of the vocabulary that the run's softmax does not have are left out; docs/export.md says what the folder holds.
+Rows of the vocabulary that the run's softmax does not have are left out; docs/export.md lists the files of the folder.
 """
 
 import argparse

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdtrain.config import schema
-from kdtrain.config.keys import MUST_BE_SET, Key, all_keys, suggestion, wants
+from kdtrain.config.keys import MUST_BE_SET, Key, all_keys, expected, suggestion
 from kdtrain.config.problems import show
 from kdtrain.errors import ConfigError
 
@@ -53,7 +53,7 @@ def documented() -> list[Doc]:
         owner = keys[parent].section
         assert owner is not None
         default = "must be set" if key.default == MUST_BE_SET else show(key.default)
-        found.append(Doc(key, wants(key.hint), default, strings[f"{owner.__name__}.{leaf}"]))
+        found.append(Doc(key, expected(key.hint), default, strings[f"{owner.__name__}.{leaf}"]))
     return found
 
 

@@ -71,7 +71,7 @@ def _default(field: Field[Any]) -> Any:
     return field.default_factory()
 
 
-def wants(hint: Any) -> str:
+def expected(hint: Any) -> str:
     """What a setting of this type accepts, as words: "an integer or null"."""
     parts = [_words(part) for part in _alternatives(hint)]
     if type(None) in get_args(hint):

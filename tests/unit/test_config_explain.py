@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kdtrain.config import explain, schema
-from kdtrain.config.keys import all_keys, suggestion, wants
+from kdtrain.config.keys import all_keys, expected, suggestion
 from kdtrain.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,8 +37,8 @@ def test_types_and_defaults_are_described():
     assert docs["data.train_weights"] == ("a list of numbers or null", "null")
     assert docs["data.reset_positions"] == ("true or false", "true")
     assert docs["zero.extra"][0] == "a mapping"
-    assert wants(int | None) == "an integer or null"
-    assert wants(typing.Optional[int]) == "an integer or null"  # noqa: UP045
+    assert expected(int | None) == "an integer or null"
+    assert expected(typing.Optional[int]) == "an integer or null"  # noqa: UP045
 
 
 def test_all_keys_are_the_fields_of_the_schema():
