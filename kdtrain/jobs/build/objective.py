@@ -54,9 +54,9 @@ def build_objective(cfg: RunConfig, engine: StudentEngine, models: Models, timer
 
 def costs_of(cfg: RunConfig, models: Models, mesh: Mesh, device: torch.device) -> Costs:
     """FLOPs per token of both models, counting the experts that one token activates, and the devices' peak FLOP/s."""
-    student, facts, seq_len = models.student, models.teacher_info, cfg.data.seq_len
-    distils = cfg.objective.name == "distill" and facts is not None
-    teacher = forward_flops_per_token(facts.config, facts.num_active_parameters, seq_len) if distils and facts else 0.0
+    student, info, seq_len = models.student, models.teacher_info, cfg.data.seq_len
+    distils = cfg.objective.name == "distill" and info is not None
+    teacher = forward_flops_per_token(info.config, info.num_active_parameters, seq_len) if distils and info else 0.0
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return Costs(
         training_flops_per_token(student.config, student.num_parameters(), seq_len),
