@@ -14,7 +14,7 @@
 #                         pip's own. Name an index or folder with torch's CPU wheels here: pip prefers them.
 #   KDTRAIN_TORCH_INDEX   an index to take torch, and only torch, from
 #   KDTRAIN_TEST_WORKERS  processes that run tests, 2 if unset
-#   KDTRAIN_FREE_KB       believe this instead of the free disk space that df reports
+#   KDTRAIN_FREE_KB       free disk space in kB, instead of what df reports
 set -eu
 
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -81,7 +81,7 @@ require_space() { # kB, for what
 
 # --- long commands ----------------------------------------------------------------------------------------------
 
-# quietly LABEL COMMAND...: runs it with its output in a log file and a sign of life every 15 s; shows the log's end
+# quietly LABEL COMMAND...: runs it with its output in a log file and a line every 15 s; prints the end of the log
 # if it fails. COMMAND is a program, or pip, as a word:
 # a child of a subshell would outlive an interruption.
 quietly() {
@@ -108,7 +108,7 @@ quietly() {
     trap - INT TERM HUP
     if [ "$code" -ne 0 ]; then
         tail -n 25 "$log" >&2
-        say "quickstart: $label failed (exit code $code); everything it said is in $log" >&2
+        say "quickstart: $label failed (exit code $code); its whole output is in $log" >&2
         exit 1
     fi
     say "    $label: done in $(($(date +%s) - started)) s"
