@@ -101,8 +101,8 @@ def test_write_error_of_the_status_does_not_hide_the_error_that_ended_the_run(tm
 def test_write_error_of_the_status_is_raised_when_the_run_is_done(tmp_path):
     folder = RunFolder.open(tmp_path, "run")
     with full_disk(0), pytest.raises(OutputError, match=r"cannot write .*STATUS: \[Errno 27\]"):
-        folder.finish()
+        folder.mark_done()
     assert read_status(tmp_path / "run")[0] == "running"
-    folder.finish()
+    folder.mark_done()
     assert read_status(tmp_path / "run")[0] == "done"
     folder.close()
