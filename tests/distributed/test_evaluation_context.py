@@ -117,7 +117,7 @@ def whole_teacher(rank, world_size, root):
     mesh = Mesh.build(1, world_size)
     spec = ModelSpec(weights=f"{root}/teacher", dtype="float32")
     teacher = load_backbone(spec, Mesh(), vocab_size=VOCAB, trainable=False)
-    with pytest.raises(ValueError, match="loaded with cp 1, the student.s mesh has cp 2") as refused:
+    with pytest.raises(ValueError, match=r"loaded with cp 1, the student.s mesh has cp 2") as refused:
         OnlineTeacher(teacher, mesh, teacher.shard, Mesh())
     return str(refused.value)
 

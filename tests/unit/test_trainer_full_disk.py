@@ -93,7 +93,7 @@ def test_write_error_of_the_status_does_not_hide_the_error_that_ended_the_run(tm
         patch.setattr(RunFolder, "set_status", on_a_full_disk)
         with pytest.raises(NonFiniteLoss, match="step 3"):
             work()
-    assert warned == [f"{folder / 'STATUS'} still says running: File too large"]
+    assert warned == [f"{folder / 'STATUS'} could not be changed from running: File too large"]
     assert read_status(folder)[0] == "running"
     assert [p.name for p in folder.iterdir()] == ["STATUS"]
 
