@@ -1,6 +1,6 @@
 #   docker build --target cpu -t kdtrain --build-arg COMMIT=$(git rev-parse HEAD) .
 #   docker run --rm kdtrain            # the demo (downloads the teacher: 93 MB)
-#   docker run --rm kdtrain test       # the default tests
+#   docker run --rm kdtrain test       # the fast tier of the tests
 #   docker build --target gpu -t kdtrain-gpu .
 #   docker run --rm --gpus all --shm-size 8g kdtrain-gpu deepspeed launch/train.py CONFIG.yaml
 #

@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "kdtrain/__init__.py").read
 # Upper bounds are the release series that all tests passed on; patch releases inside them are tried by .ci/newest. To
 # raise one: change it here and in constraints-*.txt, run `make newest`, `make test` and `make architectures`, and read
 # what moved in the tables. torch 2.10 is the first whose addmm adds products of bfloat16 to float32. triton: series
-# without a fault in docs/results/triton_releases.md (benchmarks/triton_releases.py); 3.8 and 3.9 spill registers of one
+# without a fault in docs/results/triton_releases.md (proofs/triton_releases.py); 3.8 and 3.9 spill registers of one
 # kernel each.
 setup(
     name="kdtrain",
@@ -41,9 +41,11 @@ setup(
         "quantize": ["torchao>=0.18,<0.19"],
         "gguf": ["gguf>=0.10", "accelerate>=1.0"],
         "gpu": ["triton>=3.6,<3.8; platform_system == 'Linux'", "flash-attn>=2.7; platform_system == 'Linux'"],
+        "docs": ["mkdocs-material>=9.6"],
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "ruff>=0.9",
             "mypy>=1.14",
             "import-linter>=2.1",

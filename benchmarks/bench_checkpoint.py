@@ -1,15 +1,15 @@
-"""How long a save holds training up: written at once, and written while training goes on (checkpoint.async_write).
+"""How long saving a checkpoint blocks training: synchronous, and in the background (checkpoint.async_write).
 
     python benchmarks/bench_checkpoint.py            # measures -> benchmarks/results/cpu_checkpoint.csv (gpu_...)
     python benchmarks/bench_checkpoint.py --table    # CSV -> docs/results/checkpoint_cpu.md, and prints it
     python benchmarks/bench_checkpoint.py --model llama-20m --folder /scratch    # another size, another disk
 
 One process, ZeRO-1, float32, random weights and tokens. After a warm-up, in which the host memory of `behind` is
-allocated, rounds of three modes follow each other, so that a busy machine slows all; medians over the rounds:
+allocated, rounds of three modes alternate, so that load on the machine affects all alike; medians over the rounds:
 
 alone    steps while nothing is written
 at once  `checkpoint.save`: training waits until the checkpoint is on disk
-behind   `checkpoint.save_behind`: training waits for the copy, and for each stage's agreement after a step
+behind   `checkpoint.save_async`: training waits for the copy, and for each stage's agreement after a step
 
 stall_s: seconds training waits. on_disk_s: from the beginning of the save until the checkpoint exists and old ones are
 removed, a step's rest included. step_s: of a step meanwhile. first_stall_s: of the warm-up's save.
@@ -26,6 +26,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measuring as common
@@ -40,26 +41,24 @@ SEQUENCES, SEQ_LEN, VOCAB = 2, 64, 8192
 
 
 class Bench:
-    """An engine that takes steps, and both ways to save it."""
+    """An engine that takes steps, and both ways to save its state."""
 
     def __init__(self, model: str, folder: Path) -> None:
         import torch
 
-        from kdtrain.config.schema import RunConfig
-        from kdtrain.dist.mesh import Mesh
+        from kdtrain.config.schema import OptimSection, ZeroSection
+        from kdtrain.distributed.mesh import Mesh
         from kdtrain.engine import bootstrap
         from kdtrain.engine.background import BackgroundWriter
+        from kdtrain.engine.settings import EngineSettings
         from kdtrain.engine.zero import StudentEngine
         from kdtrain.models.load import ModelSpec, load_backbone
 
         self.rank, self.mesh, self.folder, self.step = bootstrap.start(), Mesh.build(1), folder, 0
-        cfg = RunConfig()
-        cfg.student.dtype, cfg.data.sequences_per_micro_batch = "float32", SEQUENCES
+        settings = EngineSettings(ZeroSection(), OptimSection(), "float32", SEQUENCES)
         spec = ModelSpec(architecture=model, dtype="float32")
-        student = load_backbone(
-            spec, self.mesh, vocab_size=VOCAB, device=self.rank.device, trainable=True, seed=1
-        )  # fmt: skip
-        self.engine = StudentEngine(student, self.mesh, cfg, device=self.rank.device)
+        student = load_backbone(spec, self.mesh, vocab_size=VOCAB, device=self.rank.device, trainable=True, seed=1)
+        self.engine = StudentEngine(student, self.mesh, settings, device=self.rank.device)
         self.writer = BackgroundWriter(self.mesh, self.rank.device)
         self.tokens = torch.randint(VOCAB, (SEQUENCES, SEQ_LEN + 1), device=self.rank.device)
 
@@ -67,7 +66,7 @@ class Bench:
         """One step; its seconds."""
         import torch
 
-        from kdtrain.data.batch import Batch
+        from kdtrain.batch import Batch
         from kdtrain.losses import linear_cross_entropy
 
         began, tokens = time.perf_counter(), self.tokens
@@ -78,10 +77,13 @@ class Bench:
         parts = self.engine(
             batch,
             lambda hidden, head: linear_cross_entropy(
-                hidden, head, batch.labels.reshape(-1), weight=batch.loss_mask.reshape(-1),
+                hidden,
+                head,
+                batch.labels.reshape(-1),
+                weight=batch.loss_mask.reshape(-1),
                 shard=self.engine.backbone.shard,
             ),
-        )  # fmt: skip
+        )
         self.engine.backward(parts.loss, SEQUENCES * SEQ_LEN)
         self.engine.step(1e-4)
         self.step += 1
@@ -107,17 +109,21 @@ class Bench:
         from kdtrain.engine import checkpoint, commit
 
         began = time.perf_counter()
-        checkpoint.save_behind(
-            self.writer, self.folder, self.engine, step=self.step, state={},
-            tidy=lambda saved: commit.remove_older(self.folder, 1, None, saved),
-        )  # fmt: skip
+        checkpoint.save_async(
+            self.writer,
+            self.folder,
+            self.engine,
+            step=self.step,
+            state={},
+            prune=lambda saved: commit.remove_older(self.folder, 1, None, saved),
+        )
         stall, steps = time.perf_counter() - began, []
         while self.writer.in_flight is not None:
             steps.append(self.train())
             if not self.writer.busy:
-                asked = time.perf_counter()
+                start = time.perf_counter()
                 self.writer.advance()
-                stall += time.perf_counter() - asked
+                stall += time.perf_counter() - start
         return {"stall_s": stall, "on_disk_s": time.perf_counter() - began, "steps": steps}
 
     def alone(self) -> dict[str, Any]:

@@ -4,17 +4,17 @@
     python benchmarks/bench_import.py --try 2e6   # measures small pairs and writes nothing
 
 The first command waits until the machine is quiet (load of at most 0.5) and refuses to start if it is not within five
-minutes; --busy measures all the same. The tokenizer is a byte-level BPE of 32,000 tokens trained on the demo's text,
-the pairs are that text again and again in documents of about 500 tokens, uint16. Every number comes from a fresh
-process, whose pair was written just before and is in the page cache. Rows:
+minutes; --busy measures anyway. The tokenizer is a byte-level BPE of 32,000 tokens trained on the demo's text, the
+pairs repeat that text in documents of about 500 tokens, uint16. Every number comes from a fresh process, with its pair
+in the page cache. Rows:
 
 in place   import_megatron(in_place=True) and TokenStore.open of the result: every token is read, none copied
 blocks     import_megatron, in threads
 naive      one document at a time in one process, decoded to measure its text (what kdtrain did up to 8dc14f3)
 
-Before times count, the copied stores must equal the naive one byte for byte, and the store in place must have the same
-fingerprint and manifest but for its link. peak_bytes: growth of resident memory, the mapped pair included. load: when
-the script began. The speed-up is that of tokens per second: blocks at the size of the naive row.
+The copied stores must equal the naive one byte for byte, and the store in place must have the same fingerprint and
+manifest but for its link. peak_bytes: growth of resident memory, the mapped pair included. load: when the script began.
+The speed-up is that of tokens per second: blocks at the size of the naive row.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measuring as common
@@ -81,7 +82,7 @@ def write_pair(prefix: Path, ids: np.ndarray, tokens: int) -> None:
 
 
 def naive(prefix: Path, tokenizer_dir: Path, output: Path) -> None:
-    """Document by document: cut off the separator, decode to measure the text, write."""
+    """For each document: cut off the separator, decode to measure the text, write."""
     from kdtrain.data.megatron_index import read_index
     from kdtrain.data.separator import separator_id
     from kdtrain.data.token_store import TokenStoreWriter
@@ -143,15 +144,15 @@ def check_equal(folder: Path) -> None:
     """Both copies byte for byte, and the store in place but for its link. SystemExit names the file that differs."""
     stores = {name: folder / name / "train" for name in ("naive", "blocks", "in place")}
     for file in sorted(path.relative_to(stores["naive"]) for path in stores["naive"].rglob("*") if path.is_file()):
-        wanted = (stores["naive"] / file).read_bytes()
-        if (stores["blocks"] / file).read_bytes() != wanted:
+        expected = (stores["naive"] / file).read_bytes()
+        if (stores["blocks"] / file).read_bytes() != expected:
             raise SystemExit(f"blocks: {file} differs from the naive copy's")
         found = (stores["in place"] / file).read_bytes()
         if file.name == "manifest.json":
             content = json.loads(found)
             content.pop("linked")
             found = (json.dumps(content, indent=2) + "\n").encode()
-        if found != wanted:
+        if found != expected:
             raise SystemExit(f"in place: {file} differs from the naive copy's")
 
 
@@ -177,7 +178,7 @@ def row_of(job: dict, answer: dict, commit: str, load: float) -> dict:
 
 def measure_all(folder: Path, open_tokens: int, copy_tokens: int) -> list[dict]:
     """Rows: all three at the smaller size, side by side and compared, then in place and blocks at the larger."""
-    commit, load, rows = common.current_commit(), os.getloadavg()[0], []  # before this script itself makes any
+    commit, load, rows = common.current_commit(), os.getloadavg()[0], []  # before this script causes any
     ids = write_tokenizer(folder / "tokenizer")
     for tokens, providers in ((copy_tokens, ("naive", "blocks", "in place")), (open_tokens, ("blocks", "in place"))):
         prefix = folder / f"pair_{tokens}" / "pair"
@@ -225,7 +226,7 @@ def wait_until_quiet() -> None:
     end = time.monotonic() + QUIET_WITHIN_S
     while (load := os.getloadavg()[0]) > MAX_LOAD:
         if time.monotonic() >= end:
-            raise SystemExit(f"the load is {load:.2f}, above {MAX_LOAD}: wait, or publish all the same with --busy")
+            raise SystemExit(f"the load is {load:.2f}, above {MAX_LOAD}: wait, or publish anyway with --busy")
         time.sleep(5.0)
 
 

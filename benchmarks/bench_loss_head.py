@@ -9,11 +9,10 @@ from a fresh process, so that no provider inherits another's memory.
 
 Modes: train is the loss and the gradients of student hidden states and head; eval is the loss under no_grad.
 Before anything is timed, the provider's loss and gradients at this very shape are compared with float64; gradient_error
-is the worse of the two relative errors. A provider further off than 1e-4 is not timed and its row says so; if it is
-kdtrain's own, nothing is written.
-peak_bytes: growth of the process's resident memory during one run at this shape (VmHWM of /proc/self/status, reset
-just before, less VmRSS then; Linux only). It contains the returned gradients and whatever the matrix products
-allocate. Times: median, 20th and 80th percentile of the runs after that one.
+is the worse of the two relative errors. A provider further off than 1e-4 is not timed and marked in its row; if it is
+kdtrain's own, nothing is written. peak_bytes: growth of the process's resident memory during one run at this shape
+(VmHWM of /proc/self/status, reset just before, less VmRSS then; Linux only). It contains the returned gradients and
+whatever the matrix products allocate. Times: median, 20th and 80th percentile of the runs after that one.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measuring as common
@@ -92,7 +92,10 @@ def run(loss_of: Callable, arguments: tuple, train: bool) -> tuple:
 
 
 def measure(job: dict) -> dict:
-    """One job in this process: whether it is right, then memory, then times. `save`: only float64's answer, there."""
+    """One job in this process: check correctness, then measure memory, then times.
+
+    `save`: only write the float64 answer there.
+    """
     import loss_providers as providers
     import torch
 
@@ -156,7 +159,7 @@ def run_all() -> None:
 
 
 def notes_on(rows: list[dict]) -> list[str]:
-    """What to know of the providers in these rows, one line each."""
+    """Notes on the providers in these rows, one line each."""
     import loss_providers as providers
 
     named = dict.fromkeys((row["task"], row["provider"]) for row in rows)

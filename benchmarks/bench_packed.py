@@ -5,17 +5,17 @@
     python benchmarks/bench_packed.py --try     # measures 512 and 1,024 tokens and writes nothing
 
 The first command waits until the machine is quiet (load of at most 0.5) and refuses to start if it is not within five
-minutes; --busy measures all the same. float32; one sequence of S tokens, cut into documents at S // 500 places drawn
-from a seed; 4 layers of 8 query heads in 2 groups of width 64, all of whose forward passes come before the backward
-passes, as in a model. What one forward pass makes once for all layers is made once and counts. Every number comes from
-a fresh process. Providers:
+minutes; --busy measures anyway. float32; one sequence of S tokens, cut into documents at S // 500 places drawn from a
+seed; 4 layers of 8 query heads in 2 groups of width 64, all of whose forward passes come before the backward passes, as
+in a model. What one forward pass makes once for all layers is made once and counts. Every number comes from a fresh
+process. Providers:
 
 naive    create_causal_mask and sdpa_attention_forward of transformers: what a stock model does with attention=sdpa
 packed   kdtrain.models.packed.attend_documents, what attention=packed does, reading the documents from position_ids
 
 Before anything is timed, outputs and gradients at this very shape are compared with float64, document by document:
 error is the largest absolute difference, relative to the largest element of that tensor. A provider further off than
-1e-4 is not timed and its row says so; if it is kdtrain's own, nothing is written. Times and memory: as in
+1e-4 is not timed and marked in its row; if it is kdtrain's own, nothing is written. Times and memory: as in
 benchmarks/bench_loss_head.py, forward and backward. peak_bytes: growth of resident memory beyond inputs, their
 gradients (which exist and are touched beforehand) and outputs (subtracted). load: when the script began.
 """
@@ -28,6 +28,7 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measuring as common
@@ -88,7 +89,7 @@ def naive(positions, layers: list) -> list:
 
 def packed(positions, layers: list) -> list:
     """kdtrain's."""
-    from kdtrain.data.documents import Documents
+    from kdtrain.documents import Documents
     from kdtrain.models.packed import attend_documents
     from kdtrain.models.packed_layout import PackedDocuments
 
@@ -175,7 +176,7 @@ def row_of(job: dict, answer: dict, commit: str, load: float) -> dict:
 
 def run_all(lengths: tuple[int, ...]) -> list[dict]:
     """Rows with ratios. SystemExit if kdtrain's own are wrong."""
-    commit, load, rows = common.current_commit(), os.getloadavg()[0], []  # before this script itself makes any
+    commit, load, rows = common.current_commit(), os.getloadavg()[0], []  # before this script causes any
     for seq_len in lengths:
         for provider in PROVIDERS:
             job = {"seq_len": seq_len, "provider": provider}

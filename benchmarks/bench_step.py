@@ -1,10 +1,11 @@
-"""A whole distillation step against what it cannot do without: a plain step of the student and a teacher's forward.
+"""A whole distillation step against its necessary parts: a plain step of the student and a forward pass of the teacher.
 
     python benchmarks/bench_step.py            # measures -> benchmarks/results/cpu_step.csv (on a GPU: gpu_step.csv)
     python benchmarks/bench_step.py --table    # CSV -> docs/results/bench_step_cpu.md, and prints it
 
 Random weights and random tokens; the trainer, the engine, the loader and the objectives are those of a run. Every job
-is a fresh process, or one per rank. In it rounds of three modes follow each other, so that a busy machine slows all:
+is a fresh process, or one per rank. In it rounds of three modes alternate, so that load on the machine affects all
+alike:
 
 distill   the whole step: data, teacher, student, loss, backward, optimizer, metrics
 lm        the same with cross-entropy alone: same engine, same batches, no teacher
@@ -17,7 +18,7 @@ heads' products, the loss and its gradients, which the forward computes), backwa
 rest (everything else in the step). On CUDA phases are CUDA events and the device is synchronised once per step.
 peak_bytes: of rank 0 over the first distill round. On the CPU it is the growth of the resident set since before the
 models were built (and after a step of tiny ones, which brings the libraries in), on CUDA that of allocated memory.
-parts: what `kdtrain.training.estimate` says beforehand, in bytes; estimate_bytes: how much of it is there at once.
+parts: of the estimate of `kdtrain.planning.estimate`, in bytes; estimate_bytes: the estimated peak.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measuring as common
@@ -102,7 +104,7 @@ def versions() -> str:
 
 
 def run_job(job: dict, script: str = __file__, **environment: str) -> dict:
-    """`script --one` on every rank, each a fresh process; rank 0's answer. Fails as they fail."""
+    """`script --one` on every rank, each a fresh process; rank 0's answer. Raises if a rank fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -116,10 +118,10 @@ def run_job(job: dict, script: str = __file__, **environment: str) -> dict:
             ranks.append(
                 subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **world, **own})
             )
-        said = [process.communicate()[0] for process in ranks]
+        outputs = [process.communicate()[0] for process in ranks]
     if any(process.returncode for process in ranks):
         raise SystemExit(f"{script}: ranks ended with {[process.returncode for process in ranks]}; job {job}")
-    return json.loads(said[0].splitlines()[-1])
+    return json.loads(outputs[0].splitlines()[-1])
 
 
 def rows_of(job: dict, answer: dict, commit: str) -> list[dict]:
@@ -164,7 +166,7 @@ def table_of(rows: list[dict], device: str) -> str:
         "",
         f"Made by `python benchmarks/bench_step.py --table` from `benchmarks/results/{kind(device)}_step.csv`; what",
         "the modes, phases (ms) and columns mean is in that script. ratio: distill to lm + teacher, by their medians;",
-        "of fastest: by the fastest step of each, which says more where other work shares the machine.",
+        "of fastest: by the fastest step of each, which is more reliable if other work shares the machine.",
         "",
         f"Commit {first['commit']}, {first['date']}, {first['device'].rpartition(',')[0]}; {first['versions']}.",
         "",

@@ -13,7 +13,7 @@ chunked    the naive formula on eighths of the tokens in turn
 
 Before anything is timed, the answer at this very shape is compared with float64: error is the largest absolute
 difference of a kept logit, of the float64 logit at a kept id from the float64 logit of that rank, and of the
-log-sum-exp. A provider further off than 1e-4 is not timed and its row says so; if it is kdtrain's own, nothing is
+log-sum-exp. A provider further off than 1e-4 is not timed and marked in its row; if it is kdtrain's own, nothing is
 written. tail_error is the largest absolute difference of the log of the tail, nats. Times and memory: as in
 benchmarks/bench_loss_head.py.
 """
@@ -23,6 +23,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measuring as common
@@ -72,7 +73,7 @@ def chunked(hidden, head, k: int) -> tuple:
 
 def answer_of(provider: str, hidden, head, k: int, backend: str = "auto") -> tuple:
     """(ids, logits, lse [T], log_tail [T]) of a provider."""
-    from kdtrain.dist.vocab import VocabShard
+    from kdtrain.distributed.vocab import VocabShard
     from kdtrain.teacher.topk import linear_topk
 
     if provider not in SLABS:
@@ -110,7 +111,7 @@ def inputs(job: dict) -> tuple:
 
 
 def measure(job: dict) -> dict:
-    """One job in this process: whether it is right, then memory, then times."""
+    """One job in this process: check correctness, then measure memory, then times."""
     import platform
 
     import torch

@@ -1,4 +1,4 @@
-"""What this device can do at best, and how near the row kernels come: the denominators of every other figure.
+"""Peak rates of this device and the share that the row kernels reach: the denominators of all other figures.
 
     python benchmarks/gpu_ceilings.py [--out FOLDER] [--cpu]
 
@@ -75,7 +75,10 @@ def rows(setting: Setting) -> Iterator[dict]:
 def calls(
     setting: Setting, backend: str, size: tuple[int, int], name: str
 ) -> Iterator[tuple[str, Callable[[], object], int]]:
-    """(kernel, call, bytes per element that it must move). Gradients spoil the slabs, which costs them no time."""
+    """(kernel, call, bytes per element that it must move).
+
+    Gradients overwrite the slabs, which does not change their time.
+    """
     kernels, spec = row_kernels(backend, setting.device), divergence_spec(name, size[1])
     student, teacher, labels = slabs(setting, *size, torch.float32)
     ones = torch.ones(size[0], dtype=torch.float64, device=setting.device)

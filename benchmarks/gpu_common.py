@@ -1,9 +1,9 @@
-"""What the scripts of benchmarks/gpu_suite.sh share: device, clock, shapes, problems, CSV files.
+"""Shared by the scripts of benchmarks/gpu_suite.sh: device, clock, shapes, problems, CSV files.
 
 Every script takes --out FOLDER and --cpu: the torch kernels on the CPU, for continuous integration. --cpu goes through
 the same list of sizes as a GPU, reduced by one rule (`Setting.rows`, `Setting.width`): at most 5 rows, widths divided
-by 256, vocabularies as they are, so that no size reaches a GPU whose columns never ran. Figures of reduced or tiny
-shapes mean nothing; their files are dry_NAME.csv and small_NAME.csv.
+by 256, vocabularies as they are, so that every number of columns that reaches a GPU has run on the CPU before. Figures
+of reduced or tiny shapes mean nothing; their files are dry_NAME.csv and small_NAME.csv.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import measuring as common
 import torch
 from torch import Tensor
 
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.vocab import VocabShard
 
 WARM_UP, RUNS = 3, 20
 PAIR_SECONDS, MOST_CALLS = 2e-3, 50
 """Between two CUDA events lie as many calls as take PAIR_SECONDS, at most MOST_CALLS: an event costs microseconds."""
 CYCLES_PER_SECOND, MOST_AHEAD = 2e9, 2e-2
-"""Of torch.cuda._sleep, at most; and the seconds that the host is given to queue what is measured, at most."""
+"""Most cycles of torch.cuda._sleep, and most seconds for the host to queue the measured calls."""
 CPU_ROWS, CPU_WIDTH_SHARE = 5, 256
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class Setting:
 
     @staticmethod
     def parser(description: str | None) -> argparse.ArgumentParser:
-        """What every script takes; some add to it."""
+        """The arguments of every script; some add more."""
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--out", type=Path, default=common.ROOT / "benchmarks/results")
         parser.add_argument("--cpu", action="store_true", help="reduced shapes on the CPU, to test the control flow")
@@ -78,7 +79,7 @@ class Setting:
 
     @classmethod
     def parse(cls, description: str | None) -> Setting:
-        """From the command line of a script that adds nothing to it."""
+        """From the command line of a script without further arguments."""
         return cls.of(cls.parser(description).parse_args())
 
     def rows(self, count: int) -> int:
@@ -120,8 +121,8 @@ class Setting:
     def write(self, name: str, found: Iterable[dict], kept: Sequence[dict] = ()) -> list[dict]:
         """Rows as they come -> OUT/gpu_NAME.csv (`prefix`); all of them.
 
-        kept: rows of an earlier run that stay in front, with their own provenance. The file is whole before the first
-        row and after every row: what a time limit cuts off is only what was not measured.
+        kept: rows of an earlier run that stay in front, with their own provenance. The file is rewritten atomically
+        before the first row and after every row, so a time limit loses only unmeasured rows.
         """
         path, rows, provenance = self.out / f"{self.prefix}_{name}.csv", [], self.provenance()
 
@@ -140,7 +141,7 @@ class Setting:
         """Times per call of `runs` measurements after a warm-up: CUDA events on a GPU, the wall clock on the CPU.
 
         On a GPU a measurement is several calls of a short `run` between two events, and the device sleeps until the
-        host has queued them all: gaps between launches, of which a loss alone makes ten, are not in the figure.
+        host has queued them all, so that gaps between launches (a loss has about ten) are excluded.
         """
         runs, warm_up = (1, 1) if self.is_cpu else (runs, WARM_UP)
         for _ in range(warm_up):
@@ -179,7 +180,7 @@ class Setting:
 
 
 def triton_version() -> str:
-    """Of the module, whatever distribution it came with; absent where it cannot be imported."""
+    """Version of the module, from any distribution; "absent" if it cannot be imported."""
     try:
         import triton
     except ImportError:
@@ -193,7 +194,8 @@ def calls_per_pair(seconds: float) -> int:
 
 
 def attempt(run: Callable[[], T]) -> tuple[T | None, str]:
-    """(what `run` returns, "") or (None, why it failed, in one line): a failure is a row, and the rest goes on."""
+    """(result of `run`, "") or (None, the reason of its failure in one line): a failure becomes a row and the rest
+    continues."""
     try:
         return run(), ""
     except (KeyboardInterrupt, SystemExit, GeneratorExit):

@@ -162,7 +162,7 @@ def slabs(setting: Setting, rows: int, columns: int, dtype: torch.dtype) -> tupl
 def row_answers(
     setting: Setting, backend: str, size: tuple[int, int], name: str, temperature: float, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """What each row kernel of a backend says of the same slabs, in the order in which a loss calls them."""
+    """Results of each row kernel of a backend on the same slabs, in the order in which a loss calls them."""
     from kdtrain_kernels.torch_rows import LogitMap, RowWeights
 
     kernels, spec = row_kernels(backend, setting.device), divergence_spec(name, size[1])
@@ -214,7 +214,8 @@ def row_error(kernel: str, got: Tensor, expected: Tensor, is_rounded: bool) -> t
 
 
 def checked(setting: Setting) -> Iterator[dict]:
-    """Row kernels, then every operation at every shape; one that raises has its reason in a row, the next one runs."""
+    """Row kernels, then every operation at every shape; an exception becomes a row with its reason, and the next one
+    runs."""
 
     def failed(case: str, reason: str) -> dict:
         print("FAIL", case, reason, flush=True)

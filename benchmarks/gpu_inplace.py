@@ -1,9 +1,9 @@
 """Gradients that are rounded to bfloat16 over the memory of their own logits, element by element.
 
 The reference is the same kernel's gradient kept in float32 and rounded afterwards: rounding in place must not change a
-bit, at any width, in any of several runs. A thread that read a logit after another had stored there would show; in the
-norm of a whole gradient, which gpu_correct.py compares, single elements do not. On the CPU the torch kernels round in
-place too.
+bit, at any width, in any of several runs. This detects a thread that reads a logit after another thread has overwritten
+it; the norm of a whole gradient, which gpu_correct.py compares, hides single elements. On the CPU the torch kernels
+round in place too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZES = ((4096, 257), (4096, 2049), (2048, 6145), (2048, 50257), (1040, 128256),
 MAPS = ((1.0, None), (2.0, 30.0))
 """(temperature, soft cap of the logits)"""
 REPEATS = {"triton": 8, "torch": 1}
-"""The torch kernels round through a copy: no thread can be early."""
+"""The torch kernels round through a copy, so no thread can store early."""
 IDS = 64
 
 Gradient = Callable[[Tensor, Tensor, torch.dtype], Tensor]
@@ -45,7 +45,7 @@ def random_slab(setting: Setting, rows: int, columns: int) -> Tensor:
 
 
 def copy_of(setting: Setting, slab: Tensor) -> Tensor:
-    """In memory of its own, padding poisoned again."""
+    """In memory of its own, padding filled with NaN again."""
     return poisoned_slab(setting, *slab.shape).copy_(slab)
 
 
@@ -113,16 +113,22 @@ def gradient_of(
 def sparse_gradient(
     setting: Setting, backend: str, student: Tensor, labels: Tensor, temperature: float, logit_map: LogitMap
 ) -> Gradient:
-    """Gradient of a loss on a few ids: any factors do, as what is compared is how it is stored."""
+    """Gradient of a loss on a few ids.
+
+    The factors are arbitrary, because only the rounding of the result is compared.
+    """
     rows, columns = student.shape
     kernels, scratch = sparse_kernels(backend, setting.device, torch.float32), Scratch.of(student)
     ids = torch.rand(rows, columns, device=setting.device).topk(min(IDS, columns), dim=1).indices
     ids[:, -1] = -1  # one slot is empty
     ones = torch.ones(rows, dtype=torch.float64, device=setting.device)
     gradient = SparseGradient(
-        peak=student.amax(1).double(), tail=0.7 * ones, softmax=0.3 * ones, ce=0.5 * ones,
+        peak=student.amax(1).double(),
+        tail=0.7 * ones,
+        softmax=0.3 * ones,
+        ce=0.5 * ones,
         at_ids=torch.randn(ids.shape, device=setting.device).double(),
-    )  # fmt: skip
+    )
 
     def sparse(s: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
         kernels.sparse_stats(s, ids, labels, temperature, scratch)

@@ -2,12 +2,12 @@
 
     python benchmarks/gpu_ops.py [--out FOLDER] [--cpu] [--peers]
 
-Useful work is counted alike for everybody: 2 T V E for a teacher's product and 6 T V D for the student's three; what
-an implementation computes again is not credited. Slabs of 5 GiB and 1 GiB. Without --peers: linear_kd_loss (forward
-KL, jsd), linear_sparse_kd_loss, linear_cross_entropy, linear_topk at the shapes of the plan, every backend. With
---peers: every provider of benchmarks/loss_providers.py at a few shapes, in turn; before one is timed its value and
-gradients are compared with float64 at fewer tokens, and the error is in its row. One that cannot run, or raises
-whatever it raises, has the reason in its row, and the others go on. Ends with 1 if an operation of ours raised.
+Useful work is counted alike for every implementation: 2 T V E for a teacher's product and 6 T V D for the student's
+three; recomputation is not counted. Slabs of 5 GiB and 1 GiB. Without --peers: linear_kd_loss (forward KL, jsd),
+linear_sparse_kd_loss, linear_cross_entropy, linear_topk at the shapes of the plan, every backend. With --peers: every
+provider of benchmarks/loss_providers.py at a few shapes, in turn; before one is timed its value and gradients are
+compared with float64 at fewer tokens, and the error is in its row. If a provider cannot run or raises an exception, its
+row has the reason, and the others continue. Exits with 1 if an operation of kdtrain raised.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kdtrain.teacher.topk import linear_topk
 
 CHECKED_TOKENS = 512
 OURS = ("streamed", "sparse", "linear_topk")
-"""What the names of our providers begin with."""
+"""Prefix of the names of kdtrain's providers."""
 SLABS = {"5GiB": 5 << 30, "1GiB": 1 << 30}
 
 
@@ -73,7 +73,7 @@ def step(loss: Callable, inputs: tuple) -> Callable[[], object]:
 
 
 def whole_operations(setting: Setting) -> Iterator[dict]:
-    """Ours, every backend and slab."""
+    """kdtrain's operations, every backend and slab."""
     widths = setting.width(2048), setting.width(4096)
     for shape in shapes(setting):
         rate, inputs = peak_rate(setting), problem(setting, shape)
@@ -166,7 +166,7 @@ def main() -> None:
         found = setting.write("ops", whole_operations(setting))
     failed = [row for row in found if row["absent"].startswith("FAILED") and row["provider"].startswith(OURS)]
     if failed:
-        raise SystemExit(f"{len(failed)} of our operations raised")
+        raise SystemExit(f"{len(failed)} of kdtrain's operations raised")
 
 
 if __name__ == "__main__":

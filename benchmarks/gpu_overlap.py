@@ -1,4 +1,4 @@
-"""A teacher one micro-batch ahead on a second stream: same answers as without, time of a step, memory.
+"""A teacher one micro-batch ahead on a second stream: equality of results, time of a step, memory.
 
     python benchmarks/gpu_overlap.py [--out FOLDER] [--cpu]
 
@@ -20,9 +20,9 @@ import torch
 from gpu_common import Setting, whole_shard
 from torch import Tensor, nn
 
-from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import linear_kd_loss
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.side_stream import SideStream
@@ -31,7 +31,7 @@ STEPS, CPU_STEPS, MICRO_BATCHES = 10, 2, 4
 
 
 class Stack(nn.Module):
-    """What OnlineTeacher asks of a Backbone, without a model's weights or transformers."""
+    """The part of Backbone's interface that OnlineTeacher uses, without a model's weights or transformers."""
 
     def __init__(self, setting: Setting, vocab: int, width: int, layers: int, *, trainable: bool) -> None:
         super().__init__()
@@ -80,22 +80,29 @@ def step(student: Stack, teacher: OnlineTeacher, batches: list[Batch]) -> list[T
     for batch in batches:
         signal, ones = teacher.signal(batch), batch.loss_mask.flatten()
         loss = linear_kd_loss(
-            student.hidden_states(batch), student.head, signal.hidden_states, signal.head.weight,
-            batch.labels.flatten(), divergence="forward_kl", kd_weight=ones, ce_weight=ones, shard=student.shard,
-        ).loss  # fmt: skip
+            student.hidden_states(batch),
+            student.head,
+            signal.hidden_states,
+            signal.head.weight,
+            batch.labels.flatten(),
+            divergence="forward_kl",
+            kd_weight=ones,
+            ce_weight=ones,
+            shard=student.shard,
+        ).loss
         loss.backward()
         losses.append(loss.detach())
     return losses
 
 
 def overwrite(setting: Setting, numel: int) -> None:
-    """Take the memory that was freed last and fill it: a tensor that was let go too early becomes nan."""
+    """Allocate the memory that was freed last and fill it with nan, so that a tensor released too early becomes nan."""
     blocks = [torch.full((numel,), float("nan"), device=setting.device, dtype=setting.dtype) for _ in range(8)]
     blocks.clear()
 
 
 def answers(setting: Setting, student: Stack, teacher: OnlineTeacher, batches: list[Batch]) -> list[Tensor]:
-    """Losses of some steps and the head's gradient, which no kernel here adds up in an order of its own."""
+    """Losses of some steps and the head's gradient, which every kernel here accumulates in a fixed order."""
     student.zero_grad(set_to_none=True)
     losses = []
     for _ in range(CPU_STEPS if setting.is_cpu else STEPS):
@@ -147,7 +154,7 @@ def main() -> None:
     setting = Setting.parse(__doc__)
     found = setting.write("overlap", (row for case in cases(setting) for row in compared(setting, *case)))
     if not all(row["same"] for row in found):
-        raise SystemExit("a teacher on a second stream gave other answers")
+        raise SystemExit("a teacher on a second stream gave different results")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Documents packed into one row, by every attention implementation that this machine has: leaks, memory, kernels.
+"""Documents packed into one row, by every attention implementation on this machine: leaks, memory, kernels.
 
-Two documents share a row of two, in bfloat16 on a GPU. Changing the first may not change a bit of the second, a loss on
-the second may have no gradient at the first, and the second must come out as it does alone. Peak memory of a forward
+Two documents share a row of two, in bfloat16 on a GPU. Changing the first must not change any bit of the second, a loss
+on the second must have no gradient at the first, and the second must equal its result alone. Peak memory of a forward
 and a backward and the names of the attention kernels stand in the last row of each. On the CPU rows are short.
 """
 
@@ -17,8 +17,8 @@ import torch
 from gpu_common import Setting, attempt, check, guarded, not_checked
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import IMPLEMENTATIONS, PACKED, resolve_attention
 from kdtrain.models.backbone import Backbone
@@ -28,7 +28,7 @@ VOCAB, ROWS = 999, 2
 SIZES = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
 SEQ_LEN, LAYERS, CPU_SEQ_LEN, CPU_LAYERS = 4096, 8, 96, 2
 ALONE_BOUND, CPU_ALONE_BOUND = 2e-2, 1e-5
-"""Kernels round otherwise for a document of another length."""
+"""Kernels may round differently for a document of another length."""
 KERNEL_WORDS = ("fmha", "flash", "attention", "cudnn", "cutlass", "softmax")
 
 
@@ -38,7 +38,7 @@ def packed(setting: Setting) -> Iterator[dict]:
     where = {"device_type": setting.device.type, "dtype": dtype}
     chosen, reason = resolve_attention("auto", **where)
     yield not_checked("packed auto", "", f"takes {chosen}: {reason}", "ok")
-    for implementation in sorted(IMPLEMENTATIONS, key=lambda name: name != PACKED):  # ours first
+    for implementation in sorted(IMPLEMENTATIONS, key=lambda name: name != PACKED):  # kdtrain's first
         name = f"packed {implementation}"
         try:
             resolve_attention(implementation, **where)
@@ -96,7 +96,7 @@ def hidden(backbone: Backbone, *documents: Tensor) -> Tensor:
 
 
 def memory_row(setting: Setting, name: str, shape: str, backbone: Backbone, documents: tuple[Tensor, ...]) -> dict:
-    """MiB of a forward and a backward beyond what is held before, and which kernels attended."""
+    """MiB of a forward and a backward beyond what is held before, and the names of the attention kernels."""
 
     def step() -> None:
         backbone.zero_grad(set_to_none=True)

@@ -1,17 +1,17 @@
-"""Checks of what only a GPU can show, each a row with its value and the tolerance, in five parts.
+"""Checks that need a GPU, each a row with its value and the tolerance, in five parts.
 
     python benchmarks/gpu_probe.py [CHECK ...] [--out FOLDER] [--cpu]
 
 products   the head's three matrix products with a float32 result, on strided slabs and the front of their rows
 streams    SideStream's answers while freed memory of both streams' pools is overwritten; and that the same check
-           notices when either `record_stream` is missing
+           detects a missing `record_stream` on either side
 snapshot   the bytes of a copy to pinned memory whose sources are overwritten at once
 packed     documents packed together, by every attention implementation (gpu_packed.py)
 inplace    gradients rounded to bfloat16 over their own logits, element by element (gpu_inplace.py)
 
-Needs torch, triton and transformers, neither deepspeed nor omegaconf. Without CHECK all five. Rows of other checks in
-the CSV stay. A check that raises has the reason in its row, and the next one runs. Ends with 1 unless every row is ok,
-or absent because the machine lacks what it needs.
+Needs torch, triton and transformers, but not deepspeed or omegaconf. Runs all five without CHECK. Rows of other checks
+in the CSV are kept. If a check raises, its row has the reason, and the next one runs. Exits with 1 unless every row is
+ok, or absent because the machine lacks a requirement.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def error_of(got: Tensor, expected: Tensor) -> float:
 
 
 def products(setting: Setting) -> Iterator[dict]:
-    """logits, d hidden and d head, each against float64 of the same operands, outputs poisoned; d head twice."""
+    """logits, d hidden and d head (twice) against float64 of the same operands; outputs are filled with NaN first."""
     for tokens, width, columns in PRODUCTS:
         rows, narrow = setting.rows(tokens), setting.width(width)
         shape, device, dtype = f"C={rows} D={narrow} n={columns}", setting.device, setting.dtype
@@ -69,24 +69,25 @@ def products(setting: Setting) -> Iterator[dict]:
 
 
 def only_inputs(tensor: Tensor, stream: Any) -> None:
-    """Leaves out the answers: the stream that uses them is the current one."""
+    """Records only inputs, not the results, which the current stream uses."""
     if stream != torch.cuda.current_stream(tensor.device):
         tensor.record_stream(stream)
 
 
 def only_answers(tensor: Tensor, stream: Any) -> None:
-    """Leaves out the inputs of work on the side stream."""
+    """Records only results, not the inputs of work on the side stream."""
     if stream == torch.cuda.current_stream(tensor.device):
         tensor.record_stream(stream)
 
 
 def streams(setting: Setting) -> Iterator[dict]:
-    """Rounds with a wrong answer: none, and some without either record_stream, or the first says nothing."""
+    """Rows: no round may be wrong, and without either record_stream some must be, otherwise the first row proves
+    nothing."""
     numel = NUMEL if not setting.is_cpu else 1000
     shape = f"{ROUNDS} rounds of {4 * numel} bytes"
     yield check("streams answers", shape, wrong_rounds(setting, SideStream(setting.device), numel), 0.0)
     for what, record in (("inputs", only_answers), ("answers", only_inputs)):
-        name = f"streams notices unrecorded {what}"
+        name = f"streams detects unrecorded {what}"
         if setting.is_cpu:
             yield not_checked(name, shape, "nothing overlaps on the CPU")
             continue
@@ -95,9 +96,9 @@ def streams(setting: Setting) -> Iterator[dict]:
 
 
 def wrong_rounds(setting: Setting, side: SideStream, numel: int) -> int:
-    """Rounds in which work beside the main stream gave another sum than it must.
+    """Number of rounds in which work on the side stream gave a wrong sum.
 
-    The input is dropped while the work sleeps, the answer while its reader sleeps; memory that each pool has free is
+    The input is released while the work sleeps, the result while its reader sleeps; the free memory of each pool is
     then filled with nan.
     """
     wrong = 0
@@ -112,7 +113,7 @@ def wrong_rounds(setting: Setting, side: SideStream, numel: int) -> int:
         sleep(setting, LONG_SLEEP)
         total = y.sum(dtype=torch.float64)
         del y
-        with torch.cuda.stream(side.stream):  # not by `start`, which waits for the reader
+        with torch.cuda.stream(side.stream):  # not by `start`, which waits for the reading stream
             poison(setting, numel)
         wrong += float(total) != (number + 1.0) * numel
     return wrong
@@ -128,7 +129,7 @@ def poison(setting: Setting, numel: int) -> Tensor:
 
 
 def sleep(setting: Setting, cycles: int) -> None:
-    """Of the device's current stream; nothing on the CPU, where everything is done at once."""
+    """Delay the device's current stream; does nothing on the CPU, which is synchronous."""
     if not setting.is_cpu:
         torch.cuda._sleep(cycles)
 

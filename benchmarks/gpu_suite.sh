@@ -1,5 +1,5 @@
 #!/bin/sh
-# The first hour on one GPU: three commands of at most ten minutes, no network. docs/gpu.md says what each proves.
+# The first hour on one GPU: three commands of at most ten minutes, no network. docs/gpu.md lists what each proves.
 #
 #   sh benchmarks/gpu_suite.sh gpu-1|gpu-2|gpu-3|STAGE [OUT]
 #
@@ -11,8 +11,8 @@
 # stages, verdicts and seconds (also in OUT/GROUP.txt) and with 1 unless all are ok. CSV files go to OUT (default
 # benchmarks/results). Environment: PYTHON, the interpreter (default: python3, else python); ARGS=--cpu, reduced shapes
 # on the CPU, to test the control flow; RUNS, names of training runs (default: all of gpu_train.py --list);
-# KDTRAIN_COMMIT, the commit of files that were copied without git. train needs deepspeed (gpu_train.py --wheels says
-# how to bring it); peers are used where they are installed, and absent in the CSV where not.
+# KDTRAIN_COMMIT, the commit of files that were copied without git. train needs deepspeed (gpu_train.py --wheels prints
+# how to install it); peers are used where they are installed, and absent in the CSV where not.
 set -u
 cd "$(dirname -- "$0")/.." || exit 2
 gpu_1="products streams snapshot packed inplace train"

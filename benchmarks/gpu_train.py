@@ -7,11 +7,11 @@
 Every run is launch/train.py: six steps, a checkpoint after each, losses and gradient norms compared step by step. The
 reference is the run of the same models on the CPU at ZeRO stage 1; runs in bfloat16 may differ by 5e-2 from it, runs in
 float32 by 1e-4 (kernels of attention and reductions add up in another order, so equal bits cannot be expected).
-peak_bytes: what torch's allocator held at most, beside estimate_bytes of `kdtrain.training.estimate`; of models this
+peak_bytes: what torch's allocator held at most, beside estimate_bytes of `kdtrain.planning.estimate`; of models this
 small the workspaces of libraries are most of it. Runs share the device, --jobs at a time, so `seconds` is no speed.
 --cpu: the same runs on the CPU. A row per run in OUT/gpu_train.csv, the output of those that failed in
-OUT/gpu_train.log; ends with 1 unless every run is ok. What does not fit into --budget is not started, and its row says
-so.
+OUT/gpu_train.log; exits with 1 unless every run is ok. A run that does not fit into --budget is not started, and its
+row states that.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ NEEDED = (
     *("pydantic", "pydantic-core", "annotated-types", "typing-inspection"),
     *("omegaconf", "rich", "markdown-it-py", "mdurl", "Pygments"),
 )
-"""Distributions that launch/train.py imports beyond what torch and transformers bring along."""
+"""Distributions that launch/train.py imports besides torch, transformers and their dependencies."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a launch. problem: empty if it ended well."""
+    """Result of a launch. problem: empty if it succeeded."""
 
     seconds: float
     problem: str = ""
@@ -55,14 +55,14 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """Where runs lie and how they are launched. deadline: of time.monotonic()."""
+    """The folder of the runs and how they are launched. deadline: in time.monotonic()."""
 
     folder: Path
     is_cpu: bool
     deadline: float
 
     def launch(self, run: Run, name: str, *, on_cpu: bool) -> Outcome:
-        """`run` from start to end; where it is to be resumed, half of its steps first."""
+        """Launch `run` from start to end; if it is a resumed run, half of its steps first."""
         began = time.monotonic()
         for tokens in run.stops():
             left = min(RUN_SECONDS, self.deadline - time.monotonic())
@@ -84,11 +84,16 @@ class Bench:
         command = [sys.executable, str(script), str(config), "schedule.shape=constant", *settings]
         try:
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-                env=environment, timeout=limit,
-            )  # fmt: skip
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+                env=environment,
+                timeout=limit,
+            )
         except subprocess.TimeoutExpired as expired:
-            output: Any = expired.output or b""  # bytes, whatever text says
+            output: Any = expired.output or b""  # bytes: the output need not be valid text
             output = output.decode(errors="replace") if isinstance(output, bytes) else output
             return Outcome(limit, f"did not end within {limit:.0f} s", output)
         return Outcome(0.0, "" if done.returncode == 0 else f"ended with {done.returncode}", done.stdout)
@@ -120,7 +125,7 @@ def rows(setting: Setting, bench: Bench, runs: list[Run], jobs: int) -> Iterator
 
 
 def row_of(setting: Setting, bench: Bench, run: Run, outcome: Outcome, reference: Outcome) -> dict:
-    """Steps, worst difference and memory of a run that ended well, else why it did not."""
+    """Steps, worst difference and memory of a successful run, else the reason of its failure."""
     row = {"name": run.name, "settings": " ".join(run.settings), "steps": 0, "worst": "", "tolerance": run.tolerance}
     row |= {"verdict": "FAIL", "seconds": f"{outcome.seconds:.1f}"}
     row |= dict.fromkeys(("peak_bytes", "estimate_bytes", "packages", "note"), "")
@@ -137,7 +142,7 @@ def compare(bench: Bench, run: Run) -> dict[str, Any]:
     got = bench.records(run.models, run.name)
     worst = worst_difference(got, bench.records(run.models, f"reference_{run.reference}"))
     peaks = [record["memory/peak_allocated_gib"] for record in got if "memory/peak_allocated_gib" in record]
-    estimate, reason = attempt(lambda: estimated_bytes(bench, run))  # a run is right or wrong without it
+    estimate, reason = attempt(lambda: estimated_bytes(bench, run))  # the verdict does not depend on the estimate
     return {
         "steps": len(got),
         "worst": f"{worst:.2g}",
@@ -152,15 +157,16 @@ def compare(bench: Bench, run: Run) -> dict[str, Any]:
 def estimated_bytes(bench: Bench, run: Run) -> int:
     """The device's bytes that `--check` would print for this run, with packed where attention is auto."""
     from kdtrain.config.load import load_run
-    from kdtrain.training import build, describe
-    from kdtrain.training.inputs import open_inputs
+    from kdtrain.jobs.build.models import model_specs
+    from kdtrain.jobs.header import estimate_of_run
+    from kdtrain.jobs.inputs import open_inputs
 
     words = [str(bench.folder / run.models / "config.yaml"), f"run.name={run.name}", *run.settings]
     cfg = load_run(words).config
     wanted = (cfg.student.attention, cfg.teacher.attention)
     attention = tuple("packed" if name == "auto" else name for name in wanted)
-    inputs = open_inputs(cfg, build.specs(cfg))
-    return describe.estimate(cfg, inputs, 1, attention=attention, on_cuda=not bench.is_cpu).total
+    inputs = open_inputs(cfg, model_specs(cfg))
+    return estimate_of_run(cfg, inputs, 1, attention=attention, on_cuda=not bench.is_cpu).total
 
 
 def shown(row: dict) -> dict:
@@ -170,7 +176,7 @@ def shown(row: dict) -> dict:
 
 
 def log_failure(setting: Setting, what: str, outcome: Outcome) -> None:
-    """The last lines of its output, for whoever has only the folder."""
+    """Append the last lines of its output to the log."""
     tail = "\n".join(outcome.output.splitlines()[-LOG_LINES:])
     with (setting.out / f"{setting.prefix}_train.log").open("a", encoding="utf-8") as file:
         file.write(f"=== {what}: {outcome.problem}\n{tail}\n")
@@ -183,7 +189,7 @@ def missing() -> list[str]:
 
 
 def wheels(names: list[str]) -> str:
-    """Commands that bring these distributions, in the pinned versions, to a machine without a network."""
+    """Commands that install these distributions, in the pinned versions, on a machine without a network."""
     pins = dict(
         line.split("==")
         for line in (common.ROOT / "constraints-gpu.txt").read_text(encoding="utf-8").splitlines()
@@ -207,10 +213,16 @@ def wheels(names: list[str]) -> str:
 
 
 def absent_rows(runs: list[Run], names: list[str]) -> Iterator[dict]:
-    """What is written where deepspeed cannot be had."""
+    """The rows where deepspeed is not installed."""
     for run in runs:
-        yield {"name": run.name, "settings": " ".join(run.settings), "steps": 0, "tolerance": run.tolerance,
-               "verdict": "absent", "note": f"not installed: {' '.join(names)}"}  # fmt: skip
+        yield {
+            "name": run.name,
+            "settings": " ".join(run.settings),
+            "steps": 0,
+            "tolerance": run.tolerance,
+            "verdict": "absent",
+            "note": f"not installed: {' '.join(names)}",
+        }
 
 
 def main() -> None:

@@ -35,8 +35,8 @@ class Run:
     resumed: bool = False
 
     def stops(self) -> list[list[str]]:
-        """Settings of each launch that say where it stops; the last one goes to the end of the run."""
-        from kdtrain.testing.tiny_run import TOKENS_PER_STEP
+        """Settings of each launch that set where it stops; the last one runs to the end."""
+        from tests.support.tiny_run import TOKENS_PER_STEP
 
         return [[f"train.total_tokens={STEPS // 2 * TOKENS_PER_STEP}"], []] if self.resumed else [[]]
 
@@ -57,14 +57,20 @@ RUNS = (
     Run("resumed", ("zero.stage=2", "checkpoint.async_write=true"), resumed=True),
     Run("longrope", ("zero.stage=2", "teacher.overlap=true"), models="longrope", reference="longrope"),
     Run(
-        "teacher3_two_dtypes", ("zero.stage=3", "teacher.zero_stage=3", *HALF), BFLOAT16,
-        models="recurrent_teacher", reference="recurrent_teacher",
+        "teacher3_two_dtypes",
+        ("zero.stage=3", "teacher.zero_stage=3", *HALF),
+        BFLOAT16,
+        models="recurrent_teacher",
+        reference="recurrent_teacher",
     ),
     Run(
-        "student_two_dtypes_overlap", ("zero.stage=2", "teacher.overlap=true", *HALF), BFLOAT16,
-        models="recurrent_student", reference="recurrent_student",
+        "student_two_dtypes_overlap",
+        ("zero.stage=2", "teacher.overlap=true", *HALF),
+        BFLOAT16,
+        models="recurrent_student",
+        reference="recurrent_student",
     ),
-)  # fmt: skip
+)
 
 REFERENCES = {
     "llama": Run("llama", ("zero.stage=1",)),
@@ -93,7 +99,7 @@ def model_configs(name: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, 
 
 def write_models(folder: Path, names: Iterable[str]) -> None:
     """folder/NAME: configuration, data, tokenizer and teacher of each of these models."""
-    from kdtrain.testing.tiny_run import write_run
+    from tests.support.tiny_run import write_run
 
     for name in sorted(names):
         student, teacher, data = model_configs(name)

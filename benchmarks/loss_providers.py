@@ -8,9 +8,9 @@ kl      forward KL
 jsd     Jensen-Shannon divergence with equal shares, as `losses.reference.jsd` normalises it
 ce      cross-entropy; the teacher is not read
 
-Peers are called as their packages provide them, never copied, and brought to the sum by a factor where they return a
-mean or another multiple. One that cannot run is reported with the reason. `exact_value` False: the peer leaves out the
-teacher's entropy, a constant, so that only its gradients are compared.
+Peers are called as their packages provide them, never copied. Where they return a mean or another multiple, a factor
+converts it to the sum. One that cannot run is reported with the reason. `exact_value` False: the peer omits the
+teacher's entropy, a constant, so only its gradients are compared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference
 
 TASKS = ("kl_ce", "kl", "jsd", "ce")
@@ -37,8 +37,8 @@ CHUNKS = 8
 class Provider:
     """needs: modules to import; packages: whose versions to report; device: cuda, cpu or any.
 
-    is_compiled: whether it goes through torch.compile, which takes half a minute at first. note: what to know before
-    its numbers are believed.
+    is_compiled: whether it uses torch.compile, which takes half a minute on the first call. note: a caveat on its
+    numbers.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Provider:
     note: str = ""
 
     def absent(self, device: str) -> str:
-        """Why it cannot run on `device`, in one line; empty where it can."""
+        """The reason why it cannot run on `device`, in one line; empty if it can."""
         if self.device not in ("any", device):
             return f"needs {self.device}"
         for name in self.needs:
@@ -237,7 +237,7 @@ SLABS = {"128MiB": 1 << 27, "1GiB": 1 << 30, "5GiB": 5 << 30}
 
 
 def providers(task: str) -> list[Provider]:
-    """Ours with every slab size, the naive formula in three forms, then the task's peers."""
+    """kdtrain's with every slab size, the naive formula in three forms, then the task's peers."""
     if task not in TASKS:
         raise ValueError(f"task = {task!r}, need one of {', '.join(TASKS)}")
     ours = [Provider(f"streamed-{name}", task, streamed(task, size)) for name, size in SLABS.items()]
@@ -250,7 +250,7 @@ def providers(task: str) -> list[Provider]:
 
 
 def find(task: str, name: str) -> Provider:
-    """One provider of a task. KeyError names what is there."""
+    """One provider of a task. KeyError lists the available ones."""
     named = {provider.name: provider for provider in providers(task)}
     if name not in named:
         raise KeyError(f"no provider {name!r} of {task}; there are {', '.join(named)}")

@@ -1,4 +1,4 @@
-"""What the benchmarks share: rows of a CSV, percentiles, memory of a process, provenance, whole files."""
+"""Shared by the benchmarks: rows of a CSV, percentiles, memory of a process, provenance, atomic files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MEASURED = (
     "kdtrain/losses",
     "kdtrain/models",
     "kdtrain/teacher",
-    "kdtrain/dist",
+    "kdtrain/distributed",
     "kdtrain/data",
     "kernels",
     "benchmarks",
@@ -63,7 +63,7 @@ def with_ratios(rows: list[dict]) -> list[dict]:
 
 
 def key_of(row: dict) -> tuple[str, str, str]:
-    """What rows must share to be compared."""
+    """The key that rows must share to be compared."""
     return row["task"], row["shape"], row["mode"]
 
 
@@ -76,7 +76,7 @@ def memory(field: str) -> int:
 
 
 def reset_peak() -> int:
-    """Set the process's high-water mark to what it uses now; that, in bytes. Freed memory goes back first (glibc)."""
+    """Reset the process's high-water mark after returning freed memory (glibc); returns the current use in bytes."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return memory("VmRSS")
@@ -104,10 +104,9 @@ def cpu_name() -> str:
 
 
 def current_commit() -> str:
-    """Short hash; + where code that is measured differs from it.
+    """Short hash, with a + if measured code differs from it.
 
-    Without git, or outside a checkout: KDTRAIN_COMMIT of the environment, which whoever copied the files knows, else
-    unknown.
+    Without git, or outside a checkout: the environment's KDTRAIN_COMMIT, else unknown.
     """
 
     def git(*arguments: str) -> str:
@@ -128,7 +127,7 @@ def today() -> str:
 
 
 def in_fresh_process(script: str, job: dict, **environment: str) -> dict:
-    """`script --one JOB` in a process of its own with all cores; its last line as JSON. Fails as it fails."""
+    """`script --one JOB` in a process of its own with all cores; its last line as JSON. Raises if it fails."""
     command = [sys.executable, script, "--one", json.dumps(job)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), **environment}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
@@ -136,7 +135,7 @@ def in_fresh_process(script: str, job: dict, **environment: str) -> dict:
 
 
 def write_csv(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUMNS) -> None:
-    """All rows or nothing."""
+    """Write a CSV atomically."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n", restval="")
     writer.writeheader()
@@ -145,7 +144,7 @@ def write_csv(path: Path, rows: Iterable[dict], columns: Sequence[str] = COLUMNS
 
 
 def read_csv(path: Path, command: str) -> list[dict]:
-    """Rows of a CSV; SystemExit names the command that makes it where there is none."""
+    """Rows of a CSV; SystemExit names the command that makes it if it does not exist."""
     if not path.exists():
         raise SystemExit(f"{path} does not exist; run `{command}` first")
     with path.open(encoding="utf-8", newline="") as file:
@@ -153,7 +152,7 @@ def read_csv(path: Path, command: str) -> list[dict]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, text)
 

@@ -1,8 +1,9 @@
-"""One rank of benchmarks/bench_memory.py: steps of a run without a teacher, every live tensor put down to a part.
+"""One rank of benchmarks/bench_memory.py: steps of a run without a teacher, with every live tensor attributed to a
+part.
 
-Tensors are counted as operations make them (`kdtrain.testing.live_bytes`) and filed under the part that the Python
-frames of the operation name. What the engine holds once it is built is filed by what it is. A parameter's gradient is
-filed once backward has accumulated it. What nothing claims is an activation, or the gradient of one.
+Tensors are counted as operations make them (`tests.support.live_bytes`) and attributed to the part named by the Python
+frames of the operation. The engine's tensors are attributed by kind once it is built. A parameter's gradient is
+attributed once backward has accumulated it. All other tensors are activations or gradients of activations.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import measuring as common
 from step_rank import configuration, device_name, random_inputs
 from torch import Tensor, UntypedStorage
 
-from kdtrain.testing.live_bytes import LiveBytes
+from tests.support.live_bytes import LiveBytes
 
 PARTS = ("weights", "gathered", "gradients", "optimizer", "buckets", "step", "activations", "masks", "loss")
 BY_FUNCTION = {
@@ -56,9 +57,9 @@ def part_of_caller(frame: Any) -> str:
 
 
 class PartBytes(LiveBytes):
-    """LiveBytes that knows of each storage which part it belongs to.
+    """LiveBytes with the part of each storage.
 
-    at_peak: bytes of each part when all together were most. most: the most that there was of each part.
+    at_peak: bytes of each part at the peak of the total. most: peak of each part.
     """
 
     def __init__(self) -> None:
@@ -70,19 +71,19 @@ class PartBytes(LiveBytes):
         self._operation = ""
 
     def file(self, tensor: Tensor, part: str) -> None:
-        """Put the live storage of `tensor` down to `part` from now on."""
+        """Attribute the live storage of `tensor` to `part` from now on."""
         storage = tensor.untyped_storage()
         if id(storage) in self._part:
             self.parts[self._part[id(storage)]] -= storage.nbytes()
             self._put(id(storage), storage.nbytes(), part)
 
     def file_all(self, part: str) -> None:
-        """Put everything down to `part`."""
+        """Attribute everything to `part`."""
         self._part = dict.fromkeys(self._part, part)
         self.parts = Counter({part: self.now})
 
     def restart(self) -> None:
-        """Forget the peaks."""
+        """Reset the peaks."""
         self.peak, self.at_peak, self.most = self.now, dict(self.parts), Counter(self.parts)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -97,7 +98,7 @@ class PartBytes(LiveBytes):
     def _count(self, storage: UntypedStorage) -> None:
         if id(storage) in self.known or storage.device.type == "meta":
             return
-        attends = "scaled_dot_product" in self._operation  # what it returns, whoever called it; masks it is given
+        attends = "scaled_dot_product" in self._operation  # its results, for any caller; masks passed to it
         part = "activations" if attends else part_of_caller(sys._getframe(2))
         self._put(id(storage), storage.nbytes(), part)
         before = self.peak
@@ -119,26 +120,32 @@ def run_configuration(job: dict) -> Any:
 
 
 def file_engine(live: PartBytes, backbone: Any, engine: Any) -> None:
-    """What is there once the engine is built: master weights, weights, buckets; the rest is room for gradients."""
+    """Attribute the tensors of a built engine: master weights, weights, buckets; the rest is for gradients."""
     zero = engine.deepspeed.optimizer
     live.file_all("gradients")
     masters = [param for group in engine.optimizer.param_groups for param in group["params"]]
     for param in masters + list(getattr(zero, "fp32_partitioned_groups_flat", [])):
         live.file(param, "optimizer")
     for param in [getattr(param, "ds_tensor", param) for _, param in backbone.hf_parameters()] + [*backbone.buffers()]:
-        live.file(param, "weights")  # at stage 0 they are AdamW's own
+        live.file(param, "weights")  # at stage 0 they belong to AdamW
     for bucket in getattr(zero, "ipg_buckets", {}).values():
         if isinstance(bucket.buffer, Tensor):
             live.file(bucket.buffer, "buckets")
 
 
 def steps(job: dict, folder: Path, live: PartBytes) -> dict[str, Any]:
-    """Two steps of two micro-batches, as the trainer makes them. Sizes, the estimate, and the peaks of the second step,
-    when the optimizer's states are there. Returns after everything is freed."""
-    from kdtrain.dist.mesh import Mesh
+    """Two steps of two micro-batches, as the trainer makes them.
+
+    Sizes, the estimate, and the peaks of the second step, when the optimizer's states exist. Returns after everything
+    is freed.
+    """
+    from kdtrain.jobs.build.batches import build_loader
+    from kdtrain.jobs.build.objective import build_objective
+
+    from kdtrain.distributed.mesh import Mesh
     from kdtrain.engine import bootstrap
     from kdtrain.engine.zero import StudentEngine
-    from kdtrain.training import build
+    from kdtrain.jobs.build.models import build_models, engine_settings
     from kdtrain.training.timing import PhaseTimer
 
     rank, cfg = bootstrap.start(), run_configuration(job)
@@ -147,17 +154,17 @@ def steps(job: dict, folder: Path, live: PartBytes) -> dict[str, Any]:
     gc.collect()
     before = common.reset_peak()
     with live:
-        models = build.build_models(cfg, inputs, mesh, rank.device, trainable=True)
+        models = build_models(cfg, inputs, mesh, rank.device, trainable=True)
         for _, param in models.student.hf_parameters():
             param.register_post_accumulate_grad_hook(
                 lambda p: None if p.grad is None else live.file(p.grad, "gradients")
             )
-        engine = StudentEngine(models.student, mesh, cfg, device=rank.device)
+        engine = StudentEngine(models.student, mesh, engine_settings(cfg), device=rank.device)
         gc.collect()
         file_engine(live, models.student, engine)
         timer = PhaseTimer(rank.device)
-        objective = build.build_objective(cfg, engine, models, timer)
-        loader = build.build_loader(cfg, inputs, mesh)
+        objective = build_objective(cfg, engine, models, timer)
+        loader = build_loader(cfg, inputs, mesh)
         for number in range(2):
             if number == 1:
                 gc.collect()
@@ -187,20 +194,26 @@ def steps(job: dict, folder: Path, live: PartBytes) -> dict[str, Any]:
 
 def estimated(cfg: Any, models: Any, dp_size: int) -> dict[str, Any]:
     """The estimate of the same run."""
-    from kdtrain.training.estimate import ModelSize, estimate_memory
+    from kdtrain.jobs.header import memory_inputs
+    from kdtrain.planning.estimate import ModelSize, estimate_memory
 
-    facts, shard = models.student.facts(), models.student.shard
+    info, shard = models.student.info(), models.student.shard
     size = ModelSize(
-        facts.num_parameters, facts.config.hidden_size, facts.config.num_hidden_layers, shard.vocab_size,
-        num_heads=facts.config.num_attention_heads, inner_width=facts.config.intermediate_size,
-    )  # fmt: skip
-    attention = facts.config._attn_implementation
-    found = estimate_memory(cfg, size, None, dp_size=dp_size, on_cuda=False, student_attention=attention)
-    return {"parameters": facts.num_parameters, "parts": found.parts, "estimate_bytes": found.total}
+        info.num_parameters,
+        info.config.hidden_size,
+        info.config.num_hidden_layers,
+        shard.vocab_size,
+        num_heads=info.config.num_attention_heads,
+        inner_width=info.config.intermediate_size,
+    )
+    attention = info.config._attn_implementation
+    inputs = memory_inputs(cfg)
+    found = estimate_memory(inputs, size, None, dp_size=dp_size, on_cuda=False, student_attention=attention)
+    return {"parameters": info.num_parameters, "parts": found.parts, "estimate_bytes": found.total}
 
 
 def measure(job: dict) -> dict:
-    """One job on this rank. A toy comes first, so that what libraries allocate once is not counted as the job's."""
+    """One job on this rank. A tiny job runs first, so that one-time allocations of libraries are not counted."""
     folder = Path(job["folder"])
     student = folder / f"student_of_{job['rank']}.json"
     student.write_text(json.dumps(job["student"]))

@@ -1,4 +1,5 @@
-"""One rank of benchmarks/bench_step.py: builds what a run has, and times rounds of steps by the run's own trainer."""
+"""One rank of benchmarks/bench_step.py: builds the parts of a run and times rounds of steps by the run's own
+trainer."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ DOCUMENT_TOKENS = 300
 
 
 def configuration(job: dict) -> Any:
-    """The run's configuration, as far as it says what is computed."""
+    """The parts of a run's configuration that determine the computation."""
     from kdtrain.config.schema import RunConfig
 
     cfg = RunConfig()
@@ -32,14 +34,14 @@ def configuration(job: dict) -> Any:
 
 
 def random_inputs(folder: Path, job: dict, main: bool) -> Any:
-    """A store of random tokens of the job's vocabulary, and what a run would know of it. Rank 0 writes."""
+    """A store of random tokens of the job's vocabulary, as inputs of a run. Rank 0 writes."""
     import numpy as np
     import torch.distributed as dist
     from tokenizers import Tokenizer, models
 
     from kdtrain.data.token_store import TokenStore
-    from kdtrain.testing.tiny_data import SEPARATOR, write_store
-    from kdtrain.training.inputs import Inputs
+    from kdtrain.jobs.inputs import Inputs
+    from tests.support.tiny_data import SEPARATOR, write_store
 
     if main:
         vocab = {SEPARATOR: 0, **{f"w{number}": number for number in range(1, job["vocab"])}}
@@ -68,7 +70,7 @@ class TimedHead:
 
 
 class Unmeasured:
-    """An objective that is never asked for the metrics that cost another reading of the logits."""
+    """An objective without the metrics that need another pass over the logits."""
 
     def __init__(self, objective: Any) -> None:
         self.begin_step, self._objective = objective.begin_step, objective
@@ -78,7 +80,7 @@ class Unmeasured:
 
 
 class Stopwatch:
-    """Stands where a run has its reporter: seconds between reports, which the trainer makes after every step."""
+    """Replaces a run's reporter: seconds between reports, which the trainer makes after every step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -87,7 +89,7 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def step(self, progress: Any, means: Any, phases: dict[str, float], grad_norm: float, lr: float) -> None:
-        """The timer has been read just before, which on CUDA has synchronised the device."""
+        """Record the time. The timer was read just before, which synchronises a CUDA device."""
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self.phases.append(split(phases, now - self._last))
@@ -113,12 +115,14 @@ class Bench:
 
     def __init__(self, job: dict, folder: Path) -> None:
         import torch
+        from kdtrain.jobs.build.batches import build_loader
+        from kdtrain.jobs.build.teacher import build_teacher
 
-        from kdtrain.dist.mesh import Mesh
+        from kdtrain.distributed.mesh import Mesh
         from kdtrain.engine import bootstrap
         from kdtrain.engine.zero import StudentEngine
+        from kdtrain.jobs.build.models import build_models, engine_settings
         from kdtrain.models.load import ModelSpec
-        from kdtrain.training import build
         from kdtrain.training.timing import PhaseTimer
 
         rank = bootstrap.start()
@@ -126,12 +130,13 @@ class Bench:
         self.inputs = random_inputs(folder, job, self.mesh.is_main)
         gc.collect()
         self.before = self.memory_now()
-        student = build.build_models(self.cfg, self.inputs, self.mesh, self.device, trainable=True)
+        models = build_models(self.cfg, self.inputs, self.mesh, self.device, trainable=True)
         spec = ModelSpec(architecture=job["teacher"], dtype=job["dtype"])
-        self.models = build.add_teacher(self.cfg, spec, student, self.mesh, self.device)
-        self.engine = StudentEngine(self.models.student, self.mesh, self.cfg, device=self.device)
+        teacher, backbone = build_teacher(self.cfg, spec, models.student.shard, self.mesh, self.device)
+        self.models = replace(models, teacher=teacher, teacher_backbone=backbone)
+        self.engine = StudentEngine(self.models.student, self.mesh, engine_settings(self.cfg), device=self.device)
         self.timer = PhaseTimer(self.device)
-        self.batches = [batch.to(self.device) for batch in next(build.build_loader(self.cfg, self.inputs, self.mesh))]
+        self.batches = [batch.to(self.device) for batch in next(build_loader(self.cfg, self.inputs, self.mesh))]
         self.threads = torch.get_num_threads()
 
     def memory_now(self) -> int:
@@ -151,7 +156,10 @@ class Bench:
 
     def steps(self, mode: str) -> Stopwatch:
         """One round of `mode`, distill or lm, by the trainer of a run."""
-        from kdtrain.training import build
+        from kdtrain.jobs.build.batches import build_loader
+        from kdtrain.jobs.build.loop import cadence_of, loop_settings
+        from kdtrain.jobs.build.objective import build_objective
+
         from kdtrain.training.cadence import StopRequest
         from kdtrain.training.guards import Guards
         from kdtrain.training.progress import Progress
@@ -159,16 +167,27 @@ class Bench:
 
         self.cfg.objective.name = "distill" if mode == "distill" else "pretrain"
         student: Any = TimedHead(self.engine, self.timer)
-        objective = build.build_objective(self.cfg, student, self.models, self.timer)
+        objective = build_objective(self.cfg, student, self.models, self.timer)
         nothing: Any = SimpleNamespace(save=lambda *given, **how: None, busy=False, advance=lambda: None)
-        loader = build.build_loader(self.cfg, self.inputs, self.mesh, pin_memory=self.device.type == "cuda")
+        loader = build_loader(self.cfg, self.inputs, self.mesh, pin_memory=self.device.type == "cuda")
         watch: Any = Stopwatch()
         progress = Progress()
         trainer = Trainer(
-            cfg=self.cfg, mesh=self.mesh, device=self.device, engine=self.engine, objective=Unmeasured(objective),
-            loader=loader, evaluator=nothing, checkpoints=nothing, reporter=watch, timer=self.timer, stop=StopRequest(),
-            guards=Guards(self.cfg.guard, self.mesh, self.device, progress), progress=progress,
-        )  # fmt: skip
+            settings=loop_settings(self.cfg),
+            cadence=cadence_of(self.cfg),
+            mesh=self.mesh,
+            device=self.device,
+            engine=self.engine,
+            objective=Unmeasured(objective),
+            loader=loader,
+            evaluator=nothing,
+            checkpoints=nothing,
+            reporter=watch,
+            timer=self.timer,
+            stop=StopRequest(),
+            guards=Guards(self.cfg.guard, self.mesh, self.device, progress),
+            progress=progress,
+        )
         try:
             trainer.run()
         finally:
@@ -200,28 +219,37 @@ class Bench:
 
     def estimate(self, job: dict) -> Any:
         """Bytes per rank, from shapes alone."""
-        from kdtrain.models.load import ModelSpec, model_facts
-        from kdtrain.training.estimate import ModelSize, estimate_memory
+        from kdtrain.jobs.header import memory_inputs
+        from kdtrain.models.load import ModelSpec, model_info
+        from kdtrain.planning.estimate import ModelSize, estimate_memory
 
         def size(name: str) -> ModelSize:
-            facts = model_facts(ModelSpec(architecture=name, dtype=job["dtype"]), job["vocab"])
-            config = facts.config
+            info = model_info(ModelSpec(architecture=name, dtype=job["dtype"]), job["vocab"])
+            config = info.config
             return ModelSize(
-                facts.num_parameters, config.hidden_size, config.num_hidden_layers, job["vocab"],
-                num_heads=config.num_attention_heads, inner_width=config.intermediate_size,
-            )  # fmt: skip
+                info.num_parameters,
+                config.hidden_size,
+                config.num_hidden_layers,
+                job["vocab"],
+                num_heads=config.num_attention_heads,
+                inner_width=config.intermediate_size,
+            )
 
         assert self.models.teacher_backbone is not None
         names = [model.config._attn_implementation for model in (self.models.student, self.models.teacher_backbone)]
         sizes = size(job["student"]), size(job["teacher"])
         return estimate_memory(
-            self.cfg, *sizes, dp_size=self.mesh.dp_size, on_cuda=self.device.type == "cuda",
-            student_attention=names[0], teacher_attention=names[1],
-        )  # fmt: skip
+            memory_inputs(self.cfg),
+            *sizes,
+            dp_size=self.mesh.dp_size,
+            on_cuda=self.device.type == "cuda",
+            student_attention=names[0],
+            teacher_attention=names[1],
+        )
 
 
 def warm_up(job: dict, folder: Path) -> None:
-    """A step of tiny models, so that what libraries import and allocate once is not counted as the job's memory."""
+    """A step of tiny models, so that one-time imports and allocations are not counted as the job's memory."""
     from kdtrain.models.tiny import tiny_config
 
     tiny = {**job, "vocab": 384, "seq_len": 16, "sequences": 2 * job["ranks"], "micro": 1, "steps": 1}

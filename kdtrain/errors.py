@@ -1,6 +1,6 @@
-"""Every error a user can meet, with the exit code the scripts return for it.
+"""Errors for users, with the exit codes that the scripts return for them.
 
-A message says what is wrong, where (file, key, rank), why it matters, and how to fix it.
+A message names what is wrong and where (file, key, rank), why it matters, and how to fix it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ EXIT_STOPPED = 75
 
 
 class KdtrainError(Exception):
-    """Base of all errors raised for users; `exit_code` is what a script ends with."""
+    """Base of all errors raised for users; `exit_code` is that of the script."""
 
     exit_code = EXIT_OTHER
 
@@ -26,7 +26,7 @@ class ConfigError(KdtrainError):
 
 
 class ParallelError(ConfigError):
-    """A model cannot be cut the way the mesh asks."""
+    """A model cannot be sharded over the mesh."""
 
 
 class DataError(KdtrainError):
@@ -36,7 +36,7 @@ class DataError(KdtrainError):
 
 
 class StoreMismatch(DataError):
-    """Two artefacts do not belong together; the message names both values."""
+    """Two artefacts do not fit together; the message names both values."""
 
 
 class CheckpointError(DataError):
@@ -54,7 +54,7 @@ class OutputError(KdtrainError):
 
     @classmethod
     def of(cls, path: object, error: OSError) -> OutputError:
-        """`error`, met while writing `path`."""
+        """The OutputError for `error`, raised while writing `path`."""
         return cls(
             f"cannot write {path}: [Errno {error.errno}] {error.strerror}\n"
             "  why: the run's reports go there\n"
@@ -63,9 +63,9 @@ class OutputError(KdtrainError):
 
 
 class PeerLost(KdtrainError):
-    """A rank of the other role (student or dedicated teacher) has ended or does not answer; its message says why.
+    """A rank of the other role (student or dedicated teacher) has ended or does not respond.
 
-    exit_code: that rank's, as far as it is known.
+    exit_code: that rank's, if it is known.
     """
 
     def __init__(self, message: str, exit_code: int = EXIT_OTHER) -> None:

@@ -1,10 +1,26 @@
-"""Files that are on disk when a call returns, and there whole or not at all."""
+"""Files that are flushed to disk when a call returns, and replaced atomically."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from pathlib import Path
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""All file names of a Hugging Face tokenizer; other files in its folder, such as weights, are not copied with it."""
 
 
 def sync(path: Path) -> None:
@@ -25,7 +41,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that a reader, or a kill at any moment, finds the old content or the new, never a part."""
+    """Write `text` so that readers see the old content or the new, never a part, also after a kill at any moment."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write_synced(temporary, text.encode())
@@ -37,11 +53,11 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process with this number runs here, whoever's it is."""
+    """Whether a process with this id runs on this machine, of any user."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # another user's; a number no process has is not ours to judge
+    except (PermissionError, OverflowError):  # another user's process; or too large for a process id, assumed running
         return True
     return True

@@ -1,4 +1,4 @@
-"""One logger for the project: rank 0 speaks to the console, every rank keeps a file once a run folder exists."""
+"""The logger of the project: rank 0 logs to the console, every rank to a file once a run folder exists."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOGGER = logging.getLogger("kdtrain")
 
 
 class _Colours(logging.Formatter):
-    """Plain text for files and pipes; on a terminal the first word stands out, warnings are yellow, errors red."""
+    """Plain text for files and pipes; on a terminal the first word is cyan, warnings are yellow, errors red."""
 
     def __init__(self, enabled: bool) -> None:
         super().__init__("%(message)s")
@@ -30,12 +30,12 @@ class _Colours(logging.Formatter):
 
 
 class _LogFile(logging.FileHandler):
-    """A file that, when it cannot be written, shows no traceback; `failure` says why, for who can end the run."""
+    """A log file that keeps a write error in `failure`, for the trainer to end the run, and prints no traceback."""
 
     failure: OSError | None = None
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Keep an OSError for `log_failure`; anything else is a mistake in the call and is shown."""
+        """Keep an OSError for `log_failure`; print any other error, which is a mistake in the logging call."""
         error = sys.exc_info()[1]
         if isinstance(error, OSError):
             self.failure = error
@@ -44,7 +44,7 @@ class _LogFile(logging.FileHandler):
 
 
 def log_failure() -> tuple[str, OSError] | None:
-    """This rank's log file and why it is incomplete; None if it is whole."""
+    """This rank's log file and the error that left it incomplete; None if it is complete."""
     for handler in LOGGER.handlers:
         if isinstance(handler, _LogFile) and handler.failure is not None:
             return handler.baseFilename, handler.failure
@@ -52,12 +52,12 @@ def log_failure() -> tuple[str, OSError] | None:
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal and nobody said NO_COLOR (or TERM=dumb)."""
+    """Whether `stream` is a terminal and neither NO_COLOR nor TERM=dumb is set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def rank_from_environment() -> int:
-    """The global rank a launcher announced, 0 without one."""
+    """The global rank that a launcher set, 0 without one."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 

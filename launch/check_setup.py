@@ -1,6 +1,6 @@
 """Check versions, devices, kernels, collectives and disk.   [deepspeed] launch/check_setup.py [CONFIG.yaml] [key=value]
 
-Prints one table, the first thing to put in a bug report. Exit code 0 if every check passed, else 1; a warning is no
+Prints one table; put it at the top of a bug report. Exit code 0 if every check passed, else 1; a warning is no
 failure. Only parallel.tp, parallel.cp, teacher.layout, run.output_dir, train.kernels, zero.offload_optimizer, and
 attention and dtype of both models are read; without a CONFIG.yaml they have their defaults.
 """
@@ -24,10 +24,10 @@ def main(argv: list[str]) -> int:
         return 0
     if not any(word.endswith((".yaml", ".yml")) for word in words):
         words.insert(0, str(BASE))
-    # what has no default, and says nothing about a machine
+    # required settings that no check reads
     cfg = load_run([*words, "run.name=check_setup", "train.total_tokens=1"]).config
     require_meeting_point(os.environ)
-    from kdtrain.training.setup_check import run_checks  # torch, deepspeed: seconds
+    from kdtrain.jobs.check_setup.checks import run_checks  # torch, deepspeed: seconds
 
     return run_checks(cfg)
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 if __name__ == "__main__":
     code = run_script(main, sys.argv[1:])
     if "torch" in sys.modules:  # this process has been a rank
-        from kdtrain.engine.bootstrap import leave
+        from kdtrain.engine.bootstrap import exit_process
 
-        leave(code)
+        exit_process(code)
     sys.exit(code)

@@ -6,10 +6,12 @@ With the CONFIG.yaml of a run from scratch, student.architecture=null too. The l
 import sys
 
 from kdtrain.config.cli import Request, parse, run_script
+from kdtrain.imports import collector_paused
 
 
 def main(request: Request) -> int:
-    from kdtrain.training.run import run_evaluation  # torch, transformers: seconds
+    with collector_paused():
+        from kdtrain.jobs.eval_model import run_evaluation  # torch, transformers: seconds
 
     return run_evaluation(request)
 
@@ -17,7 +19,7 @@ def main(request: Request) -> int:
 if __name__ == "__main__":
     code = run_script(lambda argv: main(parse(argv, __doc__)), sys.argv[1:])
     if "torch" in sys.modules:  # this process has been a rank
-        from kdtrain.engine.bootstrap import leave
+        from kdtrain.engine.bootstrap import exit_process
 
-        leave(code)
+        exit_process(code)
     sys.exit(code)

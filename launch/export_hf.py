@@ -1,6 +1,6 @@
 """Turn a checkpoint into a Hugging Face folder.   python launch/export_hf.py RUN_OR_CHECKPOINT OUT
 
-Rows of the vocabulary that the run's softmax does not have are left out; docs/export.md says what the folder holds.
+Rows of the vocabulary that the run's softmax does not have are left out; docs/export.md lists the files of the folder.
 """
 
 import argparse
@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     help_ = "dtype of the weights (default: student.dtype of the run)"
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help=help_)
     request = parser.parse_args(argv)
-    from kdtrain.training.export import export_checkpoint
+    from kdtrain.jobs.export_hf import export_checkpoint
 
     print(export_checkpoint(request.source, request.output, dtype=request.dtype))
     return 0

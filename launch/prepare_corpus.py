@@ -1,9 +1,8 @@
 """Turn text into token stores.   python launch/prepare_corpus.py --tokenizer DIR --output DIR INPUT [INPUT ...]
 
-INPUT: text files (one document each), .jsonl and .ndjson files (one document per line), either also .xz or .gz,
-patterns, folders;
-with --from-megatron prefixes of Megatron .bin/.idx pairs. The result does not depend on the number of workers.
-What becomes no document is counted by reason and reported at the end.
+INPUT: text files (one document each), .jsonl and .ndjson files (one document per line), each also as .xz or .gz;
+patterns; folders; with --from-megatron prefixes of Megatron .bin/.idx pairs. The result does not depend on the number
+of workers. Input that becomes no document is counted by reason and reported at the end.
 """
 
 import sys

@@ -2,7 +2,8 @@
 # Quick start for a machine with nothing but Python: no root, GPU, compiler, make or model hub is needed.
 #
 #   sh launch/quickstart.sh            install, then distil a real teacher on two CPU ranks and print a table
-#   sh launch/quickstart.sh test       install, then run the default tests (more words go to pytest)
+#   sh launch/quickstart.sh test       install, then run the fast tier of the tests (more words go to pytest)
+#   sh launch/quickstart.sh test slow  the slow tier (likewise)
 #   sh launch/quickstart.sh install    only make .venv
 #
 # Everything is kept in .venv and .quickstart beside the source; run it again and finished stages are skipped.
@@ -12,7 +13,8 @@
 #   PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS
 #                         pip's own. Name an index or folder with torch's CPU wheels here: pip prefers them.
 #   KDTRAIN_TORCH_INDEX   an index to take torch, and only torch, from
-#   KDTRAIN_FREE_KB       believe this instead of the free disk space that df reports
+#   KDTRAIN_TEST_WORKERS  processes that run tests, 2 if unset
+#   KDTRAIN_FREE_KB       free disk space in kB, instead of what df reports
 set -eu
 
 ROOT=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -79,7 +81,7 @@ require_space() { # kB, for what
 
 # --- long commands ----------------------------------------------------------------------------------------------
 
-# quietly LABEL COMMAND...: runs it with its output in a log file and a sign of life every 15 s; shows the log's end
+# quietly LABEL COMMAND...: runs it with its output in a log file and a line every 15 s; prints the end of the log
 # if it fails. COMMAND is a program, or pip, as a word:
 # a child of a subshell would outlive an interruption.
 quietly() {
@@ -106,7 +108,7 @@ quietly() {
     trap - INT TERM HUP
     if [ "$code" -ne 0 ]; then
         tail -n 25 "$log" >&2
-        say "quickstart: $label failed (exit code $code); everything it said is in $log" >&2
+        say "quickstart: $label failed (exit code $code); its whole output is in $log" >&2
         exit 1
     fi
     say "    $label: done in $(($(date +%s) - started)) s"
@@ -239,8 +241,6 @@ get_data() {
     finish data "$key"
 }
 
-free_port() { "$VENV/bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
-
 train() { # run name, config; configurations extend each other
     key=$(key_of configs/demo/*.yaml)-$(cat "$WORK/data.done")
     if finished "$1" "$key"; then
@@ -252,8 +252,9 @@ train() { # run name, config; configurations extend each other
         rm -rf "$WORK/runs/$1"
         finish "$1.started" "$key"
     fi
-    say "[$1] deepspeed --num_accelerators 2 launch/train.py $2"
-    OMP_NUM_THREADS=1 "$VENV/bin/deepspeed" --num_accelerators 2 --master_port "$(free_port)" \
+    # As `deepspeed --num_accelerators 2 launch/train.py` does, which imports DeepSpeed twice before a rank starts.
+    say "[$1] python launch/local_ranks.py 2 launch/train.py $2"
+    OMP_NUM_THREADS=1 "$VENV/bin/python" launch/local_ranks.py 2 \
         launch/train.py "$2" run.output_dir=.quickstart/runs "run.name=$1"
     finish "$1" "$key"
 }
@@ -269,14 +270,19 @@ demo() {
     train distill configs/demo/distill_cpu.yaml
     train pretrain configs/demo/pretrain_cpu.yaml
     say "[result]"
-    "$VENV/bin/python" launch/demo_report.py "$WORK/runs/distill" "$WORK/runs/pretrain"
+    "$VENV/bin/python" examples/demo_report.py "$WORK/runs/distill" "$WORK/runs/pretrain"
 }
 
 run_tests() {
     install
     PATH=$VENV/bin:$PATH
     export PATH
-    exec "$VENV/bin/python" -m pytest "$@"
+    if [ "${1:-}" = slow ]; then
+        shift
+        set -- -m slow "$@"
+    fi
+    # Files go whole to a worker, in the order of tests/conftest.py: long ones first.
+    exec "$VENV/bin/python" -m pytest -n "${KDTRAIN_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
 }
 
 case ${1:-demo} in

@@ -33,7 +33,7 @@ MAKE_TINY = """
 import sys
 from pathlib import Path
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_run import write_run
+from tests.support.tiny_run import write_run
 
 write_run(
     Path(sys.argv[1]), student=tiny_config("qwen3"), teacher=tiny_config("llama"), steps=8,
@@ -75,7 +75,7 @@ def numbers(checkout: Path, work: Path) -> Numbers:
     ]
     for name in ("distill", "pretrain"):
         train(checkout, 2, f"configs/demo/{name}_cpu.yaml", f"run.name={name}", *demo)
-    run(checkout, "-c", MAKE_TINY, work / "tiny")
+    run(ROOT, "-c", MAKE_TINY, work / "tiny")  # where its code is has moved; what it writes is read by both
     train(checkout, 4, work / "tiny/config.yaml", "student.dtype=bfloat16", "teacher.dtype=bfloat16")
     found = digests(data, "demo corpus")
     runs = {
@@ -95,8 +95,8 @@ def run(checkout: Path, *words: object) -> None:
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, cwd=checkout, env=environment, check=False, capture_output=True, text=True)
     if done.returncode:
-        said = done.stdout[-3000:] + done.stderr[-3000:]
-        sys.exit(f"{' '.join(command)}\nended with {done.returncode} in {checkout}\n{said}")
+        output = done.stdout[-3000:] + done.stderr[-3000:]
+        sys.exit(f"{' '.join(command)}\nended with {done.returncode} in {checkout}\n{output}")
 
 
 def train(checkout: Path, ranks: int, *words: object) -> None:

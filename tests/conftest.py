@@ -18,9 +18,17 @@ import pytest
 from kdtrain.log import LOGGER
 from kdtrain.testing.ranks import ENGINE_MODULES, RankPool
 
+LONG_FILES = ("test_triton_", "test_bench_", "test_telemetry_wandb", "test_setup_check")
+"""Files of tests/unit that take longest, by the beginning of their names."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: two workers that take whole files then end at about the same time."""
+    items.sort(key=lambda item: item.path.parent.name == "unit" and not item.path.name.startswith(LONG_FILES))
+
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the one fork server now, with all that engines import if a test needs it, while other tests run."""
+    """Start the fork server while other tests run, with all that engines import if a test needs it."""
     if any(item.get_closest_marker("deepspeed") for item in session.items) and not session.config.option.collectonly:
         multiprocessing.set_forkserver_preload(list(ENGINE_MODULES))
         forkserver.ensure_running()
@@ -28,7 +36,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def logger_as_it_was() -> Iterator[None]:
-    """What a test does to the project's logger (`setup_logging` hides it from caplog) ends with the test."""
+    """Restore the project's logger after a test (`setup_logging` hides it from caplog)."""
     before, level, propagates = list(LOGGER.handlers), LOGGER.level, LOGGER.propagate
     yield
     for handler in set(LOGGER.handlers) - set(before):
@@ -39,7 +47,7 @@ def logger_as_it_was() -> Iterator[None]:
 
 @pytest.fixture
 def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """caplog with everything that kdtrain says from INFO on."""
+    """caplog with kdtrain's messages from INFO on."""
     caplog.set_level(logging.INFO, logger="kdtrain")
     return caplog
 

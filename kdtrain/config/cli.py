@@ -11,11 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from kdtrain.config.checks import check
 from kdtrain.config.launcher import fill_launcher_environment, require_meeting_point, world_size
 from kdtrain.config.load import Loaded, drop_launcher_arguments, load_run, yaml_lines
 from kdtrain.config.problems import DEFAULT
 from kdtrain.config.schema import RunConfig
-from kdtrain.config.validate import check
 from kdtrain.errors import EXIT_CONFIG, EXIT_DONE, ConfigError, KdtrainError
 from kdtrain.log import rank_from_environment
 
@@ -27,7 +27,7 @@ HELP, PRINT_CONFIG, CHECK = ("--help", "-h"), "--print-config", "--check"
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What the command line asks for. check_only: say what would run, then stop. world_size: ranks of the job."""
+    """A parsed command line. check_only: print what would run, then stop. world_size: ranks of the job."""
 
     loaded: Loaded
     check_only: bool = False
@@ -57,11 +57,11 @@ def parse(argv: Sequence[str], doc: str | None) -> Request:
         if CHECK not in flags:
             raise SystemExit(EXIT_DONE)
     ranks = world_size(os.environ)
-    wanted = loaded.config.parallel.world_size
-    if CHECK in flags and "WORLD_SIZE" not in os.environ and wanted is not None and wanted >= 1:
-        ranks = wanted
+    expected = loaded.config.parallel.world_size
+    if CHECK in flags and "WORLD_SIZE" not in os.environ and expected is not None and expected >= 1:
+        ranks = expected
     check(loaded, world_size=ranks)
-    if CHECK not in flags:  # WORLD_SIZE=8 python launch/train.py ... --check asks about a layout without its ranks
+    if CHECK not in flags:  # WORLD_SIZE=8 python launch/train.py ... --check checks a layout without its ranks
         require_meeting_point(os.environ)
     return Request(loaded, check_only=CHECK in flags, world_size=ranks)
 
@@ -107,11 +107,11 @@ def run_script(main: Callable[[list[str]], int], argv: list[str]) -> int:
 
 
 def _report(error: KdtrainError) -> None:
-    """Say it once, yet never nowhere.
+    """Print an error once per job, and one line for it on other ranks that may have met it alone.
 
-    Rank 0 prints the message. What is wrong with a configuration all ranks of a node see alike, so elsewhere the first
-    rank of each node prints it (a path may be missing on one node only); any other error may have met one rank alone,
-    so every other rank prints its first line.
+    Rank 0 prints the whole message. All ranks of a node find the same configuration errors, so elsewhere the first rank
+    of each node prints them (a path may be missing on one node only). Any other error may have occurred on one rank
+    only: every other rank prints its first line.
     """
     sys.stdout.flush()
     rank = rank_from_environment()

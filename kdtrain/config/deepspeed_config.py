@@ -1,16 +1,16 @@
-"""The settings DeepSpeed must be given, as a pure function of the configuration. Imports no deepspeed."""
+"""DeepSpeed's settings as a pure function of the configuration. Imports no deepspeed."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from kdtrain.config.schema import RunConfig
+from kdtrain.config.schema import Dtype, ZeroSection
 
 NEVER = 10**9
 """A number of steps no run reaches."""
 
 REDUCE_BUCKET = 500_000_000
-"""Most elements of gradients that are reduced at once, unless zero.extra says otherwise: DeepSpeed's own default."""
+"""Most elements of gradients that are reduced at once, unless zero.extra sets it: DeepSpeed's own default."""
 
 EXTRA_ZERO_KEYS: dict[str, Literal["count", "size", "switch"]] = {
     "reduce_bucket_size": "size",
@@ -31,8 +31,8 @@ EXTRA_ZERO_KEYS: dict[str, Literal["count", "size", "switch"]] = {
     "log_trace_cache_warnings": "switch",
     "enable_sanity_checks": "switch",
 }
-"""Keys of zero_optimization that zero.extra may set: they trade memory for speed. Counts are of elements, and so are
-sizes, of which DeepSpeed takes no 0."""
+"""Keys of zero_optimization that zero.extra may set: they trade memory for speed. Counts and sizes are of elements;
+DeepSpeed refuses a size of 0."""
 
 OWNED_ZERO_KEYS: dict[str, str] = {
     "stage": "it is zero.stage",
@@ -57,48 +57,55 @@ OWNED_ZERO_KEYS: dict[str, str] = {
     "stage3_gather_16bit_weights_on_model_save": "export is kdtrain's own",
     "stage3_gather_fp16_weights_on_model_save": "export is kdtrain's own",
     "ignore_unused_parameters": "a parameter without a gradient is a fault here",
-    "leaf_module": "kdtrain decides where weights are gathered",
-    "override_module_apply": "kdtrain decides where weights are gathered",
+    "leaf_module": "kdtrain sets where weights are gathered",
+    "override_module_apply": "kdtrain sets where weights are gathered",
 }
 """Keys that zero.extra may not set, and why."""
 
 
-def reduce_bucket(cfg: RunConfig, num_parameters: int) -> int:
+def reduce_bucket(zero: ZeroSection, num_parameters: int) -> int:
     """Elements of a bucket of gradients. num_parameters: trainable ones on this rank, before ZeRO divides them.
 
-    DeepSpeed allocates the whole bucket whatever the model, so it is no larger than the model: with all gradients in
+    DeepSpeed allocates the whole bucket for any model, so it is limited to the size of the model: with all gradients in
     one bucket the same elements are reduced together as before, and no number changes. zero.extra wins.
     """
-    return int(cfg.zero.extra.get("reduce_bucket_size", max(1, min(REDUCE_BUCKET, num_parameters))))
+    return int(zero.extra.get("reduce_bucket_size", max(1, min(REDUCE_BUCKET, num_parameters))))
 
 
-def deepspeed_config(cfg: RunConfig, *, on_cuda: bool, num_parameters: int) -> dict[str, Any]:
+def deepspeed_config(
+    zero: ZeroSection,
+    *,
+    grad_clip: float | None,
+    dtype: Dtype,
+    sequences_per_micro_batch: int,
+    on_cuda: bool,
+    num_parameters: int,
+) -> dict[str, Any]:
     """A fresh dictionary for `deepspeed.initialize`, which writes into it. num_parameters: as for `reduce_bucket`.
 
     Gradients are accumulated and reduced in float32 (DeepSpeed's default is the model's dtype), and accumulation is
-    not managed: any number of backward calls, then one step. The optimizer, the schedule and all reports are ours and
-    not described here. Communication overlaps with backward where there is something to overlap: on CUDA, stage 2, 3.
-    DeepSpeed's other sizes need no bound: they limit what is allocated, or (allgather_bucket_size) are not used.
+    not managed: any number of backward calls, then one step. The optimizer, the schedule and all reports are kdtrain's
+    not described here. Communication overlaps with backward on CUDA in stages 2 and 3, which reduce gradients during
+    backward. DeepSpeed's other sizes need no bound: they limit allocations, or (allgather_bucket_size) are not used.
     """
-    clip, zero = cfg.optim.grad_clip, cfg.zero
     offload = {"offload_optimizer": {"device": "cpu", "pin_memory": on_cuda}} if zero.offload_optimizer else {}
     return {
-        "train_micro_batch_size_per_gpu": cfg.data.sequences_per_micro_batch,
+        "train_micro_batch_size_per_gpu": sequences_per_micro_batch,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         # always stated: without the key DeepSpeed clips at 1
-        "gradient_clipping": 0.0 if clip is None else clip,
-        "bf16": {"enabled": cfg.student.dtype == "bfloat16"},
+        "gradient_clipping": 0.0 if grad_clip is None else grad_clip,
+        "bf16": {"enabled": dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": {
             **zero.extra,
             **offload,
-            "reduce_bucket_size": reduce_bucket(cfg, num_parameters),
+            "reduce_bucket_size": reduce_bucket(zero, num_parameters),
             "stage": zero.stage,
             "overlap_comm": on_cuda and zero.stage >= 2,
         },
-        # offloading insists on DeepSpeed's own Adam, compiled when the run starts, unless told otherwise
+        # without this, offloading requires DeepSpeed's own Adam, which is compiled when the run starts
         "zero_force_ds_cpu_optimizer": False,
         # kdtrain passes torch's AdamW, which is not on DeepSpeed's list of classes it has tried
         "zero_allow_untested_optimizer": True,

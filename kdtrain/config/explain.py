@@ -1,4 +1,4 @@
-"""The documentation of every setting, read from the strings below the fields of schema.py.
+"""The documentation of every setting, read from the strings below the fields of the schema's source.
 
 `python -m kdtrain.config.explain > docs/configuration.md` regenerates the reference page.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdtrain.config import schema
-from kdtrain.config.keys import MUST_BE_SET, Key, all_keys, suggestion, wants
+from kdtrain.config.keys import MUST_BE_SET, Key, all_keys, expected, suggestion
 from kdtrain.config.problems import show
 from kdtrain.errors import ConfigError
 
@@ -25,7 +25,7 @@ A run is described by `CONFIG.yaml [MORE.yaml ...] [key=value ...]`. Later wins:
 - `optim.lr=1e-3` sets one key from the command line, `optim={lr: 1e-3, eps: 1e-6}` several, `optim.grad_clip=null`
   sets null. Lists: `data.train=[a,b]`. Integers may be written 2_000_000 or 2e6.
 - `--help [key]` prints this page or a part of it; `--print-config` the resolved configuration and where each setting
-  was made; `--check` opens stores and models, estimates memory and stops.
+  was set; `--check` opens stores and models, estimates memory and stops.
 
 A configuration that cannot run ends with exit code 2 and names every problem at once, with file and line.
 """
@@ -53,14 +53,16 @@ def documented() -> list[Doc]:
         owner = keys[parent].section
         assert owner is not None
         default = "must be set" if key.default == MUST_BE_SET else show(key.default)
-        found.append(Doc(key, wants(key.hint), default, strings[f"{owner.__name__}.{leaf}"]))
+        found.append(Doc(key, expected(key.hint), default, strings[f"{owner.__name__}.{leaf}"]))
     return found
 
 
 def _strings() -> dict[str, str]:
     """ "Class" -> its docstring and "Class.field" -> the string below the field, on one line each."""
     found: dict[str, str] = {}
-    for node in ast.parse(Path(schema.__file__).read_text(encoding="utf-8")).body:
+    sources = sorted(Path(schema.__file__).parent.glob("*.py"))
+    nodes = [node for path in sources for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    for node in nodes:
         if not isinstance(node, ast.ClassDef):
             continue
         found[node.name] = " ".join((ast.get_docstring(node) or "").split())

@@ -1,4 +1,4 @@
-"""Which settings exist and what each accepts, read off the schema's type hints."""
+"""Which settings exist and what each accepts, derived from the schema's type hints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Key:
 
     @property
     def is_free_form(self) -> bool:
-        """A mapping whose keys are not kdtrain's: anything below it is accepted here."""
+        """A mapping with arbitrary keys: the loader accepts anything below it."""
         return get_origin(self.hint) is dict
 
     @property
@@ -71,7 +71,7 @@ def _default(field: Field[Any]) -> Any:
     return field.default_factory()
 
 
-def wants(hint: Any) -> str:
+def expected(hint: Any) -> str:
     """What a setting of this type accepts, as words: "an integer or null"."""
     parts = [_words(part) for part in _alternatives(hint)]
     if type(None) in get_args(hint):
@@ -94,15 +94,15 @@ def _words(hint: Any) -> str:
 
 
 def suggestion_among(name: str, names: Iterable[str]) -> str | None:
-    """The one of `names` that is spelt most like `name`; None if none is near."""
+    """The one of `names` whose spelling is most similar to `name`; None if none is similar."""
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.7)
     return near[0] if near else None
 
 
 def suggestion(name: str, known: dict[str, Key]) -> str | None:
-    """The existing key someone who wrote `name` most likely meant, or several joined by "or"; None if nothing is near.
+    """The existing key that is most similar to `name`, or several joined by "or"; None if none is similar.
 
-    A leaf name that exists in another section is preferred to a similar spelling elsewhere.
+    A sibling with a similar leaf comes first, then the same leaf in another section, then a similar spelling anywhere.
     """
     parent, _, leaf = name.rpartition(".")
     siblings = [key for key in known if key.rpartition(".")[0] == parent]
@@ -116,9 +116,9 @@ def suggestion(name: str, known: dict[str, Key]) -> str | None:
     if corrected is not None:
         whole = f"{corrected}.{leaf}"
         return whole if whole in known else corrected
-    strangers = [key for key in known if not name.startswith(f"{key}.")]
-    near = difflib.get_close_matches(name, strangers, n=1, cutoff=0.7)
+    others = [key for key in known if not name.startswith(f"{key}.")]
+    near = difflib.get_close_matches(name, others, n=1, cutoff=0.7)
     if near:
         return near[0]
-    leaves = difflib.get_close_matches(leaf, [key.rpartition(".")[2] for key in strangers], n=1, cutoff=0.8)
-    return next((key for key in strangers if key.rpartition(".")[2] == leaves[0]), None) if leaves else None
+    leaves = difflib.get_close_matches(leaf, [key.rpartition(".")[2] for key in others], n=1, cutoff=0.8)
+    return next((key for key in others if key.rpartition(".")[2] == leaves[0]), None) if leaves else None

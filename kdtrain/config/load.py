@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kdtrain.config.keys import MUST_BE_SET, Key, all_keys, wants
+from kdtrain.config.keys import MUST_BE_SET, Key, all_keys, expected
 from kdtrain.config.problems import DEFAULT, Problem, format_problems
 from kdtrain.config.schema import RunConfig
 from kdtrain.config.source import COMMAND_LINE, Dumper, Setting, read_words
@@ -72,9 +72,12 @@ def load_run(argv: Sequence[str]) -> Loaded:
 
 
 def _apply(
-    settings: Sequence[Setting], tree: DictConfig, known: dict[str, Key], origins: dict[str, str],
+    settings: Sequence[Setting],
+    tree: DictConfig,
+    known: dict[str, Key],
+    origins: dict[str, str],
     problems: list[Problem],
-) -> tuple[set[str], set[str]]:  # fmt: skip
+) -> tuple[set[str], set[str]]:
     """Write the settings into `tree` and `origins`. Returns the keys that were refused, and those left at ???."""
     refused: set[str] = set()
     placeholders = {name for name, key in known.items() if key.default == MUST_BE_SET}
@@ -104,7 +107,7 @@ class _WrongType(ValueError):
 
 
 def _exact(value: Any, hint: Any) -> Any:
-    """`value`, with 2e9 made an integer where one is wanted. Raises _WrongType where 0 or 1 stand for false or true."""
+    """`value`, with 2e9 made an integer where one is expected. Raises _WrongType where 0 or 1 stand for a boolean."""
     members = get_args(hint) or (hint,)
     choices = members if get_origin(hint) is Literal else ()
     if isinstance(value, int) and not isinstance(value, bool) and bool in members:
@@ -121,7 +124,7 @@ def _bad_value(key: str, value: Any, hint: Any, origin: str, error: Exception) -
         return Problem(key, value, f"cannot be resolved: {reason[0]}", "write ${oc.env:NAME} or ${section.key}", origin)
     listed = [part for part in (hint, *get_args(hint)) if get_origin(part) in (list, tuple)]
     example = f"write it as a list: {key}: [...]" if listed and not isinstance(value, list) else None
-    return Problem(key, value, f"is not {wants(hint)}", example or f"--help {key} explains it", origin)
+    return Problem(key, value, f"is not {expected(hint)}", example or f"--help {key} explains it", origin)
 
 
 def _resolve(
@@ -160,7 +163,7 @@ def _unresolved(name: str, raw: Any, key: Key, origin: str, error: Exception) ->
     if isinstance(error, _WrongType) or any(
         words in reason for words in ("could not be converted", "Invalid value", "not a valid")
     ):
-        why = f"stands for something that is not {wants(key.hint)}"
+        why = f"stands for something that is not {expected(key.hint)}"
     else:
         why = f"cannot be resolved: {reason}"
     return Problem(name, raw, why, "write ${oc.env:NAME} or ${section.key}", origin)

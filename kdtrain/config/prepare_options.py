@@ -1,4 +1,4 @@
-"""The command line of launch/prepare_corpus.py: what it takes, and what does not go together."""
+"""The command line of launch/prepare_corpus.py: its options, and which exclude each other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def parse_prepare(description: str | None, argv: Sequence[str]) -> argparse.Namespace:
-    """Options by name. Exits with code 2 and a message, as argparse does, for what cannot be done."""
+    """Options by name. Exits with code 2 and a message, as argparse does, for options that exclude each other."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="INPUT")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="holds tokenizer.json, e.g. the teacher")
@@ -35,7 +35,7 @@ def parse_prepare(description: str | None, argv: Sequence[str]) -> argparse.Name
 
 
 def _add_text(parser: argparse.ArgumentParser) -> list[str]:
-    """Options about text; the names of those that do not go with pairs."""
+    """Add options about text; returns the names of those that exclude --from-megatron."""
     group = parser.add_argument_group("text")
     group.add_argument("--validation-share", type=float, default=0.0, help="share of documents held out, in [0, 1)")
     group.add_argument("--field", help="of JSON lines (default: text)")
@@ -48,13 +48,13 @@ def _add_text(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def _add_megatron(parser: argparse.ArgumentParser) -> list[str]:
-    """Options about Megatron pairs; the names of those that need --from-megatron."""
+    """Add options about Megatron pairs; returns the names of those that need --from-megatron."""
     group = parser.add_argument_group("Megatron pairs")
     help_ = "INPUT are prefixes of .bin/.idx pairs; all become train/"
     group.add_argument("--from-megatron", action="store_true", help=help_)
     help_ = (
         "what a document is: an entry of the document index, a sequence, or what stands between separators in the "
-        "stream of all sequences (default: index, refused where the tokens speak against it)"
+        "stream of all sequences (default: index, refused where the tokens contradict it)"
     )
     group.add_argument("--documents-from", choices=["index", "sequences", "stream"], help=help_)
     help_ = "read every token but copy none: the store refers to the pairs' .bin files (refused if one needs a change)"

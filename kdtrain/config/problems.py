@@ -1,4 +1,4 @@
-"""Problems are data: collected all at once, printed once, in one format."""
+"""Problems of a configuration as data: collected first, then printed together in one format."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 DEFAULT = "default"
-"""Origin of a setting that nobody set."""
+"""Origin of a setting that keeps its default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class Problem:
 
     key: dotted setting, "" if the problem is not one setting's. value: as given. why: completes the sentence
     "<key> = <value> ..."; without a key it is the whole sentence. fix: what to do. origin: "file.yaml:12" or
-    "command line"; None where the loader's record of origins knows it.
+    "command line"; None: taken from the loader's record of origins.
     """
 
     key: str
@@ -44,7 +44,7 @@ def _blocks(problems: Iterable[Problem], origins: Mapping[str, str]) -> Iterable
 
 
 def show(value: object) -> str:
-    """A value as one would write it in YAML, cut to a readable length."""
+    """A value as it is written in YAML, shortened to 120 characters."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""How a job's ranks are shared out, as far as a configuration says it. Checks nothing and communicates nothing."""
+"""How a configuration divides the ranks of a job. Neither checks nor communicates."""
 
 from __future__ import annotations
 
@@ -33,3 +33,13 @@ def data_ranks(cfg: RunConfig, world_size: int) -> int | None:
     """Ranks with different sequences, world / (tp cp); None when the ranks cannot be divided so."""
     tp, cp = cfg.parallel.tp, cfg.parallel.cp
     return None if tp < 1 or cp < 1 or world_size % (tp * cp) else world_size // (tp * cp)
+
+
+def in_flight(cfg: RunConfig) -> int:
+    """Micro-batches of a data rank in flight at a time; by default one computed and one queued per teacher."""
+    return max(4, 2 * num_teachers(cfg)) if cfg.teacher.in_flight is None else cfg.teacher.in_flight
+
+
+def servers(cfg: RunConfig, teachers: range) -> list[int]:
+    """Global ranks that receive requests: the first of each tp group of `teachers`, the teachers' ranks."""
+    return list(teachers[:: teacher_tp(cfg)])

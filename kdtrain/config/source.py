@@ -1,4 +1,4 @@
-"""Command line and YAML files to single settings, each with the place it stands in. Knows nothing of their meaning.
+"""Command line and YAML files to single settings, each with its origin. Their meaning is not interpreted here.
 
 Numbers are those of YAML 1.2 and Python: 1e-3 is a number, 010 is ten, 1_000 is a thousand; yes and on are words.
 A mapping is taken apart into its keys, so that a later file replaces single settings, not whole sections.
@@ -35,11 +35,11 @@ class Setting:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's idea of what an unquoted word is."""
+    """SafeLoader that resolves unquoted words by YAML 1.2."""
 
 
 class Dumper(yaml.SafeDumper):
-    """Its output means the same to the loader of this module and to YAML 1.1's; every scalar on one line."""
+    """Writes YAML that this module's loader and a YAML 1.1 loader read alike; every scalar on one line."""
 
     def ignore_aliases(self, data: Any) -> bool:
         """Never writes anchors."""
@@ -97,7 +97,7 @@ def _override(key: str, text: str, known: dict[str, Key], problems: list[Problem
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         if key in known and known[key].is_text:
-            return [Setting(key, text, COMMAND_LINE)]  # a path or name needs no quotes of YAML's own
+            return [Setting(key, text, COMMAND_LINE)]  # a path or name needs no YAML quotes
         why = f"is not valid YAML: {_reason(error)}"
         problems.append(Problem(key, text, why, "quote the value, for the shell too", COMMAND_LINE))
         return []
@@ -112,7 +112,7 @@ def _reason(error: yaml.YAMLError) -> str:
 
 
 class _Reader:
-    """Turns YAML nodes into settings; everything it cannot use becomes a problem."""
+    """Turns YAML nodes into settings; everything else becomes a problem."""
 
     def __init__(self, known: dict[str, Key], problems: list[Problem]) -> None:
         self._known = known
@@ -163,7 +163,7 @@ class _Reader:
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
             line = "" if mark is None else f":{mark.line + 1}"
-            self._problem(f"{shown}{line}", f"the file is not valid YAML: {_reason(error)}", "mend it there")
+            self._problem(f"{shown}{line}", f"the file is not valid YAML: {_reason(error)}", "correct it there")
         return None
 
     def _extends(self, node: yaml.Node, origin: str) -> list[str]:
@@ -195,7 +195,7 @@ class _Reader:
     def settings(
         self, key: str, node: yaml.Node, origin: str, shown: str = COMMAND_LINE, seen: dict[str, int] | None = None
     ) -> Iterator[Setting]:
-        """The settings that `key: node` makes: one, or one per key of a section."""
+        """The settings in `key: node`: one, or one per key of a section."""
         known = self._known.get(key)
         if known is None and not self._below_free_form(key):
             self._unknown(key, origin)
@@ -231,7 +231,7 @@ class _Reader:
         self._problem(origin, f"{key} is not a setting", f"did you mean {meant}? {fix}" if meant else fix)
 
     def _value(self, node: yaml.Node, as_text: bool, above: tuple[yaml.Node, ...]) -> Any:
-        """Plain Python value of a node. Raises ValueError for what YAML allows and a setting does not."""
+        """Plain Python value of a node. Raises ValueError for YAML that no setting accepts."""
         if node in above:
             raise ValueError("holds itself")
         if isinstance(node, yaml.MappingNode):
@@ -259,7 +259,9 @@ class _Reader:
 
 def _relative_to(named_by: str | None) -> str:
     where = (
-        "in `extends` it is relative to the file that says it" if named_by else "it is relative to the current folder"
+        "in `extends` it is relative to the file that contains it"
+        if named_by
+        else "it is relative to the current folder"
     )
     return f"check the path; {where}"
 

@@ -16,15 +16,15 @@ from kdtrain.data.manifest import Manifest, token_dtype
 from kdtrain.data.megatron_pair import DOCUMENTS_FROM, INNER, Documents, Marks, Pair, begun, find_documents, open_pair
 from kdtrain.data.prepare import progress, report_left_out
 from kdtrain.data.separator import document_borders
-from kdtrain.data.shards import sha256_of
 from kdtrain.data.text_bytes import TextBytes
 from kdtrain.data.token_store import TokenStoreWriter
 from kdtrain.data.tokenizer import load_tokenizer, prefix_of, size_of, tokenizer_file
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.log import LOGGER
+from kdtrain.stores.checksums import sha256_of
 
 BLOCK_TOKENS = 1 << 21
-"""A thread's portion; it bounds memory and never changes the result."""
+"""Tokens per task of a thread; bounds memory and does not change the result."""
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -43,7 +43,7 @@ class MegatronSettings:
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """What documents of a store look like. prefix, separator: around each; dtype, vocab_size: of its tokens."""
+    """Format of a store's documents. prefix, separator: around each; dtype, vocab_size: of its tokens."""
 
     prefix: tuple[int, ...]
     separator: int
@@ -58,17 +58,16 @@ def import_megatron(
     output: str | Path,
     settings: MegatronSettings | None = None,
 ) -> dict[str, Manifest]:
-    """Write <output>/train from Megatron pairs PREFIX.bin and PREFIX.idx, which carry no word of their tokenizer.
+    """Write <output>/train from Megatron pairs PREFIX.bin and PREFIX.idx, which do not name their tokenizer.
 
-    Each document begins with one prefix and ends with one separator, whether or not it did before. The size of the
-    text is that of the decoded tokens. In place, nothing is copied but indices: every token of the pairs is read and
-    must already stand where the store wants it. Raises DataError for damaged or ambiguous pairs, ids outside the
-    vocabulary, or, in place, pairs that need a change.
+    Each document gets one prefix and one separator unless it has them. The size of the text is that of the decoded
+    tokens. In place only indices are written: every token of the pairs is read, and no token may need a change. Raises
+    DataError for damaged or ambiguous pairs, ids outside the vocabulary, or, in place, pairs that need a change.
     """
     settings = MegatronSettings() if settings is None else settings
     twice = [name for name, count in Counter(os.path.realpath(path) for path in prefixes).items() if count > 1]
     if twice:
-        raise ConfigError(f"{twice[0]} is named twice\n  why: every document would be there twice\n  fix: name it once")
+        raise ConfigError(f"{twice[0]} is named twice\n  why: every document would occur twice\n  fix: name it once")
     marks, target = _marks_and_target(Path(tokenizer_dir), settings)
     left_out: Counter[str] = Counter()
     folder, source = Path(output) / "train", "Megatron " + ", ".join(Path(name).name for name in prefixes)
@@ -96,9 +95,9 @@ def _marks_and_target(folder: Path, settings: MegatronSettings) -> tuple[Marks, 
             raise ConfigError(f"{name} = {value!r} is not known\n  fix: use one of {', '.join(known)}")
     if settings.documents_from == "stream" and settings.inner_separators == "keep":
         raise ConfigError(
-            "documents_from = 'stream' does not go with inner_separators = 'keep'\n"
+            "documents_from = 'stream' cannot be used with inner_separators = 'keep'\n"
             "  why: documents of a stream end at separators, so none is inside\n"
-            "  fix: leave out --inner-separators, or take documents from the index or sequences"
+            "  fix: leave out --inner-separators, or use --documents-from index or sequences"
         )
     tokenizer, file = load_tokenizer(folder), tokenizer_file(folder)
     separator, found = document_borders(folder, tokenizer, settings.separator, settings.bos)
@@ -107,7 +106,7 @@ def _marks_and_target(folder: Path, settings: MegatronSettings) -> tuple[Marks, 
     usual = tuple(prefix_of(tokenizer, file))
     text = TextBytes(tokenizer, size, prefix, separator.id)
     if not text.by_table:
-        LOGGER.info("prepare  the size of the text is measured by decoding every document (the decoder is no table)")
+        LOGGER.info("prepare  the size of the text is measured by decoding every document (no table for this decoder)")
     marks = Marks(separator.id, separator.token, settings.separator is not None, prefix, usual, special)
     return marks, _Target(prefix, separator.id, np.dtype(token_dtype(size)), size, text)
 
@@ -122,7 +121,7 @@ def _log_documents(pair: Pair, documents: Documents, marks: Marks, settings: Meg
         found += ", cut after each separator inside"
     unended = int(np.count_nonzero(~documents.ended))
     if unended:
-        found += f"; {unended:,} had no separator {marks.separator_name} at the end and get one"
+        found += f"; {unended:,} had no separator {marks.separator_name} at the end; one is added to each"
     begins = np.unique(pair.tokens[documents.starts]).tolist()
     if len(begins) == 1 and begins[0] in marks.special and begins[0] not in marks.prefix[:1]:
         found += f"; each begins with {marks.special[begins[0]]} (token {begins[0]}), which counts as text"
@@ -132,25 +131,25 @@ def _log_documents(pair: Pair, documents: Documents, marks: Marks, settings: Meg
 def _copy(
     writer: TokenStoreWriter, pair: Pair, documents: Documents, target: _Target, report: Callable[[int, int], None]
 ) -> None:
-    """Write a pair's documents, blocks of them in threads (numpy and the tokenizer work without Python's lock)."""
+    """Write a pair's documents, in blocks on several threads (numpy and the tokenizer release Python's lock)."""
 
-    def finish(block: slice) -> tuple[np.ndarray, np.ndarray, int]:
-        tokens, sizes = _finished(
+    def assemble(block: slice) -> tuple[np.ndarray, np.ndarray, int]:
+        tokens, sizes = _with_borders(
             pair.tokens, documents.starts[block], documents.stops[block], documents.ended[block], target
         )
         if len(tokens) and (tokens.min() < 0 or tokens.max() >= target.vocab_size):
-            return tokens, sizes, 0  # the writer names the document
+            return tokens, sizes, 0  # the writer raises, with the number of the document
         return tokens.astype(target.dtype, copy=False), sizes, target.text.measure(tokens, sizes)
 
-    for tokens, sizes, text_bytes in _in_order(finish, _blocks(documents)):
+    for tokens, sizes, text_bytes in _in_order(assemble, _blocks(documents)):
         writer.add_block(tokens, sizes, text_bytes)
         report(len(tokens), len(sizes))
 
 
-def _finished(
+def _with_borders(
     tokens: np.ndarray, starts: np.ndarray, stops: np.ndarray, ended: np.ndarray, target: _Target
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Documents with exactly one prefix and separator each: their tokens and sizes. A view where nothing changes."""
+    """Tokens and sizes of the documents, each with exactly one prefix and separator. A view if nothing changes."""
     first = int(starts[0])
     source = tokens[first : int(stops[-1])]
     have = begun(tokens, starts, stops - ended, target.prefix)
@@ -179,7 +178,7 @@ def _ranges(starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
 
 
 def _blocks(documents: Documents) -> Iterator[slice]:
-    """Documents of at most BLOCK_TOKENS tokens together, at least one."""
+    """Ranges of documents of at most BLOCK_TOKENS tokens together, of at least one document."""
     first, total = 0, len(documents.starts)
     while first < total:
         stop = int(np.searchsorted(documents.stops, documents.starts[first] + BLOCK_TOKENS, side="right"))
@@ -189,7 +188,7 @@ def _blocks(documents: Documents) -> Iterator[slice]:
 
 
 def _in_order(work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
-    """Results in the order of `items`, from one thread per core; few are ahead of the reader."""
+    """Results in the order of `items`, from one thread per core; at most two per core wait for the consumer."""
     workers = len(os.sched_getaffinity(0))
     waiting: deque[Future[_R]] = deque()
     with ThreadPoolExecutor(workers) as pool:
@@ -207,7 +206,7 @@ def _in_order(work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
 def _link(
     writer: TokenStoreWriter, pair: Pair, documents: Documents, target: _Target, report: Callable[[int, int], None]
 ) -> None:
-    """Refer to a pair's tokens, all of which are read. Raises DataError if they are not what a store holds."""
+    """Link a pair's tokens after reading all of them. Raises DataError if a token would have to change."""
     _check_in_place(pair, documents, target)
     if len(documents.starts) == 0:
         return

@@ -1,4 +1,4 @@
-"""One optimizer step's micro-batches for one data rank, resumable from one integer; and fixed validation batches."""
+"""Micro-batches of each optimizer step for one data rank, resumable from one integer; and fixed validation batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.data.context import cut_sequences
 from kdtrain.data.order import STORE_SHIFT, BlendOrder
 from kdtrain.data.packing import Packing, num_sequences, pack, stack
@@ -25,7 +25,7 @@ _NAMES = {
 
 
 def sequence_prefix_of(state: dict[str, Any]) -> tuple[int, ...]:
-    """What began every sequence of the run whose loader's `state_dict` this is; states of before it was kept: ()."""
+    """The sequence prefix of the run that wrote this `state_dict` of a loader; () in older states, without the key."""
     return tuple(state.get("sequence_prefix", ()))
 
 
@@ -34,9 +34,9 @@ class StepLoader:
 
     Step n takes positions [n G, (n + 1) G) of one order that depends on seed, stores and weights alone (G =
     sequences_per_step); each data rank takes a contiguous share of them, and of each sequence its part among cp ranks.
-    So neither dp, cp, tp nor the micro-batch size changes what a step learns from. With prefetch > 0 a thread works
-    that many steps ahead. start_sequence: sequences the whole run consumed before. pin_memory: hand batches out in
-    memory that a CUDA device copies from while the host goes on; needs such a device. Does not communicate.
+    So neither dp, cp, tp nor the micro-batch size changes the sequences of a step. With prefetch > 0 a thread prepares
+    that many steps ahead. start_sequence: sequences that the whole run consumed before. pin_memory: return batches in
+    pinned memory, from which copies to a CUDA device are asynchronous; needs such a device. Does not communicate.
 
     Raises ValueError if a step cannot be divided over ranks and micro-batches, DataError as BlendOrder.
     """
@@ -66,8 +66,7 @@ class StepLoader:
             )
         self._stores = list(stores)
         self._packing, self._per_step, self._per_micro = packing, sequences_per_step, sequences_per_micro_batch
-        self._first = dp_rank * share
-        self._share = share
+        self._first, self._share = dp_rank * share, share
         self._part = cp_rank, cp_size
         self._order = BlendOrder([num_sequences(s, packing) for s in stores], weights, seed)
         self._identity: dict[str, Any] = {
@@ -79,15 +78,14 @@ class StepLoader:
             "weights": None if weights is None else list(weights),
         }
         self._position = start_sequence
-        self._prefetch = prefetch
-        self._pin_memory = pin_memory
+        self._prefetch, self._pin_memory = prefetch, pin_memory
         self._ahead: _Ahead | None = None
 
     def __iter__(self) -> StepLoader:
         return self
 
     def __next__(self) -> list[Batch]:
-        """The next step's micro-batches. Re-raises what failed in the prefetching thread."""
+        """The next step's micro-batches. Raises errors of the prefetching thread."""
         if self._prefetch == 0:
             step = self._step(self._position)
         else:
@@ -108,16 +106,17 @@ class StepLoader:
         places = [self._order[position] for position in range(start, stop)]
         packed = [pack(self._stores[s], k, self._packing) for s, k in places]
         batch = cut_sequences(stack(packed, [s << STORE_SHIFT | k for s, k in places]), *self._part)
-        # in the prefetching thread, where nothing waits for it; torch pins in the context of a device already in use
+        # Pinned in the prefetching thread, so that training does not wait; torch uses the current device's context.
         return batch.pin_memory() if self._pin_memory else batch
 
     def draws(self, sequences: int) -> list[tuple[int, int]]:
-        """(sequences there are, sequences drawn) of each store in the first `sequences` of the order."""
+        """(sequences of the store, sequences drawn from it) of each store, in the first `sequences` of the order."""
         return list(zip(self._order.sizes, self._order.draws(sequences), strict=True))
 
     def state_dict(self, sequences_consumed: int | None = None) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON-ready: sequences consumed by the whole run (default: handed out so far, which
-        prefetching does not change) and what the order depends on."""
+        """JSON-able state for a checkpoint: sequences consumed by the whole run (default: those returned so far,
+        without
+        prefetched ones) and everything that the order depends on."""
         consumed = self._position if sequences_consumed is None else sequences_consumed
         return {"sequences": consumed, **self._identity}
 
@@ -128,7 +127,7 @@ class StepLoader:
             if state.get(key) != mine:
                 raise StoreMismatch(
                     f"the checkpoint's data order differs in {_NAMES[key]}: {state.get(key)} in the checkpoint, "
-                    f"{mine} here\n  why: the run would see some text twice and some never\n"
+                    f"{mine} here\n  why: some text would be used twice and some never\n"
                     "  fix: continue with the same stores, weights, data.seq_len, data.sequence_prefix and run.seed, "
                     "or start a new run"
                 )
@@ -140,14 +139,14 @@ class StepLoader:
         self._position = int(state["sequences"])
 
     def close(self) -> None:
-        """End the prefetching thread; the position stays what was handed out."""
+        """End the prefetching thread; the position is that of the last step returned."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
 
 
 class _Ahead:
-    """A thread that prepares steps in order, `depth` of them ahead; each waits in a future, its error too."""
+    """A thread that prepares steps in order, `depth` of them ahead; each is a future, which may hold an error."""
 
     def __init__(self, make: Callable[[int], list[Batch]], position: int, stride: int, depth: int) -> None:
         self._make, self._stride, self._next = make, stride, position
@@ -182,10 +181,10 @@ def validation_batches(
     cp_size: int = 1,
     max_tokens: int | None = None,
 ) -> Iterator[Batch]:
-    """The first sequences of `store` in order, the incomplete last one included, dealt out over data ranks.
+    """The first sequences of `store` in order, the incomplete last one included, distributed over data ranks.
 
     max_tokens: stop after this many tokens of the store, at least one sequence. Every data rank gets the same number of
-    batches of the same shape, of each sequence its part among cp ranks; places without a sequence repeat sequence 0
+    batches of the same shape, of each sequence its part among cp ranks; positions without a sequence repeat sequence 0
     with a loss mask of 0.
     """
     total = max(1, -(-(store.num_tokens - 1) // packing.stride))

@@ -1,4 +1,4 @@
-"""manifest.json of a token store: what it says, how it is identified, and what is refused of it."""
+"""manifest.json of a token store: its fields, the store's fingerprint, and the checks of both."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Linked:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What manifest.json says. text_bytes: UTF-8 bytes of the text, prefixes and separators not counted.
+    """Content of manifest.json. text_bytes: UTF-8 bytes of the text, prefixes and separators not counted.
 
-    document_prefix: tokens every document begins with, () in manifests of before it was recorded. added_ids: ids that
+    document_prefix: tokens every document begins with, () in older manifests, without the field. added_ids: ids that
     occur and are not of the vocabulary the tokenizer was trained with, ascending; None where that was not recorded.
-    linked: shards whose tokens are used in place. left_out: what became no document, by reason. The last two are
+    linked: shards whose tokens are used in place. left_out: number of texts left out, by reason. The last two are
     written if not empty.
     """
 
@@ -95,7 +95,7 @@ def shards_fingerprint(shards: Sequence[Shard]) -> str:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the store in folder `path`, every field checked for type and range.
 
-    The fingerprint is computed again from the shards' entries, so it cannot stand for other shards or another order.
+    The fingerprint is checked against the shards' entries and their order.
     Raises DataError naming the file and the field.
     """
     file = path / "manifest.json"
@@ -129,19 +129,22 @@ def _parse(file: Path) -> Manifest:
 
 
 def _problems(m: Manifest) -> Iterator[str]:
-    """What is wrong, most basic first: later checks rely on the types that earlier ones established."""
+    """Descriptions of wrong fields, most basic first: later checks rely on the types that earlier ones checked."""
     if m.dtype not in DTYPES:
         yield f"dtype is {m.dtype!r}, must be one of {DTYPES}"
     for name, low, high in (
-        ("num_documents", 1, None), ("num_tokens", 1, None), ("text_bytes", 0, None), ("vocab_size", 1, 1 << 31),
-    ):  # fmt: skip
+        ("num_documents", 1, None),
+        ("num_tokens", 1, None),
+        ("text_bytes", 0, None),
+        ("vocab_size", 1, 1 << 31),
+    ):
         yield from _count(name, getattr(m, name), low, high)
     yield from _count("separator_id", m.separator_id, 0, m.vocab_size)
     for place, token in enumerate(m.document_prefix):
         yield from _count(f"document_prefix[{place}]", token, 0, m.vocab_size)
     for entry in m.linked:
         if not any(shard.name == entry.shard for shard in m.shards):
-            yield f"linked names the shard {entry.shard!r}, which is none of its shards"
+            yield f"linked names the shard {entry.shard!r}, which does not exist"
         yield from _count(f"mtime_ns of {entry.shard!r}", entry.mtime_ns, 0, None)
     if not isinstance(m.left_out, dict):
         yield f"left_out is {m.left_out!r}, must be counts by reason"
@@ -155,7 +158,7 @@ def _problems(m: Manifest) -> Iterator[str]:
     yield from _checksum("tokenizer_fingerprint", m.tokenizer_fingerprint)
     yield from _checksum("fingerprint", m.fingerprint)
     if m.dtype != token_dtype(m.vocab_size):
-        yield f"vocab_size is {m.vocab_size}, which does not go with dtype {m.dtype!r}"
+        yield f"vocab_size is {m.vocab_size}, which does not fit dtype {m.dtype!r}"
     for number, shard in enumerate(m.shards):
         yield from (f"shards[{number}]: {problem}" for problem in _shard_problems(shard, number, m.dtype))
     tokens, documents = sum(s.num_tokens for s in m.shards), sum(s.num_documents for s in m.shards)

@@ -19,8 +19,15 @@ from kdtrain.errors import DataError
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, type[np.generic]] = {
-    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16
-}  # fmt: skip
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    6: np.float64,
+    7: np.float32,
+    8: np.uint16,
+}
 """Megatron's dtype codes."""
 CODES: dict[Any, int] = {np.dtype(kind): code for code, kind in DTYPES.items()}
 
@@ -44,7 +51,7 @@ class MegatronIndex:
         return bisect_left(self.pointers, byte)
 
     def check(self, path: Path, *, probes: int | None = None) -> None:
-        """Sequences must follow each other without gap. probes: look at so many places (None: at all of them).
+        """Check that sequences follow each other without gap. probes: number of places to check; None: all.
 
         Raises DataError naming `path` and the first sequence that is wrong.
         """
@@ -61,7 +68,7 @@ class MegatronIndex:
 
 
 def read_index(path: Path) -> MegatronIndex:
-    """Map an .idx file. Raises DataError naming the file if it is missing, foreign, truncated or inconsistent."""
+    """Map an .idx file. Raises DataError if it is missing, of another format, truncated or inconsistent."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -86,7 +93,7 @@ def read_index(path: Path) -> MegatronIndex:
         )
     if size != expected:
         raise DataError(
-            f"{path} is {'truncated' if size < expected else 'damaged'}: {size} bytes, its header says {expected}\n"
+            f"{path} is {'truncated' if size < expected else 'damaged'}: {size} bytes, {expected} by its header\n"
             "  fix: copy the store again, or prepare the corpus again"
         )
     raw = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))

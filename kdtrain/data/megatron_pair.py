@@ -1,7 +1,7 @@
-"""A Megatron pair PREFIX.bin and PREFIX.idx made elsewhere: where its documents begin and end, known from its tokens.
+"""A Megatron pair PREFIX.bin and PREFIX.idx made elsewhere: where its documents begin and end, found in its tokens.
 
-The index alone does not say it. Builders pack several texts into one entry, cut rows anywhere from a stream of texts,
-or never end a document. So separators are counted, and what is ambiguous is refused unless the caller decides.
+The index alone is not enough: builders pack several texts into one entry, cut rows anywhere from a stream of texts, or
+never end a document. So separators are counted, and ambiguous pairs are refused unless the caller decides.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SPLIT = (
     "--inner-separators keep"
 )
 JOIN = "join rows cut from a stream of texts with --documents-from stream"
-WHOLE = "if each entry of the document index is a document as it is, say so with --documents-from index"
+WHOLE = "if each entry of the document index is one document, use --documents-from index"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Pair:
 @dataclass(frozen=True, slots=True)
 class Documents:
     """Ranges [starts, stops) of a pair's tokens, ascending, none empty; ended [documents] bool: the last token is the
-    separator. empty: how many others hold nothing, or nothing but a separator where entries were cut at them."""
+    separator. empty: number of other ranges without tokens, or with only a separator where entries were split."""
 
     starts: np.ndarray
     stops: np.ndarray
@@ -61,9 +61,9 @@ class Documents:
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """What ends and begins documents here. separator_named: the caller chose it. special: names of special tokens.
+    """Tokens that end and begin documents. separator_named: the caller chose it. special: names of special tokens.
 
-    prefix: what begins documents; usual_prefix: what the tokenizer itself puts before a text.
+    prefix: tokens before each document; usual_prefix: those that the tokenizer itself puts before a text.
     """
 
     separator: int
@@ -82,7 +82,7 @@ def open_pair(prefix: Path) -> Pair:
     if index.dtype.kind not in "iu":
         kinds = [np.dtype(kind).name for kind in DTYPES.values() if np.dtype(kind).kind in "iu"]
         raise DataError(
-            f"{path}: its sequences are {index.dtype}, which are no token ids\n"
+            f"{path}: its sequences are {index.dtype}, which are not token ids\n"
             f"  fix: build the pair again with one of {', '.join(kinds)}"
         )
     data = prefix.with_name(prefix.name + ".bin")
@@ -110,8 +110,8 @@ def find_documents(pair: Pair, marks: Marks, documents_from: str | None, inner: 
     """The documents of a pair.
 
     documents_from: "index" (its document index), "sequences" (each is a document), "stream" (sequences are pieces of
-    one stream, in which documents end with the separator); None: "index", refused where the tokens speak against it.
-    inner: what becomes of entries with separators inside: "split" after each, "keep" as one document, None: refused.
+    one stream, in which documents end with the separator); None: "index", refused where the tokens contradict it.
+    inner: treatment of entries with separators inside: "split" after each, "keep" as one document, None: refused.
     Raises DataError.
     """
     if documents_from == "stream":
@@ -140,7 +140,7 @@ def find_documents(pair: Pair, marks: Marks, documents_from: str | None, inner: 
 
 
 def _document_index(pair: Pair) -> np.ndarray:
-    """The document index: from 0 to the number of sequences, ascending. Raises DataError with what is wrong."""
+    """The document index: from 0 to the number of sequences, ascending. Raises DataError that names the fault."""
     found, count = np.asarray(pair.index.documents), len(pair.index.sizes)
     if count == 0 and found.max(initial=0) == 0:
         return np.zeros(1, dtype=np.int64)
@@ -160,7 +160,7 @@ def _document_index(pair: Pair) -> np.ndarray:
         what = f"its document index does not divide its {count} sequences: it ends with {found[-1]}"
     else:
         return found
-    raise DataError(f"{pair.idx}: {what}\n  why: it does not say which sequences are one text\n  fix: {fix}")
+    raise DataError(f"{pair.idx}: {what}\n  why: it does not define which sequences are one text\n  fix: {fix}")
 
 
 def _places(tokens: np.ndarray, token: int) -> np.ndarray:
@@ -173,7 +173,7 @@ def _places(tokens: np.ndarray, token: int) -> np.ndarray:
 
 
 def _cut(starts: np.ndarray, stops: np.ndarray, separators: np.ndarray, empty: int) -> Documents:
-    """Documents that end at every separator and at every old end; those of nothing but a separator are counted."""
+    """Documents that end at every separator and every former end; those with only a separator are counted."""
     ends = np.union1d(stops, separators + 1)
     begins = np.concatenate([starts[:1], ends[:-1]])
     ended = np.isin(ends, separators + 1, assume_unique=True)
@@ -184,7 +184,7 @@ def _cut(starts: np.ndarray, stops: np.ndarray, separators: np.ndarray, empty: i
 def _inner_problem(
     starts: np.ndarray, inside: np.ndarray, marks: Marks, documents_from: str | None
 ) -> tuple[str, list[str]]:
-    """What is wrong, and the options that decide it."""
+    """(description of the fault, options that resolve it)."""
     holders = np.unique(np.searchsorted(starts, inside, side="right") - 1)
     what = (
         f"{len(holders):,} of {len(starts):,} documents hold the separator {marks.separator_name} (token "
@@ -196,7 +196,7 @@ def _inner_problem(
 def _piece_problems(
     pair: Pair, marks: Marks, starts: np.ndarray, stops: np.ndarray, ended: np.ndarray
 ) -> list[tuple[str, list[str]]]:
-    """Why entries of the document index may be no whole texts, from where they begin and end, and what decides each."""
+    """(fault, options that resolve it) for entries that, by their first and last tokens, may not be whole texts."""
     continued = ~ended[:-1] & ~_begin_with(pair.tokens, starts[1:], stops[1:], marks.usual_prefix)
     sizes = stops - starts
     if ended.any():
@@ -226,7 +226,7 @@ def _piece_problems(
 
 
 def _begin_with(tokens: np.ndarray, starts: np.ndarray, stops: np.ndarray, prefix: tuple[int, ...]) -> np.ndarray:
-    """Which documents begin with a prefix; none if it is empty."""
+    """Which documents begin with a prefix [documents] bool; none if it is empty."""
     if not prefix:
         return np.zeros(len(starts), dtype=bool)
     return begun(tokens, starts, stops, prefix)
@@ -251,7 +251,7 @@ def _no_separator(pair: Pair, marks: Marks) -> DataError:
 def _ambiguous(pair: Pair, problems: list[tuple[str, list[str]]]) -> DataError:
     fixes = dict.fromkeys(part for _, fix in problems for part in fix)
     return DataError(
-        f"{pair.prefix}: its documents may be no single texts: {'; '.join(what for what, _ in problems)}\n"
-        "  why: texts in one document see each other, and a text cut anywhere is learned to end there\n"
+        f"{pair.prefix}: its documents may not be single texts: {'; '.join(what for what, _ in problems)}\n"
+        "  why: attention crosses between texts in one document, and a model learns to end texts where they were cut\n"
         f"  fix: {'; '.join(fixes)}"
     )

@@ -1,6 +1,6 @@
-"""Which sequence comes n-th: an infinite order that depends on seed and weights only, computed, not remembered.
+"""The n-th sequence of an infinite order that depends on seed, sizes and weights only.
 
-Any position can be asked for at once, so a resumed run needs one integer and no layout changes the order.
+Any position is computed directly, so a resumed run needs one integer and no layout changes the order.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from kdtrain.errors import DataError
 
 BLOCK = 1 << 16
-"""Positions after which the schedule of a blend repeats; shares are rounded to whole sequences in it."""
+"""Positions after which the schedule of a blend repeats; shares are rounded to whole sequences per block."""
 STORE_SHIFT = 40
 """sample_id = store << STORE_SHIFT | sequence: room for 2^40 sequences per store."""
 
@@ -28,10 +28,10 @@ def _mix(value: np.ndarray, key: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray | int, size: int, *keys: int) -> np.ndarray:
-    """Where a pseudo-random permutation of [0, size) sends `index`; another permutation for each tuple of keys.
+    """Image of `index` under a pseudo-random permutation of [0, size); another permutation for each tuple of keys.
 
-    A balanced Feistel network on the next even power of two, walked until it lands inside (Black and Rogaway 2002):
-    a bijection by construction, counter-based, at most four walks on average.
+    A balanced Feistel network on the next even power of two, applied until the result is below size (cycle walking,
+    Black and Rogaway 2002): a bijection by construction, counter-based, at most four applications on average.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
     low = np.uint64((1 << half) - 1)
@@ -50,11 +50,11 @@ def permute(index: np.ndarray | int, size: int, *keys: int) -> np.ndarray:
 
 
 def schedule(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places of sum(counts) draws: at each, the store, and how often that store came before. Both [sum(counts)] int64.
+    """For each of sum(counts) draws, the store and its number of earlier draws. Both [sum(counts)] int64.
 
     The j-th draw of store i is due at (j + 1/2) / counts[i] and draws are served in order of their due times (the rule
-    of the largest deficit, solved for all places at once): any beginning of length n holds a store's share of n within
-    one plus half the number of stores.
+    of the largest deficit, for all draws at once): the first n draws hold a store's share of n within one plus half the
+    number of stores.
     """
     stores = np.repeat(np.arange(len(counts)), counts)
     rank = np.concatenate([np.arange(count) for count in counts])
@@ -66,7 +66,7 @@ class BlendOrder:
     """The infinite order of sequences of several stores.
 
     sizes: sequences of each store. weights: share of each, any positive numbers (None: in proportion to the sizes).
-    Each store is passed through in a fresh permutation per epoch; in every BLOCK positions each store has its share, to
+    Each store is read in another permutation in each epoch; in every BLOCK positions each store has its share, to
     the nearest whole sequence, spread evenly. Raises DataError for an empty store, a weight that is no positive number,
     or a share that rounds to nothing.
     """
@@ -75,7 +75,7 @@ class BlendOrder:
         for number, size in enumerate(sizes):
             if size < 1:
                 raise DataError(
-                    f"data.train[{number}] has not one complete sequence\n"
+                    f"data.train[{number}] has no complete sequence\n"
                     "  fix: use a larger corpus, or a smaller data.seq_len"
                 )
         self._sizes, self._seed = [int(size) for size in sizes], seed
@@ -88,13 +88,13 @@ class BlendOrder:
         return list(self._sizes)
 
     def draws(self, positions: int) -> list[int]:
-        """How many of the first `positions` places each store has. Exact; costs the same for any number."""
+        """Draws of each store in the first `positions` of the order. Exact, in constant time."""
         blocks, rest = divmod(positions, BLOCK)
         found: np.ndarray = blocks * self._counts + np.bincount(self._stores[:rest], minlength=len(self._sizes))
         return [int(count) for count in found]
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """(store, sequence in it) at a position >= 0 of the order. Costs the same anywhere."""
+        """(store, sequence in it) at a position >= 0 of the order, in constant time."""
         if position < 0:
             raise IndexError(f"position {position} is negative")
         block, place = divmod(position, BLOCK)
@@ -110,7 +110,7 @@ def _counts(weights: np.ndarray, num_stores: int) -> np.ndarray:
         raise DataError(
             f"weights {weights.tolist()} do not fit {num_stores} stores\n  fix: give each store one positive weight"
         )
-    weights = np.ldexp(weights, -np.frexp(weights.max())[1])  # by a power of two, exact, so that no sum overflows
+    weights = np.ldexp(weights, -np.frexp(weights.max())[1])  # exact scaling, against overflow of the sum
     exact = weights / weights.sum() * BLOCK
     counts: np.ndarray = np.floor(exact).astype(np.int64)
     by_remainder = np.argsort(-(exact - counts), kind="stable")

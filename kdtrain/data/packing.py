@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
+from kdtrain.batch import Batch
 from kdtrain.data.token_store import TokenStore
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError, DataError
 
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -19,7 +19,7 @@ Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How a stream becomes sequences; whatever renumbers sequences belongs here.
+    """How a stream is cut into sequences: every setting that changes the numbering of sequences.
 
     seq_len: S. reset_positions: whether documents packed together are hidden from each other. sequence_prefix: P ids
     at the beginning of every sequence, most often one <bos> or none. ConfigError if they leave no room for tokens.
@@ -50,15 +50,15 @@ def num_sequences(store: TokenStore, packing: Packing) -> int:
 def pack(store: TokenStore, sequence: int, packing: Packing) -> Packed:
     """Sequence number k = `sequence`: the prefix, then tokens [k (S - P), (k + 1) (S - P)) of the stream.
 
-    Labels are one further. Those of the prefix do not count: the first token behind it is the last label of the
-    sequence before, so every token but the stream's first is predicted once.
+    Labels are shifted by one token. Those of the prefix do not count: the first token after it is the last label of the
+    previous sequence, so every token of the stream but the first is predicted once.
 
     With reset_positions, position_ids restart at each document and nothing is predicted across a border: the label
-    after a document's last token does not count. The prefix stands before the document that goes on here, whose
-    positions begin with it. Where a document begins with the sequence, the prefix is a document of its own, so that no
-    document sees it twice or sees what it has not elsewhere; if the cut falls inside the document's own prefix, those
-    of its tokens that were cut off join the document, and the rest of the P positions are the document of their own.
-    Without reset_positions the prefix is what comes first, and positions run on from it.
+    after a document's last token does not count. The prefix belongs to the document that continues in this
+    sequence, whose positions begin with it. Where a document begins with the sequence, the prefix is a separate
+    document, so that no document has it twice, or has it here only; if the cut is inside the document's own prefix, the
+    tokens that were cut off belong to the document, and the rest of the P positions are a separate document. Without
+    reset_positions the prefix comes first, and positions continue from it.
 
     Tokens past the end of the store are 0, with reset_positions a document of their own, and do not count. IndexError
     for a sequence that begins outside the store, DataError for a token outside the vocabulary.
@@ -90,7 +90,7 @@ def pack_from(store: TokenStore, start: int, packing: Packing) -> Packed:
         mask[begins - 1] = 0.0
         origins = np.zeros(packing.seq_len, dtype=np.int64)
         origins[apart] = apart
-        inside = np.append(begins, len(prefix) + stop - start)  # padding is a document of its own: it lengthens none
+        inside = np.append(begins, len(prefix) + stop - start)  # padding is a separate document
         inside = inside[inside < packing.seq_len]
         origins[inside] = inside
         positions -= np.maximum.accumulate(origins)
@@ -99,7 +99,7 @@ def pack_from(store: TokenStore, start: int, packing: Packing) -> Packed:
 
 
 def _check_tokens(store: TokenStore, start: int, tokens: np.ndarray) -> None:
-    """DataError unless all are in the vocabulary; on a device it would be an assert without a name."""
+    """Raise DataError unless all are in the vocabulary; CUDA would only report a device-side assert."""
     if tokens.min() < 0 or tokens.max() >= store.manifest.vocab_size:
         bad = int(np.argmax((tokens < 0) | (tokens >= store.manifest.vocab_size)))
         raise DataError(
@@ -109,7 +109,7 @@ def _check_tokens(store: TokenStore, start: int, tokens: np.ndarray) -> None:
 
 
 def _joined(store: TokenStore, start: int, packing: Packing) -> int:
-    """How many of the P prefix tokens belong to the document that token `start` is in; the others stand apart."""
+    """How many of the P prefix tokens belong to the document of token `start`; the others are a separate document."""
     size = len(packing.sequence_prefix)
     if not (size and packing.reset_positions):
         return size
@@ -121,7 +121,7 @@ def _joined(store: TokenStore, start: int, packing: Packing) -> int:
 
 
 def stack(packed: Sequence[Packed], sample_ids: Sequence[int]) -> Batch:
-    """Sequences of one length as a micro-batch on the CPU, its documents known."""
+    """Sequences of one length as a micro-batch on the CPU, with its documents."""
     ids, labels, mask, positions = (torch.from_numpy(np.stack(part)) for part in zip(*packed, strict=True))
     keys = torch.tensor(list(sample_ids), dtype=torch.int64)
     return Batch(ids, labels, mask, positions, keys, Documents.of(positions))

@@ -28,7 +28,7 @@ from kdtrain.errors import ConfigError, DataError
 from kdtrain.log import LOGGER
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 64, 1 << 20
-"""A worker's portion ends at the first of these; it bounds memory and never changes the result."""
+"""Limits of a worker's portion; they bound memory and do not change the result."""
 REPORT_EVERY_S = 10.0
 Report = Callable[[int, int], None]
 
@@ -67,22 +67,15 @@ def prepare_corpus(
 ) -> dict[str, Manifest]:
     """Write <output>/train and, if validation_share > 0, <output>/validation.
 
-    Neither appears before both are complete; they are renamed one after the other, validation first, so a kill between
-    the two renames leaves a whole validation/ alone, which the next call asks to remove.
-
+    Neither appears before both are complete. They are renamed one after the other, validation first: a kill between
+    the two renames leaves a complete validation/ without train/, and the next call raises until it is removed.
     The stores' bytes do not depend on the number of workers. Raises ConfigError or DataError with the file and place,
     DataError when a store would be empty.
     """
-    if not 0 <= settings.validation_share < 1:
-        raise ConfigError(f"validation_share = {settings.validation_share} is not in [0, 1)\n  fix: for example 0.01")
-    if settings.inner_separators not in (None, *INNER):
-        raise ConfigError(
-            f"inner_separators = {settings.inner_separators!r} is not known\n  fix: use one of {', '.join(INNER)}"
-        )
+    _check(settings)
     tokenizer = load_tokenizer(tokenizer_dir)
     separator, prefix = document_borders(tokenizer_dir, tokenizer, settings.separator, settings.bos)
-    ignored: Counter[str] = Counter()
-    left_out: Counter[str] = Counter()
+    ignored, left_out = Counter[str](), Counter[str]()
     files = find_files(inputs, ignored)
     source = f"{len(files)} files: " + ", ".join(p.name for p in files[:8]) + (", ..." if len(files) > 8 else "")
     names = ["train", "validation"] if settings.validation_share > 0 else ["train"]
@@ -103,11 +96,20 @@ def prepare_corpus(
                 writers["validation" if held_out else "train"].add(bare, text_bytes)
                 report(len(bare) + 1, 1)
         report_left_out(left_out + Counter({f"files ({name})": count for name, count in ignored.items()}))
-        for writer in writers.values():  # all of them can still fail here, so none appears yet
-            writer.finish(left_out)
-        # train last: whoever finds it finds the text held out from it too
+        for writer in writers.values():  # each can still fail, so none is renamed before all are written
+            writer.write_all(left_out)
+        # Train last: where it exists, the validation text held out from it exists too.
         made = {name: writers[name].commit() for name in reversed(names)}
     return {name: made[name] for name in names}
+
+
+def _check(settings: PrepareSettings) -> None:
+    if not 0 <= settings.validation_share < 1:
+        raise ConfigError(f"validation_share = {settings.validation_share} is not in [0, 1)\n  fix: for example 0.01")
+    if settings.inner_separators not in (None, *INNER):
+        raise ConfigError(
+            f"inner_separators = {settings.inner_separators!r} is not known\n  fix: use one of {', '.join(INNER)}"
+        )
 
 
 def _parts(
@@ -126,9 +128,9 @@ def _parts(
         raise DataError(
             f"a text holds the separator {separator.token} (token {separator.id}) inside, {len(places):,} times; it "
             f"begins with {text[:60]!r}\n"
-            "  why: as one document, the texts it stands between would see each other\n"
-            "  fix: --inner-separators split cuts after each, keep leaves such texts one document (where they speak of "
-            "the token); --split-on if it stands on lines of its own in text files"
+            "  why: in one document, attention would cross between the texts that it separates\n"
+            "  fix: --inner-separators split cuts after each, keep leaves such texts one document (where they "
+            "mention the token); --split-on if it is on lines of its own in text files"
         )
     first, *rest = np.split(ids, places) if inner == "split" else [ids]
     parts = [first, *(part[1:] for part in rest)]  # each of the rest begins with a separator
@@ -150,14 +152,14 @@ def _documents(
 
 
 def report_left_out(counts: Counter[str]) -> None:
-    """One line with everything that became no document, by reason."""
+    """Log one line with the number of texts left out, by reason."""
     found = [f"{count:,} {reason}" for reason, count in counts.most_common() if count]
     if found:
         LOGGER.warning("prepare  left out: %s", ", ".join(found))
 
 
 def _bare(ids: np.ndarray, prefix: list[int]) -> np.ndarray:
-    """Without a prefix that the text brought along, so that no document begins with two."""
+    """Remove a prefix that is already in the text, so that no document begins with two."""
     return ids[len(prefix) :] if prefix and ids[: len(prefix)].tolist() == prefix else ids
 
 
@@ -216,7 +218,7 @@ def tokenised(texts: Iterable[str], folder: Path, workers: int) -> Iterator[tupl
                 yield from zip(first, answer.result(), strict=True)
         except BrokenProcessPool as error:
             raise DataError(
-                f"a tokenising process died: {error}\n  why: most often the machine ran out of memory\n"
+                f"a tokenising process was killed: {error}\n  why: most often the machine ran out of memory\n"
                 "  fix: use fewer --workers, or split very large documents"
             ) from error
         finally:
@@ -225,7 +227,7 @@ def tokenised(texts: Iterable[str], folder: Path, workers: int) -> Iterator[tupl
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """A function to call with numbers of tokens and documents; a bar on a terminal, else a line every ten seconds."""
+    """A function that takes numbers of tokens and documents; shows a bar on a terminal, else logs every ten seconds."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

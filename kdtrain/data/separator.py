@@ -1,7 +1,7 @@
-"""Which token ends a document: the one that was named, or what a tokenizer's files give evidence for.
+"""The token that ends a document: the one named by the user, or one chosen from the tokenizer's files.
 
-An instruct model's eos_token often ends a turn of a conversation. Text that ends with it would train a model to hand
-over to a user at the end of every document.
+An instruct model's eos_token often ends a turn of a conversation. A model trained on documents that end with it would
+end its turn after every document.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _TURN_END = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Separator:
-    """The token after every document. why: the evidence for it, in words."""
+    """The token after every document. why: the reason for the choice, for the log."""
 
     id: int
     token: str
@@ -44,7 +44,7 @@ def choose_separator(folder: str | Path, name: str | None = None, tokenizer: Tok
     """The token to write after every document. tokenizer: that of `folder`, if it is loaded.
 
     `name`; else <|endoftext|> if the vocabulary has it; else eos_token, unless it ends a turn (by its name, or because
-    the chat template spells it) and not a document (by its name); then the vocabulary's special token that by its name
+    it is in the chat template) and not a document (by its name); then the vocabulary's special token that by its name
     ends a document, or the one that generation_config.json or config.json list beside the turn end.
     Raises ConfigError if there is none.
     """
@@ -83,7 +83,7 @@ def separator_id(folder: str | Path, name: str | None = None) -> int:
 def document_borders(
     folder: str | Path, tokenizer: Tokenizer, name: str | None, bos: str
 ) -> tuple[Separator, list[int]]:
-    """What ends and what begins every document, both logged.
+    """(separator, prefix) of every document; logs both.
 
     bos: "auto" for what the tokenizer's post-processor puts before a text, "never" for nothing, or a token. Raises
     ConfigError as `choose_separator`, for an unknown `bos`, and where the tokenizer's files contradict each other.
@@ -104,7 +104,7 @@ def _beginning(folder: Path, tokenizer: Tokenizer, bos: str) -> tuple[list[int],
     if bos != "auto":
         found = tokenizer.token_to_id(bos)
         if found is None:
-            raise ConfigError(f"bos = {bos!r} is no token of {folder}\n  fix: name one of its tokens, auto or never")
+            raise ConfigError(f"bos = {bos!r} is not a token of {folder}\n  fix: name one of its tokens, auto or never")
         return [found], "named by --bos"
     prefix = prefix_of(tokenizer, tokenizer_file(folder))
     token = None if prefix else _promised_bos(folder)
@@ -116,11 +116,11 @@ def _beginning(folder: Path, tokenizer: Tokenizer, bos: str) -> tuple[list[int],
             "not; a model that was trained with it predicts badly without\n"
             f"  fix: --bos {token!r} puts it before every document, --bos never puts nothing there"
         )
-    return prefix, "as the tokenizer's post-processor has it; --bos never leaves that out"
+    return prefix, "as in the tokenizer's post-processor; --bos never leaves it out"
 
 
 def _promised_bos(folder: Path) -> str | None:
-    """bos_token of tokenizer_config.json if that file says that texts begin with it."""
+    """bos_token of tokenizer_config.json if the file sets add_bos_token."""
     path = folder / "tokenizer_config.json"
     settings = read_object(path) if path.is_file() else {}
     bos = settings.get("bos_token")
@@ -144,7 +144,7 @@ def _none(path: Path, tried: list[str], candidates: list[str]) -> ConfigError:
 
 
 def _document_ends(path: Path) -> Iterator[str]:
-    """Special tokens that by their name end a document: those that say "text" first, then by id."""
+    """Special tokens that by their name end a document: those with "text" in their name first, then by id."""
     added = [t for t in read_object(tokenizer_file(path)).get("added_tokens") or [] if t.get("special")]
     named = sorted((t["id"], t["content"]) for t in added if _DOCUMENT_END.search(t["content"]))
     yield from (token for _, token in sorted(named, key=lambda t: ("text" not in t[1].lower(), t[0])))
@@ -155,7 +155,7 @@ def _turn_evidence(path: Path, token: str) -> str | None:
     if _TURN_END.search(token):
         return "by its name"
     if any(token in template for template in _chat_templates(path)):
-        return "the chat template spells it"
+        return "it is in the chat template"
     return None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import os
 from pathlib import Path
 
@@ -14,9 +13,9 @@ from kdtrain.data.megatron_index import MegatronIndex, read_index
 from kdtrain.errors import DataError
 
 INDEX_PROBES = 4096
-"""Places of all indices together that `map_shard` looks at; `TokenStore.verify` looks at all."""
+"""Index entries that `map_shard` checks, over all shards; `TokenStore.verify` checks all of them."""
 TIME_UNITS_NS = (1, 100, 1000, 10**6, 10**9)
-"""File systems cut times off at one of these, some only once a file has left the memory of the host that wrote it."""
+"""Resolutions of modification times in file systems; some round down only after a file has left the writer's cache."""
 LINKED_FIX = (
     "  fix: restore the pair with its date (cp -p, rsync -t), or make the store again (launch/prepare_corpus.py "
     "--from-megatron --in-place); the same tokens give a store with the same fingerprint"
@@ -34,8 +33,8 @@ def map_shard(path: Path, manifest: Manifest, number: int) -> tuple[np.ndarray, 
     found = (str(index.dtype), len(index.sizes), index.num_tokens, len(tokens))
     if found != (manifest.dtype, shard.num_documents, shard.num_tokens, shard.num_tokens):
         raise DataError(
-            f"{path / shard.name}.idx does not describe what {path}/manifest.json says: {index.dtype}, "
-            f"{len(index.sizes)} documents, {index.num_tokens} tokens; the manifest says {dtype}, "
+            f"{path / shard.name}.idx does not agree with {path}/manifest.json: {index.dtype}, "
+            f"{len(index.sizes)} documents, {index.num_tokens} tokens; the manifest has {dtype}, "
             f"{shard.num_documents}, {shard.num_tokens}, in {shard.bin_bytes} bytes\n  fix: prepare the corpus again"
         )
     index.check(path / f"{shard.name}.idx", probes=max(1, INDEX_PROBES // len(manifest.shards)))
@@ -46,7 +45,7 @@ def map_shard(path: Path, manifest: Manifest, number: int) -> tuple[np.ndarray, 
 def check_borders(
     path: Path, manifest: Manifest, name: str, tokens: np.ndarray, index: MegatronIndex, documents: np.ndarray
 ) -> None:
-    """These documents of a shard must begin and end with what the manifest says."""
+    """Check that these documents of a shard begin with the prefix and end with the separator of the manifest."""
     sizes, starts = index.sizes[documents], index.pointers[documents] // index.dtype.itemsize
     unbegun = sizes <= len(manifest.document_prefix)
     for place, token in enumerate(manifest.document_prefix):
@@ -70,11 +69,11 @@ def _check_size(path: Path, expected: int, manifest: Manifest) -> None:
         raise DataError(f"{shown} is missing\n{fix}")
     if found != expected:
         what = "truncated" if found < expected else "damaged"
-        raise DataError(f"{shown} is {what}: {found} bytes, the manifest says {expected}\n{fix}")
+        raise DataError(f"{shown} is {what}: {found} bytes, {expected} in the manifest\n{fix}")
 
 
 def _check_unchanged(path: Path, manifest: Manifest) -> None:
-    """A file used in place is not the store's own and may be written anew with the same size."""
+    """Check the time of a file used in place: others may write to it without a change of its size."""
     linked = _linked(path, manifest)
     if linked is None or any(path.stat().st_mtime_ns == linked.mtime_ns // unit * unit for unit in TIME_UNITS_NS):
         return
@@ -83,25 +82,19 @@ def _check_unchanged(path: Path, manifest: Manifest) -> None:
     shown, fix = shown_and_fix(path, manifest)
     raise DataError(
         f"{shown} was changed after the store was made: last modified {now}, then {then}\n"
-        f"  why: nothing is known of its tokens any more\n{fix}"
+        f"  why: its tokens may have changed\n{fix}"
     )
 
 
 def shown_and_fix(path: Path, manifest: Manifest) -> tuple[str, str]:
-    """A file of a store for a message, with the file that is used in place of it; and what to do if it is damaged."""
+    """(file of a store as messages show it, with the file it links to; the fix if it is damaged)."""
     if _linked(path, manifest) is None:
         return str(path), DAMAGED_FIX
     return f"{os.readlink(path)} (used in place as {path})", LINKED_FIX
 
 
 def _linked(path: Path, manifest: Manifest) -> Linked | None:
-    """What the manifest says of a .bin that is used in place; None for the store's own, as in a copy of the folder."""
+    """The manifest's entry of a .bin that is used in place; None for a file of the store, as in a copied folder."""
     if path.suffix != ".bin" or not path.is_symlink():
         return None
     return next((entry for entry in manifest.linked if entry.shard == path.stem), None)
-
-
-def sha256_of(path: Path) -> str:
-    """Checksum of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

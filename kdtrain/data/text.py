@@ -1,4 +1,4 @@
-"""Documents out of files: plain text and JSON lines, compressed or not. What is left out is counted by reason."""
+"""Documents from files: plain text and JSON lines, compressed or not. Documents left out are counted by reason."""
 
 from __future__ import annotations
 
@@ -19,10 +19,33 @@ from kdtrain.log import LOGGER
 JSON_SUFFIXES, TEXT_SUFFIXES = (".jsonl", ".ndjson", ".json"), (".txt", ".md", ".rst")
 COMPRESSED = (".xz", ".gz")
 FOREIGN = (
-    ".zst", ".zstd", ".bz2", ".lz4", ".lzma", ".br", ".z", ".snappy", ".zip", ".7z", ".rar", ".tar", ".tgz", ".txz",
-    ".parquet", ".arrow", ".feather", ".orc", ".avro", ".pdf", ".docx", ".bin", ".idx", ".npy", ".npz",
-)  # fmt: skip
-"""Suffixes of what is certainly neither text nor JSON lines as it stands."""
+    ".zst",
+    ".zstd",
+    ".bz2",
+    ".lz4",
+    ".lzma",
+    ".br",
+    ".z",
+    ".snappy",
+    ".zip",
+    ".7z",
+    ".rar",
+    ".tar",
+    ".tgz",
+    ".txz",
+    ".parquet",
+    ".arrow",
+    ".feather",
+    ".orc",
+    ".avro",
+    ".pdf",
+    ".docx",
+    ".bin",
+    ".idx",
+    ".npy",
+    ".npz",
+)
+"""Suffixes of files that are neither text nor JSON lines."""
 
 
 def _outer_suffix(path: Path) -> str:
@@ -30,15 +53,15 @@ def _outer_suffix(path: Path) -> str:
 
 
 def _inner_suffix(path: Path) -> str:
-    """The suffix that says what the file holds once it is decompressed, in lower case."""
+    """The suffix without that of compression, in lower case."""
     return Path(path.stem).suffix.lower() if _outer_suffix(path) in COMPRESSED else _outer_suffix(path)
 
 
 def find_files(inputs: Sequence[str | Path], ignored: Counter[str] | None = None) -> list[Path]:
     """Files named by paths, patterns (**, *, ?, []) and folders (searched recursively), in a fixed order, each once.
 
-    A file named by itself or a pattern may have any suffix but those of FOREIGN formats; in a folder only those known
-    to hold text count, and what is left out is logged and counted in `ignored` by suffix. Links to folders are
+    A file named by itself or a pattern may have any suffix but those of FOREIGN formats; in a folder only text
+    suffixes are read, and other files are logged and counted in `ignored` by suffix. Links to folders are
     followed. Raises ConfigError for what does not exist, cannot be searched, holds no file or cannot be read as text.
     """
     found: dict[Path, Path] = {}
@@ -65,7 +88,7 @@ def find_files(inputs: Sequence[str | Path], ignored: Counter[str] | None = None
 
 
 def _in_folder(folder: Path, all_ignored: Counter[str]) -> list[Path]:
-    """Its files of text, and those of folders in it; logs and counts how many of which other suffixes there are."""
+    """Text files in a folder and its subfolders; logs and counts other files by suffix."""
     kept: list[Path] = []
     ignored: Counter[str] = Counter()
     for file in _walk(folder):
@@ -78,10 +101,13 @@ def _in_folder(folder: Path, all_ignored: Counter[str]) -> list[Path]:
     all_ignored += ignored
     if ignored:
         LOGGER.warning(
-            "prepare  %s: %s files are ignored (%s); read are %s, also with %s", folder, f"{ignored.total():,}",
+            "prepare  %s: %s files are ignored (%s); read are %s, also with %s",
+            folder,
+            f"{ignored.total():,}",
             ", ".join(f"{count:,} {suffix}" for suffix, count in ignored.most_common()),
-            " ".join(TEXT_SUFFIXES + JSON_SUFFIXES), " ".join(COMPRESSED),
-        )  # fmt: skip
+            " ".join(TEXT_SUFFIXES + JSON_SUFFIXES),
+            " ".join(COMPRESSED),
+        )
     return kept
 
 
@@ -92,7 +118,7 @@ def _shown_suffix(file: Path) -> str:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Everything in a folder that is no folder. Each folder is entered once, by its own name rather than by a link."""
+    """All files below a folder. Each folder is entered once, by its own name rather than by a link."""
 
     def fail(error: OSError) -> None:
         raise ConfigError(
@@ -106,7 +132,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         for place, folders, files in os.walk(top, onerror=fail):
             here = Path(place)
             if here.resolve() in entered:
-                folders.clear()  # a link led here before, or leads back to where it is
+                folders.clear()  # entered before through a link, or a link to a parent folder
                 continue
             entered.add(here.resolve())
             folders.sort()
@@ -115,11 +141,11 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _refuse_foreign(path: Path) -> None:
-    """A file named by itself must be what its name makes of it; one of unknown name is looked into."""
+    """Refuse a file of another format by its suffix; for an unknown suffix, by its first line."""
     inner = _inner_suffix(path)
     if inner in FOREIGN:
         raise ConfigError(
-            f"{path}: files of {inner} are not read\n  why: its bytes would be taken for text\n"
+            f"{path}: files of {inner} are not read\n  why: its bytes would be read as text\n"
             f"  fix: turn it into JSON lines or text, compressed with {' or '.join(COMPRESSED)} if need be"
         )
     if inner in JSON_SUFFIXES + TEXT_SUFFIXES:
@@ -128,7 +154,7 @@ def _refuse_foreign(path: Path) -> None:
         with _open(path) as file:
             record = json.loads(next((line for line in file if line.strip()), b""))
     except (OSError, lzma.LZMAError, zlib.error, EOFError, ValueError, RecursionError):
-        return  # no JSON; what is wrong with it otherwise is said where the file is read
+        return  # not JSON; other faults are reported when the file is read
     if isinstance(record, dict):
         stem, end = (path.stem, path.suffix) if _outer_suffix(path) in COMPRESSED else (path.name, "")
         raise ConfigError(
@@ -150,12 +176,11 @@ def read_documents(
     """Texts in order: one per line of a JSON-lines file, one per other file. Blank texts are left out.
 
     errors: "strict", or "replace" to turn invalid UTF-8 into U+FFFD. A byte-order mark at the beginning is dropped.
-    split_on: text files hold several documents, between lines that equal it, white space around it aside; "" is a
-    blank line. Such files are read line by line.
-    skip_invalid: leave out documents that are invalid UTF-8, no JSON, without a text under `field`, or with half a
-    surrogate pair. left_out: counts by reason what is left out; blank lines of JSON lines, empty parts at the ends of
-    a file and between blank lines are no documents and do not count.
-    Raises DataError naming file and place: invalid UTF-8, malformed JSON, a missing field, a damaged archive.
+    split_on: text files hold several documents, between lines that equal it, white space around it aside; "" is a blank
+    line. Such files are read line by line. skip_invalid: leave out documents that are invalid UTF-8, no JSON, without a
+    text under `field`, or with half a surrogate pair. left_out: counts of documents left out, by reason; blank lines of
+    JSON lines, empty parts at the ends of a file and between blank lines are not documents and are not counted. Raises
+    DataError naming file and place: invalid UTF-8, malformed JSON, a missing field, a damaged archive.
     """
     counts: Counter[str] = Counter() if left_out is None else left_out
     for path in files:
@@ -186,7 +211,7 @@ class InvalidDocument(DataError):
 def _kept(
     texts: Iterator[str | InvalidDocument], kind: str, skip_invalid: bool, counts: Counter[str]
 ) -> Generator[str, None, bool]:
-    """Texts that hold more than white space; what else there is is counted, or raised. Returns if there was any."""
+    """Texts with more than white space; others are counted, or raised. Returns whether there was any text."""
     found = False
     for text in texts:
         found = True
@@ -211,12 +236,12 @@ def _decode(path: Path, data: bytes, offset: int, errors: str) -> str:
     try:
         return data.decode("utf-8-sig" if offset == 0 else "utf-8", errors=errors)
     except UnicodeDecodeError as error:
-        # error.object is what was left after a byte-order mark
+        # error.object excludes the byte-order mark
         place = offset + len(data) - len(error.object) + error.start
         raise InvalidDocument(
             "documents of invalid UTF-8",
             f"{path}: invalid UTF-8 at byte {place} ({error.object[error.start : error.start + 4].hex(' ')})\n"
-            "  why: silently replaced characters would be learned\n"
+            "  why: the model would learn replacement characters\n"
             "  fix: convert the file (iconv -t UTF-8), accept replacement characters with --errors replace, or leave "
             "such documents out with --skip-invalid",
         ) from error
@@ -231,7 +256,7 @@ def _text_or_error(path: Path, data: bytes, offset: int, errors: str) -> str | I
 
 def _parts(path: Path, file: IO[bytes], marker: str, errors: str) -> Iterator[str | InvalidDocument]:
     """Documents between marker lines; one with an invalid line is invalid as a whole. Yields no empty part that is
-    first or last, or between blank lines: those are no documents."""
+    first or last, or between blank lines: those are not documents."""
     offset = 0
     part: list[str] = []
     invalid: InvalidDocument | None = None
@@ -292,7 +317,7 @@ def _json_text(where: str, line: str, field: str, errors: str) -> str | InvalidD
 
 
 def _json_type(value: object) -> str:
-    """As JSON calls it."""
+    """Name of a JSON type."""
     if value is None:
         return "null"
     kinds = {bool: "true or false", int: "a number", float: "a number", list: "an array", dict: "an object"}
@@ -300,7 +325,7 @@ def _json_type(value: object) -> str:
 
 
 def _without_surrogates(where: str, text: str, errors: str) -> str | InvalidDocument:
-    r"""JSON can spell half a character ("\ud83d"); no tokenizer takes it."""
+    r"""Check for half a surrogate pair, which JSON can contain ("\ud83d") and no tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,8 +1,8 @@
-"""How many bytes of UTF-8 a token stream decodes to, which bits per byte are measured against.
+"""Number of UTF-8 bytes that a token stream decodes to, for bits per byte.
 
-Where a tokenizer's decoder allows it (byte-level, and SentencePiece's with byte fallback), the bytes of a token are the
-same wherever it stands, except those that hold a part of a character. The former are looked up in a table for millions
-of tokens at once, the latter decoded run by run. Other decoders decode document by document, on all cores.
+Where a tokenizer's decoder allows it (byte-level, and SentencePiece's with byte fallback), the bytes of a token do not
+depend on its neighbours, unless it holds a part of a character. The former are looked up in a table for millions of
+tokens at once, the latter are decoded run by run. Other decoders decode document by document, on all cores.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class TextBytes:
     """Measures documents of one tokenizer; equal to len(decode(ids, skip_special_tokens=False).encode()) of each.
 
     vocab_size: ids are below it. prefix, separator: tokens around each document, whose text does not count. by_table:
-    whether it is looked up (10^8 tokens a second) or decoded (10^6 a second and core). Thread-safe.
+    whether lengths are looked up (10^8 tokens a second) or texts decoded (10^6 a second and core). Thread-safe.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, prefix: Sequence[int], separator: int) -> None:
@@ -54,7 +54,7 @@ class TextBytes:
         table = _make_table(tokenizer, vocab_size)
         around = [*prefix, separator]
         if table is not None and (table.lengths[around] < 0).any():
-            table = None  # a border that is part of a character joins the documents' runs
+            table = None  # such a border would join runs of two documents
         self._table = table
         self._around = 0 if table is None else int(table.lengths[around].sum())
 
@@ -79,7 +79,7 @@ class TextBytes:
         first, last = first[first < last], last[first < last]
         ids, places = np.unique(tokens[first], return_inverse=True)
         begins = np.array([table.raw[token].startswith(b" ") for token in ids.tolist()], dtype=bool)
-        unclear = table.lengths[ids][places] < 0  # a byte, of which the run decides what it is
+        unclear = table.lengths[ids][places] < 0  # a byte whose meaning depends on its run
         exact = sum(
             _looked_up(table, tokens[a:b]) - self._decoded(tokens, np.array([a]), np.array([b]))
             for a, b in zip(first[unclear].tolist(), last[unclear].tolist(), strict=True)
@@ -96,7 +96,7 @@ class TextBytes:
 
 
 def _looked_up(table: _Table, tokens: np.ndarray) -> int:
-    """Bytes of all tokens, borders included: each of those is a text of its own, so no run crosses one."""
+    """Bytes of all tokens, borders included. A border is complete text, so no run crosses it."""
     total = 0
     partial: list[np.ndarray] = []
     for begin in range(0, len(tokens), LOOKED_UP_AT_ONCE):
@@ -115,7 +115,7 @@ def _looked_up(table: _Table, tokens: np.ndarray) -> int:
 
 def _decoded_length(runs: list[bytes], byte_fallback: bool) -> int:
     """Bytes of UTF-8 of runs that are decoded each by itself."""
-    if not byte_fallback:  # a byte of ASCII between runs keeps them apart
+    if not byte_fallback:  # an ASCII byte between runs separates them
         return len(b"\n".join(runs).decode("utf-8", "replace").encode()) - (len(runs) - 1)
     return sum(len(run) if _is_utf8(run) else len(run) * len("\ufffd".encode()) for run in runs)
 
@@ -129,7 +129,7 @@ def _is_utf8(data: bytes) -> bool:
 
 
 def _make_table(tokenizer: Tokenizer, vocab_size: int) -> _Table | None:
-    """The table of a decoder that is understood; None for any other."""
+    """The table of a supported decoder; None for others."""
     decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder is not None else {}
     tokens = [tokenizer.id_to_token(token) for token in range(vocab_size)]
     if decoder.get("type") == "ByteLevel":
@@ -154,7 +154,7 @@ def _byte_level(tokens: Sequence[str | None]) -> list[bytes]:
     others = [byte for byte in range(256) if byte not in set(printable)]
     to_byte = {byte: byte for byte in printable} | {256 + place: byte for place, byte in enumerate(others)}
     alphabet, as_latin_1 = {chr(code) for code in to_byte}, {code: chr(byte) for code, byte in to_byte.items()}
-    # with one character outside the alphabet, as in added tokens of white space, a token is its own text
+    # A token with a character outside the alphabet, such as an added token of white space, is plain text.
     return [
         token.translate(as_latin_1).encode("latin-1") if alphabet.issuperset(token) else token.encode()
         for token in (token or "" for token in tokens)

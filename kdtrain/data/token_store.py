@@ -1,20 +1,17 @@
-"""Tokens on disk: Megatron .bin/.idx shards plus a manifest that says what they are and refuses misuse.
+"""Tokens on disk: Megatron .bin/.idx shards with a manifest that describes and checks them.
 
 A store is a folder: manifest.json, shard_00000.bin, shard_00000.idx, ..., and tokenizer/ with the tokenizer that made
-it. It is written under a temporary name and renamed at the end, so a half-written store is never opened.
+it. It is written under a temporary name and renamed when complete (`kdtrain.stores`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 
@@ -30,25 +27,27 @@ from kdtrain.data.manifest import (
     token_dtype,
 )
 from kdtrain.data.megatron_index import index_bytes
-from kdtrain.data.shards import check_borders, map_shard, sha256_of, shown_and_fix
-from kdtrain.data.tokenizer import TOKENIZER_FILES, fingerprint, trained_ids, vocab_size
-from kdtrain.data.unfinished import make_unfinished, remove_abandoned
+from kdtrain.data.shards import check_borders, map_shard, shown_and_fix
+from kdtrain.data.tokenizer import fingerprint, trained_ids, vocab_size
 from kdtrain.data.used_ids import scan_ids
 from kdtrain.errors import ConfigError, DataError
-from kdtrain.files import sync, write_synced
+from kdtrain.files import TOKENIZER_FILES, sync, write_synced
+from kdtrain.stores.checksums import ChecksummedFile, sha256_of
+from kdtrain.stores.folders import write_manifest
+from kdtrain.stores.unfinished import UnfinishedFolder, remove_abandoned
 
 TOKENIZER = "tokenizer"
 SHARD_TOKENS = 1 << 30
-"""Tokens after which a new shard begins."""
+"""Number of tokens after which a new shard begins."""
 MAPPED_SHARDS = 128
-"""Shards mapped at a time, two files each."""
+"""Shards that are mapped at a time, two files each."""
 
 
 class TokenStore:
     """Random access to documents and to the stream of all tokens, memory-mapped. Thread-safe.
 
-    A mapped file costs a file descriptor, of which a process often has 1024; so at most MAPPED_SHARDS are mapped at a
-    time, and a store may have any number. `open` makes one.
+    A mapped file takes a file descriptor, and the usual limit is 1024 per process: at most MAPPED_SHARDS are mapped at
+    a time, so that a store may have any number of shards. Use `open` to make one.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -60,7 +59,7 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: str | Path) -> TokenStore:
-        """Open a store. Checks sizes and index consistency, not every byte (see `verify`).
+        """Open a store. Checks sizes and the consistency of the indices, not every byte (see `verify`).
 
         Raises DataError naming the file, what was expected and found, and a fix.
         """
@@ -79,16 +78,16 @@ class TokenStore:
         source: str,
         document_prefix: Sequence[int] = (),
     ) -> TokenStoreWriter:
-        """A writer for a new store, to be used as a context manager and ended by its `commit`."""
+        """A writer for a new store: a context manager, with `commit` as its last call."""
         return TokenStoreWriter(folder, tokenizer_dir, separator_id, source=source, document_prefix=document_prefix)
 
     def __len__(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return self.manifest.num_documents
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, separators included."""
+        """Number of tokens, separators included."""
         return self.manifest.num_tokens
 
     def __getitem__(self, document: int) -> np.ndarray:
@@ -105,7 +104,7 @@ class TokenStore:
         """Tokens [start, stop) of all documents one after the other, as int64. IndexError outside the store."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens [{start}, {stop}) are not in [0, {self.num_tokens})")
-        out = np.empty(stop - start, dtype=np.int64)  # filled shard by shard, so that no shard stays mapped for it
+        out = np.empty(stop - start, dtype=np.int64)  # filled shard by shard, so that the result keeps no shard mapped
         for shard in self._shards_of(start, stop):
             first, last = int(self._token_edges[shard]), int(self._token_edges[shard + 1])
             low, high = max(start, first), min(stop, last)
@@ -113,9 +112,10 @@ class TokenStore:
         return out
 
     def occurring_ids(self, wanted: Collection[int]) -> list[int]:
-        """Those of the ids `wanted` that occur, ascending.
+        """The ids of `wanted` that occur in the store, ascending.
 
-        By the manifest if it says so and `wanted` holds none of the trained vocabulary, else every token is read once.
+        Read from the manifest if `added_ids` is recorded and `wanted` holds no id of the trained vocabulary; else every
+        token is read once.
         """
         recorded, wanted = self.manifest.added_ids, {i for i in wanted if 0 <= i < self.manifest.vocab_size}
         if not wanted or (recorded is not None and wanted.isdisjoint(trained_ids(self.path / TOKENIZER))):
@@ -147,7 +147,7 @@ class TokenStore:
                 found = sha256_of(path)
                 if found != expected:
                     shown, fix = shown_and_fix(path, self.manifest)
-                    raise DataError(f"{shown} is damaged: sha256 {found}, the manifest says {expected}\n{fix}")
+                    raise DataError(f"{shown} is damaged: sha256 {found}, {expected} in the manifest\n{fix}")
         for number, shard in enumerate(self.manifest.shards):
             tokens, index = self._shard(number)
             index.check(self.path / f"{shard.name}.idx")
@@ -158,33 +158,31 @@ class TokenStore:
         found = fingerprint(self.path / TOKENIZER)
         if found != self.manifest.tokenizer_fingerprint:
             raise DataError(
-                f"{self.path / TOKENIZER} is not the tokenizer that made the tokens: fingerprint {found}, the manifest "
-                f"says {self.manifest.tokenizer_fingerprint}\n{DAMAGED_FIX}"
+                f"{self.path / TOKENIZER} is not the tokenizer that made the tokens: fingerprint {found}, "
+                f"{self.manifest.tokenizer_fingerprint} in the manifest\n{DAMAGED_FIX}"
             )
-        tokens_of_it = vocab_size(self.path / TOKENIZER)
-        if tokens_of_it != self.manifest.vocab_size:
+        size = vocab_size(self.path / TOKENIZER)
+        if size != self.manifest.vocab_size:
             raise DataError(
                 f"{self.path}/manifest.json is damaged: vocab_size is {self.manifest.vocab_size}, that of "
-                f"{self.path / TOKENIZER} is {tokens_of_it}\n{DAMAGED_FIX}"
+                f"{self.path / TOKENIZER} is {size}\n{DAMAGED_FIX}"
             )
         if self.manifest.added_ids is None:
             return
-        occur = scan_ids(self, set(range(tokens_of_it)) - trained_ids(self.path / TOKENIZER))
-        if list(self.manifest.added_ids) != occur:
+        occurring = scan_ids(self, set(range(size)) - trained_ids(self.path / TOKENIZER))
+        if list(self.manifest.added_ids) != occurring:
             raise DataError(
                 f"{self.path}/manifest.json is damaged: added_ids is {list(self.manifest.added_ids)}, of the ids "
-                f"outside the trained vocabulary {occur} occur\n{DAMAGED_FIX}"
+                f"outside the trained vocabulary {occurring} occur\n{DAMAGED_FIX}"
             )
 
 
 class TokenStoreWriter:
-    """Writes a store document by document; `commit` makes it appear, anything else leaves nothing behind.
+    """Writes a store document by document; `commit` renames it to `folder`, without `commit` nothing is kept.
 
-    What a killed process of this machine left beside `folder` is removed first (`kdtrain.data.unfinished`).
-
-    document_prefix: ids before every document, as separator_id is the one after it.
-
-    Use as a context manager. Not thread-safe. Raises ConfigError if `folder` exists or cannot be written, or if the
+    Folders that killed processes of this machine left beside `folder` are removed first (`kdtrain.stores.unfinished`).
+    document_prefix: ids before every document; separator_id: the id after it. Use as a context manager. Not
+    thread-safe. Raises ConfigError if `folder` exists or cannot be written, or if the
     tokenizer is missing; DataError when the disk is full.
     """
 
@@ -207,9 +205,9 @@ class TokenStoreWriter:
         self._dtype = np.dtype(token_dtype(self._vocab_size))
         if self.folder.exists():
             raise ConfigError(f"{self.folder} exists already\n  fix: name a new folder, or remove this one")
-        remove_abandoned(self.folder.parent)
+        remove_abandoned(self.folder.parent, "prepare")
         try:
-            self._temporary, self._lock = make_unfinished(self.folder)
+            self._unfinished = UnfinishedFolder(self.folder)
         except OSError as error:
             raise ConfigError(
                 f"{self.folder}: cannot be written: {error.strerror}\n  fix: choose another folder"
@@ -217,8 +215,7 @@ class TokenStoreWriter:
         self._shards: list[Shard] = []
         self._linked: list[Linked] = []
         self._sizes: list[int] = []
-        self._file: BinaryIO | None = None
-        self._digest = hashlib.sha256()
+        self._file: ChecksummedFile | None = None
         self._text_bytes = 0
         self._manifest: Manifest | None = None
         self._seen = np.zeros(self._vocab_size, dtype=bool)
@@ -244,16 +241,13 @@ class TokenStoreWriter:
         with _disk_errors(self.folder):
             while document < len(sizes):
                 if self._file is None:
-                    self._file = (self._temporary / f"{shard_name(len(self._shards))}.bin").open("wb")
-                    self._digest = hashlib.sha256()
-                room = self._shard_tokens - self._file.tell() // self._dtype.itemsize
-                last = min(int(np.searchsorted(stops, start + room)), len(sizes) - 1)  # the one that fills the shard
-                data = np.ascontiguousarray(tokens[start : stops[last]], dtype=self._dtype).data
-                self._file.write(data)
-                self._digest.update(data)
+                    self._file = ChecksummedFile(self._unfinished.path / f"{shard_name(len(self._shards))}.bin")
+                room = self._shard_tokens - self._file.size // self._dtype.itemsize
+                last = min(int(np.searchsorted(stops, start + room)), len(sizes) - 1)  # fills the shard
+                self._file.write(np.ascontiguousarray(tokens[start : stops[last]], dtype=self._dtype).data)
                 self._sizes += sizes[document : last + 1].tolist()
                 document, start = last + 1, int(stops[last])
-                if self._file.tell() >= self._shard_tokens * self._dtype.itemsize:
+                if self._file.size >= self._shard_tokens * self._dtype.itemsize:
                     self._close_shard()
         self._text_bytes += text_bytes
 
@@ -271,16 +265,16 @@ class TokenStoreWriter:
     def link_shard(
         self, data: Path, sizes: np.ndarray, sha256: str, mtime_ns: int, text_bytes: int, seen: np.ndarray
     ) -> None:
-        """A shard whose tokens are those of another file, used in place; its index is the store's own.
+        """Add a shard that uses the tokens of another file in place; its index is written into the store.
 
-        The caller has read all of `data`: it holds finished documents of `sizes` tokens and nothing else, of the
-        store's dtype, with this checksum and, before it was read, this time of its last change. seen [V] bool: the ids
-        that occur.
+        data: a file that the caller has read: documents of `sizes` tokens with prefix and separator and nothing else,
+        of the store's dtype. sha256: its checksum. mtime_ns: its modification time before it was read. seen [V] bool:
+        the ids that occur.
         """
         with _disk_errors(self.folder):
             self._close_shard()
             name, target = shard_name(len(self._shards)), data.resolve()
-            (self._temporary / f"{name}.bin").symlink_to(target)
+            (self._unfinished.path / f"{name}.bin").symlink_to(target)
             self._sizes = sizes.tolist()
             self._add_shard(name, sha256)
         self._seen |= seen
@@ -292,26 +286,29 @@ class TokenStoreWriter:
         if self._file is None:
             return
         name = shard_name(len(self._shards))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        sha256 = self._file.commit()
         self._file = None
-        self._add_shard(name, self._digest.hexdigest())
+        self._add_shard(name, sha256)
 
     def _add_shard(self, name: str, sha256: str) -> None:
         """Write the index of the documents in `_sizes`."""
         index = index_bytes(np.asarray(self._sizes), self._dtype)
-        write_synced(self._temporary / f"{name}.idx", index)
+        write_synced(self._unfinished.path / f"{name}.idx", index)
         tokens = int(np.sum(self._sizes, dtype=np.int64))
         self._shards.append(
             Shard(
-                name, len(self._sizes), tokens, tokens * self._dtype.itemsize, len(index), sha256,
+                name,
+                len(self._sizes),
+                tokens,
+                tokens * self._dtype.itemsize,
+                len(index),
+                sha256,
                 hashlib.sha256(index).hexdigest(),
             )
-        )  # fmt: skip
+        )
         self._sizes = []
 
-    def finish(self, left_out: Mapping[str, int] | None = None) -> Manifest:
+    def write_all(self, left_out: Mapping[str, int] | None = None) -> Manifest:
         """Write everything to disk, still under the temporary name. left_out: documents that were not added, by reason.
 
         Raises DataError if no document was added.
@@ -325,38 +322,43 @@ class TokenStoreWriter:
                     f"{self.folder}: no documents\n  why: a store without tokens cannot be trained on\n"
                     "  fix: name files that hold text"
                 )
-            (self._temporary / TOKENIZER).mkdir()
+            (self._unfinished.path / TOKENIZER).mkdir()
             for file in sorted(self._tokenizer_dir.iterdir()):
                 if file.name in TOKENIZER_FILES:
-                    write_synced(self._temporary / TOKENIZER / file.name, file.read_bytes())
+                    write_synced(self._unfinished.path / TOKENIZER / file.name, file.read_bytes())
             manifest = Manifest(
-                dtype=str(self._dtype), num_documents=sum(s.num_documents for s in self._shards),
-                num_tokens=sum(s.num_tokens for s in self._shards), text_bytes=self._text_bytes,
-                vocab_size=self._vocab_size, separator_id=self._separator_id,
-                tokenizer_fingerprint=fingerprint(self._tokenizer_dir), source=self._source,
-                fingerprint=shards_fingerprint(self._shards), shards=tuple(self._shards),
-                document_prefix=self._prefix, added_ids=self._added_ids(), linked=tuple(self._linked),
+                dtype=str(self._dtype),
+                num_documents=sum(s.num_documents for s in self._shards),
+                num_tokens=sum(s.num_tokens for s in self._shards),
+                text_bytes=self._text_bytes,
+                vocab_size=self._vocab_size,
+                separator_id=self._separator_id,
+                tokenizer_fingerprint=fingerprint(self._tokenizer_dir),
+                source=self._source,
+                fingerprint=shards_fingerprint(self._shards),
+                shards=tuple(self._shards),
+                document_prefix=self._prefix,
+                added_ids=self._added_ids(),
+                linked=tuple(self._linked),
                 left_out={reason: count for reason, count in (left_out or {}).items() if count},
-            )  # fmt: skip
-            write_synced(self._temporary / "manifest.json", manifest_bytes(manifest))
-            sync(self._temporary / TOKENIZER)
-            sync(self._temporary)
+            )
+            sync(self._unfinished.path / TOKENIZER)
+            write_manifest(self._unfinished.path, "manifest.json", manifest_bytes(manifest))
         self._manifest = manifest
         return manifest
 
     def _added_ids(self) -> tuple[int, ...] | None:
-        """Ids outside the trained vocabulary that were written; None unless every token was looked at."""
+        """Ids outside the trained vocabulary that were written; None unless every token was seen."""
         if self._num_seen != sum(s.num_tokens for s in self._shards):
             return None
         trained = trained_ids(self._tokenizer_dir)
         return tuple(int(i) for i in np.flatnonzero(self._seen) if i not in trained)
 
     def commit(self, left_out: Mapping[str, int] | None = None) -> Manifest:
-        """`finish`, then give the store its name: it is either there and whole, or not there."""
-        manifest = self.finish(left_out)
+        """`write_all`, then rename the store to `folder`. Raises as `write_all`."""
+        manifest = self.write_all(left_out)
         with _disk_errors(self.folder):
-            os.rename(self._temporary, self.folder)
-            sync(self.folder.parent)
+            self._unfinished.publish()
         return manifest
 
     def __enter__(self) -> TokenStoreWriter:
@@ -366,10 +368,8 @@ class TokenStoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            with contextlib.suppress(OSError):  # a full disk fails again at the flush; the file goes either way
-                self._file.close()
-        shutil.rmtree(self._temporary, ignore_errors=True)
-        os.close(self._lock)
+            self._file.close()
+        self._unfinished.close()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from itertools import takewhile
 from pathlib import Path
@@ -11,23 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from kdtrain.errors import ConfigError, DataError
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""Every file name that a Hugging Face tokenizer may consist of; its folder may hold a model's gigabytes, too."""
-
+from kdtrain.stores.checksums import sha256_of_json
 
 _ADDED_TOKEN = ("id", "content", "special", "single_word", "lstrip", "rstrip", "normalized")
 
@@ -44,22 +27,21 @@ def tokenizer_file(folder: str | Path) -> Path:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in `folder`, which encodes whole texts whatever its file says of truncation and padding.
+    """The tokenizer in `folder`, without the truncation and padding that its file may set.
 
     Raises ConfigError if there is none, DataError if it cannot be parsed.
     """
     path = tokenizer_file(folder)
-    _json(path)
     with _LibraryErrors(path):
         tokenizer = Tokenizer.from_file(str(path))
-    # the file keeps what its last user set for a model's inputs; a document is neither cut nor filled up
+    # The file may contain truncation and padding for a model's inputs; documents must be encoded whole.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
 class _LibraryErrors:
-    """Turns what `tokenizers` raises into a DataError. It raises bare `Exception`; a subclass is another error."""
+    """Turns errors of `tokenizers` into a DataError: it raises plain `Exception`; subclasses are other errors."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -69,6 +51,7 @@ class _LibraryErrors:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is Exception:
+            _json(self._path)
             raise DataError(
                 f"{self._path} is not a tokenizer that the tokenizers library reads: {error}\n"
                 "  fix: copy it again from the model it belongs to, or install a newer tokenizers"
@@ -106,11 +89,11 @@ def fingerprint(folder: str | Path) -> str:
         "pre_tokenizer": found.get("pre_tokenizer"),
         "added_tokens": added,
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(content)
 
 
 def vocab_size(folder: str | Path) -> int:
-    """The largest id plus one: the tokenizer's true size, whatever a model's padded head says. Raises as above."""
+    """The largest id plus one; a model's head may have more rows, as padding. Raises as above."""
     return size_of(load_tokenizer(folder), tokenizer_file(folder))
 
 
@@ -145,7 +128,7 @@ def prefix_of(tokenizer: Tokenizer, path: Path) -> list[int]:
             with _LibraryErrors(path):
                 known = len(tokenizer.encode(text, add_special_tokens=False).ids) > 0
         except DataError:
-            continue  # a vocabulary without an unknown token cannot write all of its own names
+            continue  # a vocabulary without an unknown token cannot encode all of its own names
         if known:
             found = tokenizer.encode(text, add_special_tokens=True)
             marked = zip(found.ids, found.special_tokens_mask, strict=True)

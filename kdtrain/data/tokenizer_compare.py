@@ -1,4 +1,4 @@
-"""Whether the ids of one tokenizer folder mean to another what they mean to itself."""
+"""Comparison of two tokenizers: whether their ids have the same meaning."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from kdtrain.data.tokenizer import fingerprint, load_tokenizer
+from kdtrain.data.tokenizer import fingerprint, load_tokenizer, tokenizer_file
 
 PROBES = (
     "Hello world",
@@ -20,15 +20,15 @@ PROBES = (
 """Ordinary text on which tokenizers of the same vocabulary but other rules usually differ."""
 
 SPECIAL_PROBE = "<|endoftext|> <|im_start|>"
-"""Names of added tokens; tokenizers may differ on it when one of them lacks a name that stands here."""
+"""Names of added tokens; not used when one of the tokenizers lacks one of them."""
 
 Names = tuple[str | None, str | None]
-"""What an id is called in the first and in the second tokenizer; None: no such id."""
+"""Name of an id in the first and in the second tokenizer; None: no such id."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """difference: why the ids of one mean nothing to the other; None when all but `unshared` mean the same.
+    """difference: why ids differ in meaning; None when all ids except `unshared` have the same meaning.
 
     unshared: ids of added tokens that only one of the two has, or that are other tokens in the other. Text that holds
     none of these tokens has the same ids in both.
@@ -39,10 +39,13 @@ class Comparison:
 
 
 def compare_tokenizers(first: str | Path, second: str | Path) -> Comparison:
-    """Hold two folders against each other: probe strings, then every id's name.
+    """Compare two folders by probe strings, then by every id's name.
 
-    Equal fingerprints need no look. Raises as `load_tokenizer`.
+    Equal files or fingerprints need no comparison. Raises as `load_tokenizer`.
     """
+    if tokenizer_file(first).read_bytes() == tokenizer_file(second).read_bytes():
+        load_tokenizer(first)  # refuses what is no tokenizer
+        return Comparison(None)
     if fingerprint(first) == fingerprint(second):
         return Comparison(None)
     a, b = load_tokenizer(first), load_tokenizer(second)

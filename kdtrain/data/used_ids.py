@@ -17,20 +17,20 @@ REPORT_EVERY_S = 10.0
 
 
 class Tokens(Protocol):
-    """What is read: the tokens of a store."""
+    """Tokens of a store."""
 
     path: Path
 
     @property
     def num_tokens(self) -> int:
-        """All of them."""
+        """Number of tokens."""
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop), int64."""
 
 
 def scan_ids(store: Tokens, wanted: Collection[int]) -> list[int]:
-    """Those of `wanted`, ids of at least 0, that occur in `store`, ascending; a line of progress every ten seconds."""
+    """The ids of `wanted` (at least 0) that occur in `store`, ascending. Logs progress every ten seconds."""
     ids = np.array(sorted(wanted), dtype=np.int64)
     if len(ids) == 0:
         return []
@@ -41,5 +41,5 @@ def scan_ids(store: Tokens, wanted: Collection[int]) -> list[int]:
         seen[tokens[(tokens >= 0) & (tokens < len(seen))]] = True
         if time.monotonic() - last > REPORT_EVERY_S:
             last = time.monotonic()
-            LOGGER.info("data     looking through %s: %.0f %%", store.path, 100 * start / store.num_tokens)
+            LOGGER.info("data     scanning %s: %.0f %%", store.path, 100 * start / store.num_tokens)
     return [int(i) for i in ids[seen[ids]]]

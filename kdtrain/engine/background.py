@@ -1,7 +1,7 @@
-"""Checkpoints written while training goes on: the same bytes as `checkpoint.save`'s, by a thread of every rank.
+"""Checkpoints written while training continues: the same bytes as those of `checkpoint.save`, by a thread per rank.
 
-A step waits only until this rank's slices have been copied to host memory. The threads never communicate: in the
-all-reduce that each step makes anyway ranks say whether they are `busy`, then all enter the next stage (`advance`).
+A step waits only until this rank's slices have been copied to host memory. The threads never communicate: `busy` is
+reduced in the all-reduce that each step makes anyway; when no rank is busy, all enter the next stage (`advance`).
 """
 
 from __future__ import annotations
@@ -15,15 +15,23 @@ from typing import Any
 
 import torch
 
-from kdtrain.dist.mesh import Mesh
-from kdtrain.engine.commit import Description, Place, complete, gather_on_main, prepare, together, undone_if_it_fails
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.engine.commit import (
+    CheckpointPath,
+    Description,
+    all_ranks_or_raise,
+    complete,
+    gather_on_main,
+    prepare,
+    rollback_on_error,
+)
 from kdtrain.engine.slices import Fragment, writable, write_slices
 
 BLOCK_BYTES = 1 << 28
-"""Pinned memory comes in powers of two; in blocks of this size no more than one of them is rounded up."""
+"""CUDA rounds pinned allocations up to a power of two; with blocks of this size only the last one is rounded."""
 
 Task = Callable[[], Any]
-Tidy = Callable[[Path], None]
+Prune = Callable[[Path], None]
 Stages = Generator[tuple[str, Task], Any, None]
 
 
@@ -41,7 +49,7 @@ class Snapshot:
         return sum(4 * block.numel() for block in self._blocks)
 
     def take(self, fragments: Sequence[Fragment]) -> None:
-        """Copy float32 `fragments` one after the other, replacing what was held. Synchronises the device."""
+        """Copy float32 `fragments` one after the other, replacing the former content. Synchronises the device."""
         self._used = sum(fragment.tensor.numel() for fragment in fragments)
         self._grow()
         size, at = BLOCK_BYTES // 4, 0
@@ -56,7 +64,7 @@ class Snapshot:
             torch.cuda.synchronize(self._device)
 
     def data(self) -> Iterator[memoryview]:
-        """What was taken, in order."""
+        """The bytes of the copied fragments, in order."""
         left = self._used
         for block in self._blocks:
             if left:
@@ -68,7 +76,7 @@ class Snapshot:
         held = sum(block.numel() for block in self._blocks)
         if held >= self._used:
             return
-        self._blocks.clear()  # freed before the new ones are asked for
+        self._blocks.clear()  # freed before the new ones are allocated
         left, pinned = self._used, self._device.type == "cuda"
         while left:
             count = min(left, BLOCK_BYTES // 4)
@@ -77,17 +85,17 @@ class Snapshot:
 
 
 class BackgroundWriter:
-    """Writes one checkpoint at a time. Every rank holds one and calls the same methods at the same steps, but `busy`.
+    """Writes one checkpoint at a time. Every rank holds one and calls its methods, except `busy`, at the same steps.
 
-    A checkpoint goes through stages: every rank writes its file; rank 0 makes the folder a checkpoint; rank 0 tidies
-    up. Whatever fails on one rank in a stage raises on all of them when it is left, as it would have in `save`.
+    A checkpoint goes through stages: every rank writes its file; rank 0 completes the folder; rank 0 removes old
+    checkpoints. A failure of one rank in a stage raises on all ranks at the end of the stage, as in `save`.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
         self._mesh = mesh
         self._snapshot = Snapshot(device)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kdtrain-checkpoint")
-        self._place: Place | None = None
+        self._place: CheckpointPath | None = None
         self._stages: Stages | None = None
         self._failure = ""
         self._future: Future[Any] | None = None
@@ -99,7 +107,7 @@ class BackgroundWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether this rank's thread is still at work on the present stage. Neither communicates nor waits."""
+        """Whether this rank's thread is still working on the current stage. Neither communicates nor waits."""
         return self._future is not None and not self._future.done()
 
     @property
@@ -108,31 +116,36 @@ class BackgroundWriter:
         return self._snapshot.num_bytes
 
     def begin(
-        self, root: Path, about: Description, fragments: Sequence[Fragment], adam_steps: dict[str, int], *,
-        tidy: Tidy = lambda saved: None,
-    ) -> Path:  # fmt: skip
-        """Copy `fragments` and begin to write `root`/step_NNNNNN; the path it will have.
+        self,
+        root: Path,
+        about: Description,
+        fragments: Sequence[Fragment],
+        adam_steps: dict[str, int],
+        *,
+        prune: Prune = lambda saved: None,
+    ) -> Path:
+        """Copy `fragments`, begin to write `root`/step_NNNNNN and return that path.
 
-        about, fragments, adam_steps: as for `checkpoint.write_checkpoint`. tidy: called with the path on rank 0 once it
-        exists, may raise CheckpointError. Communicates: one all-gather of None or a message. Raises CheckpointError on
-        all ranks when the folder cannot be made; RuntimeError while another one is in flight.
+        about, fragments, adam_steps: as for `checkpoint.write_checkpoint`. prune: called on rank 0 with the path once
+        it exists, may raise CheckpointError. Communicates: one all-gather of None or a message. Raises CheckpointError
+        on all ranks when the folder cannot be made; RuntimeError while another one is in flight.
         """
         if self._place is not None:
-            raise RuntimeError(f"{self._place.final} is still being written; finish it first")
-        state = json.loads(json.dumps(about.state))  # as it is now, whatever the caller does with it
-        place = Place(root, about.step)
-        together(self._mesh, place.failure, lambda: prepare(place) if self._mesh.is_main else None)
+            raise RuntimeError(f"{self._place.final} is still being written; wait for it first")
+        state = json.loads(json.dumps(about.state))  # a copy: the caller may change it while training continues
+        place = CheckpointPath(root, about.step)
+        all_ranks_or_raise(self._mesh, place.failure, lambda: prepare(place) if self._mesh.is_main else None)
         kept = writable(place.rank_file(self._mesh.rank), fragments)
         self._snapshot.take(kept)
         self._place = place
-        self._stages = self._through(place, replace(about, state=state), kept, adam_steps, tidy)
+        self._stages = self._run_stages(place, replace(about, state=state), kept, adam_steps, prune)
         self._start(next(self._stages))
         return place.final
 
     def advance(self) -> Path | None:
-        """Leave the present stage for the next; the checkpoint's path when the last one was left, else None.
+        """End the current stage and start the next; returns the checkpoint's path after the last stage, else None.
 
-        Every rank must call it, when none is `busy`, or the slowest will be waited for. Nothing happens when none is in
+        Every rank must call it; it waits for the slowest unless no rank is `busy`. Does nothing without a checkpoint in
         flight. Communicates: one all-gather of None or a message, after the first stage also one gather of small
         objects. Raises CheckpointError on all ranks; former checkpoints are then as they were.
         """
@@ -140,19 +153,19 @@ class BackgroundWriter:
             return None
         place, stages = self._place, self._stages
         try:
-            with undone_if_it_fails(self._mesh, place):
-                answer = together(self._mesh, self._failure, self._future.result)
-            self._start(stages.send(answer))
+            with rollback_on_error(self._mesh, place):
+                result = all_ranks_or_raise(self._mesh, self._failure, self._future.result)
+            self._start(stages.send(result))
         except StopIteration:
-            self._forget()
+            self._reset()
             return place.final
         except BaseException:
-            self._forget()
+            self._reset()
             raise
         return None
 
-    def finish(self) -> Path | None:
-        """Wait for the checkpoint in flight, if there is one; its path. Every rank must call it.
+    def wait(self) -> Path | None:
+        """Wait for the checkpoint in flight and return its path, None if there is none. Every rank must call it.
 
         Raises as `advance`.
         """
@@ -161,20 +174,25 @@ class BackgroundWriter:
             self.advance()
         return path
 
-    def _through(
-        self, place: Place, about: Description, kept: Sequence[Fragment], adam_steps: dict[str, int], tidy: Tidy
+    def _run_stages(
+        self,
+        place: CheckpointPath,
+        about: Description,
+        kept: Sequence[Fragment],
+        adam_steps: dict[str, int],
+        prune: Prune,
     ) -> Stages:
-        """Yields (what a failure's message begins with, this rank's work), stage by stage."""
-        mesh, slices = self._mesh, [fragment.describe() for fragment in kept]
+        """Yields (beginning of an error message, this rank's work), stage by stage."""
+        mesh, slices = self._mesh, [fragment.as_slice() for fragment in kept]
         path = place.rank_file(mesh.rank)
         entry = yield place.failure, lambda: write_slices(path, slices, self._snapshot.data())
-        answers = gather_on_main(mesh, (entry, adam_steps))
-        yield place.failure, lambda: complete(place, about, answers) if mesh.is_main else None
-        yield f"{place.root} was not tidied", lambda: tidy(place.final) if mesh.is_main else None
+        written = gather_on_main(mesh, (entry, adam_steps))
+        yield place.failure, lambda: complete(place, about, written) if mesh.is_main else None
+        yield f"{place.root} was not pruned", lambda: prune(place.final) if mesh.is_main else None
 
     def _start(self, stage: tuple[str, Task]) -> None:
         self._failure, work = stage
         self._future = self._pool.submit(work)
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._place, self._stages, self._future = None, None, None

@@ -1,12 +1,11 @@
-"""Checkpoints of a run: written by all ranks at once, complete or not there at all, readable in any layout.
+"""Checkpoints of a run: written by all ranks, complete or absent, readable in any layout.
 
 A checkpoint is a folder step_NNNNNN: one safetensors file per writing rank (`slices`) and checkpoint.json (`manifest`);
-`commit` says when it exists. Reading one needs neither DeepSpeed nor a process group.
+`commit` has the steps of writing one. Reading one needs neither DeepSpeed nor a process group.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.commit import (
+    CheckpointPath,
     Description,
-    Place,
+    all_ranks_or_raise,
     candidates,
     complete,
     folder_name,
@@ -25,18 +25,18 @@ from kdtrain.engine.commit import (
     is_complete,
     prepare,
     remove_older,
-    together,
-    undone_if_it_fails,
+    rollback_on_error,
 )
 from kdtrain.engine.manifest import MANIFEST, VOLATILE, DamagedCheckpoint, Manifest, model_fingerprint
 from kdtrain.engine.slices import CheckpointReader, Fragment, write_rank_file
 from kdtrain.errors import CheckpointError
 from kdtrain.log import LOGGER
+from kdtrain.stores.checksums import sha256_of
 
 __all__ = ["Description", "folder_name", "is_complete"]
 
 if TYPE_CHECKING:
-    from kdtrain.engine.background import BackgroundWriter, Tidy
+    from kdtrain.engine.background import BackgroundWriter, Prune
     from kdtrain.engine.zero import StudentEngine
     from kdtrain.models.backbone import Backbone
 
@@ -51,23 +51,23 @@ def save(root: Path, engine: StudentEngine, *, step: int, state: dict[str, Any])
     from kdtrain.engine import zero_state
 
     fragments = list(zero_state.local_fragments(engine))
-    about = describe(engine, step, state)
+    about = description_of(engine, step, state)
     return write_checkpoint(root, engine.mesh, about, fragments, zero_state.local_adam_steps(engine))
 
 
-def save_behind(
-    writer: BackgroundWriter, root: Path, engine: StudentEngine, *, step: int, state: dict[str, Any], tidy: Tidy
+def save_async(
+    writer: BackgroundWriter, root: Path, engine: StudentEngine, *, step: int, state: dict[str, Any], prune: Prune
 ) -> Path:
-    """As `save`, but returns once the slices have been copied; `writer` does the rest, see there for `tidy`."""
+    """As `save`, but returns after the slices have been copied; `writer` does the rest, see there for `prune`."""
     from kdtrain.engine import zero_state
 
     fragments = list(zero_state.local_fragments(engine))
     adam_steps = zero_state.local_adam_steps(engine)
-    return writer.begin(root, describe(engine, step, state), fragments, adam_steps, tidy=tidy)
+    return writer.begin(root, description_of(engine, step, state), fragments, adam_steps, prune=prune)
 
 
-def describe(engine: StudentEngine, step: int, state: dict[str, Any]) -> Description:
-    """What a checkpoint of `engine` says besides its slices. Does not communicate."""
+def description_of(engine: StudentEngine, step: int, state: dict[str, Any]) -> Description:
+    """Content of a checkpoint of `engine` besides its slices. Does not communicate."""
     mesh, backbone = engine.mesh, engine.backbone
     layout = {
         "tp": mesh.tp_size,
@@ -80,11 +80,11 @@ def describe(engine: StudentEngine, step: int, state: dict[str, Any]) -> Descrip
 
 
 def load(folder: Path, engine: StudentEngine) -> dict[str, Any]:
-    """Bring weights, moments and AdamW step counts to where `folder` was written, in any layout; its `state`.
+    """Restore weights, moments and AdamW step counts from `folder`, in any layout; returns its `state`.
 
-    Every rank must call it. All bytes are checked against their sha256, the ranks sharing out the files. Communicates:
-    small objects, and one all-gather of working parameters. Raises CheckpointError on all ranks when the checkpoint is
-    damaged or of another model; the engine must then not be used.
+    Every rank must call it. All bytes are checked against their sha256; each rank checks a part of the files.
+    Communicates: small objects, and one all-gather of working parameters. Raises CheckpointError on all ranks when the
+    checkpoint is damaged or of another model; the engine must then not be used.
     """
     from kdtrain.engine import zero_state
 
@@ -97,7 +97,7 @@ def load(folder: Path, engine: StudentEngine) -> dict[str, Any]:
             zero_state.restore_local(engine, reader)
             return reader.manifest.state
 
-    state: dict[str, Any] = together(mesh, f"checkpoint {folder} was not loaded", read)
+    state: dict[str, Any] = all_ranks_or_raise(mesh, f"checkpoint {folder} was not loaded", read)
     zero_state.refresh_parameters(engine)
     return state
 
@@ -108,7 +108,7 @@ def check_model(folder: Path, backbone: Backbone) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `state` that was given to `save`. Reads checkpoint.json only. Raises CheckpointError."""
+    """The `state` that was passed to `save`. Reads checkpoint.json only. Raises CheckpointError."""
     return Manifest.read(folder).state
 
 
@@ -136,31 +136,31 @@ def read_full_parameters(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def find_latest(root: Path) -> Path | None:
     """The newest complete checkpoint below `root`, None if there is none. Does not communicate.
 
-    Incomplete ones that are newer are passed over with a warning. Raises CheckpointError for one of a newer kdtrain.
+    Incomplete ones that are newer are skipped with a warning. Raises CheckpointError for one of a newer kdtrain.
     """
     for _, folder in sorted(candidates(root), reverse=True):
         try:
             Manifest.read(folder).check_files(folder)
         except DamagedCheckpoint as error:
-            LOGGER.warning("passed over: %s", error)
+            LOGGER.warning("skipped: %s", error)
             continue
         return folder
     return None
 
 
 def step_of(folder: Path) -> int:
-    """Optimizer steps that a complete checkpoint has behind it. Raises CheckpointError for a folder that is none."""
+    """Optimizer steps made before a complete checkpoint was saved. Raises CheckpointError for a folder that is none."""
     return Manifest.read(folder).step
 
 
 def any_folder(root: Path) -> bool:
-    """Whether `root` holds anything that was to be a checkpoint, complete or not."""
+    """Whether `root` holds a checkpoint, complete or not."""
     return bool(candidates(root))
 
 
 def identity(folder: Path) -> str:
-    """16 hex digits that no other checkpoint has: of its checkpoint.json, which has every file's sha256."""
-    return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()[:16]
+    """16 hex digits that identify a checkpoint: of its checkpoint.json, which has every file's sha256."""
+    return sha256_of(folder / MANIFEST)[:16]
 
 
 def size_bytes(folder: Path) -> int:
@@ -180,24 +180,24 @@ def retain(
     if keep_last < 1 or (keep_every is not None and keep_every < 1):
         raise ValueError(f"keep_last and keep_every must be at least 1, got {keep_last} and {keep_every}")
 
-    def tidy() -> None:
+    def prune() -> None:
         if mesh.is_main:
             remove_older(root, keep_last, keep_every, just_saved)
 
-    together(mesh, f"{root} was not tidied", tidy)
+    all_ranks_or_raise(mesh, f"{root} was not pruned", prune)
 
 
 def write_checkpoint(
     root: Path, mesh: Mesh, about: Description, fragments: Iterable[Fragment], adam_steps: dict[str, int]
 ) -> Path:
     """Write `root`/step_NNNNNN from every rank's fragments; see `save`. adam_steps: of the parameters in them."""
-    json.dumps(about.state)  # a TypeError must come before the first collective, on all ranks
-    place = Place(root, about.step)
-    together(mesh, place.failure, lambda: prepare(place) if mesh.is_main else None)
-    with undone_if_it_fails(mesh, place):
-        entry = together(mesh, place.failure, lambda: write_rank_file(place.rank_file(mesh.rank), fragments))
-        answers = gather_on_main(mesh, (entry, adam_steps))
-        together(mesh, place.failure, lambda: complete(place, about, answers) if mesh.is_main else None)
+    json.dumps(about.state)  # raises TypeError on all ranks, before the first collective
+    place = CheckpointPath(root, about.step)
+    all_ranks_or_raise(mesh, place.failure, lambda: prepare(place) if mesh.is_main else None)
+    with rollback_on_error(mesh, place):
+        entry = all_ranks_or_raise(mesh, place.failure, lambda: write_rank_file(place.rank_file(mesh.rank), fragments))
+        written = gather_on_main(mesh, (entry, adam_steps))
+        all_ranks_or_raise(mesh, place.failure, lambda: complete(place, about, written) if mesh.is_main else None)
     return place.final
 
 
@@ -209,7 +209,7 @@ def _config_of(backbone: Backbone) -> dict[str, Any]:
 def check_config(folder: Path, config: dict[str, Any]) -> None:
     """Raises CheckpointError, naming both values, unless common keys of the saved model's config and `config` agree.
 
-    What `load` finds wrong with the config of a model, before there is a model. Reads checkpoint.json only.
+    The same check of the config as in `load`, for callers that have no model yet. Reads checkpoint.json only.
     """
     if differ := _config_differences(Manifest.read(folder).config, config):
         raise CheckpointError(_another_model(folder, differ))

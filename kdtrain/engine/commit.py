@@ -1,7 +1,7 @@
-"""What makes a folder a checkpoint: prepared, filled by all ranks, complete or not there at all, and removed in time.
+"""The steps that make a folder a checkpoint: prepare it, let all ranks write into it, complete it, remove old ones.
 
-`checkpoint` says what the steps are; `background` takes the same ones while training goes on. A checkpoint is built
-as .step_NNNNNN.writing and renamed when complete, so a kill at any moment leaves the former ones untouched.
+`checkpoint` runs them while training waits, `background` while training continues. A checkpoint is built as
+.step_NNNNNN.writing and renamed when complete, so that a kill at any moment leaves the former ones untouched.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from kdtrain.dist.collectives import gather_objects
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import gather_objects
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.manifest import (
     MANIFEST,
     DamagedCheckpoint,
@@ -28,22 +28,22 @@ from kdtrain.engine.manifest import (
     model_fingerprint,
 )
 from kdtrain.errors import CheckpointError
-from kdtrain.files import sync, write_synced
-from kdtrain.parallel.cut import Cut
+from kdtrain.parallel.shard_spec import ShardSpec
+from kdtrain.stores.folders import publish, write_manifest
 
 _NAME = re.compile(r"step_(\d{6,})")
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a checkpoint says besides its slices. Equal on all ranks, but for `state`, of which rank 0's is kept.
+    """Content of a checkpoint besides its slices. Equal on all ranks except `state`, of which rank 0's is written.
 
     cuts: of the layout that saves. layout, config, state: JSON-able.
     """
 
     step: int
     shapes: dict[str, tuple[int, ...]]
-    cuts: dict[str, Cut]
+    cuts: dict[str, ShardSpec]
     layout: dict[str, Any]
     config: dict[str, Any]
     state: dict[str, Any]
@@ -55,25 +55,25 @@ def folder_name(step: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a checkpoint of `step` is built and where it will be, below `root`."""
+class CheckpointPath:
+    """Paths of a checkpoint of `step` below `root`, while it is written and afterwards."""
 
     root: Path
     step: int
 
     @property
     def final(self) -> Path:
-        """The folder's name once it is a checkpoint."""
+        """The folder once it is complete."""
         return self.root / folder_name(self.step)
 
     @property
     def temporary(self) -> Path:
-        """Its name until then."""
+        """The folder until then."""
         return self.root / f".{folder_name(self.step)}.writing"
 
     @property
     def failure(self) -> str:
-        """What an error's message begins with."""
+        """Beginning of an error message."""
         return f"checkpoint {self.final} was not saved"
 
     def rank_file(self, rank: int) -> Path:
@@ -82,7 +82,7 @@ class Place:
 
 
 def candidates(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of all checkpoints below root, unordered; one that steps aside counts while it is alone."""
+    """(step, folder) of all checkpoints below root, unordered; a retired one counts if no other has its step."""
     if not root.is_dir():
         return []
     found: dict[int, Path] = {}
@@ -94,8 +94,8 @@ def candidates(root: Path) -> list[tuple[int, Path]]:
     return list(found.items())
 
 
-def prepare(place: Place) -> None:
-    """On rank 0: remove what interrupted saves and removals left, and make the folder that all ranks write into."""
+def prepare(place: CheckpointPath) -> None:
+    """On rank 0: remove leftovers of interrupted saves and removals; create the folder that all ranks write into."""
     root = place.root
     root.mkdir(parents=True, exist_ok=True)
     replaced = [
@@ -106,18 +106,18 @@ def prepare(place: Place) -> None:
     place.temporary.mkdir()
 
 
-def complete(place: Place, about: Description, answers: list[tuple[FileEntry, dict[str, int]]]) -> None:
-    """On rank 0, once all files are written: checkpoint.json, then the rename that makes the checkpoint exist.
+def complete(place: CheckpointPath, about: Description, written: list[tuple[FileEntry, dict[str, int]]]) -> None:
+    """On rank 0, after all files are written: write checkpoint.json, then rename the folder.
 
-    answers: of each rank, its file and AdamW's step count of every parameter in it. Raises OSError, CheckpointError.
+    written: of each rank, its file and AdamW's step count of every parameter in it. Raises OSError, CheckpointError.
     """
     temporary = place.temporary
     steps: dict[str, int] = {}
-    for _, some in answers:
-        for name, step in some.items():
+    for _, adam_steps in written:
+        for name, step in adam_steps.items():
             if steps.setdefault(name, step) != step:
                 raise CheckpointError(f"{name}: ranks disagree about AdamW's step count, {steps[name]} and {step}")
-    files = tuple(entry for entry, _ in answers if entry.slices)
+    files = tuple(entry for entry, _ in written if entry.slices)
     manifest = Manifest(
         step=about.step,
         layout=about.layout,
@@ -131,27 +131,16 @@ def complete(place: Place, about: Description, answers: list[tuple[FileEntry, di
         state=about.state,
     )
     manifest.check_coverage(temporary)
-    for entry, _ in answers:
+    for entry, _ in written:
         if not entry.slices:
             (temporary / entry.file).unlink(missing_ok=True)
     # Fails here when the ranks do not share the file system.
     manifest.check_files(temporary)
-    write_synced(temporary / MANIFEST, manifest.to_json().encode())
-    sync(temporary)
-    _put_in_place(temporary, place.final)
-
-
-def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename; a former folder of the same step steps aside first, under a name that `find_latest` still finds."""
-    aside = final.parent / f".{final.name}.replaced"
-    if final.exists():
-        if aside.exists():
-            shutil.rmtree(aside)
-        os.rename(final, aside)
-    os.rename(temporary, final)
-    sync(final.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
+    write_manifest(temporary, MANIFEST, manifest.to_json().encode())
+    retired = place.root / f".{place.final.name}.replaced"  # `candidates` finds it while it is the only one
+    publish(temporary, place.final, retired)
+    if retired.exists():
+        shutil.rmtree(retired)
 
 
 def is_complete(folder: Path) -> bool:
@@ -167,20 +156,21 @@ def is_complete(folder: Path) -> bool:
 
 
 def remove_older(root: Path, keep_last: int, keep_every: int | None, just_saved: Path) -> None:
-    """Remove complete checkpoints older than the `keep_last` newest, but those at multiples of keep_every.
+    """Remove complete checkpoints older than the `keep_last` newest, except those at multiples of keep_every.
 
-    Never `just_saved`. Damaged ones do not count and are left for a person to look at. A folder is renamed before it
-    is emptied, so that a kill leaves no half-empty checkpoint. Raises CheckpointError when the file system refuses.
+    Never removes `just_saved`. Damaged ones do not count and are kept for inspection. A folder is renamed before its
+    files are deleted, so that a kill leaves no half-empty checkpoint. Raises CheckpointError when the file system
+    refuses.
     """
     found = {step: folder for step, folder in candidates(root) if is_complete(folder)}
     for step in sorted(found)[:-keep_last]:
         folder = found[step]
         if folder == just_saved or (keep_every is not None and step % keep_every == 0):
             continue
-        doomed = root / f".{folder.name.strip('.')}.removing"
+        removing = root / f".{folder.name.strip('.')}.removing"
         try:
-            os.rename(folder, doomed)
-            shutil.rmtree(doomed)
+            os.rename(folder, removing)
+            shutil.rmtree(removing)
         except OSError as error:
             raise CheckpointError(
                 f"{folder} cannot be removed: {_reason(error)}\n"
@@ -190,54 +180,60 @@ def remove_older(root: Path, keep_last: int, keep_every: int | None, just_saved:
 
 
 @contextmanager
-def undone_if_it_fails(mesh: Mesh, place: Place) -> Iterator[None]:
-    """A CheckpointError in the block, which all ranks raise, leaves nothing of `place` behind. Then: one barrier."""
+def rollback_on_error(mesh: Mesh, place: CheckpointPath) -> Iterator[None]:
+    """Remove the unfinished folder of `place` if the block raises CheckpointError, which it must on all ranks.
+
+    Communicates: one barrier in that case.
+    """
     try:
         yield
     except CheckpointError:
         if mesh.is_main:
             shutil.rmtree(place.temporary, ignore_errors=True)
         if mesh.world_size > 1:
-            dist.barrier(group=mesh.world_group)  # no rank reports the failure, and ends the job, before it is undone
+            # All ranks wait for rank 0 here: a rank that raised earlier could end the job before the folder is removed.
+            dist.barrier(group=mesh.world_group)
         raise
 
 
-def together(mesh: Mesh, what: str, action: Callable[[], Any]) -> Any:
-    """Run `action` on every rank and return its answer; if it failed on any rank, CheckpointError on all of them.
+def all_ranks_or_raise(mesh: Mesh, what: str, action: Callable[[], Any]) -> Any:
+    """Run `action` on every rank and return its result; if it failed on any rank, raise CheckpointError on all.
 
     Communicates: one all-gather of None or a message.
     """
-    answer: Any = None
+    result: Any = None
     problem: str | None = None
     cause: Exception | None = None
     try:
-        answer = action()
+        result = action()
     except OSError as error:
         fix = "free space, check quota, permissions and that all hosts share this file system"
         problem, cause = f"{error.filename or what}: {_reason(error)}\n  fix: {fix}", error
     except CheckpointError as error:
         problem, cause = str(error), error
-    told = gather_objects(problem, mesh.world_group)
-    failed = [(rank, text) for rank, text in enumerate(told) if text is not None]
+    # Every rank needs every other's outcome: a rank that raised alone would leave the others in their next collective.
+    problems = gather_objects(problem, mesh.world_group)
+    failed = [(rank, text) for rank, text in enumerate(problems) if text is not None]
     if failed:
         rank, text = failed[0]
         others = "" if len(failed) == 1 else f" (and {len(failed) - 1} more ranks)"
         raise CheckpointError(f"{what}: rank {rank}{others}: {text}") from cause
-    return answer
+    return result
 
 
 def gather_on_main(mesh: Mesh, value: Any) -> list[Any]:
     """Every rank's value on rank 0, in rank order; an empty list elsewhere."""
     if mesh.world_size == 1:
         return [value]
-    answers: list[Any] | None = [None] * mesh.world_size if mesh.is_main else None
-    dist.gather_object(value, answers, dst=0, group=mesh.world_group)
-    return answers or []
+    gathered: list[Any] | None = [None] * mesh.world_size if mesh.is_main else None
+    # Only rank 0 writes checkpoint.json, which lists the files and step counts of all ranks.
+    dist.gather_object(value, gathered, dst=0, group=mesh.world_group)
+    return gathered or []
 
 
 def _reason(error: OSError) -> str:
     return f"[Errno {error.errno}] {error.strerror}"
 
 
-def _unpadded(cut: Cut | None) -> Cut | None:
-    return None if cut is None else Cut(cut.dim, cut.pieces, segments=cut.segments)
+def _unpadded(cut: ShardSpec | None) -> ShardSpec | None:
+    return None if cut is None else ShardSpec(cut.dim, cut.shards, segments=cut.segments)

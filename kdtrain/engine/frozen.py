@@ -1,8 +1,9 @@
-"""A frozen model whose weights ZeRO-3 holds in pieces over the data ranks, perhaps in host memory."""
+"""A frozen model whose weights ZeRO-3 divides among the data ranks, optionally in host memory."""
 
 from __future__ import annotations
 
 import io
+import os
 from contextlib import redirect_stdout
 from typing import Any, cast
 
@@ -11,10 +12,11 @@ import torch
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 
+from kdtrain.batch import Batch
 from kdtrain.config.deepspeed_config import frozen_config
-from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import HeadShard
+from kdtrain.engine.process import import_muon
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.load import move_buffers
@@ -22,7 +24,7 @@ from kdtrain.parallel.experts import expert_modules
 
 
 class _Body(nn.Module):
-    """A root for DeepSpeed's hooks that stops before the head, which is then never gathered."""
+    """The root module for DeepSpeed's hooks. It ends before the head, which is therefore never gathered."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -37,7 +39,7 @@ class FrozenEngine:
 
     backbone: frozen, cut over mesh already, in host memory, where every rank must have room for it once; parameter by
     parameter its weights are divided among mesh's data ranks and freed elsewhere. mesh: the teacher's own. offload:
-    keep the pieces in host memory. Build it before the student's engine. Every rank must construct it, and call it
+    keep the parts in host memory. Build it before the student's engine. Every rank must construct it, and call it
     equally often with batches of one shape. Communicates: per layer and call one all-gather of its weights over the
     data ranks.
     """
@@ -45,24 +47,27 @@ class FrozenEngine:
     def __init__(self, backbone: Backbone, mesh: Mesh, *, device: torch.device, dtype: str, offload: bool) -> None:
         full = backbone.lm_head_shard
         bias = None if full.bias is None else full.bias.detach().to(device, copy=True)
-        # The loss multiplies with these rows outside of any module: they stay whole on this rank.
+        # The loss uses these rows outside of any module, where DeepSpeed gathers nothing: they stay whole on this rank.
         self.head = HeadShard(full.weight.detach().to(device, copy=True), bias, full.logit_scale, full.softcap)
         body = _Body(backbone)
         for _, experts in expert_modules(backbone):
-            # How often experts call what is inside them depends on a rank's tokens, but DeepSpeed fetches ahead in the
-            # order of calls it recorded, which must be the same on all ranks. Nothing is recorded inside a leaf.
+            # Which modules inside the experts run depends on a rank's tokens, but DeepSpeed prefetches weights in the
+            # order of calls that it recorded, which must be the same on all ranks. It records nothing inside a leaf.
             set_z3_leaf_module(experts, True)
-        with redirect_stdout(io.StringIO()) as said:
-            # Before `initialize`, which would first move an undivided model to the device, whole.
+        import_muon(os.environ)
+        with redirect_stdout(io.StringIO()) as printed:
+            # Before `initialize`, which would first move an undivided model to the device.
             deepspeed.zero.Init(
-                module=body, data_parallel_group=mesh.get_data_parallel_group(),
-                config_dict_or_path=frozen_config(dtype, offload=offload), mpu=mesh,
-            )  # fmt: skip
+                module=body,
+                data_parallel_group=mesh.get_data_parallel_group(),
+                config_dict_or_path=frozen_config(dtype, offload=offload),
+                mpu=mesh,
+            )
             move_buffers(body, device)
             self.deepspeed: Any = deepspeed.initialize(
                 model=body, config=frozen_config(dtype, offload=offload), mpu=mesh, dist_init_required=False
             )[0]
-        LOGGER.debug("DeepSpeed said while starting the frozen engine: %s", said.getvalue())
+        LOGGER.debug("DeepSpeed printed while starting the frozen engine: %s", printed.getvalue())
         self.deepspeed.eval()
 
     @torch.no_grad()
@@ -71,5 +76,5 @@ class FrozenEngine:
         return cast(Tensor, self.deepspeed(batch))
 
     def close(self) -> None:
-        """Give DeepSpeed's hooks and buffers back."""
+        """Release DeepSpeed's hooks and buffers."""
         self.deepspeed.destroy()

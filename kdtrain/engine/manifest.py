@@ -1,4 +1,4 @@
-"""What `checkpoint.json` says: parameters, how they were cut, and which file holds which slice. No tensors here.
+"""Content of `checkpoint.json`: parameters, how they were cut, and which file holds which slice. No tensors here.
 
 A saved piece (one tensor-parallel rank's part of a parameter, padding dropped) is stored as flat slices. The *saved
 order* of a parameter is its pieces one after the other, each in row-major order; for a parameter that is replicated
@@ -7,7 +7,6 @@ or cut along dim 0 that is the row-major order of the full parameter.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from kdtrain.errors import CheckpointError
-from kdtrain.parallel.cut import Cut
+from kdtrain.parallel.shard_spec import ShardSpec
+from kdtrain.stores.checksums import sha256_of_json
 
 MANIFEST = "checkpoint.json"
 FORMAT = "kdtrain-checkpoint"
@@ -47,7 +47,7 @@ VOLATILE = frozenset(
 
 
 class DamagedCheckpoint(CheckpointError):
-    """Something that was written is missing or changed, or was never completed."""
+    """A file of a checkpoint is missing or changed, or the checkpoint was never completed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +71,14 @@ class ParameterEntry:
     """A parameter's full, unpadded shape, its cut when saved (None: replicated) and AdamW's step count."""
 
     shape: tuple[int, ...]
-    cut: Cut | None
+    cut: ShardSpec | None
     adam_step: int
 
     def pieces(self) -> list[int]:
         """Elements of each saved piece, by tp rank; 0 for one that a lower rank has saved."""
         if self.cut is None:
             return [math.prod(self.shape)]
-        return [0 if self.cut.is_copy(rank) else self.held(rank) for rank in range(self.cut.tp_size)]
+        return [0 if self.cut.is_replica(rank) else self.held(rank) for rank in range(self.cut.tp_size)]
 
     def held(self, tp_rank: int) -> int:
         """Elements that `tp_rank` holds, padding left out."""
@@ -103,7 +103,7 @@ class Manifest:
     """All of `checkpoint.json`.
 
     layout: tp, dp, cp, ZeRO stage and dtype of the run that saved. config: the model's Hugging Face config.
-    fingerprint: of config and shapes, for people to compare. state: the caller's.
+    fingerprint: of config and shapes, shown in messages. state: the caller's.
     """
 
     step: int
@@ -198,7 +198,7 @@ class Manifest:
 
 
 def damaged(path: Path, what: str) -> DamagedCheckpoint:
-    """The error for a file of a checkpoint that does not hold what was written; `what` completes "PATH: ..."."""
+    """The error for a damaged file of a checkpoint; `what` completes "PATH: ..."."""
     return DamagedCheckpoint(
         f"{path}: {what}\n"
         "  why: the checkpoint is damaged or was copied incompletely\n"
@@ -224,7 +224,7 @@ def _json_block(key: str, rows: dict[str, Any]) -> str:
 def _parameter_to_json(entry: ParameterEntry) -> dict[str, Any]:
     cut: dict[str, Any] | None = None
     if entry.cut is not None:
-        places = {"segments": entry.cut.segments} if entry.cut.segments else {"pieces": entry.cut.pieces}
+        places = {"segments": entry.cut.segments} if entry.cut.segments else {"pieces": entry.cut.shards}
         cut = {"dim": entry.cut.dim, **places}
     return {"shape": entry.shape, "cut": cut, "adam_step": entry.adam_step}
 
@@ -234,9 +234,9 @@ def _parameter_from_json(found: dict[str, Any]) -> ParameterEntry:
     cut = found["cut"]
     if cut is not None:
         if "segments" in cut:
-            cut = Cut(int(cut["dim"]), (), segments=tuple(_ranges(found) for found in cut["segments"]))
+            cut = ShardSpec(int(cut["dim"]), (), segments=tuple(_ranges(found) for found in cut["segments"]))
         else:
-            cut = Cut(int(cut["dim"]), _ranges(cut["pieces"]))
+            cut = ShardSpec(int(cut["dim"]), _ranges(cut["pieces"]))
         cut.check(shape[cut.dim])
     return ParameterEntry(shape, cut, int(found["adam_step"]))
 
@@ -258,7 +258,6 @@ def _file_from_json(name: str, found: dict[str, Any]) -> FileEntry:
 
 
 def model_fingerprint(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> str:
-    """16 hex digits of the parameters' names and shapes and of what the config says about the computation."""
-    lasting = {key: value for key, value in config.items() if key not in VOLATILE}
-    text = json.dumps([lasting, {name: list(shape) for name, shape in shapes.items()}], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """16 hex digits of the parameters' names and shapes and of the config without VOLATILE keys."""
+    stable = {key: value for key, value in config.items() if key not in VOLATILE}
+    return sha256_of_json([stable, {name: list(shape) for name, shape in shapes.items()}])[:16]

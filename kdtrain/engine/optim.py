@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from kdtrain.config.schema import OptimSection, RunConfig
+from kdtrain.config.schema import OptimSection, ScheduleSection
 
 
-def learning_rate(tokens_seen: int, cfg: RunConfig) -> float:
+def learning_rate(tokens_seen: int, schedule: ScheduleSection, *, peak: float, total_tokens: int) -> float:
     """The rate once `tokens_seen` tokens have been trained on; pure, the same in every layout.
 
-    Linear warm-up over schedule.warmup_tokens, then the shape: cosine and linear fall to min_lr_ratio * lr at
-    train.total_tokens; wsd (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays and falls linearly over
+    Linear warm-up over schedule.warmup_tokens, then the shape: cosine and linear fall to min_lr_ratio * peak at
+    total_tokens; wsd (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays and falls linearly over
     the last decay_tokens; constant stays.
     """
-    s, peak, total = cfg.schedule, cfg.optim.lr, cfg.train.total_tokens
+    s, total = schedule, total_tokens
     if tokens_seen < s.warmup_tokens:
         return peak * tokens_seen / s.warmup_tokens
     floor = s.min_lr_ratio
@@ -38,9 +38,9 @@ def learning_rate(tokens_seen: int, cfg: RunConfig) -> float:
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms, biases and other vectors do not. Order within a group is the model's.
 
-    Parameters of one group have one dtype, which DeepSpeed takes for granted; bfloat16 comes before float32.
+    Parameters of one group have one dtype, as DeepSpeed requires; bfloat16 comes before float32.
     """
-    # Dimensions are read from the live tensor: this must happen before ZeRO-3 flattens it away.
+    # Dimensions are read from the parameter: this must happen before ZeRO-3 flattens it.
     parameters = [p for _, p in named if p.requires_grad]
     groups: list[dict[str, Any]] = []
     for dtype in sorted({p.dtype for p in parameters}, key=lambda dtype: dtype.itemsize):

@@ -1,14 +1,13 @@
 """Checkpoint slices on disk: write one rank's file, and read any piece of any parameter in any layout.
 
-Knows no process group, no DeepSpeed and no pickle: files are plain safetensors. See docs/design/0005-checkpoints.md.
+Needs neither a process group nor DeepSpeed; files are plain safetensors, without pickle. See
+docs/design/0005-checkpoints.md.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -23,8 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kdtrain.engine.manifest import FileEntry, Manifest, ParameterEntry, Slice, damaged
-from kdtrain.parallel.cut import Cut
-from kdtrain.parallel.pieces import read_piece
+from kdtrain.parallel.shard_spec import ShardSpec
+from kdtrain.parallel.shard_tensors import read_shard
+from kdtrain.stores.checksums import ChecksummedFile, sha256_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,33 +40,33 @@ class Fragment:
     offset: int
     tensor: Tensor
 
-    def describe(self) -> Slice:
-        """Everything but the values."""
+    def as_slice(self) -> Slice:
+        """The entry of this fragment in the manifest."""
         return Slice(self.name, self.kind, self.tp_rank, self.offset, self.tensor.numel())
 
 
 def write_rank_file(path: Path, fragments: Iterable[Fragment]) -> FileEntry:
     """Write `path` with `write_slices`. One fragment at a time is copied to the host."""
     kept = writable(path, fragments)
-    return write_slices(path, [fragment.describe() for fragment in kept], (_on_host(f.tensor) for f in kept))
+    return write_slices(path, [fragment.as_slice() for fragment in kept], (_on_host(f.tensor) for f in kept))
 
 
 def writable(path: Path, fragments: Iterable[Fragment]) -> list[Fragment]:
-    """The fragments that hold anything. Raises ValueError for those that `path` cannot keep, or not apart."""
+    """The non-empty fragments. Raises ValueError for wrong types and for two with the same key."""
     kept = [fragment for fragment in fragments if fragment.tensor.numel()]
     for fragment in kept:
         if fragment.tensor.dim() != 1 or fragment.tensor.dtype != torch.float32:
             raise ValueError(f"{fragment.name}: a fragment is 1-D float32, got {fragment.tensor.dtype}")
-    if len({fragment.describe().key for fragment in kept}) != len(kept):
+    if len({fragment.as_slice().key for fragment in kept}) != len(kept):
         raise ValueError(f"{path.name}: two fragments have the same name, kind, tp rank and offset")
     return kept
 
 
 def write_slices(path: Path, slices: Sequence[Slice], data: Iterable[memoryview]) -> FileEntry:
-    """Write `path` (a safetensors file), fsync it, and say what is in it. data: the slices' bytes one after the other.
+    """Write `path` (a safetensors file), flush it to disk and return its entry. data: the slices' bytes in order.
 
-    Written here, not by the safetensors package, so that a failure carries its errno and the checksum is of the bytes
-    meant, not of those read back. Raises OSError; the file may then be incomplete.
+    Written here, not by the safetensors package, so that an error carries its errno and the checksum is computed from
+    the bytes in memory, not from those read back. Raises OSError; the file may then be incomplete.
     """
     header: dict[str, Any] = {}
     at = 0
@@ -75,24 +75,16 @@ def write_slices(path: Path, slices: Sequence[Slice], data: Iterable[memoryview]
         at += 4 * s.numel
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    with open(path, "wb", buffering=0) as file:
-        _put(file, memoryview(len(text).to_bytes(8, "little") + text), digest)
+    with ChecksummedFile(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
         for block in data:
-            _put(file, block, digest)
-        os.fsync(file.fileno())
-    return FileEntry(path.name, 8 + len(text) + at, digest.hexdigest(), tuple(slices))
+            file.write(block)
+        return FileEntry(path.name, 8 + len(text) + at, file.commit(), tuple(slices))
 
 
 def _on_host(tensor: Tensor) -> memoryview:
     values: Any = tensor.detach().cpu().contiguous().numpy()
     return memoryview(values).cast("B")
-
-
-def _put(file: Any, data: memoryview, digest: Any) -> None:
-    digest.update(data)
-    while data:  # an unbuffered write may take a part only (2 GiB on Linux)
-        data = data[file.write(data) :]
 
 
 class CheckpointReader:
@@ -129,15 +121,14 @@ class CheckpointReader:
         return list(self.manifest.parameters)
 
     def verify(self, files: Iterable[str] | None = None) -> None:
-        """Compare the sha256 of `files` (default: all) with what was written. Reads every byte of them."""
+        """Compare the sha256 of `files` (default: all) with checkpoint.json. Reads every byte of them."""
         wanted = None if files is None else set(files)
         for entry in self.manifest.files:
             if wanted is not None and entry.file not in wanted:
                 continue
             path = self.folder / entry.file
             try:
-                with open(path, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = sha256_of(path)
             except OSError as error:
                 raise damaged(path, f"cannot be read: [Errno {error.errno}] {error.strerror}") from error
             if digest != entry.sha256:
@@ -148,14 +139,14 @@ class CheckpointReader:
         shape = self.manifest.parameters[name].shape
         return self._read_part(name, kind, 0, 0, shape[0]) if shape else self._read_saved(name, kind, 0, 1).reshape(())
 
-    def read_piece(self, name: str, kind: str, cut: Cut | None, tp_rank: int) -> Tensor:
+    def read_shard(self, name: str, kind: str, cut: ShardSpec | None, tp_rank: int) -> Tensor:
         """What `tp_rank` holds under `cut` (None: all of it), zero padding included, float32 on the CPU."""
         if cut is None:
             return self.read_full(name, kind)
-        return read_piece(partial(self._read_part, name, kind, cut.dim), cut, tp_rank)
+        return read_shard(partial(self._read_part, name, kind, cut.dim), cut, tp_rank)
 
-    def read_range(self, name: str, kind: str, cut: Cut | None, tp_rank: int, start: int, stop: int) -> Tensor:
-        """Flat elements [start, stop) of `read_piece`; past the piece's end, zeros. Reads no more than it must."""
+    def read_range(self, name: str, kind: str, cut: ShardSpec | None, tp_rank: int, start: int, stop: int) -> Tensor:
+        """Flat elements [start, stop) of `read_shard`; past the shard's end, zeros. Reads only what is needed."""
         if cut is not None and cut.padded is not None and cut.dim != 0:
             raise ValueError(f"{name}: only a cut along dim 0 can be padded, else padding is not at the end")
         entry = self.manifest.parameters[name]
@@ -172,7 +163,7 @@ class CheckpointReader:
             origin = sum(now.pieces()[:piece])
             out[: end - begin] = self._read_saved(name, kind, origin + begin, origin + end)
         else:
-            out[: end - begin] = self.read_piece(name, kind, cut, tp_rank).flatten()[begin:end]
+            out[: end - begin] = self.read_shard(name, kind, cut, tp_rank).flatten()[begin:end]
         return out
 
     def _read_part(self, name: str, kind: str, dim: int, start: int, stop: int) -> Tensor:
@@ -195,7 +186,7 @@ class CheckpointReader:
         return out
 
     def _read_saved(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """[stop - start] elements in saved order; coverage was checked when the manifest was read."""
+        """Elements [start, stop) in saved order; `Manifest.read` has checked that the slices cover them."""
         out = torch.empty(stop - start)
         for begin, s, file in self._slices[name, kind]:
             low, high = max(begin, start), min(begin + s.numel, stop)
@@ -211,7 +202,7 @@ class CheckpointReader:
             view = self._open[file].get_slice(s.key)
             found = (view.get_dtype(), list(view.get_shape()))
             if found != ("F32", [s.numel]):
-                raise damaged(path, f"{s.key!r} is {found}, checkpoint.json says {('F32', [s.numel])}")
+                raise damaged(path, f"{s.key!r} is {found}, {('F32', [s.numel])} in checkpoint.json")
             values: Tensor = view[start:stop]
         except (SafetensorError, OSError) as error:
             raise damaged(path, f"{s.key!r} cannot be read: {error}") from error
@@ -223,9 +214,9 @@ def _by_rows(entry: ParameterEntry) -> bool:
     return entry.cut is None or (entry.cut.dim == 0 and entry.cut.in_order)
 
 
-def _places(cut: Cut) -> tuple[object, ...]:
+def _places(cut: ShardSpec) -> tuple[object, ...]:
     """All of a cut but its padding."""
-    return cut.dim, cut.pieces, cut.segments
+    return cut.dim, cut.shards, cut.segments
 
 
 def _copy_overlap(

@@ -1,8 +1,8 @@
-"""Where ZeRO keeps this rank's part of the float32 weights and of AdamW's moments: the only checkpoint code that knows.
+"""Where ZeRO keeps this rank's part of the float32 weights and of AdamW's moments.
 
-Reads DeepSpeed's own records (0.19.8) of who owns what: `param._hp_mapping` for stages 1 and 2 (both of its optimizers,
-with or without round-robin order), `grad_position` for stage 3. Parameter data is never communicated to save or to
-restore it; only the working copies are gathered, by DeepSpeed, once.
+Reads DeepSpeed's own records (0.19.8) of which rank owns which elements: `param._hp_mapping` for stages 1 and 2 (both
+of its optimizers, with or without round-robin order), `grad_position` for stage 3. Saving and restoring communicate no
+parameters; only the working copies are gathered, by DeepSpeed, once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdtrain.engine.manifest import KINDS, ParameterEntry, damaged
 from kdtrain.engine.slices import CheckpointReader, Fragment
-from kdtrain.parallel.cut import Cut
+from kdtrain.parallel.shard_spec import ShardSpec
 
 if TYPE_CHECKING:
     from kdtrain.engine.zero import StudentEngine
@@ -31,7 +31,7 @@ class _Owned:
     """
 
     name: str
-    cut: Cut | None
+    cut: ShardSpec | None
     owner: Tensor
     begin: int
     offset: int
@@ -44,7 +44,7 @@ class _Owned:
 
 
 def local_fragments(engine: StudentEngine) -> Iterator[Fragment]:
-    """What this rank has to write: views, no copies. All ranks together cover every parameter exactly once.
+    """The fragments that this rank writes: views, no copies. All ranks together cover every parameter exactly once.
 
     Replicated parameters are written by tp rank 0, pieces that ranks share by the first of them, and at stage 0
     everything by the first rank of ZeRO's group. Moments that do not exist yet (no step was made) are zeros. Does not
@@ -101,7 +101,7 @@ def refresh_parameters(engine: StudentEngine) -> None:
     zero = engine.deepspeed.optimizer
     with torch.no_grad():
         if engine.zero_stage in (1, 2):
-            zero.update_lp_params()
+            zero.update_lp_params()  # all-gather: each rank has restored only its partition of the weights
         elif engine.zero_stage == 3:
             zero.parameter_offload.partition_all_parameters()  # whole copies are stale; forward gathers them anew
             flats = zip(zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True)
@@ -111,7 +111,7 @@ def refresh_parameters(engine: StudentEngine) -> None:
 
 def _writes(engine: StudentEngine, owned: _Owned) -> bool:
     tp_rank = engine.mesh.tp_rank
-    if owned.valid <= 0 or (tp_rank != 0 if owned.cut is None else owned.cut.is_copy(tp_rank)):
+    if owned.valid <= 0 or (tp_rank != 0 if owned.cut is None else owned.cut.is_replica(tp_rank)):
         return False
     return engine.zero_stage > 0 or engine.mesh.zero_rank == 0
 

@@ -1,1 +1,1 @@
-"""How good a student is."""
+"""Evaluation of students."""

@@ -1,4 +1,4 @@
-"""How good a student is on held-out text, and how close to its teacher."""
+"""Metrics of a student on held-out text, and of its distance to the teacher."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.losses.types import LossParts
-from kdtrain.objectives.base import HeadLayout, Student, dense_loss
-from kdtrain.objectives.distill import TeacherSource
+from kdtrain.models.student import Student
+from kdtrain.teacher.signal_loss import HeadLayout, dense_loss
+from kdtrain.teacher.source import TeacherSource
 from kdtrain.telemetry.metrics import Metrics
 
 EVAL_METRICS = {
@@ -29,9 +30,9 @@ EVAL_METRICS = {
 
 
 class Validation:
-    """Measures a student on fixed batches: nats per token, KL(teacher||student), top-1 agreement.
+    """Measures a student on fixed batches: nats per token, KL(teacher || student), top-1 agreement.
 
-    The same divergence and temperature whatever the training objective, so that runs can be compared.
+    Divergence and temperature do not depend on the training objective, so that runs can be compared.
     """
 
     def __init__(self, student: Student, teacher: TeacherSource | None, layout: HeadLayout, mesh: Mesh) -> None:
@@ -67,12 +68,26 @@ class Validation:
         def head_fn(hidden: Tensor, head: HeadShard) -> LossParts:
             if signal is None:
                 return linear_cross_entropy(
-                    hidden, head, labels, weight=weight, shard=layout.shard, group=layout.group,
-                    slab_bytes=layout.slab_bytes, backend=layout.backend,
-                )  # fmt: skip
+                    hidden,
+                    head,
+                    labels,
+                    weight=weight,
+                    shard=layout.shard,
+                    group=layout.group,
+                    slab_bytes=layout.slab_bytes,
+                    backend=layout.backend,
+                )
             return dense_loss(
-                hidden, head, signal, labels, weight, weight, layout, divergence="forward_kl", temperature=1.0,
+                hidden,
+                head,
+                signal,
+                labels,
+                weight,
+                weight,
+                layout,
+                divergence="forward_kl",
+                temperature=1.0,
                 measure=True,
-            )  # fmt: skip
+            )
 
         return self._student(batch, head_fn)

@@ -1,9 +1,10 @@
 """Losses on hidden states: streamed, vocabulary-parallel, with hand-written gradients.
 
-Stands alone: needs torch only (no deepspeed, no transformers), takes its process group as an argument, and can be
-dropped into another trainer.
+The package needs torch only (no deepspeed, no transformers) and takes its process group as an argument, so it can be
+used in another trainer.
 """
 
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import matrix, reference
 from kdtrain.losses.cross_entropy import linear_cross_entropy
 from kdtrain.losses.dense_kl import linear_kd_loss
@@ -12,9 +13,11 @@ from kdtrain.losses.sparse_targets import merge_duplicates
 from kdtrain.losses.types import LossParts, SparseTarget, TopK
 
 __all__ = [
+    "HeadShard",
     "LossParts",
     "SparseTarget",
     "TopK",
+    "VocabShard",
     "linear_cross_entropy",
     "linear_kd_loss",
     "linear_sparse_kd_loss",

@@ -1,7 +1,7 @@
 """Argument checks of the streamed losses: one ValueError naming the argument, its value and what is allowed.
 
-Nothing here reads a tensor's contents on an accelerator, so nothing stalls; labels are checked there by an assertion
-on the device.
+No check reads a tensor's contents on an accelerator, which would synchronise it; labels are checked there by an
+assertion on the device.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import math
 import torch
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, group_rank, group_size
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, group_rank, group_size
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses.stream import bytes_per_token, is_token
 
 
 def check_shard(shard: VocabShard, group: Group) -> None:
-    """The shard must be this rank's slice of a vocabulary cut over exactly this group. Does not communicate."""
+    """Require that shard is this rank's slice of a vocabulary sharded over exactly this group. Does not communicate."""
     size, rank = group_size(group), group_rank(group)
     if (shard.tp_size, shard.tp_rank) != (size, rank):
         raise ValueError(
@@ -27,7 +27,7 @@ def check_shard(shard: VocabShard, group: Group) -> None:
 
 
 def check_model(role: str, hidden: Tensor, head: HeadShard, shard: VocabShard) -> None:
-    """hidden [T, D] and head.weight [shard.rows, D] must fit each other. `role`: suffix of the argument names."""
+    """Require matching hidden [T, D] and head.weight [shard.rows, D]. `role`: suffix of the argument names."""
     weight, hidden_name, head_name = head.weight, f"hidden{role}", f"head{role}"
     if hidden.ndim != 2:
         raise ValueError(f"{hidden_name} has shape {tuple(hidden.shape)}, need [tokens, width]")
@@ -55,7 +55,7 @@ def check_model(role: str, hidden: Tensor, head: HeadShard, shard: VocabShard) -
 
 
 def check_teacher(hidden_s: Tensor, hidden_t: Tensor) -> None:
-    """Both models must have seen the same tokens, on the same device."""
+    """Require hidden states of the same tokens on the same device."""
     if hidden_t.shape[0] != hidden_s.shape[0]:
         raise ValueError(f"hidden_t has {hidden_t.shape[0]} tokens, need {hidden_s.shape[0]} as hidden_s")
     if hidden_t.device != hidden_s.device:
@@ -63,7 +63,7 @@ def check_teacher(hidden_s: Tensor, hidden_t: Tensor) -> None:
 
 
 def check_labels_and_weights(labels: Tensor, weights: dict[str, Tensor], hidden: Tensor) -> None:
-    """labels [T] integers, every weight [T] floating point without gradient, all on hidden's device."""
+    """Require labels [T] of integers and weights [T] of floating point without gradient, all on hidden's device."""
     for name, tensor in {"labels": labels, **weights}.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name} is a {type(tensor).__name__}, need a tensor of one value per token")
@@ -86,7 +86,7 @@ def check_labels_and_weights(labels: Tensor, weights: dict[str, Tensor], hidden:
 
 
 def check_label_range(labels: Tensor, weight: Tensor, shard: VocabShard) -> None:
-    """Labels that count must be tokens. ValueError on the CPU; an assertion on the device elsewhere."""
+    """Labels with a non-zero weight must be tokens. ValueError on the CPU; an assertion on the device elsewhere."""
     bad = (weight != 0) & ~is_token(labels, shard)
     if labels.device.type != "cpu":
         torch._assert_async(~bad.any())
@@ -99,13 +99,13 @@ def check_label_range(labels: Tensor, weight: Tensor, shard: VocabShard) -> None
 
 
 def check_temperature(temperature: float) -> None:
-    """A number whose square and inverse square float32 can hold."""
+    """Require a number whose square and inverse square are representable in float32."""
     if isinstance(temperature, bool) or not 1e-9 <= temperature <= 1e9:
         raise ValueError(f"temperature = {temperature}, need a finite number > 0 (in [1e-9, 1e9])")
 
 
 def check_slab_bytes(slab_bytes: int, shard: VocabShard, group: Group, work: torch.dtype) -> None:
-    """Room for the logits of at least one token per chunk in flight."""
+    """Require room for the logits of at least one token per chunk in flight."""
     least = bytes_per_token(shard, group, work)
     if not isinstance(slab_bytes, int):
         raise ValueError(f"slab_bytes = {slab_bytes!r}, need a whole number of bytes")
@@ -114,7 +114,7 @@ def check_slab_bytes(slab_bytes: int, shard: VocabShard, group: Group, work: tor
 
 
 def check_main_grad(main_grad: Tensor | None, weight: Tensor, work: torch.dtype) -> None:
-    """A buffer [v, D] in the working dtype, on the head's device, for a head that wants a gradient."""
+    """Require a buffer [v, D] in the working dtype, on the device of a head that requires a gradient."""
     if main_grad is None:
         return
     if main_grad.shape != weight.shape or main_grad.dtype != work or main_grad.device != weight.device:
@@ -123,4 +123,4 @@ def check_main_grad(main_grad: Tensor | None, weight: Tensor, work: torch.dtype)
             f"{tuple(weight.shape)} {work} on {weight.device}: the head's gradient is accumulated in it"
         )
     if not (weight.requires_grad and torch.is_grad_enabled()):
-        raise ValueError("main_grad is given, but no gradient of the head is wanted; leave it out")
+        raise ValueError("main_grad is given, but the head requires no gradient; leave it out")

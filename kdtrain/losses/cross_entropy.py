@@ -14,8 +14,8 @@ from kdtrain_kernels.matmul import work_dtype
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdtrain.dist.collectives import Group, start_gather
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, start_gather
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, stream
 from kdtrain.losses.types import LossParts
 
@@ -40,16 +40,15 @@ def linear_cross_entropy(
     float64 for float64 inputs) and `ce` [T], nats (0 where the label is not a token), both replicated.
     z_weight [T] adds sum_t z_weight[t] lse[t]^2, with lse = log sum exp of the logits (z-loss, PaLM, arXiv 2204.02311).
     main_grad [v, D] in the working dtype receives d(head) on top of what it holds, in forward, and the weight gets no
-    .grad: backward must then be called once, with an upstream gradient of 1 (ValueError else). Do not recompute this
-    call (activation checkpointing around it) nor drop its loss: each forward adds to the buffer.
+    .grad: backward must then be called once, with an upstream gradient of 1 (ValueError otherwise). Do not recompute
+    this call (activation checkpointing around it) or discard its loss: each forward adds to the buffer.
 
     Memory beyond inputs and gradients: half of slab_bytes (chunks are those of `linear_kd_loss`, with one model) and a
     few cache blocks. Gradients accumulate in float32 (float64) and are kept so until backward, which scales and rounds
-    them into new tensors: d(hidden) complete on every rank, d(head) of this rank's rows, 0 in padding rows. With
-    no_grad none of that work is done.
-    Communicates over `group`: one all-gather of [C, 4] per chunk, hidden behind the next chunk, and, if hidden needs a
-    gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for arguments that do not fit; nothing is
-    computed then.
+    them into new tensors: d(hidden) complete on every rank, d(head) of this rank's rows, 0 in padding rows. Under
+    no_grad no gradient is computed. Communicates over `group`: one all-gather of [C, 4] per chunk, hidden behind the
+    next chunk, and, if hidden needs a gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for
+    inconsistent arguments before anything is computed.
     """
     head = stream.as_head(head)
     checks.check_shard(shard, group)
@@ -60,9 +59,9 @@ def linear_cross_entropy(
     checks.check_main_grad(main_grad, head.weight, work_dtype(hidden))
     kernels = row_kernels(backend, hidden.device, work_dtype(hidden))
     checks.check_label_range(labels, weight, shard)
-    wanted = stream.Wanted.of(hidden, head)
+    needs_grad = stream.NeedsGrad.of(hidden, head)
     tokens = stream.TokenWeights.of(weight, weight, z_weight, stream.local_labels(labels, shard))
-    call = _Call(head, labels, tokens, shard, group, slab_bytes, main_grad, wanted, kernels)
+    call = _Call(head, labels, tokens, shard, group, slab_bytes, main_grad, needs_grad, kernels)
     with torch.autocast(hidden.device.type, enabled=False):
         loss, ce, lse = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, call)
     return LossParts(loss=loss, ce=ce, lse=lse)
@@ -77,12 +76,16 @@ class _Call:
     group: Group
     slab_bytes: int
     main_grad: Tensor | None
-    wanted: stream.Wanted
+    needs_grad: stream.NeedsGrad
     kernels: ModuleType
 
 
+PendingChunk = tuple[Tensor, Callable[[], Tensor]]
+"""A chunk's logits, and a function that waits for the statistics of all ranks."""
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradient in forward: backward holds d(hidden) and d(head) only."""
+    """Computes gradients in forward, so that only d(hidden) and d(head) are kept for backward."""
 
     @staticmethod
     def forward(
@@ -93,26 +96,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         depth = stream.in_flight(call.group)
         side = stream.ModelSide.of(hidden, call.head, call.shard, rows, depth, work)
         scratch = Scratch.of(side.slabs[0])
-        grads = stream.GradientBuffers.zeros(hidden, call.head, call.wanted, work, call.main_grad)
+        grads = stream.GradientBuffers.zeros(hidden, call.head, call.needs_grad, work, call.main_grad)
         ce, lse = torch.zeros(2, hidden.shape[0], dtype=torch.float64, device=hidden.device)
 
-        def begin(chunk: slice, slot: int) -> tuple[Tensor, Callable[[], Tensor]]:
+        def issue(chunk: slice, slot: int) -> PendingChunk:
             logits = side.logits(chunk, slot)
             stats = kernels.row_stats(logits, call.weights.columns[chunk], 1.0, scratch)
+            # The softmax needs the maxima and sums of all ranks' rows.
             return logits, start_gather(stats, call.group)
 
-        def finish(chunk: slice, begun: tuple[Tensor, Callable[[], Tensor]]) -> None:
-            logits, gathered = begun
+        def complete(chunk: slice, pending: PendingChunk) -> None:
+            logits, gathered = pending
             totals = kernels.merge_stats(gathered(), 1.0)
             ce[chunk], lse[chunk] = totals.label_nll(), totals.lse()
-            if call.wanted.any:
+            if call.needs_grad.any:
                 weights = call.weights.of_chunk(chunk, lse[chunk])
                 operand = kernels.row_grad(
                     logits, totals, weights, logit_map=side.logit_map, scratch=scratch, operand_dtype=side.operand_dtype
                 )
                 grads.add(side, chunk, operand)
 
-        stream.in_turns(hidden.shape[0], rows, depth, begin, finish)
+        stream.run_pipelined(hidden.shape[0], rows, depth, issue, complete)
         ce = ce.where(stream.is_token(call.labels, call.shard), 0.0)
         loss = call.weights.loss(lse, ce).to(work)
         stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)

@@ -1,4 +1,4 @@
-"""Distillation from a full teacher distribution: both models' hidden states in, loss and gradients out.
+"""Distillation from a full teacher distribution: loss and gradients from the hidden states of both models.
 
 Streamed over token chunks and vocabulary shards; neither model's [T, V] logits ever exist. One all-gather of ten
 numbers per token and rank merges the statistics, a second one of one number follows for the divergences that need it.
@@ -21,8 +21,8 @@ from kdtrain_kernels.torch_rows import PairTotals
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdtrain.dist.collectives import Group, gather_ranks, start_gather
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, gather_ranks, start_gather
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, stream
 from kdtrain.losses.types import LossParts
 
@@ -53,20 +53,19 @@ def linear_kd_loss(
     """sum_t kd_weight[t] temperature^2 D[t] + ce_weight[t] CE[t], with D the divergence of `losses.reference`.
 
     hidden_s [T, D] and hidden_t [T, E], replicated over `group`; head_s [v, D] and head_t [v, E] (or HeadShards), this
-    rank's rows of both heads, cut alike; labels [T] global ids, any value where ce_weight is 0; weights [T], constants.
-    The teacher's arguments never receive a gradient. Only the parameters of the chosen divergence are read. With
-    `measure`, LossParts also has entropies, KL at temperature 1, total variation and top-1 agreement per token (one
-    more reading of both logits). z_weight and main_grad as in `linear_cross_entropy`. Everything returned is replicated
-    over the group; values in nats.
+    rank's rows of both heads, sharded alike; labels [T] global ids, any value where ce_weight is 0; weights [T],
+    constants. The teacher's arguments never receive a gradient. Only the parameters of the chosen divergence are read.
+    With `measure`, LossParts also has entropies, KL at temperature 1, total variation and top-1 agreement per token
+    (one more reading of both logits). z_weight and main_grad as in `linear_cross_entropy`. Everything returned is
+    replicated over the group; values in nats.
 
     Where kd_weight is 0 everywhere, loss and gradients are bitwise those of `linear_cross_entropy`.
     Memory beyond inputs and gradients: slab_bytes and a few cache blocks. Gradients accumulate in float32 (float64) and
     are kept so until backward, which scales and rounds them into new tensors: d(hidden_s) complete on every rank,
-    d(head_s) of this rank's rows, 0 in padding rows. With no_grad none of that work is done.
-    Communicates over `group`: per chunk one all-gather of [C, 10] (and one of [C, 1] for all but forward_kl and
-    reverse_kl; one of [C, 4] to measure); per call one all-gather of [T, 1] ([T, 5] to measure) and, if hidden_s needs
-    a gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for arguments that do not fit; nothing
-    is computed then.
+    d(head_s) of this rank's rows, 0 in padding rows. Under no_grad no gradient is computed. Communicates over `group`:
+    per chunk one all-gather of [C, 10] (and one of [C, 1] for all but forward_kl and reverse_kl; one of [C, 4] to
+    measure); per call one all-gather of [T, 1] ([T, 5] to measure) and, if hidden_s needs a gradient, one all-reduce of
+    [T, D]; nothing in backward. Raises ValueError for inconsistent arguments before anything is computed.
     """
     head_s, head_t = stream.as_head(head_s), stream.as_head(head_t)
     checks.check_shard(shard, group)
@@ -95,7 +94,7 @@ def linear_kd_loss(
         slab_bytes=slab_bytes,
         main_grad=main_grad,
         measure=measure,
-        wanted=stream.Wanted.of(hidden_s, head_s),
+        needs_grad=stream.NeedsGrad.of(hidden_s, head_s),
         kernels=kernels,
     )
     with torch.autocast(hidden_s.device.type, enabled=False):
@@ -105,8 +104,8 @@ def linear_kd_loss(
 
 
 _FIELDS = ("lse", "ce", "teacher_ce", "agreement", "kd", "student_entropy", "teacher_entropy", "forward_kl", "tvd")
-"""Rows of the table that the Function returns: fields of LossParts. From "kd" on they are sums over columns, of which
-each rank holds its part until the end of the call."""
+"""Rows of the table that the Function returns: fields of LossParts. From "kd" on they are sums over columns; each rank
+holds a partial sum until the end of the call."""
 _LSE, _CE, _TEACHER_CE, _AGREEMENT, _KD, _STUDENT_ENTROPY, _TEACHER_ENTROPY, _FORWARD_KL, _TVD = range(9)
 _ALWAYS = ("lse", "ce", "teacher_ce", "kd")
 
@@ -125,16 +124,16 @@ class _Call:
     slab_bytes: int
     main_grad: Tensor | None
     measure: bool
-    wanted: stream.Wanted
+    needs_grad: stream.NeedsGrad
     kernels: ModuleType
 
 
-_Begun = tuple[tuple[Tensor, Tensor], Callable[[], Tensor]]
-"""A chunk's student and teacher logits, and its statistics of all ranks once they have been gathered."""
+PendingChunk = tuple[tuple[Tensor, Tensor], Callable[[], Tensor]]
+"""A chunk's student and teacher logits, and a function that waits for the statistics of all ranks."""
 
 
 class _LinearKd(torch.autograd.Function):
-    """Gradient in forward: backward holds d(hidden) and d(head) only."""
+    """Computes gradients in forward, so that only d(hidden) and d(head) are kept for backward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
@@ -144,31 +143,38 @@ class _LinearKd(torch.autograd.Function):
         student = stream.ModelSide.of(hidden, call.head_s, call.shard, rows, depth, work)
         teacher = stream.ModelSide.of(call.hidden_t, call.head_t, call.shard, rows, depth, work)
         scratch = Scratch.of(student.slabs[0])
-        grads = stream.GradientBuffers.zeros(hidden, call.head_s, call.wanted, work, call.main_grad)
+        grads = stream.GradientBuffers.zeros(hidden, call.head_s, call.needs_grad, work, call.main_grad)
         table = torch.zeros(len(_FIELDS) + 1, hidden.shape[0], dtype=torch.float64, device=hidden.device)
 
-        def begin(chunk: slice, slot: int) -> _Begun:
+        def issue(chunk: slice, slot: int) -> PendingChunk:
             slabs = student.logits(chunk, slot), teacher.logits(chunk, slot)
             stats = call.kernels.pair_stats(
                 *slabs, call.weights.columns[chunk], call.temperature, spec=call.spec, scratch=scratch
             )
+            # The softmax needs the maxima and sums of all ranks' rows.
             return slabs, start_gather(stats, call.group)
 
-        def finish(chunk: slice, begun: _Begun) -> None:
-            slabs, gathered = begun
+        def complete(chunk: slice, pending: PendingChunk) -> None:
+            slabs, gathered = pending
             totals = call.kernels.merge_pair_stats(gathered(), call.temperature, call.spec)
             totals = _divergence_of_chunk(call, slabs, totals, table[:, chunk], scratch)
-            if call.wanted.any:
+            if call.needs_grad.any:
                 weights = call.weights.of_chunk(chunk, table[_LSE, chunk])
                 value, operand = call.kernels.pair_grad(
-                    *slabs, totals, weights, call.temperature, spec=call.spec, logit_map=student.logit_map,
-                    scratch=scratch, operand_dtype=student.operand_dtype,
-                )  # fmt: skip
+                    *slabs,
+                    totals,
+                    weights,
+                    call.temperature,
+                    spec=call.spec,
+                    logit_map=student.logit_map,
+                    scratch=scratch,
+                    operand_dtype=student.operand_dtype,
+                )
                 table[_KD, chunk] += value
                 grads.add(student, chunk, operand)
 
-        stream.in_turns(hidden.shape[0], rows, depth, begin, finish)
-        _finish_table(call, table)
+        stream.run_pipelined(hidden.shape[0], rows, depth, issue, complete)
+        _sum_over_ranks(call, table)
         loss = call.weights.loss(table[_LSE], table[_CE], call.temperature**2 * table[_KD]).to(work)
         stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)
         fields = table[:-1].to(work)
@@ -184,7 +190,7 @@ class _LinearKd(torch.autograd.Function):
 def _divergence_of_chunk(
     call: _Call, slabs: tuple[Tensor, Tensor], totals: PairTotals, table: Tensor, scratch: Scratch
 ) -> PairTotals:
-    """Fill a chunk's columns of the table with what needs no gradient; the totals with Z in them."""
+    """Fill a chunk's columns of the table with the values that need no gradient; returns the totals including Z."""
     kernels, temperature, spec = call.kernels, call.temperature, call.spec
     table[_CE], table[_LSE] = totals.student.label_nll(), totals.student.lse()
     table[_TEACHER_CE] = totals.teacher.label_nll()
@@ -192,18 +198,22 @@ def _divergence_of_chunk(
         _measure(call, slabs, totals, table, scratch)
     if spec.two_rounds:
         parts = kernels.pair_round2(*slabs, totals, temperature, spec=spec, scratch=scratch)
+        # Each rank has the part of Z of its own rows. A gather and a sum in rank order: equal bits on all ranks.
         totals = replace(totals, z=gather_ranks(parts[:, 0], call.group).sum(0))
         table[_KD] = parts[:, 1]
-    elif not call.wanted.any:
+    elif not call.needs_grad.any:
         table[_KD] = kernels.pair_value(*slabs, totals, temperature, spec=spec, scratch=scratch)
     table[-1] = totals.z
     return totals
 
 
 def _measure(call: _Call, slabs: tuple[Tensor, Tensor], totals: PairTotals, table: Tensor, scratch: Scratch) -> None:
-    """What is only looked at. Entropies are log sum exp(x) - sum q x: the first term goes in on one rank."""
+    """Fill the measured values that do not enter the loss.
+
+    Entropies are log sum exp(x) - sum q x; one rank adds the first term.
+    """
     parts = call.kernels.pair_measure(*slabs, totals, call.temperature, scratch=scratch)
-    first = 0 if call.shard.start else 1  # exactly one rank of a group holds id 0
+    first = 0 if call.shard.start else 1  # exactly one rank of a group owns id 0
     table[_STUDENT_ENTROPY] = first * totals.student.log_sum - parts[:, 0]
     table[_TEACHER_ENTROPY] = first * totals.teacher.log_sum - parts[:, 1]
     table[_FORWARD_KL] = parts[:, 2]
@@ -215,16 +225,18 @@ def _agreement(call: _Call, slabs: tuple[Tensor, Tensor], scratch: Scratch) -> T
     """[C] 1 where both models' largest logit belongs to the same id, ties to the smaller id. One all-gather [C, 4]."""
     found = torch.cat([call.kernels.first_argmax(slab, scratch) for slab in slabs], 1)
     found[:, 1::2] += call.shard.start
+    # The largest logit may be on any rank.
     gathered = gather_ranks(found, call.group)
     peaks, ids = gathered[:, :, 0::2], gathered[:, :, 1::2]
     winners = ids.where(peaks == peaks.amax(0), float("inf")).amin(0)
     return (winners[:, 0] == winners[:, 1]).double()
 
 
-def _finish_table(call: _Call, table: Tensor) -> None:
-    """Sum what each rank holds a part of, once per call, in rank order; then what needs the sums."""
+def _sum_over_ranks(call: _Call, table: Tensor) -> None:
+    """Sum the ranks' partial sums in rank order, once per call, then compute the values that depend on the sums."""
     last = _TVD if call.measure else _KD
+    # Each rank has the terms of its own rows only.
     table[_KD : last + 1] = gather_ranks(table[_KD : last + 1], call.group).sum(0)
-    table[_KD] = call.spec.finish(table[_KD], table[-1])
+    table[_KD] = call.spec.from_sums(table[_KD], table[-1])
     table[_FORWARD_KL].clamp_(min=0.0)
     table[_CE:_AGREEMENT] *= stream.is_token(call.labels, call.shard)

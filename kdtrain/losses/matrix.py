@@ -1,9 +1,9 @@
-"""Which divergence may be computed from which kind of target, declared in one place.
+"""Which divergence may be computed from which kind of target.
 
-exact: the value and gradient of the divergence itself. unbiased: their expectation is. lower_bound: those of the
-divergence between both distributions with all ids outside the record put together, which is never larger (data
-processing). biased: something else, however useful; never entered without an explicit opt-in. refused: raises, with
-the reason. docs/design/0007-sparse-loss.md says why each cell is what it is.
+exact: the value and gradient of the divergence itself. unbiased: exact in expectation. lower_bound: value and gradient
+of the divergence between both distributions with all ids outside the record merged into one, which is never larger
+(data processing inequality). biased: another quantity, allowed only by an explicit opt-in. refused: raises, with the
+reason. docs/design/0007-sparse-loss.md derives each cell.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ or not. conditional: ids of any of these records, both models renormalised on th
 log-probability of the data's own token. score: one number per sequence."""
 
 F_DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
-"""sum of q f(p / q) for a convex f: putting ids together makes none of them larger."""
+"""Divergences of the form sum of q f(p / q) with convex f; merging ids never increases them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one divergence is worth on one kind of target. kind: exact, unbiased, lower_bound, biased or refused;
-    reason: why biased or refused, or empty."""
+    """Status of one divergence on one kind of target.
+
+    kind: exact, unbiased, lower_bound, biased or refused; reason: why biased or refused, or empty.
+    """
 
     kind: str
     reason: str = ""
@@ -36,14 +38,14 @@ _TOO_LITTLE = {
     "score": "one number per sequence does not determine a divergence between distributions",
 }
 _NO_F_DIVERGENCE = {
-    "alpha_beta": "it is no f-divergence, so that its value on some ids and a tail bounds nothing",
+    "alpha_beta": "it is not an f-divergence, so its value on some ids and a tail is no bound",
     "logit_mse": "it compares logits, of which a sparse record has none",
 }
 _INFINITE = "it is infinite wherever the student gives probability to an id outside the record; keep the tail's mass"
 _BIASED = {
-    "sampled": "it is not linear in the weights, so that sampling noise becomes bias",
-    "top_k": "the teacher's probability outside the ids counts as 0, which teaches the student to have none there",
-    "conditional": "the student's probability outside the ids is left free",
+    "sampled": "it is not linear in the weights, so sampling noise becomes bias",
+    "top_k": "the teacher's probability outside the ids counts as 0, which trains the student towards 0 there",
+    "conditional": "the student's probability outside the ids is unconstrained",
 }
 
 

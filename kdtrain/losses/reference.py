@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.vocab import HeadShard
 
 
 def _log_pair(

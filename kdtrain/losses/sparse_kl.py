@@ -1,8 +1,8 @@
-"""Distillation from a sparse record of the teacher: K ids with weights per token, and perhaps the mass of the rest.
+"""Distillation from a sparse record of the teacher: K ids with weights per token, and optionally the mass of the rest.
 
 Streamed over token chunks and vocabulary shards like `dense_kl`, with one slab and one all-gather per chunk. The
-student's probability outside the ids is one bucket, summed with the ids taken out: never 1 minus the others.
-Derivation: docs/design/0007-sparse-loss.md.
+student's probability outside the ids is one bucket, summed over the other logits and never computed as 1 minus the ids'
+sum. Derivation: docs/design/0007-sparse-loss.md.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from kdtrain_kernels.sparse_table import SparseRows, merge_sparse_stats, sparse_
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kdtrain.dist.collectives import Group, start_gather
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, start_gather
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, matrix, stream
 from kdtrain.losses.sparse_targets import check_target_contents, check_target_shapes, target_kind
 from kdtrain.losses.types import LossParts, SparseTarget
@@ -52,29 +52,29 @@ def linear_sparse_kd_loss(
     """sum_t kd_weight[t] temperature^2 D[t] + ce_weight[t] CE[t], with D the divergence on the target's ids.
 
     hidden_s [T, D], target and labels [T], replicated over `group`; head_s [v, D] (or a HeadShard), this rank's rows.
-    target: weights at this temperature (a record made at another one is a different distribution; nothing here can
-    tell). With a tail, D is the divergence of both distributions with the ids outside the record put together. Without,
-    the teacher's probability there is 0. For an unbiased target D is the cross-entropy under the weights minus
-    target.entropy, which may be negative for a token. With renormalise_student both models are renormalised on the ids
-    and the student's other logits get no gradient from D. What each divergence is worth on each is declared in
-    `losses.matrix`; cells that are biased need allow_biased. A token without any weight and without a tail has D = 0.
-    labels, weights, z_weight and main_grad as in `linear_kd_loss`. Returns LossParts with `kd`; values in nats.
+    target: weights at this temperature (a record made at another one is a different distribution, which cannot be
+    detected here). With a tail, D is the divergence of both distributions with the ids outside the record merged into
+    one. Without a tail, the teacher's probability there is 0. For an unbiased target D is the cross-entropy under the
+    weights minus target.entropy, which may be negative for a token. With renormalise_student both models are
+    renormalised on the ids and the student's other logits get no gradient from D. `losses.matrix` declares which
+    divergence is exact, a bound or biased on which target; biased cells need allow_biased. A token without any weight
+    and without a tail has D = 0. labels, weights, z_weight and main_grad as in `linear_kd_loss`. Returns LossParts with
+    `kd`; values in nats.
 
-    Where kd_weight is 0 everywhere, loss and gradients are those of `linear_cross_entropy` up to rounding (the ids
-    are summed apart from the rest).
-    Memory beyond inputs and gradients: half of slab_bytes (chunks are those of `linear_kd_loss`, with one model), a few
-    cache blocks, some [C, K] and, before all else, the ids sorted to find doubles. Gradients are kept and rounded as by
-    `linear_kd_loss`: d(hidden_s) complete on every rank, d(head_s) of this rank's rows, 0 in padding rows. With no_grad
-    none of that work is done.
-    Communicates over `group`: one all-gather of [C, 4 + K] per chunk, hidden behind the next chunk, and, if hidden_s
-    needs a gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for arguments that do not fit and
-    for cells that the matrix refuses; nothing is computed then.
+    Where kd_weight is 0 everywhere, loss and gradients are those of `linear_cross_entropy` up to rounding (the ids are
+    summed separately from the rest). Memory beyond inputs and gradients: half of slab_bytes (chunks are those of
+    `linear_kd_loss`, with one model), a few cache blocks, some [C, K] and, before the first chunk, a sorted copy of the
+    ids for the check for duplicates. Gradients are kept and rounded as by `linear_kd_loss`: d(hidden_s) complete on
+    every rank, d(head_s) of this rank's rows, 0 in padding rows. Under no_grad no gradient is computed. Communicates
+    over `group`: one all-gather of [C, 4 + K] per chunk, hidden behind the next chunk, and, if hidden_s needs a
+    gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for inconsistent arguments and for cells
+    that the matrix refuses, before anything is computed.
     """
     head_s = stream.as_head(head_s)
     checks.check_shard(shard, group)
     kind = target_kind(target, renormalise_student)
     spec = divergence_spec(divergence, shard.vocab_size, teacher_share=teacher_share, skew=skew)
-    for name in (divergence, spec.kernel):  # a parameter at an end of its range makes some of them a plain KL
+    for name in (divergence, spec.kernel):  # a parameter at an end of its range turns some divergences into a plain KL
         matrix.require(name, kind, allow_biased=allow_biased)
     weights = {"kd_weight": kd_weight, "ce_weight": ce_weight}
     weights = weights if z_weight is None else weights | {"z_weight": z_weight}
@@ -94,7 +94,7 @@ def linear_sparse_kd_loss(
         group=group,
         slab_bytes=slab_bytes,
         main_grad=main_grad,
-        wanted=stream.Wanted.of(hidden_s, head_s),
+        needs_grad=stream.NeedsGrad.of(hidden_s, head_s),
         kernels=kernels,
     )
     with torch.autocast(hidden_s.device.type, enabled=False):
@@ -111,7 +111,7 @@ def _checked(
     shard: VocabShard,
     backend: str,
 ) -> ModuleType:
-    """Tensors fit each other and hold what they may; the row kernels to use."""
+    """Check shapes and contents of the arguments; returns the row kernels to use."""
     checks.check_model("_s", hidden, head, shard)
     checks.check_labels_and_weights(labels, weights, hidden)
     check_target_shapes(target, hidden)
@@ -134,7 +134,7 @@ class _Call:
     group: Group
     slab_bytes: int
     main_grad: Tensor | None
-    wanted: stream.Wanted
+    needs_grad: stream.NeedsGrad
     kernels: ModuleType
 
     def columns(self, chunk: slice) -> Tensor:
@@ -152,12 +152,12 @@ class _Call:
         )
 
 
-_Begun = tuple[Tensor, Tensor, Callable[[], Tensor]]
-"""A chunk's logits without its ids, the ids' columns, and its statistics of all ranks once they have been gathered."""
+PendingChunk = tuple[Tensor, Tensor, Callable[[], Tensor]]
+"""A chunk's logits without its ids, the ids' columns, and a function that waits for the statistics of all ranks."""
 
 
 class _LinearSparseKd(torch.autograd.Function):
-    """Gradient in forward: backward holds d(hidden) and d(head) only."""
+    """Computes gradients in forward, so that only d(hidden) and d(head) are kept for backward."""
 
     @staticmethod
     def forward(
@@ -168,30 +168,37 @@ class _LinearSparseKd(torch.autograd.Function):
         depth = stream.in_flight(call.group)
         side = stream.ModelSide.of(hidden, call.head, call.shard, rows, depth, work)
         scratch = Scratch.of(side.slabs[0])
-        grads = stream.GradientBuffers.zeros(hidden, call.head, call.wanted, work, call.main_grad)
+        grads = stream.GradientBuffers.zeros(hidden, call.head, call.needs_grad, work, call.main_grad)
         kd, ce, lse = table = torch.zeros(3, hidden.shape[0], dtype=torch.float64, device=hidden.device)
 
-        def begin(chunk: slice, slot: int) -> _Begun:
+        def issue(chunk: slice, slot: int) -> PendingChunk:
             logits, columns = side.logits(chunk, slot), call.columns(chunk)
             stats = call.kernels.sparse_stats(logits, columns, call.weights.columns[chunk], temperature, scratch)
+            # The softmax needs the maxima and sums of all ranks' rows.
             return logits, columns, start_gather(stats, call.group)
 
-        def finish(chunk: slice, begun: _Begun) -> None:
-            logits, columns, gathered = begun
+        def complete(chunk: slice, pending: PendingChunk) -> None:
+            logits, columns, gathered = pending
             totals = merge_sparse_stats(gathered(), temperature)
             terms = sparse_terms(totals, call.teacher(chunk), temperature, spec=call.spec)
             kd[chunk], lse[chunk] = terms.value, totals.lse()
             ce[chunk] = lse[chunk] - totals.tail.label
-            if call.wanted.any:
+            if call.needs_grad.any:
                 weights = call.weights.of_chunk(chunk, lse[chunk])
                 gradient = sparse_gradient(totals, terms, weights, columns, temperature, logit_map=side.logit_map)
                 operand = call.kernels.sparse_grad(
-                    logits, columns, weights.labels, gradient, temperature,
-                    logit_map=side.logit_map, scratch=scratch, operand_dtype=side.operand_dtype,
-                )  # fmt: skip
+                    logits,
+                    columns,
+                    weights.labels,
+                    gradient,
+                    temperature,
+                    logit_map=side.logit_map,
+                    scratch=scratch,
+                    operand_dtype=side.operand_dtype,
+                )
                 grads.add(side, chunk, operand)
 
-        stream.in_turns(hidden.shape[0], rows, depth, begin, finish)
+        stream.run_pipelined(hidden.shape[0], rows, depth, issue, complete)
         table[1] = ce.where(stream.is_token(call.labels, call.shard), 0.0)
         loss = call.weights.loss(table[2], table[1], temperature**2 * table[0]).to(work)
         stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)

@@ -1,9 +1,9 @@
 """Naive float64 definitions of the losses on sparse records: the specification the streamed one is tested against.
 
 [T, V] student logits and a SparseTarget -> [T], nats per token, from full probabilities; one process, no chunks,
-differentiable by autograd. Both sides become K + 1 numbers, the ids' and the rest's, on which a divergence is a sum of
-phi(p, q); slots that neither side fills are set to p = q = 1, where every phi is 0. As in `reference`, temperature^2 is
-applied in `sparse_total_loss` only. p: weights at `temperature`; q = softmax(student / temperature).
+differentiable by autograd. Each side is reduced to K + 1 probabilities (the ids and the rest), on which a divergence is
+a sum of phi(p, q); empty slots are set to p = q = 1, where every phi is 0. As in `reference`, temperature^2 is applied
+in `sparse_total_loss` only. p: weights at `temperature`; q = softmax(student / temperature).
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ def sparse_kd(
     dtype: torch.dtype = torch.float64,
     **parameters: float,
 ) -> Tensor:
-    """D [T] of a record: with its tail as one more outcome, without any (p = 0 there), or renormalised on the ids.
+    """D [T] of a record: with its tail as one more outcome, without a tail (p = 0 there), or renormalised on the ids.
 
     Unbiased records: the cross-entropy under the weights minus the teacher's entropy, for forward_kl.
     """
     q = torch.softmax(student_logits.to(dtype) / temperature, -1)
     here, ids = target.ids >= 0, target.ids.long().clamp(min=0)
     p, q_k = target.weights.to(dtype), q.gather(1, ids).where(here, 0.0)
-    says = (p > 0).any(1)
+    known = (p > 0).any(1)
     if divergence == "forward_kl" and target.unbiased and not renormalise_student:
         value = -xlogy(p, q_k.where(here, 1.0)).sum(1) - target.entropy.to(dtype)
-        return value.where(says, 0.0)
+        return value.where(known, 0.0)
     if renormalise_student:
-        p, q = (side / side.sum(1, keepdim=True).where(says[:, None], 1.0) for side in (p, q_k))
+        p, q = (side / side.sum(1, keepdim=True).where(known[:, None], 1.0) for side in (p, q_k))
     else:
         outside = torch.ones_like(q).scatter_add_(1, ids, -here.to(dtype))
         tail = torch.zeros_like(p[:, 0]) if target.log_tail is None else target.log_tail.to(dtype).exp()
@@ -74,7 +74,7 @@ def sparse_kd(
         q = torch.cat([q_k, (q * outside).sum(1, keepdim=True)], 1)
     empty = (p == 0) & (q == 0)
     value = phi_of(divergence, **parameters)(p.masked_fill(empty, 1.0), q.masked_fill(empty, 1.0)).sum(1)
-    return value.where(says, 0.0) if target.log_tail is None or renormalise_student else value
+    return value.where(known, 0.0) if target.log_tail is None or renormalise_student else value
 
 
 def sparse_total_loss(

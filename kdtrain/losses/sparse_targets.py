@@ -1,4 +1,4 @@
-"""Sparse records of a teacher: what kind they are, whether they are sound, and merging ids drawn several times.
+"""Sparse records of a teacher: their kind, their validity, and merging of ids that were drawn several times.
 
 T tokens, K slots per token.
 """
@@ -11,11 +11,11 @@ from torch import Tensor
 from kdtrain.losses.types import SparseTarget
 
 SUM_TOLERANCE = 1e-2
-"""How far the weights and the tail of a token may be from 1 together: half precision storage and then some."""
+"""Largest deviation from 1 of the sum of a token's weights and tail; allows for storage in half precision."""
 
 
 def target_kind(target: SparseTarget, renormalise_student: bool = False) -> str:
-    """The name in `matrix.TARGETS` of what a loss on this record is. Reads no tensor's contents."""
+    """The name in `matrix.TARGETS` for a loss on this record. Reads no tensor's contents."""
     if renormalise_student:
         return "conditional"
     if target.unbiased:
@@ -27,7 +27,7 @@ def merge_duplicates(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Every id of a row once, with the sum of its weights; freed slots are empty (id -1, weight 0).
 
     ids [T, K] integers, -1 in empty slots, whose weights must be 0; weights [T, K]. Returns the same shapes and dtypes,
-    ids ascending from -1. For records of draws with replacement. Raises ValueError for shapes that differ.
+    ids ascending from -1. For records of draws with replacement. Raises ValueError for different shapes.
     """
     if ids.ndim != 2 or ids.shape != weights.shape:
         raise ValueError(f"ids have shape {tuple(ids.shape)}, weights {tuple(weights.shape)}; need one [T, K]")
@@ -41,7 +41,7 @@ def merge_duplicates(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_target_shapes(target: SparseTarget, hidden: Tensor) -> None:
-    """ids and weights [T, K] with K >= 1, log_tail and entropy [T], on hidden's device. Raises ValueError."""
+    """Require ids and weights [T, K] with K >= 1, log_tail and entropy [T], on hidden's device. Raises ValueError."""
     ids, weights, num_tokens = target.ids, target.weights, hidden.shape[0]
     if ids.ndim != 2 or ids.shape[0] != num_tokens or ids.shape[1] == 0:
         raise ValueError(f"target.ids has shape {tuple(ids.shape)}, need ({num_tokens}, K) with K >= 1")
@@ -63,16 +63,16 @@ def check_target_shapes(target: SparseTarget, hidden: Tensor) -> None:
 
 
 def check_target_contents(target: SparseTarget, kd_weight: Tensor, vocab_size: int) -> None:
-    """Ids are tokens or -1, none twice in a row; weights are sound wherever kd_weight is not 0.
+    """Require ids that are tokens or -1, none twice in a row, and valid weights wherever kd_weight is not 0.
 
-    Raises ValueError on the CPU, naming the first bad token; elsewhere assertions on the device.
+    Raises ValueError on the CPU, naming the first bad token; elsewhere by assertions on the device.
     """
     ids, weights = target.ids, target.weights
     ordered = ids.sort(1).values
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(1)
     counts = kd_weight != 0
     _refuse((ids < -1).any(1) | (ids >= vocab_size).any(1), ids, f"target.ids need be in [0, {vocab_size}), or -1")
-    _refuse(twice, ids, "target.ids hold an id twice; merge_duplicates puts them together")
+    _refuse(twice, ids, "target.ids hold an id twice; merge_duplicates merges them")
     unsound = ~weights.isfinite() | (weights < 0) | ((ids < 0) & (weights != 0))
     _refuse(counts & unsound.any(1), weights, "target.weights need be finite, >= 0, and 0 where the id is -1")
     if target.unbiased:

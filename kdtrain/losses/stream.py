@@ -1,6 +1,7 @@
-"""What the streamed losses share: chunking, slabs and gradient buffers.
+"""Shared by the streamed losses: chunking, slabs and gradient buffers.
 
-Shapes: T tokens, C tokens of a chunk, D width, v rows of the head on this rank, n <= v real tokens among them.
+Shapes: T tokens, C tokens of a chunk, D width, v rows of the head on this rank, n <= v of them real tokens (not
+padding).
 """
 
 from __future__ import annotations
@@ -14,23 +15,27 @@ from kdtrain_kernels.matmul import add_weight_grad_, hidden_grad_into, logits_in
 from kdtrain_kernels.torch_rows import LogitMap, RowWeights
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, group_size, reduce_sum_
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, group_size, reduce_sum_
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 
 SLABS = 2
-"""Slabs that share `slab_bytes`: student's and teacher's logits. Cross-entropy alone chunks alike, so that a run with
-kd_weight 0 multiplies the same blocks and is bitwise the plain one."""
+"""Number of slabs that share `slab_bytes`: student's and teacher's logits.
+
+Cross-entropy alone uses the same chunks, so that a run with kd_weight 0 multiplies the same blocks and gives the same
+bits.
+"""
 
 DEFAULT_SLAB_BYTES = 1 << 30
 
 ROW_MULTIPLE = 128
-"""Rows of a slab start this many elements apart, or a multiple: row kernels then load 16 bytes at a time."""
+"""The row stride of a slab is a multiple of this many elements, so that row kernels load 16 bytes at a time."""
 
-Begun = TypeVar("Begun")
+PendingChunk = TypeVar("PendingChunk")
 
 
 def in_flight(group: Group) -> int:
-    """Chunks that are worked on at a time: with several ranks two, so that one's exchange hides behind the other."""
+    """Chunks in flight: two if there are several ranks, so that the exchange of one overlaps with the other's
+    computation."""
     return 2 if group_size(group) > 1 else 1
 
 
@@ -47,33 +52,37 @@ def row_stride(shard: VocabShard) -> int:
 def chunk_rows(slab_bytes: int, shard: VocabShard, group: Group, work: torch.dtype) -> int:
     """Tokens of a chunk: as many as fit in slab_bytes, a multiple of 8 if 8 fit.
 
-    Depends on nothing else: not on T, so that a token's arithmetic does not depend on the batch it came in; and not
-    on this rank's real tokens, so that all ranks take part in the same collectives.
+    It does not depend on T, so that a token's arithmetic does not depend on its batch, or on this rank's real tokens,
+    so that all ranks take part in the same collectives.
     """
     fitting = slab_bytes // bytes_per_token(shard, group, work)
     return fitting - fitting % 8 if fitting >= 8 else fitting
 
 
-def in_turns(
-    num_tokens: int, rows: int, depth: int, begin: Callable[[slice, int], Begun], finish: Callable[[slice, Begun], None]
+def run_pipelined(
+    num_tokens: int,
+    rows: int,
+    depth: int,
+    issue: Callable[[slice, int], PendingChunk],
+    complete: Callable[[slice, PendingChunk], None],
 ) -> None:
-    """begin(chunk, slot) and finish(chunk, what begin returned) for consecutive chunks of at most `rows` tokens.
+    """Call issue(chunk, slot), then complete(chunk, its result), for consecutive chunks of at most `rows` tokens.
 
-    Up to `depth` chunks are begun before the first of them is finished; `slot` counts 0 to depth - 1 and is not given
-    to another chunk before that. The order is the same on all ranks.
+    Up to `depth` chunks are pending at a time; `slot` is in [0, depth) and is reused only after its chunk is complete.
+    The order is the same on all ranks, so collectives that `issue` starts match.
     """
-    waiting: list[tuple[slice, Begun]] = []
+    pending: list[tuple[slice, PendingChunk]] = []
     for index, first in enumerate(range(0, num_tokens, rows)):
         chunk = slice(first, min(first + rows, num_tokens))
-        if len(waiting) == depth:
-            finish(*waiting.pop(0))
-        waiting.append((chunk, begin(chunk, index % depth)))
-    for entry in waiting:
-        finish(*entry)
+        if len(pending) == depth:
+            complete(*pending.pop(0))
+        pending.append((chunk, issue(chunk, index % depth)))
+    for entry in pending:
+        complete(*entry)
 
 
 def as_head(head: Tensor | HeadShard) -> HeadShard:
-    """A bare weight is a head without bias, scale or cap."""
+    """Wrap a bare weight as a head without bias, scale or cap."""
     return head if isinstance(head, HeadShard) else HeadShard(head)
 
 
@@ -111,7 +120,7 @@ class TokenWeights:
     def loss(self, lse: Tensor, ce: Tensor, kd: Tensor | None = None) -> Tensor:
         """sum_t ce-weight * ce + kd-weight * kd + z-weight * lse^2, 0-d float64. Arguments [T] float64.
 
-        A position of weight 0 does not count, whatever it holds.
+        A position of weight 0 contributes exactly 0, even if its value is not finite.
         """
         terms = [(self.ce, ce)]
         if kd is not None:
@@ -148,11 +157,11 @@ class ModelSide:
 
     @property
     def operand_dtype(self) -> torch.dtype:
-        """In which d(logits) is multiplied with the head and the hidden states."""
+        """The dtype in which d(logits) is multiplied with the head and the hidden states."""
         return operand_dtype(self.weight, self.slabs.dtype)
 
     def logits(self, chunk: slice, slot: int) -> Tensor:
-        """[C, n] logits of a chunk, in a slab of its own: those of the slot's last chunk are gone."""
+        """[C, n] logits of a chunk, in the slab of `slot`; overwrites the logits of the slot's previous chunk."""
         hidden = self.hidden[chunk]
         out = logits_into(self.slabs[slot, : hidden.shape[0]], hidden, self.weight)
         if self.bias is not None:
@@ -161,7 +170,7 @@ class ModelSide:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class NeedsGrad:
     """Which gradients to compute."""
 
     hidden: bool
@@ -169,15 +178,15 @@ class Wanted:
     bias: bool
 
     @classmethod
-    def of(cls, hidden: Tensor, head: HeadShard) -> Wanted:
-        """What autograd will ask for; nothing under no_grad. Ask before entering an autograd.Function."""
+    def of(cls, hidden: Tensor, head: HeadShard) -> NeedsGrad:
+        """From requires_grad; all False under no_grad. Must be called outside of an autograd.Function."""
         if not torch.is_grad_enabled():
             return cls(False, False, False)
         return cls(hidden.requires_grad, head.weight.requires_grad, head.bias is not None and head.bias.requires_grad)
 
     @property
     def any(self) -> bool:
-        """Whether any gradient is wanted at all."""
+        """Whether any gradient is needed."""
         return self.hidden or self.weight or self.bias
 
 
@@ -185,7 +194,7 @@ class Wanted:
 class GradientBuffers:
     """Accumulated gradients in the working dtype; padding rows stay 0.
 
-    hidden [T, D] (this rank's part), weight [v, D], bias [v]; None where not wanted.
+    hidden [T, D] (this rank's part), weight [v, D], bias [v]; None where not needed.
     """
 
     hidden: Tensor | None
@@ -194,23 +203,23 @@ class GradientBuffers:
 
     @classmethod
     def zeros(
-        cls, hidden: Tensor, head: HeadShard, wanted: Wanted, work: torch.dtype, main_grad: Tensor | None = None
+        cls, hidden: Tensor, head: HeadShard, needs_grad: NeedsGrad, work: torch.dtype, main_grad: Tensor | None = None
     ) -> GradientBuffers:
-        """Buffers for what is wanted. main_grad [v, D] takes the weight's gradient on top of what it holds."""
+        """Buffers for the gradients that are needed. The weight's gradient is added to main_grad [v, D] if given."""
 
-        def zeros(like: Tensor | None, is_wanted: bool) -> Tensor | None:
-            if like is None or not is_wanted:
+        def zeros(like: Tensor | None, is_needed: bool) -> Tensor | None:
+            if like is None or not is_needed:
                 return None
             return torch.zeros_like(like, dtype=work, memory_format=torch.contiguous_format)
 
         return cls(
-            zeros(hidden.detach(), wanted.hidden),
-            zeros(head.weight.detach(), wanted.weight) if main_grad is None else main_grad,
-            zeros(None if head.bias is None else head.bias.detach(), wanted.bias),
+            zeros(hidden.detach(), needs_grad.hidden),
+            zeros(head.weight.detach(), needs_grad.weight) if main_grad is None else main_grad,
+            zeros(None if head.bias is None else head.bias.detach(), needs_grad.bias),
         )
 
     def add(self, side: ModelSide, chunk: slice, grad_logits: Tensor) -> None:
-        """Take in a chunk's d loss / d product [C, n], in side.operand_dtype."""
+        """Accumulate a chunk's d loss / d product [C, n], given in side.operand_dtype."""
         n = grad_logits.shape[1]
         if n == 0:
             return
@@ -231,9 +240,11 @@ def save_gradients(
 ) -> None:
     """Complete d(hidden) over the group and keep all gradients for backward, which rounds them to `inputs`' dtypes.
 
-    Communicates: one all-reduce of [T, D] if d(hidden) is wanted. With main_grad the weight's is in place already.
+    Communicates: one all-reduce of [T, D] if d(hidden) is wanted. With main_grad the weight's gradient is in place
+    already.
     """
     if grads.hidden is not None:
+        # Each rank has d(hidden) through its own rows of the head only.
         reduce_sum_(grads.hidden, group)
     ctx.fused, ctx.spent = main_grad is not None, False
     ctx.dtypes = [None if like is None else like.dtype for like in inputs]
@@ -248,7 +259,7 @@ def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     """
     if ctx.fused:
         if ctx.spent:
-            raise ValueError("backward was called twice on a loss with main_grad: its gradient is added only once")
+            raise ValueError("backward was called twice on a loss with main_grad, which adds the gradient only once")
         ctx.spent = True
         if grad_loss.device.type != "cpu":
             torch._assert_async(grad_loss == 1)
@@ -261,7 +272,8 @@ def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _times(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """gradient * factor, multiplied in the gradient's dtype and then rounded: factors of 1 / N have no short form."""
+    """gradient * factor, multiplied in the gradient's dtype and then rounded, because factors like 1 / N are inexact in
+    low precision."""
     if gradient is None:
         return None
     return torch.mul(gradient, factor.to(gradient.dtype), out=torch.empty_like(gradient, dtype=dtype))

@@ -1,4 +1,4 @@
-"""What losses take and return. T tokens, K kept ids, V vocabulary."""
+"""Argument and result types of losses. T tokens, K kept ids, V vocabulary."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LossParts:
-    """A loss summed over tokens, and what was measured on the way; replicated over the tp group.
+    """A loss summed over tokens, and values measured per token; replicated over the tp group.
 
     loss           0-d fp32 (fp64 for fp64 inputs), differentiable:
                    sum_t kd_weight[t] * temperature^2 * D[t] + ce_weight[t] * CE[t]
@@ -18,7 +18,7 @@ class LossParts:
     lse            [T] detached, log sum exp of the student's logits at temperature 1
     teacher_ce     [T] detached, -log p(label) at temperature 1; None without a dense teacher
     student_entropy, teacher_entropy   [T] detached, nats, at the loss temperature; None unless measured
-    forward_kl     [T] detached, KL(teacher||student) at temperature 1, whatever the divergence; None unless measured
+    forward_kl     [T] detached, KL(teacher||student) at temperature 1, for every divergence; None unless measured
     tvd            [T] detached, total variation distance at the loss temperature; None unless measured
     agreement      [T] detached float, 1 where the arg-max of both models is the same id; None unless measured
     """
@@ -56,8 +56,8 @@ class SparseTarget:
     ids [T, K] int32 global, no id twice in a row (-1 marks an empty slot, whose weight is 0); weights [T, K] fp32, with
     the tail they sum to 1; log_tail [T] fp32, log of the probability outside the ids, or None; label_log_prob [T] and
     entropy [T] fp32, nats: of the whole teacher distribution, the entropy at the temperature of the weights.
-    unbiased: the weights are an unbiased estimate of the teacher's distribution (sampled ids, no tail), so that losses
-    linear in the weights are unbiased too.
+    unbiased: the weights are an unbiased estimate of the teacher's distribution (sampled ids, no tail), so losses that
+    are linear in the weights are unbiased too.
     """
 
     ids: Tensor

@@ -3,8 +3,8 @@
 import logging
 from typing import Any
 
-# transformers imports torchao where it is installed. On every rank it then names each GPU library that it could not
-# load, and torch warns of how torchao 0.18 registers two of its classes.
+# transformers imports torchao where it is installed. torchao then logs on every rank each GPU library that it could not
+# load, and torch warns about two classes that torchao 0.18 registers.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
@@ -12,7 +12,7 @@ __all__ = ["Backbone", "ModelSpec", "load_backbone", "model_rows"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, on first use: reading an architecture's name must not cost seconds of imports."""
+    """Import the public names on first use: reading an architecture's name must not take seconds of imports."""
     if name == "Backbone":
         from kdtrain.models.backbone import Backbone
 

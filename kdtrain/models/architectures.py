@@ -1,7 +1,7 @@
-"""Student architectures by name, as data. The vocabulary size is always the tokenizer's, whatever is written here.
+"""Student architectures by name, as data. The vocabulary size always comes from the tokenizer.
 
 Sizes with `miniplm` are those of Gu et al. 2025 (MiniPLM, arXiv 2410.17215, table of model configurations), which
-follow Qwen1.5. `llama-5m` and `llama-20m` are ours, for quick starts on a vocabulary of about 49 thousand.
+follow Qwen1.5. `llama-5m` and `llama-20m` are kdtrain's own, for quick starts on a vocabulary of about 49 thousand.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2-miniplm-200m": _qwen2(768, 2112, 12, 12),
     "qwen2-miniplm-300m": _qwen2(768, 2112, 18, 12),
     "qwen2-miniplm-500m": _qwen2(1024, 2816, 24, 16),
-    # Only with a head of its own does this one add up to its name (1.16e9 parameters on 151,936 tokens).
+    # Only with an untied head does the parameter count match the name (1.16e9 parameters at 151,936 tokens).
     "qwen2-miniplm-1.2b": _qwen2(1536, 4224, 24, 16, tied=False),
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8),
     "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8),
@@ -95,7 +95,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def read_architecture(name_or_path: str, vocab_size: int) -> dict[str, Any]:
     """The Hugging Face config dict of a named architecture, or of a folder or file with a config.json.
 
-    vocab_size replaces whatever the source says, and special token ids are dropped: they belong to a tokenizer.
+    vocab_size replaces the value in the source. Special token ids are dropped because they belong to a tokenizer.
     Raises ConfigError for an unknown name, a missing or unreadable file, or one without a model_type.
     """
     known = ARCHITECTURES.get(name_or_path)
@@ -107,7 +107,10 @@ def read_architecture(name_or_path: str, vocab_size: int) -> dict[str, Any]:
 
 
 def read_config_json(path: str | Path) -> dict[str, Any]:
-    """The content of `path` or `path`/config.json. Raises ConfigError when there is none or it is no model config."""
+    """The content of `path` or `path`/config.json.
+
+    Raises ConfigError when the file is missing or is not a model config.
+    """
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():

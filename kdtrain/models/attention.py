@@ -1,4 +1,4 @@
-"""Choose an attention implementation that is installed, works here and fits the architecture, and say why.
+"""Choose an attention implementation that is installed, runs on this device and fits the architecture; give the reason.
 
 Which ones fit an architecture is measured (`kdtrain.models.attention_probe`). Never downloads anything.
 """
@@ -13,18 +13,18 @@ from kdtrain.errors import ConfigError
 from kdtrain.models.attention_packages import FLASH_PACKAGES, capability_obstacle, flash_obstacle
 
 PACKED = "packed"
-"""Our own: torch's attention document by document, without a mask (`kdtrain.models.packed`)."""
+"""kdtrain's own implementation: torch's attention per document, without a mask (`kdtrain.models.packed`)."""
 
 FLASH = tuple(FLASH_PACKAGES)
 
 IMPLEMENTATIONS = ("eager", "sdpa", PACKED, *FLASH)
 
 ONE_MASK = "sdpa_one_mask"
-"""In a model's config, where sdpa is chosen: the same with one mask for all layers (`kdtrain.models.one_mask`)."""
+"""Name set in a model's config where sdpa is chosen: sdpa with one mask for all layers (`kdtrain.models.one_mask`)."""
 
 
 Obstacle = Callable[[str], str | None]
-"""Implementation -> what is in its way, in words; None: nothing."""
+"""Maps an implementation to the reason why it cannot be used, or None if it can."""
 
 
 def _nothing(implementation: str) -> None:
@@ -43,12 +43,12 @@ def resolve_attention(
 ) -> tuple[str, str]:
     """(implementation, reason) for `wanted`, which is "auto" or an implementation's name.
 
-    device_type: "cuda" or "cpu"; dtype: "float32" or "bfloat16"; capability: of a CUDA device, None: not known, or AMD.
-    packed: whether documents share sequences and must not see each other. measured: what is in an implementation's way
-    in the architecture; called only where nothing else is. size: what the size of the run's batches is. auto takes the
-    first without an obstacle: flash_attention_2, then ours without a mask, then sdpa, then eager; where documents are
-    not packed, sdpa needs no mask and goes before ours.
-    Raises ConfigError when an explicit choice cannot work here.
+    device_type: "cuda" or "cpu"; dtype: "float32" or "bfloat16"; capability: compute capability of a CUDA device, None
+    if unknown or AMD. packed: whether several documents share a sequence and must not attend to each other. measured:
+    the obstacle in the architecture, called only if there is no other obstacle. size: the obstacle in the size of the
+    run's batches. auto takes the first implementation without an obstacle, in the order flash_attention_2, packed,
+    sdpa, eager; if documents are not packed, sdpa needs no mask and precedes packed. Raises ConfigError when an
+    explicit choice cannot work here.
     """
 
     def obstacle(implementation: str) -> str | None:
@@ -56,7 +56,7 @@ def resolve_attention(
         return here or size(implementation) or measured(implementation)
 
     def last_resort(implementation: str) -> str | None:
-        return size("sdpa") or obstacle(implementation)  # eager needs more memory where sdpa is ruled out already
+        return size("sdpa") or obstacle(implementation)  # eager needs more memory than sdpa
 
     if wanted == "auto":
         middle = (PACKED, "sdpa") if packed else ("sdpa", PACKED)
@@ -70,7 +70,7 @@ def resolve_attention(
             "  why: an explicit choice never falls back to another implementation\n"
             "  fix: set attention=auto, which takes the best that works, or install what is missing"
         )
-    return wanted, "asked for"
+    return wanted, "explicit setting"
 
 
 def _first_without(obstacles: dict[str, Obstacle]) -> tuple[str, str]:
@@ -89,7 +89,7 @@ def _first_without(obstacles: dict[str, Obstacle]) -> tuple[str, str]:
 
 
 def compute_capability(device: torch.device | None) -> tuple[int, int] | None:
-    """Of a CUDA device of NVIDIA's; None for any other, and where it is not known."""
+    """Compute capability of an NVIDIA device; None for any other device or if it is unknown."""
     if device is None or device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_capability(device)
@@ -107,5 +107,5 @@ def _obstacle_here(implementation: str, device_type: str, dtype: str, capability
 
 
 def common_name(name: str) -> str:
-    """A name from a model's config as users know it."""
+    """The documented name of an implementation, given its name in a model's config."""
     return "sdpa" if name == ONE_MASK else name

@@ -1,4 +1,4 @@
-"""Set the attention of a stock model: measure the choice on a tiny copy, set it, check what transformers has set."""
+"""Set the attention of a stock model: measure the choice on a tiny copy, set it, check that transformers applied it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
 from kdtrain.models.attention import (
@@ -25,10 +25,12 @@ from kdtrain.models.stock import BUILD_ERRORS
 
 
 def first_attention(wanted: str, kind: Any, *, dtype: str, device: torch.device | None) -> str:
-    """With masks, sdpa or eager: what a model of the class `kind` is built with, whatever it will use.
+    """The implementation to build a model of class `kind` with, sdpa or eager, whichever implementation it will run
+    with.
 
-    Some classes choose their code when they are built, and none may look for a flash-attention package then. device:
-    None: not known yet, then as on CUDA. Raises ConfigError where `wanted` could not work with any architecture.
+    Some classes choose their code when they are built, and must not look for a flash-attention package at that point.
+    device: None if not known yet, treated as CUDA. Raises ConfigError where `wanted` could not work with any
+    architecture.
     """
     resolve_attention(wanted, device_type=_device_type(device), dtype=dtype, capability=compute_capability(device))
     return "sdpa" if wanted != "eager" and getattr(kind, "_supports_sdpa", False) else "eager"
@@ -45,12 +47,12 @@ def use_attention(
     cp_size: int,
     size: Obstacle,
 ) -> str:
-    """Set in `model`, stock and whole, built with `first_attention`, the implementation that `wanted` comes to; its
-    name in a model's config.
+    """Resolve `wanted` and set it in `model`, a stock, unsharded model built with `first_attention`. Returns its config
+    name.
 
-    device: None: not known yet; then the choice is that on CUDA, and where it is flash-attention the model keeps the
-    attention it has. packed: whether documents share sequences and must not see each other. Builds and runs a
-    tiny random copy on the CPU. Does not communicate. Raises ConfigError when a choice cannot hold.
+    device: None if not known yet: the choice is made as on CUDA, and if it is flash-attention the model keeps its
+    current attention. packed: whether several documents share a sequence and must not attend to each other. Builds and
+    runs a tiny random copy on the CPU. Does not communicate. Raises ConfigError when the choice cannot be used.
     """
     measured = partial(attention_obstacle, model, source, packed=packed)
     implementation, reason = resolve_attention(
@@ -73,9 +75,11 @@ def use_attention(
 
 
 def set_attention(model: Any, name: str, source: str) -> None:
-    """Let transformers set the implementation `name`; ConfigError if it sets another one, or refuses.
+    """Set the implementation `name` through transformers. Raises ConfigError if transformers refuses or sets another
+    one.
 
-    It replaces what a class does not list (by kernels from a hub), and only warns where a class cannot be set at all.
+    transformers replaces implementations that a class does not list (by kernels from a hub), and only warns if a class
+    does not support the setting.
     """
     if model.config._attn_implementation == name:
         return
@@ -90,10 +94,10 @@ def set_attention(model: Any, name: str, source: str) -> None:
 def run_size(
     model: Any, mesh: Mesh, device: torch.device | None, *, packed: bool, seq_len: int | None, sequences: int
 ) -> Obstacle:
-    """What the size of a run's batches rules out for `model`, whole, on this rank of `mesh`.
+    """The check of a run's batch size for `model`, unsharded, on this rank of `mesh`: returns a reason or None.
 
-    seq_len: tokens of whole sequences, None: not known, then nothing; sequences: of a micro-batch. device: None: not
-    known yet, then as on CUDA, where the limits are.
+    seq_len: tokens of a whole sequence; None if unknown, then nothing is ruled out. sequences: per micro-batch. device:
+    None if not known yet, treated as CUDA, where the limits apply.
     """
     if seq_len is None:
         return lambda implementation: None

@@ -1,24 +1,24 @@
 """Sizes beyond which torch's attention kernels on CUDA are wrong or cannot be launched. Pure arithmetic.
 
-What is known, with the issues of pytorch/pytorch unless another repository is named:
+Known limits, with issue numbers of pytorch/pytorch unless another repository is named:
 
-- With a mask, sdpa means the memory-efficient kernel, which counts elements of the mask in 32 bits: the forward pass is
+- With a mask, sdpa uses the memory-efficient kernel, which counts elements of the mask in 32 bits: the forward pass is
   silently wrong beyond 2**32 of S * S (162588, 187227), the backward pass fails beyond 2**31 (147585).
 - flash-attention 2, in torch and as a package, adds up the gradient of the queries in a float32 buffer that it indexes
   in 32 bits, every sequence rounded up to 128 tokens and 128 more for every document of packed ones: beyond 2**31
   elements gradients are wrong or the memory access illegal (Dao-AILab/flash-attention 1500, 2260).
 - A kernel takes the sequences of a call from a grid axis of at most 65535 (142228, 146704).
 
-S tokens of a sequence, H heads of queries in one call: on a rank, after parallel.tp and parallel.cp.
+S: tokens of a sequence. H: query heads in one call, that is, on one rank after parallel.tp and parallel.cp.
 """
 
 from __future__ import annotations
 
 OFFSETS = 2**31
-"""Elements that a signed 32-bit offset can tell apart."""
+"""Elements that a signed 32-bit offset can address."""
 
 MAX_SEQUENCES = 65535
-"""Sequences, or documents, of one kernel call."""
+"""Most sequences, or documents, in one kernel call."""
 
 
 def flash_elements(tokens: int, documents: int, heads: int, width: int) -> int:
@@ -27,14 +27,14 @@ def flash_elements(tokens: int, documents: int, heads: int, width: int) -> int:
 
 
 def flash_fits(tokens: int, documents: int, heads: int, width: int) -> bool:
-    """Whether one variable-length call of flash-attention can hold that many."""
+    """Whether one variable-length call of flash-attention can address that many elements."""
     return documents <= MAX_SEQUENCES and flash_elements(tokens, documents, heads, width) < OFFSETS
 
 
 def size_obstacle(
     implementation: str, *, device_type: str, packed: bool, seq_len: int, sequences: int, heads: int, head_width: int
 ) -> str | None:
-    """Why `implementation` must not be used with these sizes, or None.
+    """The reason why `implementation` must not be used with these sizes, or None.
 
     packed: documents share sequences, so stock implementations get a mask. seq_len: S of whole sequences, also under
     parallel.cp; sequences: of a micro-batch; heads: H; head_width: the larger of those of keys and values.
@@ -46,7 +46,8 @@ def size_obstacle(
             f"sequences of {seq_len} tokens with a mask between documents are beyond what torch's kernel for masks "
             f"can count in 32 bits (at most {_root(OFFSETS)} tokens): results are silently wrong or the backward fails"
         )
-    # Ours cuts its calls to fit (`kdtrain.models.packed`), so one document, as long as a sequence at most, must fit.
+    # packed splits its calls to fit (`kdtrain.models.packed`), so only one document, at most a sequence long, has to
+    # fit.
     alone = implementation == "packed"
     if not alone and sequences > MAX_SEQUENCES:
         return f"{sequences} sequences in a micro-batch are more than the {MAX_SEQUENCES} of one attention kernel"

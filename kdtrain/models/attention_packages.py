@@ -17,10 +17,10 @@ from packaging.version import InvalidVersion, Version
 class FlashPackage:
     """What transformers imports for one implementation.
 
-    distribution: the name pip knows; folder: the top-level module it must have installed; names: module -> what is
-    taken from it; capability: the least major compute capability of a CUDA device that its kernels are made for;
-    at_least: the oldest version that transformers accepts, None if it accepts any; shared: a folder of its files that
-    another distribution writes into as well, "" if none does.
+    distribution: its name in pip; folder: the top-level module that it must have installed; names: module -> names
+    imported from it; capability: the lowest major compute capability that its kernels support; at_least: the oldest
+    version that transformers accepts, None if it accepts any; shared: a folder of its files that another distribution
+    writes into as well, "" if none does.
     """
 
     distribution: str
@@ -54,15 +54,23 @@ FLASH_PACKAGES = {
         "flash-attn-4", "flash_attn", (("flash_attn.cute", _FUNCTIONS),), capability=9, shared="flash_attn/cute/"
     ),
 }
-"""Implementation -> what it needs. flash-attn and flash-attn-4 install into one folder, so a module that can be found
-says nothing; flash-attn even holds files of the names of flash-attn-4's. Where transformers does not see the right
-distribution, it fetches kernels from a hub."""
+"""Implementation -> required package. flash-attn and flash-attn-4 install into one folder, so finding a module proves
+nothing; flash-attn even contains files with the names of flash-attn-4's files. Where transformers does not see the
+right distribution, it fetches kernels from a hub."""
 
 BROKEN = (
-    ImportError, OSError, RuntimeError, AttributeError, NameError, LookupError, TypeError, ValueError, SyntaxError,
+    ImportError,
+    OSError,
+    RuntimeError,
+    AttributeError,
+    NameError,
+    LookupError,
+    TypeError,
+    ValueError,
+    SyntaxError,
     AssertionError,
-)  # fmt: skip
-"""What the import of a package raises that was made for another torch, Python or CUDA."""
+)
+"""Errors raised by importing a package that was built for another torch, Python or CUDA."""
 
 
 @functools.cache
@@ -71,8 +79,8 @@ def flash_obstacle(implementation: str) -> str | None:
 
     Looks for the installed distribution and its version as transformers does, then whether its files are still its
     own, and imports what transformers will import: a package built for another torch is found, and fails only there.
-    The device is not looked at. Cached: an installation is not expected to change while a process runs. Does not
-    communicate.
+    Does not query the device. The result is cached: an installation is not expected to change while a process runs.
+    Does not communicate.
     """
     package = FLASH_PACKAGES[implementation]
     version = installed_version(implementation)
@@ -124,7 +132,7 @@ def _reaches(version: str, least: str) -> bool:
 
 
 def _changed_file(package: FlashPackage) -> str:
-    """The first file of `package.shared` that is not what was installed, by pip's record; empty if there is none."""
+    """The first file of `package.shared` that differs from pip's record of the installation; empty if none does."""
     for file in metadata.distribution(package.distribution).files or ():
         if not str(file).startswith(package.shared) or file.hash is None:
             continue
@@ -138,7 +146,7 @@ def _changed_file(package: FlashPackage) -> str:
 
 
 def _import_problem(package: FlashPackage) -> str:
-    """What stops `from module import names`; empty if nothing does."""
+    """The reason why `from module import names` fails; empty if it succeeds."""
     try:
         for module_name, names in package.names:
             module = importlib.import_module(module_name)

@@ -1,9 +1,9 @@
 """Measure, before a weight is read, which attention implementations compute what a model's masked attention computes.
 
-Masks are built by transformers from position_ids, so sdpa and eager keep packed documents apart wherever
-`kdtrain.models.probe` says so. Flash-attention and our packed attention take document boundaries instead: keyword
-arguments which must reach every attention call, through decoder layers that may drop them. Each is run on a tiny random
-copy of the config to be loaded and held against the masked path. Nothing here communicates, and nothing needs a GPU.
+transformers builds masks from position_ids, so sdpa and eager separate packed documents wherever `kdtrain.models.probe`
+has verified it. Flash-attention and packed attention take document boundaries instead: keyword arguments that must
+reach every attention call, through decoder layers that may drop them. Each implementation is run on a tiny random copy
+of the config to be loaded and compared with the masked path. Nothing here communicates, and nothing needs a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.errors import ConfigError, KdtrainError
 from kdtrain.models.attention import FLASH, ONE_MASK, PACKED
 from kdtrain.models.backbone import Backbone
@@ -27,7 +27,7 @@ from kdtrain.models.shrink import VOCAB_SIZE, declared_head_dim
 from kdtrain.models.stock import BUILD_ERRORS
 
 COUNTED_PACKED = "counted_packed"
-"""Our packed attention, under a name that makes it remember its calls."""
+"""Packed attention, registered under a name that records its calls."""
 
 WIDEST_FLASH_HEAD = 256
 """Width of the widest heads that flash-attention computes."""
@@ -42,12 +42,12 @@ _KNOWN: dict[str, str | None] = {}
 
 
 def attention_obstacle(model: Any, source: str, implementation: str, *, packed: bool = True) -> str | None:
-    """What keeps the architecture of `model` from computing attention with `implementation`, in words; None: nothing.
+    """The reason why the architecture of `model` cannot compute attention with `implementation`; None if it can.
 
     model: the stock model, parameters possibly on meta. implementation: one of IMPLEMENTATIONS, or ONE_MASK. packed:
-    whether documents share sequences and must not see each other. Builds and runs a tiny random copy on the CPU, once
-    per process and config; leaves torch's random state alone. `check_model` must have passed the model: what is
-    measured here is equality with the attention that it looked at.
+    whether several documents share a sequence and must not attend to each other. Builds and runs a tiny random copy on
+    the CPU, once per process and config; leaves torch's random state unchanged. The model must have passed
+    `check_model`: this function measures equality with the attention checked there.
     """
     if implementation in ("eager", "sdpa"):
         return None if implementation == "eager" or model._supports_sdpa else _NO_SDPA
@@ -59,20 +59,23 @@ def attention_obstacle(model: Any, source: str, implementation: str, *, packed: 
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The innermost modules of `model` whose class calls itself attention, by name."""
+    """The innermost modules of `model` whose class name contains "attention", by name."""
     found = {name: module for name, module in model.named_modules() if "Attention" in type(module).__name__}
     return {name: module for name, module in found.items() if not any(other.startswith(f"{name}.") for other in found)}
 
 
 def head_width(model: Any) -> int | None:
-    """Width of the widest head of any attention layer; None if neither its modules nor its config say."""
+    """Width of the widest head of any attention layer; None if neither modules nor config give it."""
     modules = attention_modules(model).values()
     widths = [value for m in modules for name in _WIDTHS if type(value := getattr(m, name, None)) is int]
     return max(widths, default=declared_head_dim(model.config))
 
 
 def declared_obstacle(model: Any, implementation: str) -> str | None:
-    """What the class of `model` and the width of its heads say of `implementation`; nothing is run. None: nothing."""
+    """The reason why the class of `model` or the width of its heads excludes `implementation`, or None.
+
+    Runs nothing.
+    """
     if not type(model)._can_set_attn_implementation():
         return _OWN_CODE
     if implementation == ONE_MASK and not model._supports_sdpa:
@@ -82,7 +85,7 @@ def declared_obstacle(model: Any, implementation: str) -> str | None:
     if not model._supports_flash_attn:
         return "this architecture cannot use flash-attention"
     listed = getattr(model, "_compatible_flash_implementations", None)
-    if listed is not None and implementation not in listed:  # transformers would take one of these, from a hub
+    if listed is not None and implementation not in listed:  # transformers would fetch one of these from a hub
         return f"this architecture takes no {implementation}, only {', '.join(listed)}"
     if type(model)._check_and_adjust_attn_implementation is not PreTrainedModel._check_and_adjust_attn_implementation:
         return "this architecture has rules of its own for flash-attention, which cannot be tried without a GPU"
@@ -104,7 +107,7 @@ def _measured(model: Any, source: str, implementation: str, packed: bool) -> str
 
 
 def _obstacle_of_copy(copy: Any, *, name: str, packed: bool) -> str | None:
-    """What keeps attention under `name` from computing what the copy's own masked attention does; None: nothing."""
+    """The reason why attention under `name` differs from the copy's own masked attention; None if it does not."""
     ids = torch.randint(4, VOCAB_SIZE, (2, 12))
     positions = torch.tensor([[*range(5), *range(7)], [*range(8), *range(4)]])
     if not packed:
@@ -131,7 +134,8 @@ def _obstacle_of_copy(copy: Any, *, name: str, packed: bool) -> str | None:
 
 
 def _problem_of_calls(backbone: Backbone, ran: list[nn.Module], packed: bool) -> str | None:
-    """What is wrong with the calls of attention in a forward pass of a copy in which the modules `ran` ran."""
+    """The problem with the attention calls of a forward pass in which the modules `ran` were run; None if there is
+    none."""
     calling = [module for module in backbone.modules() if hasattr(module, CALLS)]
     if not calling:
         return "none of its layers calls the attention that the config names"

@@ -1,4 +1,4 @@
-"""A stock Hugging Face causal language model as the rest of kdtrain sees it: hidden states and a head shard.
+"""The interface to a stock Hugging Face causal language model: hidden states and a head shard.
 
 No method ever forms logits. T = B * S tokens, D width, v rows of the vocabulary on this rank.
 """
@@ -12,18 +12,18 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
-from kdtrain.dist.collectives import Group, group_size
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.batch import Batch
+from kdtrain.distributed.collectives import Group, group_size
+from kdtrain.distributed.vocab import HeadShard, VocabShard
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import ONE_MASK, common_name
 from kdtrain.models.context import ARGUMENT, PREFIX, Context, needs_mask, whole_sequences
-from kdtrain.models.facts import ModelFacts, facts_of
+from kdtrain.models.info import ModelInfo, info_of
 from kdtrain.models.ties import kept_name
-from kdtrain.parallel.cut import Cut
 from kdtrain.parallel.layers import LmHead
 from kdtrain.parallel.plan import vocabulary_modules
+from kdtrain.parallel.shard_spec import ShardSpec
 
 R = TypeVar("R")
 HeadFn = Callable[[Tensor, HeadShard], R]
@@ -35,14 +35,19 @@ class Backbone(nn.Module):
     model: the stock model, its embedding and head replaced. config: its Hugging Face config, of the full model.
     shard: this rank's vocabulary rows; equal to the head's. cuts: how each sharded parameter is cut, by Hugging Face
     name; a name that is absent is replicated over tp. cp_group: the ranks that hold parts of the same sequences, in
-    order (`kdtrain.models.context`); None: batches hold whole ones. implementation: of attention in a run, where that
-    is not what config says: a model whose device is not known yet does not have flash-attention.
+    order (`kdtrain.models.context`); None: batches hold whole ones. implementation: the attention of a run, if it
+    differs from config: a model whose device is not known yet does not have flash-attention set.
     """
 
     def __init__(
-        self, model: Any, shard: VocabShard, cuts: dict[str, Cut], cp_group: Group = None, *,
+        self,
+        model: Any,
+        shard: VocabShard,
+        cuts: dict[str, ShardSpec],
+        cp_group: Group = None,
+        *,
         implementation: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.model: Any = model
         self.config: Any = model.config
@@ -52,9 +57,9 @@ class Backbone(nn.Module):
         self._implementation = implementation
         self.elements_read = 0
         """Elements of weight files that this rank read to fill the model."""
-        self._facts: ModelFacts | None = None
+        self._info: ModelInfo | None = None
         self._head_name = vocabulary_modules(model)[1]
-        # Taken now: under ZeRO-3 the parameters lose their shapes.
+        # Recorded now, because under ZeRO-3 parameters lose their shapes.
         self._full_shapes = {
             name: cuts[name].full_shape(tuple(param.shape)) if name in cuts else tuple(param.shape)
             for name, param in self.hf_parameters()
@@ -62,12 +67,13 @@ class Backbone(nn.Module):
 
     @property
     def attention(self) -> str:
-        """The implementation in use, by the name that users know."""
+        """The attention implementation in use, by its documented name."""
         return common_name(str(self.config._attn_implementation))
 
     @property
     def implementation(self) -> str:
-        """What computes attention in a run, by its name in a model's config, whatever cp_group adds to it."""
+        """The attention implementation of a run, by its name in a model's config, without the prefix for context
+        parallelism."""
         return self._implementation or str(self.config._attn_implementation).removeprefix(PREFIX)
 
     @property
@@ -83,13 +89,14 @@ class Backbone(nn.Module):
     def hidden_states(self, batch: Batch) -> Tensor:
         """[T, D], output of the final norm, replicated over tp.
 
-        Documents packed together do not see each other: position_ids restart, and neither a cache nor an attention
-        mask is passed, because with either one transformers would silently let documents attend to each other.
-        Whether that is enough for this architecture is measured by `kdtrain.models.probe` when it is loaded.
-        Raises ConfigError when the model keeps a cache all the same, ValueError for documents of another batch.
-        Communicates over tp: one all-reduce for the embedding and two per layer; in backward two per layer. Over cp:
-        two all-to-alls per layer, in backward two per layer; one all-gather of position_ids where attention needs masks
-        or batch.documents are not known. Where they are known, attention=packed does not synchronise the device.
+        Documents packed into one sequence do not attend to each other: position_ids restart, and neither a cache nor an
+        attention mask is passed, because with either of them transformers would silently let documents attend to each
+        other. Whether that is enough for this architecture is measured by `kdtrain.models.probe` when it is loaded.
+        Raises ConfigError when the model returns a cache although none was requested, ValueError for documents of
+        another batch. Communicates over tp: one all-reduce for the embedding and two per layer; in backward two per
+        layer. Over cp: two all-to-alls per layer, in backward two per layer; one all-gather of position_ids where
+        attention needs masks or batch.documents are not known. Where they are known, attention=packed does not
+        synchronise the device.
         """
         if batch.position_ids.shape != batch.input_ids.shape:
             raise ValueError(
@@ -102,10 +109,10 @@ class Backbone(nn.Module):
             use_cache=False,
             **self._attention_arguments(batch),
         )
-        # transformers 5.23 has past_key_values; 5.24 has cache, and warns of any look at the other name
+        # transformers 5.23 has past_key_values; 5.24 has cache, and warns on access by the other name
         if any(vars(out).get(name) is not None for name in ("cache", "past_key_values")):
             raise ConfigError(
-                f"{type(self.model).__name__} keeps a cache although it was asked not to\n"
+                f"{type(self.model).__name__} returns a cache although use_cache is False\n"
                 "  why: a cache switches off the separation of packed documents\n  fix: use another architecture"
             )
         return cast(Tensor, out.last_hidden_state.flatten(0, 1))
@@ -130,16 +137,16 @@ class Backbone(nn.Module):
         """Parameters of the full model over all tp ranks, tied ones once, padding not counted."""
         return sum(torch.Size(shape).numel() for shape in self._full_shapes.values())
 
-    def facts(self) -> ModelFacts:
-        """Config and size of the full model, from the first call on those of then: ZeRO-3 takes shapes away."""
-        if self._facts is None:
+    def info(self) -> ModelInfo:
+        """Config and size of the full model, cached on the first call because ZeRO-3 removes shapes."""
+        if self._info is None:
             dtypes = {name: param.dtype for name, param in self.hf_parameters()}
-            self._facts = facts_of(self.model, self._full_shapes, dtypes)
-        return self._facts
+            self._info = info_of(self.model, self._full_shapes, dtypes)
+        return self._info
 
     def _attention_arguments(self, batch: Batch) -> dict[str, Any]:
-        """What attention must know of whole sequences: a `Context` where the attention function is ours, explicit
-        document boundaries for flash-attention, which would detect packing only in batches of one."""
+        """Keyword arguments for attention over whole sequences: a `Context` for kdtrain's attention functions, explicit
+        document boundaries for flash-attention, which detects packing only in batches of one."""
         attention = str(self.config._attn_implementation)
         stock = attention.removeprefix(PREFIX)
         flash = stock.startswith("flash")
@@ -179,7 +186,7 @@ def call_with_head(model: Callable[..., Any], batch: Batch, head_fn: HeadFn[R]) 
     """What `head_fn` returns, computed inside the head of `model`: a Backbone, or a DeepSpeed engine around one.
 
     DeepSpeed's hooks look for tensors in tensors, tuples, lists and dicts only. So of a dataclass (LossParts) just the
-    fields that carry a gradient pass the modules' borders, as a tuple, and are put back afterwards.
+    fields that carry a gradient leave the modules, as a tuple, and are put back afterwards.
     """
     answers: list[tuple[Any, tuple[str, ...]]] = []
 

@@ -1,4 +1,4 @@
-"""Models of several modalities: what their config.json looks like, and the refusal that names the way around."""
+"""Multimodal models: how to recognise their config.json, and the error that names a workaround."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def refuse_composite(settings: Mapping[str, Any], source: str) -> None:
     """Raise ConfigError for the settings of a model whose language model is only a part of it.
 
     settings: the content of a config.json. A model that has other parts beside a language model of its own (as
-    phi4_multimodal) is not refused. source: what to call it in the message.
+    phi4_multimodal) is not refused. source: name of the model in the message.
     """
     kind = str(settings.get("model_type"))
     declared = getattr(_config_class(kind), "sub_configs", {})

@@ -1,10 +1,10 @@
-"""Stock attention for a model whose sequences are cut over a cp group (`kdtrain.parallel.ulysses` trades the heads).
+"""Stock attention for a model whose sequences are sharded over a cp group (`kdtrain.parallel.ulysses` exchanges heads).
 
-transformers looks its attention function up by the name in a model's config, so ours is registered under names of its
-own and only models that run under context parallelism ask for it: a student and a teacher with other head counts, or
-one without a cp group, do not notice. Under such a name transformers builds no masks, which would be those of the
-local tokens: they are built here, by transformers' own functions, from the position_ids of the whole sequences. What
-an attention call needs travels with it as one keyword argument from `Backbone.hidden_states` down.
+transformers looks up its attention function by the name in a model's config. kdtrain's functions are registered under
+names of their own, used only by models that run under context parallelism; a student and a teacher may have different
+head counts, and one of them may have no cp group. Under such a name transformers builds no masks (they would cover only
+the local tokens). Masks are built here, by transformers' own functions, from the position_ids of whole sequences.
+`Backbone.hidden_states` passes everything an attention call needs as one keyword argument.
 
 B sequences, S tokens of the whole sequence, s = S / cp on this rank, H heads, d their width.
 """
@@ -24,32 +24,33 @@ from transformers import AttentionInterface
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kdtrain.data.documents import Documents
-from kdtrain.dist.collectives import Group, gather_ranks, group_size
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import Group, gather_ranks, group_size
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import IMPLEMENTATIONS, PACKED
 from kdtrain.models.one_mask import additive
 from kdtrain.models.packed import SETTINGS, UNIMPORTANT, attend_documents
 from kdtrain.models.packed_layout import PackedDocuments
-from kdtrain.parallel.heads import HeadCut, largest_tp
+from kdtrain.parallel.heads import HeadSharding, largest_tp
 from kdtrain.parallel.ulysses import check_heads, gather_sequence, scatter_sequence
 
 PREFIX = "ulysses_"
-"""Before the name of a stock implementation: the same over a cp group."""
+"""Prefix of a stock implementation's name: the same implementation over a cp group."""
 
 ARGUMENT = "kdtrain_context"
 """Keyword argument that carries a `Context` through stock code to the attention function."""
 
 PER_HEAD = ("s_aux", "position_bias", "cache")
-"""Arguments of stock attention that are made for other heads or tokens than a rank holds after the exchange."""
+"""Arguments of stock attention that do not match the heads or tokens of a rank after the exchange."""
 
 
 @dataclass(slots=True)
 class Context:
-    """What attention must know of one forward pass.
+    """Inputs of attention that are shared by all layers of one forward pass.
 
-    group: the cp group. position_ids [B, S]: of whole sequences; None where no mask is made. documents: theirs.
+    group: the cp group. position_ids [B, S]: of whole sequences; None if no mask is needed. documents: their
+    boundaries.
     """
 
     group: Group
@@ -60,13 +61,14 @@ class Context:
 
     @property
     def packing(self) -> PackedDocuments:
-        """What attention=packed needs of the documents, made once for all layers."""
+        """The packing layout for attention=packed, built once for all layers."""
         if self._packing is None:
             self._packing = PackedDocuments(self.documents)
         return self._packing
 
     def mask(self, implementation: str, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """transformers' mask for whole sequences: causal, documents apart, perhaps in a sliding window of tokens.
+        """transformers' mask for whole sequences: causal, separating documents, optionally with a sliding window of
+        tokens.
 
         [B, 1, S, S] in `dtype`, to be added to scores, made once per window; None where the implementation needs none
         (flash-attention and ours take the documents' boundaries instead). Does not communicate.
@@ -76,46 +78,53 @@ class Context:
         assert self.position_ids is not None
         key = (implementation, window, dtype)
         if key not in self._masks:
-            # of a model's config these functions read nothing else, of the embeddings only shape, dtype and device
+            # these functions read nothing else of a model's config, and of the embeddings only shape, dtype and device
             config: Any = SimpleNamespace(_attn_implementation=implementation, is_causal=True, sliding_window=window)
             embeddings = torch.empty(*self.position_ids.shape, 0, dtype=dtype, device=self.position_ids.device)
             create: Callable[..., Any] = create_causal_mask if window is None else create_sliding_window_causal_mask
-            # by place: the fourth, a cache, is past_key_values in transformers 5.23 and cache since 5.24
+            # positional: the fourth parameter is called past_key_values in transformers 5.23 and cache since 5.24
             self._masks[key] = additive(create(config, embeddings, None, None, self.position_ids), dtype)
         return self._masks[key]
 
 
 def needs_mask(implementation: str) -> bool:
-    """Whether a stock implementation keeps documents apart by a mask; the others take the documents' boundaries."""
+    """Whether a stock implementation separates documents by a mask; the others take document boundaries."""
     return not (implementation.startswith("flash") or implementation == PACKED)
 
 
 def whole_sequences(values: Tensor, group: Group) -> Tensor:
     """[B, s] on every rank of a cp group -> [B, S]. Communicates: one all-gather. Not differentiable."""
+    # Attention covers whole sequences, of which each cp rank has a part.
     return values if group_size(group) == 1 else gather_ranks(values, group).transpose(0, 1).flatten(1)
 
 
 def use_context(model: Any, mesh: Mesh, source: str) -> None:
-    """Let `model`, stock, with all its heads, use its own attention implementation over mesh's cp group.
+    """Set up `model`, stock and with all its heads, to run its attention implementation over mesh's cp group.
 
-    Does not communicate. Raises, alike on all ranks, ParallelError when heads on some tp rank cannot be shared out.
+    Does not communicate. Raises ParallelError on all ranks when the heads of some tp rank cannot be divided over cp.
     """
     settings = model.config.to_dict()
     names = getattr(model.config, "attribute_map", None) or {}
     heads = settings.get(names.get("num_attention_heads", "num_attention_heads"))
     kv_heads = settings.get(names.get("num_key_value_heads", "num_key_value_heads")) or heads
-    known = isinstance(heads, int) and isinstance(kv_heads, int)  # else each attention call checks its own
-    if known and mesh.tp_size <= largest_tp(heads, kv_heads):  # else the cut itself says so
-        for start, stop in HeadCut.of(heads, kv_heads, mesh.tp_size).query:
+    known = isinstance(heads, int) and isinstance(kv_heads, int)  # otherwise each attention call checks its own heads
+    if known and mesh.tp_size <= largest_tp(heads, kv_heads):  # otherwise sharding raises the error
+        for start, stop in HeadSharding.of(heads, kv_heads, mesh.tp_size).query:
             check_heads(stop - start, mesh.cp_size, source)
     model.config._attn_implementation = PREFIX + str(model.config._attn_implementation)
 
 
 def ulysses_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *,
-    implementation: str, **settings: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
-    """transformers' attention function: query [B, H, s, d], key and value perhaps with fewer heads -> [B, s, H, d].
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any = None,
+    *,
+    implementation: str,
+    **settings: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [B, H, s, d], key and value possibly with fewer heads -> [B, s, H, d].
 
     implementation: the stock one that computes it on [B, H / cp, S, d]. Communicates: two all-to-alls over the cp
     group, in backward two. Raises ConfigError when the model's own code does what cannot be followed.
@@ -150,8 +159,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: causal attention within each document, without a mask (`models.packed`).
 
-    query [B, H, S, d], key and value perhaps with fewer heads -> [B, S, H, d]. Does not communicate. Raises ConfigError
-    when the model's own code does what cannot be followed.
+    query [B, H, S, d], key and value possibly with fewer heads -> [B, S, H, d]. Does not communicate. Raises
+    ConfigError for a call that packed attention cannot compute.
     """
     context = settings.pop(ARGUMENT, None)
     problem = _not_packed(module, query, key, attention_mask, settings)
@@ -168,12 +177,12 @@ def packed_attention(
 def _not_packed(
     module: nn.Module, query: Tensor, key: Tensor, attention_mask: Any, settings: dict[str, Any]
 ) -> str | None:
-    """What a call passes that `attend_documents` does not compute, or None."""
+    """The argument of a call that `attend_documents` does not support, in words, or None."""
     if attention_mask is not None:
         return "passes a mask of its own"
     causal = settings.get("is_causal")
     if not (getattr(module, "is_causal", True) if causal is None else causal):
-        return "passes tokens that see what follows them"
+        return "passes non-causal queries"
     if query.shape[2] != key.shape[2]:
         return f"passes {query.shape[2]} queries and {key.shape[2]} keys"
     known = {*SETTINGS, *UNIMPORTANT, "is_causal"}
@@ -193,7 +202,7 @@ class _View:
 
 
 def _name(module: object) -> str:
-    """The class of a module, or of what a view is of."""
+    """The class name of a module, or of the module behind a view."""
     return type(module._original if isinstance(module, _View) else module).__name__
 
 

@@ -1,9 +1,9 @@
 """Measure, before a weight is read, whether a model can run on parts of its sequences. Nothing here communicates.
 
-Under context parallelism a rank runs everything but attention on its own tokens. That is right only if nothing else
-looks at other tokens (convolutions and recurrent states do), if positions come from position_ids alone, and if all
-attention goes through transformers' attention interface with masks that are causal, per document, perhaps in sliding
-windows. Each depends on code in transformers; each is measured on a tiny random copy of the config to be loaded.
+Under context parallelism a rank runs everything but attention on its own tokens. That is correct only if nothing else
+mixes tokens (convolutions and recurrent states do), if positions come from position_ids alone, and if all attention
+goes through transformers' attention interface with masks that are causal, per document, optionally in sliding windows.
+Each depends on code in transformers; each is measured on a tiny random copy of the config to be loaded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from kdtrain.data.documents import Documents
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models.attention import PACKED
 from kdtrain.models.context import ARGUMENT, PREFIX, Context
@@ -24,16 +24,16 @@ from kdtrain.models.shrink import VOCAB_SIZE
 
 POINTWISE = "kdtrain_pointwise"
 WINDOW = 3
-"""Tokens of every window in the copy, so that windows matter in 12 tokens."""
+"""Tokens of every window in the copy, small enough to take effect in 12 tokens."""
 
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 
 
 def check_context(model: Any, source: str, *, packed: bool = True) -> None:
-    """Raise ConfigError unless a model cut by tokens computes what the whole one does.
+    """Raise ConfigError unless a model that is sharded by tokens computes the same as the whole model.
 
     model: the stock model, parameters possibly on meta; it is not run. packed: whether position_ids will restart at
-    documents. Builds and runs a tiny random copy on the CPU; leaves torch's random state alone.
+    documents. Builds and runs a tiny random copy on the CPU; leaves torch's random state unchanged.
     """
     attention = str(model.config._attn_implementation)
     attention = PACKED if attention == PACKED else base_attention(model)
@@ -42,7 +42,7 @@ def check_context(model: Any, source: str, *, packed: bool = True) -> None:
     kind = f"{source} has model_type {model.config.model_type!r} and parallel.cp > 1"
     if apart > TOLERANCE:
         raise ConfigError(
-            f"{kind}, but tokens see others outside of attention: run on half of each sequence, hidden states differ "
+            f"{kind}, but tokens depend on others outside of attention: on half of each sequence, hidden states differ "
             f"by {apart:.2g} of their size\n"
             "  why: each rank would compute with its part of the sequence as if it were all\n"
             "  fix: set parallel.cp=1, or use an architecture with rotary attention only"
@@ -63,7 +63,8 @@ def small_windows(config: Any) -> dict[str, int]:
 
 
 def _measure(copy: Any, *, packed: bool, attention: str) -> tuple[float, float]:
-    """(tokens that see others outside of attention, our masks against the model's own), relative differences."""
+    """Relative differences: (dependence on other tokens outside of attention, kdtrain's masks against the model's
+    own)."""
     ids = torch.randint(4, VOCAB_SIZE, (2, 12))
     positions = torch.tensor([[*range(5), *range(7)], [*range(8), *range(4)]])
     if not packed:
@@ -87,7 +88,7 @@ def _measure(copy: Any, *, packed: bool, attention: str) -> tuple[float, float]:
 def _pointwise(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **settings: Any
 ) -> tuple[Tensor, None]:
-    """In attention's place: a token sees itself, and its turned query and key show which position it has."""
+    """Replaces attention: each token attends only to itself, and its rotated query and key reveal its position."""
     places = query.mean(-1, keepdim=True) + key.mean((1, 3), keepdim=True)
     groups = query.shape[1] // value.shape[1]
     return ((1.0 + places) * value.repeat_interleave(groups, dim=1)).transpose(1, 2).contiguous(), None

@@ -1,8 +1,8 @@
-"""In which dtype each tensor of a model is once transformers has loaded it: a few stay in float32 beside bfloat16.
+"""The dtype of each tensor of a model as transformers loads it: a few stay in float32 when the model is in bfloat16.
 
 A class lists names that stay (`_keep_in_fp32_modules_strict`: since transformers 5.24 the routers of most mixtures,
 before it their score corrections), and may create a tensor in a dtype of its own (`A_log` of OLMo-Hybrid's recurrent
-layers). Rounding those makes another model: tokens are sent to other experts. The other list of a class,
+layers). Rounding those changes the model: tokens are routed to other experts. The other list of a class,
 `_keep_in_fp32_modules`, is for float16 only, which kdtrain does not have.
 """
 
@@ -26,14 +26,14 @@ def listed_in_float32(model: Any) -> re.Pattern[str] | None:
 def dtypes_of(built: Any) -> dict[str, torch.dtype]:
     """Name -> dtype of every parameter and buffer, tied ones under all names, as from_pretrained(dtype=...) has them.
 
-    built: the whole stock model as its class makes it in that dtype, perhaps on meta.
+    built: the whole stock model as created by its class in that dtype, possibly on meta.
     """
     buffers = dict(built.named_buffers(remove_duplicate=False))
     found = {name: tensor.dtype for name, tensor in built.named_parameters(remove_duplicate=False)}
     found |= {name: tensor.dtype for name, tensor in buffers.items()}
     listed = listed_in_float32(built)
     if listed is not None and built.config.dtype == torch.bfloat16:
-        stored = built.state_dict().keys()  # what is in no file stays as it was made
+        stored = built.state_dict().keys()  # tensors that are in no file keep their initial dtype
         found |= {name: torch.float32 for name in stored if found[name].is_floating_point and listed.search(name)}
     return found
 
@@ -51,8 +51,9 @@ def stock_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def cast_buffers(model: Any, dtypes: dict[str, torch.dtype]) -> None:
-    """Buffers of `model`, perhaps cut, to the dtypes of `stock_dtypes`; those of kdtrain's own layers stay."""
+    """Cast buffers of `model`, possibly sharded, to the dtypes of `stock_dtypes`; buffers of kdtrain's own layers are
+    kept."""
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
-        if buffer.dtype != (wanted := dtypes.get(name, buffer.dtype)):
+        if buffer.dtype != (target := dtypes.get(name, buffer.dtype)):
             owner, _, key = name.rpartition(".")
-            model.get_submodule(owner)._buffers[key] = buffer.to(wanted)
+            model.get_submodule(owner)._buffers[key] = buffer.to(target)

@@ -1,8 +1,8 @@
-"""What loading a mixture of experts takes: which kinds are proven, which tensors of a folder make one parameter.
+"""Load mixtures of experts: which kinds are supported, and which tensors of a folder form one parameter.
 
 transformers packs the experts of a layer into one 3-D parameter, while published folders keep one tensor per expert
-and projection. Which belongs where is data of transformers (`transformers.conversion_mapping`): here it becomes a list
-of tensors per parameter, so that any slice of a packed parameter is read from slices of the files.
+and projection. transformers keeps that mapping as data (`transformers.conversion_mapping`). Here it becomes a list of
+tensors per parameter, so that any slice of a packed parameter can be read from slices of the files.
 """
 
 from __future__ import annotations
@@ -23,10 +23,26 @@ from kdtrain.models.weight_files import Place
 from kdtrain.parallel.experts import expert_modules
 
 TEACHERS = (
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe", "deepseek_v3", "gpt_oss", "cohere2_moe", "deepseek_v2",
-    "dots1", "exaone_moe", "flex_olmo", "glm4_moe_lite", "granitemoe", "granitemoeshared", "hy_v3", "mimo_v2_flash",
-    "phimoe", "solar_open",
-)  # fmt: skip
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "glm4_moe",
+    "deepseek_v3",
+    "gpt_oss",
+    "cohere2_moe",
+    "deepseek_v2",
+    "dots1",
+    "exaone_moe",
+    "flex_olmo",
+    "glm4_moe_lite",
+    "granitemoe",
+    "granitemoeshared",
+    "hy_v3",
+    "mimo_v2_flash",
+    "phimoe",
+    "solar_open",
+)
 """Kinds whose hidden states, read from either form of folder, tests compare with those of `from_pretrained`."""
 
 
@@ -51,9 +67,13 @@ class PerExpert:
         return shape[1] // len(self.places)
 
     def read(
-        self, get: Callable[[Place, tuple[int, ...], tuple[slice, ...]], Tensor], shape: tuple[int, ...], dim: int,
-        start: int, stop: int,
-    ) -> Tensor:  # fmt: skip
+        self,
+        get: Callable[[Place, tuple[int, ...], tuple[slice, ...]], Tensor],
+        shape: tuple[int, ...],
+        dim: int,
+        start: int,
+        stop: int,
+    ) -> Tensor:
         """Elements [start, stop) along `dim` of the packed parameter, whose full shape is `shape`.
 
         get(place, full shape, index): a slice of one expert's matrix; no other element is read. Raises as `rows_of`.
@@ -65,12 +85,12 @@ class PerExpert:
         (first, last), (top, bottom), (left, right) = bounds
         value: Tensor | None = None
         for segment, places in enumerate(self.places):
-            # this segment's rows among those that are wanted
+            # the rows of this segment that lie in [start, stop)
             begin, end = max(top, size * segment), min(bottom, size * (segment + 1))
             for expert in range(first, last) if begin < end else ():
                 index = (slice(begin - size * segment, end - size * segment), slice(left, right))
                 part = get(places[expert], (size, columns), index)
-                if value is None:  # filled piece by piece: two whole copies would be in memory otherwise
+                if value is None:  # filled piece by piece, otherwise two whole copies would be in memory
                     value = part.new_empty((last - first, bottom - top, right - left))
                 value[expert - first, begin - top : end - top] = part
         return torch.empty((last - first, bottom - top, right - left)) if value is None else value
@@ -87,7 +107,10 @@ def num_experts_of(config: Any) -> dict[str, int]:
 
 
 def refuse_mixture(config: Any, source: str, *, trainable: bool) -> None:
-    """Raise ConfigError if `config` is of a mixture of experts that cannot play its part. source: what to call it."""
+    """Raise ConfigError if `config` is a mixture of experts that is not supported in this role.
+
+    source: its name in messages.
+    """
     found = num_experts_of(config)
     if not found or (not trainable and config.model_type in TEACHERS):
         return
@@ -135,10 +158,10 @@ def group_experts(
 
 
 def choose_products(model: Any, dtype: torch.dtype) -> None:
-    """Let experts loop over their matrices when rows of a packed one do not begin at multiples of 16 bytes.
+    """Compute experts in a loop when the rows of a packed parameter do not begin at multiples of 16 bytes.
 
-    torch's grouped product, which transformers prefers, refuses those. Sizes decide, alike on every rank or not:
-    nothing is communicated inside. Does nothing for a dense model.
+    torch's grouped product, which transformers prefers, rejects those. The choice depends on local sizes and may differ
+    between ranks, which is safe because experts do not communicate. Does nothing for a dense model.
     """
     packed = (param for _, module in expert_modules(model) for param in module.parameters(recurse=False))
     sizes = {size for param in packed if param.dim() == 3 for size in param.shape[1:]}
@@ -149,7 +172,8 @@ def choose_products(model: Any, dtype: torch.dtype) -> None:
 
 
 def idle_parameters(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Parameters of experts that a token does not pass, of a model whose full parameters have `shapes`; 0 if dense."""
+    """Parameters of the experts that a token is not routed to, in a model whose full parameters have `shapes`; 0 if
+    dense."""
     idle = 0.0
     for name, module in expert_modules(model):
         for key, _ in module.named_parameters(recurse=False):
@@ -172,5 +196,5 @@ def _check_rule(rule: WeightConverter, target: str) -> None:
 
 
 def _natural(key: str) -> list[object]:
-    """Sorts experts by number: 10 after 9. Names that are compared differ in numbers only."""
+    """Sort key that orders experts by number (10 after 9), for names that differ only in numbers."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]

@@ -1,12 +1,10 @@
-"""Write a trained model as an ordinary Hugging Face folder that needs no part of kdtrain to be read."""
+"""Write a trained model as an ordinary Hugging Face folder that can be read without kdtrain."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +12,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.data.tokenizer import TOKENIZER_FILES
 from kdtrain.errors import ConfigError
-from kdtrain.files import is_running, sync
+from kdtrain.files import TOKENIZER_FILES
 from kdtrain.log import LOGGER
 from kdtrain.models.dtypes import dtypes_of
 from kdtrain.models.special_tokens import read_json, special_token_ids
 from kdtrain.models.stock import parameters_on_meta, stock_settings
 from kdtrain.models.ties import tied_names
+from kdtrain.stores.folders import replacing_folder
 
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Settings of a config.json that belong to a tokenizer."""
@@ -40,15 +38,14 @@ def export_hf(
     """Write config, safetensors and tokenizer to `folder`, which appears complete or not at all; returns it.
 
     full_state: every full, unpadded parameter by its Hugging Face name, tied ones once or twice; tensors are cast one
-    by one, so an iterator keeps memory low, to `dtype` or to what transformers keeps them in beside it. config: the
-    model's Hugging Face config, or the content of its config.json; not changed. notes: further small files, name ->
+    by one (so an iterator keeps memory low) to `dtype`, or to float32 where transformers keeps them in float32. config:
+    the model's Hugging Face config, or the content of its config.json; not changed. notes: further small files, name ->
     text. When the config names no special token at all, as that of a model trained from scratch, those of the tokenizer
-    are written, and where generation stops.
-    vocab_size: ids of the softmax that the model was trained with. Rows past it are left out, of embedding, head and
-    its bias, since nothing but rounding and z-loss decided their logits; special ids past it are left out, too.
-    None: all rows are written. Marks of code that is not written along (`kdtrain.models.stock`) are left out.
-    An existing `folder` is replaced. Call on one rank; does not communicate. Raises ConfigError when the state does
-    not fit the config, or when `tokenizer_dir` holds no tokenizer.
+    are written, and where generation stops. vocab_size: ids of the softmax that the model was trained with. Rows at or
+    past it are dropped from embedding, head and its bias, because only rounding and z-loss determined their logits;
+    special ids at or past it are dropped, too. None: all rows are written. Settings that refer to custom code
+    (`kdtrain.models.stock`) are dropped. An existing `folder` is replaced. Call on one rank; does not communicate.
+    Raises ConfigError when the state does not fit the config, or when `tokenizer_dir` holds no tokenizer.
     """
     folder = Path(folder)
     tokenizer = [] if tokenizer_dir is None else tokenizer_files(tokenizer_dir)
@@ -71,7 +68,7 @@ def export_hf(
 def _export_config(
     settings: dict[str, Any], tokenizer_dir: str | Path | None, vocab_size: int | None
 ) -> tuple[Any, list[int], int]:
-    """(config of what is written, ids after which generation stops if the tokenizer says, rows before the cut)."""
+    """(config to write, ids that end generation if the tokenizer defines them, rows before trimming)."""
     special: dict[str, int] = {}
     stops: list[int] = []
     if tokenizer_dir is not None and all(settings.get(key) is None for key in SPECIAL_IDS):
@@ -91,7 +88,7 @@ def _export_config(
 
 
 def ids_within(special: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Settings that hold ids of tokens, one or a list, without ids that have no row; None where none is left."""
+    """Settings that hold ids of tokens, one or a list, without ids that have no row; None if none is left."""
 
     def keep(value: Any) -> Any:
         if isinstance(value, list):
@@ -102,7 +99,7 @@ def ids_within(special: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _copy_tokenizer_file(source: Path, target: Path) -> None:
-    """Byte for byte, but a tokenizer_config.json that names code beside it is written without."""
+    """Copy byte for byte, except that references to custom code are removed from tokenizer_config.json."""
     shutil.copyfile(source, target)
     if source.name != "tokenizer_config.json":
         return
@@ -122,66 +119,10 @@ def tokenizer_files(folder: str | Path) -> list[Path]:
     return found
 
 
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A new empty folder beside `folder` that takes its place when the block ends well, and vanishes when it fails.
-
-    Every file is flushed to disk before the name changes, so a crash leaves the old folder or the new one; if it comes
-    between the two changes of names, under a hidden name that the next use, or `recover_folder`, changes back.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    recover_folder(folder)
-    temporary = folder.with_name(f".{folder.name}.writing.{os.getpid()}")
-    retired = folder.with_name(f".{folder.name}.old.{os.getpid()}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            if path.is_file():
-                path.chmod(0o644)  # safetensors writes files that only their owner can read
-            sync(path)
-        if folder.exists():
-            os.rename(folder, retired)
-        os.rename(temporary, folder)
-        sync(folder.parent)
-    finally:
-        if retired.exists() and not folder.exists():
-            os.rename(retired, folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
-
-
-def recover_folder(folder: Path) -> None:
-    """Undo what a killed `replacing_folder` left: the old folder gets its name back, half-written ones are removed.
-
-    Only one process may be replacing `folder`. Leftovers of processes that live on this machine are not touched.
-    """
-    retired = [path for path in _leftovers(folder, "old") if not _is_alive(path)]
-    if retired and not folder.exists():
-        newest = max(retired, key=lambda path: path.stat().st_mtime)
-        LOGGER.warning("%s is restored: a process was killed while it replaced it", folder)
-        os.rename(newest, folder)
-        retired.remove(newest)
-    for path in (*retired, *(path for path in _leftovers(folder, "writing") if not _is_alive(path))):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _leftovers(folder: Path, kind: str) -> list[Path]:
-    prefix = f".{folder.name}.{kind}."
-    found = folder.parent.iterdir() if folder.parent.is_dir() else ()
-    return [path for path in found if path.name.startswith(prefix) and path.name.removeprefix(prefix).isdigit()]
-
-
-def _is_alive(leftover: Path) -> bool:
-    """Whether another process with the id at the end of the name runs here; this one is not replacing it yet."""
-    pid = int(leftover.name.rpartition(".")[2])
-    return pid != os.getpid() and is_running(pid)
-
-
 def _first_rows(
     full_state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], model: Any, rows: int, kept: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """The pairs of `full_state`, those of `rows` rows without the last ones where `model` has room for `kept` only."""
+    """The pairs of `full_state`; tensors of `rows` rows are cut to `kept` rows if `model` has only that many."""
     room = {name: param.shape[0] for name, param in model.named_parameters(remove_duplicate=False) if param.dim()}
     for name, tensor in full_state.items() if isinstance(full_state, Mapping) else full_state:
         is_cut = kept < rows and tensor.dim() > 0 and (tensor.shape[0], room.get(name)) == (rows, kept)
@@ -189,14 +130,17 @@ def _first_rows(
 
 
 def _checked_state(model: Any, pairs: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The state as `save_pretrained` wants it: `model`'s dtypes, contiguous, every parameter once; else ConfigError."""
+    """The state in the form that `save_pretrained` takes: `model`'s dtypes, contiguous, every parameter once.
+
+    Raises ConfigError.
+    """
     shapes = {name: tuple(param.shape) for name, param in model.named_parameters(remove_duplicate=False)}
     tied, dtypes = tied_names(model), dtypes_of(model)
     state: dict[str, Tensor] = {}
     for name, tensor in pairs:
         if shapes.get(name) != tuple(tensor.shape):
             raise ConfigError(
-                f"cannot export {name!r} of shape {tuple(tensor.shape)}: the config wants {shapes.get(name, 'none')}\n"
+                f"cannot export {name!r} of shape {tuple(tensor.shape)}: the config needs {shapes.get(name, 'none')}\n"
                 "  why: the weights and the config belong to different models\n  fix: check the checkpoint's origin"
             )
         if name not in tied:

@@ -1,7 +1,8 @@
-"""What transformers' flash-attention would compute, on the CPU: the packages need a GPU, the question does not.
+"""A CPU emulation of transformers' flash-attention, for checks on machines without a GPU.
 
-Registered under names that contain "flash", which architectures look for. It honours the settings that transformers
-hands to the kernel and ignores those it drops, so a model that depends on a dropped one shows other numbers.
+Registered under names that contain "flash", which architectures test for. It applies the settings that transformers
+passes to the kernel and ignores those that transformers drops, so a model that depends on a dropped setting computes
+different numbers.
 
 B sequences of S tokens, T = B * S, H heads, K heads of keys and values, d their width.
 """
@@ -20,22 +21,22 @@ from kdtrain.errors import ConfigError
 from kdtrain.models.attention import FLASH
 
 BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""Keyword arguments that keep documents apart; transformers uses them only if all four are there."""
+"""Keyword arguments that separate documents; transformers uses them only if all four are present."""
 
 WITH_SINKS = ("flash_attention_4",)
 """Implementations whose package takes attention sinks; for the others transformers silently drops `s_aux`."""
 
 CALLS = "kdtrain_attention_calls"
-"""Attribute of an attention module of a copy: for each of its calls, whether it came with boundaries."""
+"""Attribute of an attention module of a copy: for each of its calls, whether document boundaries were passed."""
 
 
 def stand_in_name(implementation: str) -> str:
-    """Under which the stand-in for `implementation` is registered."""
+    """The name under which the stand-in for `implementation` is registered."""
     return f"flash_stand_in_{implementation[-1]}"
 
 
 def note_call(module: nn.Module, apart: bool) -> None:
-    """Remember in `module` that it called, and whether document boundaries came with it."""
+    """Record in `module` one call of attention, and whether document boundaries were passed."""
     setattr(module, CALLS, [*getattr(module, CALLS, []), apart])
 
 

@@ -1,4 +1,4 @@
-"""Parameters, FLOPs per token and peak FLOP/s of devices: what model FLOPs utilisation (MFU) is made of."""
+"""Parameters, FLOPs per token and peak FLOP/s of devices, from which model FLOPs utilisation (MFU) is computed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PEAK_BF16_FLOPS: dict[str, float] = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak of a device by the name torch reports, e.g. "NVIDIA H200"; None when it is not in the table."""
+    """Dense bf16 peak of a device by the name torch reports, e.g. "NVIDIA H200"; None if it is not in the table."""
     matches = [key for key in PEAK_BF16_FLOPS if re.search(rf"(?<!\w){key}(?!\w)", device_name, re.IGNORECASE)]
     return PEAK_BF16_FLOPS[max(matches, key=len)] if matches else None
 
@@ -62,6 +62,6 @@ def training_flops_per_token(config: Any, num_parameters: int, seq_len: int) -> 
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, num_devices: int, device_name: str) -> float | None:
-    """Share of the devices' peak that the model's FLOPs amount to; None for a device without a known peak."""
+    """Model FLOPs as a share of the devices' peak; None for a device whose peak is unknown."""
     peak = peak_flops(device_name)
     return None if peak is None else tokens_per_s * flops_per_token / (peak * num_devices)

@@ -1,4 +1,4 @@
-"""A line of text from an exported model: the check that a stranger's `AutoModelForCausalLM` can use it."""
+"""Generate a line of text from an exported model, to check that `AutoModelForCausalLM` can load and run it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @torch.no_grad()
 def continue_text(folder: Path, prompt: str, *, max_new_tokens: int = 40) -> str:
-    """The prompt and its greedy continuation by the model in `folder`, repetition discouraged. Reads no network."""
+    """The prompt and its greedy continuation by the model in `folder`, repetition discouraged.
+
+    Does not access the network.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     model.train(False)

@@ -1,4 +1,4 @@
-"""Only the head of a Hugging Face folder, for a rank that never runs the model itself."""
+"""Load only the head of a Hugging Face folder, for a rank that does not run the model itself."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.dtypes import stock_dtypes
-from kdtrain.models.facts import ModelFacts, facts_of
+from kdtrain.models.info import ModelInfo, info_of
 from kdtrain.models.load import DTYPES, ModelSpec, build_config
 from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.models.stock import parameters_on_meta, stock_model
@@ -22,18 +22,18 @@ from kdtrain.parallel.shard import head_scaling
 
 @dataclass(frozen=True, slots=True)
 class LoadedHead:
-    """head: the rows asked for. facts: of the whole model. elements_read: from its files."""
+    """head: the requested rows. info: of the whole model. elements_read: from its files."""
 
     head: HeadShard
-    facts: ModelFacts
+    info: ModelInfo
     elements_read: int
 
 
 def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str = "cpu") -> LoadedHead:
-    """The rows `shard` of the head of spec.weights, as `load_backbone` has them; rows that the model has not are zeros.
+    """The rows `shard` of the head of spec.weights, as `load_backbone` loads them; rows past the model's own are zeros.
 
-    Checks the headers of all files, and reads those rows alone. Does not communicate. Raises ConfigError or
-    ParallelError as `load_backbone`.
+    Checks the headers of all files and reads only those rows. Does not communicate. Raises ConfigError or ParallelError
+    as `load_backbone`.
     """
     if spec.weights is None:
         raise ConfigError("only a model with weights has a head to read\n  fix: set teacher.weights to a model folder")
@@ -57,4 +57,4 @@ def load_head(spec: ModelSpec, shard: VocabShard, *, device: torch.device | str 
         bias = None if getattr(module, "bias", None) is None else rows(f"{name}.bias")
         head = HeadShard(rows(f"{name}.weight"), bias, scale, softcap)
         shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
-        return LoadedHead(head, facts_of(model, shapes, dtypes), files.elements_read)
+        return LoadedHead(head, info_of(model, shapes, dtypes), files.elements_read)

@@ -1,13 +1,12 @@
 """Turn a GGUF file into an ordinary Hugging Face folder with an exact tokenizer.
 
-The tokenizer that transformers derives from a GGUF of SmolLM2 lacks the step that splits digits, so it gives other
-ids than the model was trained with on text with numbers. Here it is rebuilt from the vocabulary, the merges and the
-pre-tokenizer that the file names.
+The tokenizer that transformers derives from a GGUF of SmolLM2 lacks the step that splits digits, so on text with
+numbers it gives other ids than those the model was trained with. Here it is rebuilt from the vocabulary, the merges and
+the pre-tokenizer that the file names.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -19,9 +18,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoModelForCausalLM
 
 from kdtrain.errors import ConfigError, DataError
-from kdtrain.models.export import export_hf, replacing_folder
+from kdtrain.models.export import export_hf
 from kdtrain.models.special_tokens import END_OF_TEXT
 from kdtrain.models.ties import tied_names
+from kdtrain.stores.checksums import sha256_of
+from kdtrain.stores.folders import replacing_folder
 
 _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -32,7 +33,7 @@ _CONTROL, _USER_DEFINED = 3, 4
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What an import found and wrote. document_separator: (token, id), or None when the vocabulary has none."""
+    """Result of an import. document_separator: (token, id), or None when the vocabulary has none."""
 
     folder: Path
     sha256: str
@@ -47,9 +48,9 @@ def import_gguf(
 ) -> Imported:
     """Write `folder` (config, safetensors in `dtype`, tokenizer, model card) from a GGUF file.
 
-    The folder appears complete or not at all; an existing one is replaced. sha256: what the file must hash to.
-    Needs the packages gguf and accelerate. Raises DataError for a missing, damaged or other file, ConfigError for a
-    missing package or a tokenizer kind that is not known exactly.
+    The folder appears complete or not at all; an existing one is replaced. sha256: expected hash of the file. Needs the
+    packages gguf and accelerate. Raises DataError for a missing, damaged or other file, ConfigError for a missing
+    package or an unsupported tokenizer kind.
     """
     file, folder = Path(file), Path(folder)
     _require_packages()
@@ -86,7 +87,7 @@ def build_tokenizer(fields: dict[str, Any]) -> Tokenizer:
     if kind != "gpt2" or pre not in ("smollm", "gpt-2", "qwen2"):
         raise ConfigError(
             f"the GGUF has tokenizer model {kind!r} with pre-tokenizer {pre!r}; only gpt2 with smollm, gpt-2 or qwen2 "
-            "is supported\n  why: a tokenizer that splits text slightly differently gives the model ids it never saw\n"
+            "is supported\n  why: another split of the text gives ids that the model was not trained on\n"
             "  fix: use the original Hugging Face folder of this model"
         )
     tokens, types = fields["tokens"], fields["token_type"]
@@ -126,8 +127,7 @@ def _checked_hash(file: Path, wanted: str | None) -> str:
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise DataError(f"{file} is not a GGUF file (it does not start with GGUF)\n  fix: give the *.gguf file")
-        stream.seek(0)
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = sha256_of(file)
     if wanted is not None and digest != wanted.lower():
         raise DataError(
             f"{file} has sha256\n    {digest}, wanted\n    {wanted.lower()}\n"
@@ -171,7 +171,7 @@ def _dequantise(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             "  fix: fetch it again, or use the original Hugging Face folder of this model"
         ) from error
     settings = model.config.to_dict()
-    # Any trace of quantisation would make transformers and DeepSpeed treat plain weights as quantised.
+    # Remove all quantisation settings, or transformers and DeepSpeed would treat plain weights as quantised.
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version"):
         settings.pop(key, None)
     tied = tied_names(model)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.architectures import read_architecture, read_config_json
 from kdtrain.models.attention_choice import first_attention, run_size, use_attention
@@ -23,7 +23,7 @@ from kdtrain.models.context import use_context
 from kdtrain.models.context_probe import check_context
 from kdtrain.models.dtypes import cast_buffers, dtypes_of, stock_dtypes
 from kdtrain.models.experts import choose_products, refuse_mixture
-from kdtrain.models.facts import ModelFacts, facts_of
+from kdtrain.models.info import ModelInfo, info_of
 from kdtrain.models.probe import check_model
 from kdtrain.models.quantize import quantizable_layers
 from kdtrain.models.rotary import say_document_lengths, use_document_lengths
@@ -32,10 +32,10 @@ from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.models.stock import BUILD_ERRORS, parameters_on_meta, refused, stock_model, stock_settings
 from kdtrain.models.stored_weights import check_stored, persistent_buffers, quantised_mark
 from kdtrain.models.ties import kept_name
-from kdtrain.parallel.cut import Cut
-from kdtrain.parallel.pieces import read_piece
-from kdtrain.parallel.plan import plan_cuts
+from kdtrain.parallel.plan import plan_shards
 from kdtrain.parallel.shard import materialize_parameter, shard_model
+from kdtrain.parallel.shard_spec import ShardSpec
+from kdtrain.parallel.shard_tensors import read_shard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,8 +46,8 @@ class ModelSpec:
 
     weights: Hugging Face folder with config.json and safetensors. architecture: a name or a path to a config.json,
     initialised at random. dtype: "float32" or "bfloat16". attention: "auto" or an implementation's name.
-    allow_unused_weights: as student.allow_unused_weights. seq_len: tokens of the run's sequences; None: not known, so
-    no attention is refused for its size. sequences: of a micro-batch that it is trained on.
+    allow_unused_weights: as student.allow_unused_weights. seq_len: tokens of the run's sequences; None if unknown: no
+    attention is ruled out by size. sequences: per micro-batch of training.
     """
 
     weights: str | None = None
@@ -64,14 +64,14 @@ def model_rows(spec: ModelSpec, vocab_size: int) -> int:
     """Rows of the model's embedding and head; at least vocab_size, the tokenizer's true size.
 
     Two models that share a loss need one `total_rows`: the larger of theirs. Reads only config.json.
-    Raises ConfigError when the model has fewer rows than `vocab_size`, or is one of several modalities.
+    Raises ConfigError when the model has fewer rows than `vocab_size`, or is multimodal.
     """
     config = _config_dict(spec, vocab_size)
     rows = config.get("vocab_size")
     if not isinstance(rows, int):
         raise ConfigError(
             f"{_source(spec)}: config.json has vocab_size = {rows!r}, not a whole number\n"
-            "  why: it says how many ids have a row in the embedding and the head\n  fix: restore it from its source"
+            "  why: it is the number of rows of the embedding and the head\n  fix: restore it from its source"
         )
     if rows < vocab_size:
         raise ConfigError(
@@ -94,15 +94,16 @@ def load_backbone(
     packed: bool = True,
     sequence: bool = False,
 ) -> Backbone:
-    """The model of `spec`, cut for this rank of `mesh`, on `device`, tensors in spec.dtype but for those that
+    """The model of `spec`, sharded for this rank of `mesh`, on `device`, tensors in spec.dtype except those that
     transformers keeps in another (`kdtrain.models.dtypes`: RoPE, routers of mixtures).
 
-    vocab_size: tokens of the tokenizer. total_rows: rows to make room for on all ranks together (default: the
-    model's own). trainable False freezes it and sets eval mode. seed: of the random initialisation, which is the
-    same full model for every layout. packed: whether position_ids will restart at documents, which must then not see
-    each other. sequence: Megatron sequence parallelism over the tp ranks. Does not communicate; every rank must call
-    it. Raises ConfigError or ParallelError with the reason and a fix, also for an architecture that a tiny copy shows
-    to break what `kdtrain.models.probe` checks; all of it before a weight is read, and by `check_architecture` too.
+    vocab_size: tokens of the tokenizer. total_rows: rows to allocate over all ranks (default: the model's own).
+    trainable False freezes it and sets eval mode. seed: of the random initialisation, which is the same full model for
+    every layout. packed: whether position_ids will restart at documents, which then must not attend to each other.
+    sequence: Megatron sequence parallelism over the tp ranks. Does not communicate; every rank must call it. Raises
+    ConfigError or ParallelError with the reason and a fix, also for an architecture that fails the checks of
+    `kdtrain.models.probe` on a tiny copy. All checks precede reading weights, and `check_architecture` makes the same
+    ones.
     """
     rows = model_rows(spec, vocab_size)
     total = max(rows, total_rows or 0)
@@ -119,7 +120,7 @@ def load_backbone(
             materialize_parameter(model, name, param.detach().to(device, dtypes[name]), mesh)
     move_buffers(model, device)
     model.config.dtype = DTYPES[spec.dtype]
-    backbone.facts()  # once parameters have their dtypes, and before ZeRO-3 takes their shapes
+    backbone.info()  # after parameters have their dtypes and before ZeRO-3 removes their shapes
     return backbone.train(trainable)
 
 
@@ -158,9 +159,10 @@ def _source(spec: ModelSpec) -> str:
 
 
 def build_config(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> Any:
-    """The Hugging Face config object of `spec`. Raises ConfigError for one transformers refuses or of another kind.
+    """The Hugging Face config object of `spec`. Raises ConfigError if transformers rejects it or it is not a causal
+    language model.
 
-    trainable: a model that is only run, as a teacher is, may be a mixture of experts.
+    trainable: False for a model that only runs forward, such as a teacher, which may be a mixture of experts.
     """
     settings = _config_dict(spec, vocab_size)
     if (mark := quantised_mark(settings)) is not None:
@@ -183,12 +185,12 @@ def build_config(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) ->
     return config
 
 
-def model_facts(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> ModelFacts:
+def model_info(spec: ModelSpec, vocab_size: int, *, trainable: bool = True) -> ModelInfo:
     """Config and size of `spec`, without reading or making a weight. Raises ConfigError as `build_config`."""
     config = build_config(spec, vocab_size, trainable=trainable)
     with parameters_on_meta():
         model = stock_model(config, _source(spec), dtype=DTYPES[spec.dtype])
-    return facts_of(model, {name: tuple(param.shape) for name, param in model.named_parameters()}, dtypes_of(model))
+    return info_of(model, {name: tuple(param.shape) for name, param in model.named_parameters()}, dtypes_of(model))
 
 
 def check_architecture(
@@ -201,10 +203,11 @@ def check_architecture(
     sequence: bool = False,
     quantize: str | None = None,
 ) -> Backbone:
-    """What `load_backbone` returns, parameters on meta; raises what it would raise, before a weight is read or made.
+    """What `load_backbone` returns, with parameters on meta. Raises the same errors without reading or allocating
+    weights.
 
-    mesh: its sizes alone are used, so it may be of a world that does not run yet. A device is not known either: an
-    attention that needs one is taken to find it. quantize: as teacher.quantize; raises as `quantize_decoder_` will.
+    mesh: only its sizes are used, so it may describe a world that is not running. The device is not known: an attention
+    that needs CUDA is assumed to be available. quantize: as teacher.quantize; raises the errors of `quantize_decoder_`.
     """
     shard = VocabShard.of(vocab_size, mesh.tp_rank, mesh.tp_size, total_rows=model_rows(spec, vocab_size))
     config = build_config(spec, vocab_size, trainable=trainable)
@@ -227,9 +230,9 @@ def _checked_and_cut(
     trainable: bool,
     sequence: bool,
 ) -> Backbone:
-    """`model`, whole until now, once it and the files of its folder have been checked, cut for this rank of `mesh`.
+    """Check `model` (unsharded) and the files of its folder, then shard it for this rank of `mesh`.
 
-    device: None: not known yet.
+    device: None if not known yet.
     """
     source = _source(spec)
     check_model(model, source, packed=packed)
@@ -256,13 +259,13 @@ def _checked_and_cut(
 
 def _cut(
     model: Any, source: str, mesh: Mesh, shard: VocabShard, *, trainable: bool, sequence: bool
-) -> dict[str, Cut]:  # fmt: skip
+) -> dict[str, ShardSpec]:
     """Cut `model`, whole until now, for this rank of `mesh`, in place; every cut by parameter name."""
     if trainable and mesh.tp_size > 1:
         _refuse_dropout(model)
     model.requires_grad_(trainable)
     try:
-        cuts = plan_cuts(model, mesh.tp_size, shard.rows)
+        cuts = plan_shards(model, mesh.tp_size, shard.rows)
         shard_model(model, mesh, shard, sequence=sequence)
     except ParallelError as error:
         note = "" if trainable else "\n  note: a teacher is cut over teacher.tp ranks, parallel.tp of them by default"
@@ -271,8 +274,8 @@ def _cut(
 
 
 def _prepare_context(model: Any, mesh: Mesh, source: str, packed: bool) -> None:
-    """Rotary embeddings of documents' own lengths, and attention over the mesh's cp group, if it has several ranks:
-    once the model is known to bear both."""
+    """Check the model, then set rotary embeddings per document length and, if cp > 1, attention over the mesh's cp
+    group."""
     if packed or mesh.cp_size > 1:
         check_neighbours(model, source, packed=packed)
     if mesh.cp_size > 1:
@@ -294,7 +297,10 @@ def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int, *,
 
 
 def _arguments(spec: ModelSpec, config: Any, device: torch.device | None) -> dict[str, Any]:
-    """Of `from_config`: dtype, and attention with masks; `use_attention` sets what is wanted. device None: unknown."""
+    """Arguments of `from_config`: dtype, and attention with masks, which `use_attention` replaces.
+
+    device: None if unknown.
+    """
     kind = AutoModelForCausalLM._model_mapping[type(config)]
     attention = first_attention(spec.attention, kind, dtype=spec.dtype, device=device)
     return {"dtype": torch.float32, "attn_implementation": attention}
@@ -329,9 +335,9 @@ def _refuse_dropout(model: Any) -> None:
 def _read_weights(
     backbone: Backbone, folder: Path, mesh: Mesh, device: torch.device, dtypes: Mapping[str, torch.dtype]
 ) -> None:
-    """Fill every parameter from this rank's slice of the files, which `check_stored` has seen.
+    """Fill every parameter from this rank's slice of the files, which `check_stored` has checked.
 
-    dtypes: by name, of what they become.
+    dtypes: target dtype by name.
     """
     model = backbone.model
     with SafetensorsFolder(folder, model) as files:
@@ -340,7 +346,7 @@ def _read_weights(
             if cut is None:
                 value = files.read(name, shape)
             else:
-                value = read_piece(partial(files.read, name, shape, cut.dim), cut, mesh.tp_rank)
+                value = read_shard(partial(files.read, name, shape, cut.dim), cut, mesh.tp_rank)
             materialize_parameter(model, name, value.to(device, dtypes[name]), mesh)
         for name, buffer in persistent_buffers(model):
             buffer.copy_(files.read(name, tuple(buffer.shape)))
@@ -351,7 +357,7 @@ def _read_weights(
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Buffers to `device` in the dtype they have, parameters left where they are."""
+    """Move buffers to `device` without changing their dtype; parameters stay where they are."""
     for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:

@@ -1,8 +1,8 @@
 """transformers' sdpa with one additive mask for all layers.
 
-transformers gives torch a bool mask [B, 1, S, S]. Every call makes of it a mask of its own in the dtype of the queries
-and keeps that for backward: 2 * B * S * S bytes in bfloat16, times the number of layers. Here it is made once, by
-transformers' own function, so all layers keep the same one (two where some layers have a sliding window).
+transformers gives torch a bool mask [B, 1, S, S]. Every call converts it to a mask in the dtype of the queries and
+keeps that for backward: 2 * B * S * S bytes in bfloat16, times the number of layers. Here the converted mask is made
+once, by transformers' own function, and shared by all layers (two masks if some layers have a sliding window).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kdtrain.models.attention import ONE_MASK
 
 
 def additive(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """bool [B, 1, S, S], True where a token looks -> 0 there and -inf elsewhere, in `dtype`; None stays None."""
+    """bool [B, 1, S, S], True where a query attends -> 0 there and -inf elsewhere, in `dtype`; None stays None."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
@@ -35,7 +35,7 @@ def one_mask_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: its sdpa. Does not communicate."""
     if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.to(query.dtype)  # a copy only where embeddings have another dtype than queries
+        attention_mask = attention_mask.to(query.dtype)  # copies only if the dtypes differ
     return sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
 
 

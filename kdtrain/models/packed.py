@@ -1,8 +1,8 @@
 """Causal attention within documents that share sequences, with torch's own kernels and without an S x S mask.
 
 B sequences of S tokens, T = B * S, H heads, K heads of keys and values, d the width of keys, e of values. On CUDA in
-half precision one variable-length call does it all. Elsewhere documents are called one by one, or short ones together,
-right-padded: causal attention never looks at what stands behind. See docs/design/0016-packed-attention.md.
+half precision one variable-length call does it all. Elsewhere there is one call per document, or one for several short
+documents, right-padded: causal attention ignores what follows. See docs/design/0016-packed-attention.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ UNIMPORTANT = (
     *("cache_position", "deterministic", "output_attentions", "output_hidden_states", "output_router_logits"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "position_ids", "use_cache"),
 )
-"""Those that do not: positions are in query and key already, boundaries come with the documents."""
+"""Arguments that change nothing here: positions are already in query and key, boundaries come with the documents."""
 
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 """query [n, H, L, d], key [n, K, L, d], value [n, K, L, e] -> [n, L, H, e], causal."""
@@ -57,11 +57,12 @@ def attend_documents(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """query [B, H, S, d], key [B, K, S, d], value [B, K, S, e] -> [B, S, H, e]: a token sees its document up to itself.
+    """query [B, H, S, d], key [B, K, S, d], value [B, K, S, e] -> [B, S, H, e]: causal attention within documents.
 
-    scaling: of the logits, by default d ** -0.5. sliding_window: tokens that one sees, itself included. softcap: logits
-    become softcap * tanh(logits / softcap). s_aux [H]: attention sinks. dropout: of the weights. Differentiable in the
-    tensors; memory is linear in T. Does not communicate. Raises ValueError for documents of other sequences.
+    scaling: of the logits, by default d ** -0.5. sliding_window: tokens that a query attends to, itself included.
+    softcap: logits become softcap * tanh(logits / softcap). s_aux [H]: attention sinks. dropout: of the weights.
+    Differentiable in the tensors; memory is linear in T. Does not communicate. Raises ValueError for documents of other
+    sequences.
     """
     documents, (batch, heads, length, width) = packing.documents, query.shape
     if (documents.num_tokens, documents.seq_len) != (batch * length, length):
@@ -87,7 +88,7 @@ def attend_documents(
     if way == WRITTEN:
         call = Written(scale, window, softcap, s_aux, dropout)
     if documents.longest == length and len(documents.lengths) == batch:
-        return call(*qkv).contiguous()  # nothing shares a sequence
+        return call(*qkv).contiguous()  # no two documents share a sequence
     return by_document(_tokens(qkv), packing, call).view(batch, length, heads, -1)
 
 
@@ -123,13 +124,13 @@ def plan(
 
 
 def varlen_obstacle(device: torch.device) -> str | None:
-    """Why torch's variable-length attention cannot be used on `device`, or None."""
+    """The reason why torch's variable-length attention cannot be used on `device`, or None."""
     if not HAS_VARLEN:
         return f"torch {torch.__version__} has no varlen_attn with {', '.join(sorted(NEEDED))}"
     if device.type != "cuda":
         return f"the device is {device.type}"
     if torch.version.hip is not None:
-        return "nothing has shown that varlen_attn is right on ROCm"
+        return "varlen_attn has not been verified on ROCm"
     major, minor = torch.cuda.get_device_capability(device)
     return None if major >= 8 else f"flash-attention needs compute capability 8.0, this is {major}.{minor}"
 
@@ -155,7 +156,7 @@ def by_varlen(
             key, value = (x.repeat_interleave(times, dim=1) for x in (key, value))
     width = varlen_width(query, value)
     offsets = packing.offsets(query.device)
-    # No less than 2: with one query each flash-attention takes a path of its own, meant for generation.
+    # At least 2: with one query per document flash-attention takes another path, meant for generation.
     longest = max(packing.documents.longest, 2)
     output: Tensor = call(
         *(padded(x, width) for x in (query, key, value)),
@@ -202,5 +203,5 @@ def _tokens(qkv: Sequence[Tensor]) -> list[Tensor]:
 
 
 def varlen_width(query: Tensor, value: Tensor) -> int:
-    """The head width of a variable-length call, which takes one for all, a multiple of 8."""
+    """The head width of a variable-length call: one width for query, key and value, a multiple of 8."""
     return -(-max(query.shape[-1], value.shape[-1]) // 8) * 8

@@ -1,6 +1,6 @@
-"""Which documents share a call of attention: decided once per batch from their lengths, on the host.
+"""Choose which documents share a call of attention, once per batch, from their lengths on the host.
 
-T tokens of all sequences one after the other.
+T: tokens of all sequences, concatenated.
 """
 
 from __future__ import annotations
@@ -13,38 +13,39 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from kdtrain.data.documents import Documents
+from kdtrain.documents import Documents
 
 SHORT = 128
-"""Tokens from which on a run of documents gets a call of its own: gathering short ones saves calls, costs copies."""
+"""A run of documents with at least this many tokens gets a call of its own; gathering shorter ones saves calls but
+costs copies."""
 
 FEW = 4
 """Fewer short runs than this are not worth gathering."""
 
 WASTE = 1.25
-"""A document shares a bucket with none longer than this many times its own length: a fifth is padding at most."""
+"""Longest document in a bucket, as a multiple of the shortest: at most a fifth of a bucket is padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`count` documents of `length` tokens, one after the other; in a bucket some are padded to it."""
+    """`count` consecutive documents of `length` tokens; in a bucket some are padded to that length."""
 
     count: int
     length: int
 
     @property
     def tokens(self) -> int:
-        """Of all of them."""
+        """Tokens of all documents of the run."""
         return self.count * self.length
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A cut of T tokens into calls.
+    """A partition of T tokens into calls.
 
-    stretches: in the order of the tokens, runs that are called as they lie, or a number of tokens of short documents;
-    buckets: those documents, shortest first, right-padded; there: int64 [slots of all buckets], the token among the
-    short ones that each slot holds; padding: bool [slots, 1, 1]; back: int64 [short tokens], the slot of each.
+    stretches: in token order, either a run that is called in place, or a number of tokens of short documents; buckets:
+    the short documents, shortest first, right-padded; there: int64 [slots of all buckets], index of the short
+    documents' token in each slot; padding: bool [slots, 1, 1]; back: int64 [short tokens], the slot of each.
     """
 
     stretches: tuple[Run | int, ...]
@@ -55,7 +56,7 @@ class Layout:
 
     @classmethod
     def of(cls, lengths: tuple[int, ...], device: torch.device | str = "cpu") -> Layout:
-        """For documents of these lengths; index tensors on `device`."""
+        """The layout for documents of these lengths; index tensors on `device`."""
         runs = [Run(len(list(same)), length) for length, same in groupby(lengths)]
         few = sum(run.tokens < SHORT for run in runs) < FEW
         stretches: list[Run | int] = []
@@ -68,7 +69,7 @@ class Layout:
             last = stretches.pop() if stretches and isinstance(stretches[-1], int) else 0
             stretches.append((last if isinstance(last, int) else 0) + run.tokens)
         buckets, there, padding, back = _buckets(short)
-        # non_blocking: a copy that is not waits for all that is queued on the device
+        # non_blocking: a blocking copy would wait for all work queued on the device
         tensors = (x.to(device, non_blocking=True) for x in (there, padding[:, None, None], back))
         return cls(tuple(stretches), buckets, *tensors)
 
@@ -87,7 +88,7 @@ class Layout:
 
 
 class PackedDocuments:
-    """How the documents of one batch are attended to: what every layer of a forward pass needs, made once."""
+    """The packing layout of one batch, made once and used by every layer of a forward pass."""
 
     def __init__(self, documents: Documents) -> None:
         self.documents = documents
@@ -95,13 +96,13 @@ class PackedDocuments:
         self._bands: dict[tuple[Any, ...], Tensor] = {}
 
     def layout(self, device: torch.device) -> Layout:
-        """The cut into calls, its index tensors on `device`."""
+        """The layout, its index tensors on `device`."""
         if device not in self._layouts:
             self._layouts[device] = Layout.of(self.documents.lengths, device)
         return self._layouts[device]
 
     def offsets(self, device: torch.device) -> Tensor:
-        """int32 [documents + 1] on `device`: where each begins, then T."""
+        """int32 [documents + 1] on `device`: start of each document, then T."""
         if self.documents.offsets.device != device:
             self.documents = self.documents.to(device)
         return self.documents.offsets
@@ -110,7 +111,7 @@ class PackedDocuments:
         """[rows, before + rows] in the dtype and on the device of `like`, to be added to attention's logits.
 
         Query i is the token of column before + i. Zero in the `window` columns that end there, -inf elsewhere. Rows
-        begin at multiples of 16 elements: of others torch's kernel on CUDA makes a copy per call.
+        begin at multiples of 16 elements; torch's CUDA kernel copies any other mask on every call.
         """
         key = (rows, before, window, like.dtype, like.device)
         if key not in self._bands:

@@ -1,8 +1,8 @@
 """Causal attention of documents of one length by torch's scaled_dot_product_attention, in memory linear in the length.
 
-Given heads of another width for values than for keys, or groups of heads that they do not know, torch's kernels fall
-back to a matrix of all logits, and a mask of L x L would be one: long documents get none of these. n documents of L
-tokens, H heads, K heads of keys and values.
+torch's kernels materialise all L x L logits if values have another width than keys or if they do not support grouped
+heads, and an explicit mask has L x L elements too. None of these is used for long documents. n documents of L tokens, H
+heads, K heads of keys and values.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ SMALL_BLOCK, LARGE_BLOCK = 128, 1024
 
 @dataclass(frozen=True, slots=True)
 class Sdpa:
-    """What is computed; calling it computes it. window: tokens that a query sees, itself included."""
+    """The settings of the attention; calling it computes it.
+
+    window: tokens that a query attends to, itself included.
+    """
 
     packing: PackedDocuments
     scale: float
@@ -35,7 +38,7 @@ class Sdpa:
         widest = max(query.shape[-1], width)
         query, key, value = (padded(x, widest) for x in (query, key, value))
         if query.device.type != "cpu" and key.shape[1] < query.shape[1]:
-            # the memory-efficient kernel knows no groups of heads
+            # the memory-efficient kernel does not support grouped heads
             key, value = (repeated(x, query.shape[1] // key.shape[1]) for x in (key, value))
         window = self.window
         if window is None or window >= length:
@@ -51,8 +54,9 @@ class Sdpa:
     def _banded(self, window: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One document, longer than the window: [1, H, L, d], keys and values alike -> [1, L, H, d].
 
-        The first `window` queries see all before them. The others go in blocks of R: each sees a band in window - 1 + R
-        keys, which are views of one another, all blocks in one call; the rest of less than R in another.
+        The first `window` queries attend to all preceding tokens. The others are computed in blocks of R queries, each
+        against a band of window - 1 + R keys (overlapping views), all full blocks in one call, the remainder in
+        another.
         """
         rows = min(max(window // 4, SMALL_BLOCK), LARGE_BLOCK)
         count, rest = divmod(query.shape[2] - window, rows)
@@ -90,5 +94,5 @@ def repeated(heads: Tensor, times: int) -> Tensor:
 
 
 def padded(heads: Tensor, width: int) -> Tensor:
-    """[..., d] -> [..., width], zeros behind; the tensor itself where it has that width."""
+    """[..., d] -> [..., width], zeros at the end; the tensor itself if it has that width."""
     return F.pad(heads, (0, width - heads.shape[-1])) if heads.shape[-1] < width else heads

@@ -1,7 +1,7 @@
-"""Causal attention written out, for what torch's kernels cannot do: soft-capped logits, sinks, dropout on the CPU.
+"""Causal attention as explicit products, for what torch's kernels lack: soft-capped logits, sinks, dropout on the CPU.
 
-It computes what transformers' eager functions compute, a block of queries at a time, and once more in the backward
-pass, so that few logits exist at once. n documents of L tokens, H heads, K heads of keys and values.
+It computes the same as transformers' eager functions, one block of queries at a time, and recomputes each block in the
+backward pass, so that few logits exist at once. n documents of L tokens, H heads, K heads of keys and values.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 MOST_LOGITS = 1 << 22
-"""Logits that exist at once, if a single query of one document has no more."""
+"""Most logits that exist at once (more only if a single query of one document has more)."""
 
 FEW_QUERIES = 64
-"""Documents share a block only as far as each has this many queries in it."""
+"""Several documents share a block only if each has at least this many queries in it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What is computed; calling it computes it.
+    """The settings of the attention; calling it computes it.
 
-    window: tokens that a query sees, itself included. softcap: logits become softcap * tanh(logits / softcap).
+    window: tokens that a query attends to, itself included. softcap: logits become softcap * tanh(logits / softcap).
     sinks [H]: a logit per head that takes weight from all others. dropout: of the weights. Logits and weights are in
     the inputs' dtype, softmax in float32.
     """
@@ -64,7 +64,7 @@ class Written:
         """query [n, H, R, d], key [n, K, M, d], value [n, K, M, e] -> [n, R, H, e]; query i is token ahead + i."""
         count, heads, rows, _ = query.shape
         groups, length = key.shape[1:3]
-        # the heads of a group stand one below the other: keys and values need no copies
+        # the heads of a group are stacked along the rows, so keys and values need no copies
         logits = query.reshape(count, groups, heads // groups * rows, -1) @ key.transpose(2, 3) * self.scaling
         logits = logits.view(count, heads, rows, length)
         if self.softcap is not None:

@@ -1,9 +1,9 @@
-"""How many positions a model has: measured on a tiny copy where there is an end, read from its config where it was made
-for so many and would go on. Nothing here communicates.
+"""How many positions a model has: measured on a tiny copy if there is a hard limit, read from the config if it is only
+the trained length. Nothing here communicates.
 
-Learned positions, tables of sines and some masks end: a sequence that is longer fails in the middle of a run, on a GPU
-with an assertion that names nothing. Rotary embeddings and ALiBi do not end, but past the length they were trained at a
-model predicts badly without a word.
+Learned positions, tables of sines and some masks have a hard limit: a longer sequence fails in the middle of a run, on
+a GPU with an uninformative assertion. Rotary embeddings and ALiBi have none, but past its trained length a model
+predicts badly without any error.
 """
 
 from __future__ import annotations
@@ -23,18 +23,31 @@ from kdtrain.models.shrink import VOCAB_SIZE
 from kdtrain.models.stock import BUILD_ERRORS, parameters_on_meta, stock_model
 
 DECLARED = (
-    "max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "max_seq_length",
-    "max_sequence_length", "seq_length", "n_ctx", "context_length",
-)  # fmt: skip
-"""Keys of a config that say for how many positions a model was made, under every name in use."""
+    "max_position_embeddings",
+    "n_positions",
+    "max_target_positions",
+    "max_seq_len",
+    "max_seq_length",
+    "max_sequence_length",
+    "seq_length",
+    "n_ctx",
+    "context_length",
+)
+"""Keys of a config that give the number of positions of a model, under every name in use."""
 
 FEW, SLACK = 16, 4
-"""Positions of a copy whose config says so, and by how many the model may have more or fewer than its config says."""
+"""FEW: positions set in the config of a copy.
+
+SLACK: by how many the copy may have more or fewer than its config states.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Positions:
-    """Of one model. end: positions it has, None when it has as many as were looked for. declared: its config's."""
+    """Positions of a model.
+
+    end: its hard limit, None if it is not below the length searched. declared: the config's number.
+    """
 
     end: int | None
     declared: dict[str, int]
@@ -45,7 +58,7 @@ def check_positions(spec: ModelSpec, role: str, *, vocab_size: int, seq_len: int
     for fewer.
 
     role: "teacher" or "student", for messages. vocab_size: tokens of the tokenizer. Reads config.json alone; builds and
-    runs tiny random copies on the CPU; leaves torch's random state alone. Raises ConfigError also for what
+    runs tiny random copies on the CPU; leaves torch's random state unchanged. Raises ConfigError also for what
     `build_config` refuses and for a model of which no copy can be run.
     """
     source = f"the {role} {(spec.weights or spec.architecture)!r}"
@@ -63,12 +76,16 @@ def check_positions(spec: ModelSpec, role: str, *, vocab_size: int, seq_len: int
     if key is not None and found.declared[key] < seq_len:
         LOGGER.warning(
             "data.seq_len = %d is more than the %d positions that %s was made for (%s in its config): where documents "
-            "are longer, it extrapolates", seq_len, found.declared[key], source, key,
-        )  # fmt: skip
+            "are longer, it extrapolates",
+            seq_len,
+            found.declared[key],
+            source,
+            key,
+        )
 
 
 def positions_of(model: Any, source: str, seq_len: int) -> Positions:
-    """The `Positions` of `model`, looked for up to seq_len. Raises ConfigError when no copy can be run."""
+    """The `Positions` of `model`, searched up to seq_len. Raises ConfigError when no copy can be run."""
     config = model.config.get_text_config()
     settings = config.to_dict()
     declared = {key: value for key in DECLARED if type(value := settings.get(key)) is int and value > 0}
@@ -82,11 +99,11 @@ def positions_of(model: Any, source: str, seq_len: int) -> Positions:
 
 
 def _few_positions(model: Any, source: str, key: str) -> int | None:
-    """Tokens that a copy can run at once when its config says FEW; None if more, or if no such copy can be made."""
+    """Tokens that a copy can run at once when its config states FEW; None if more, or if no such copy can be made."""
     try:
         return run_on_copy(model, source, _longest, {key: FEW})
     except ConfigError:
-        return None  # the setting is bound to others; what is left is the warning
+        return None  # the setting depends on others; only the warning remains
 
 
 def _table(copy: Any, *, seq_len: int) -> int | None:

@@ -1,9 +1,9 @@
-"""Measure, before a weight is read, whether a model does what kdtrain takes for granted. Nothing here communicates.
+"""Measure, before a weight is read, whether a model satisfies kdtrain's assumptions. Nothing here communicates.
 
-Three assumptions would otherwise fail without a word: documents packed into one sequence do not see each other,
-no token sees a later one, and the logits are what `HeadShard` says they are. Each depends on code in transformers
+Three assumptions would otherwise fail silently: documents packed into one sequence do not attend to each other, no
+token depends on a later one, and the logits are those that `HeadShard` defines. Each depends on code in transformers
 that differs between architectures (attention masks come from position_ids, but states of recurrent layers and learned
-positions do not), so each is measured on a tiny random copy of the very config that is to be loaded.
+positions do not), so each is measured on a tiny random copy of the config to be loaded.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.shrink import FULL_WIDTH, VOCAB_SIZE, num_layers, tiny_settings
 from kdtrain.models.stock import BUILD_ERRORS, parameters_on_meta
-from kdtrain.parallel.plan import plan_cuts
+from kdtrain.parallel.plan import plan_shards
 from kdtrain.parallel.shard import shard_model
 
 M = TypeVar("M")
@@ -34,19 +34,19 @@ LARGEST_COPY = 1_000_000_000
 (0.87 billion, its parts beside the language model) and LongCat-Flash (1.06 billion) have less than a tenth."""
 
 LARGEST_WIDE_COPY = 30_000_000
-"""Of the largest copy of full width, which comes last: about a second on one core."""
+"""Parameters of the largest copy of full width, which is tried last: about a second on one core."""
 
 TOLERANCE = 1e-4
-"""Largest difference, relative to the largest value, that is still rounding in float32."""
+"""Largest relative difference that still counts as float32 rounding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """Largest differences relative to the largest value they are measured on; 0 means none.
+    """Largest differences, each relative to the largest value of the tensor that is compared; 0 means none.
 
-    leak: a document's hidden states, when the document before it changes. joined: the same with positions that run
-    on, where they must differ. future: hidden states before a token that changes. logits: ours against the stock
-    model's.
+    leak: a document's hidden states, when the document before it changes. joined: the same with positions that do not
+    restart, where a difference is expected. future: hidden states before a changed token. logits: kdtrain's against the
+    stock model's.
     """
 
     leak: float
@@ -61,9 +61,9 @@ _KNOWN: dict[str, Findings] = {}
 def check_model(model: Any, source: str, *, packed: bool = True) -> None:
     """Raise ConfigError unless the architecture of `model` separates documents, is causal and has a known head.
 
-    model: the stock model, parameters possibly on meta; it is not run. source: what to call it in messages. packed:
-    whether position_ids restart at documents, which then must not see each other. Builds and runs a tiny random copy
-    on the CPU, once per process and config; leaves torch's random state alone.
+    model: the stock model, parameters possibly on meta; it is not run. source: its name in messages. packed: whether
+    position_ids restart at documents, which then must not attend to each other. Builds and runs a tiny random copy on
+    the CPU, once per process and config; leaves torch's random state unchanged.
     """
     found = measure(model, source)
     kind = f"{source} has model_type {model.config.model_type!r}"
@@ -100,7 +100,7 @@ def check_model(model: Any, source: str, *, packed: bool = True) -> None:
 
 
 def measure(model: Any, source: str) -> Findings:
-    """The `Findings` on a tiny copy of `model`. Raises ConfigError when no copy of a bearable size can be run."""
+    """The `Findings` on a tiny copy of `model`. Raises ConfigError when no copy within the size limits can be run."""
     key = f"{type(model).__name__} {base_attention(model)} {model.config.to_json_string(use_diff=False)}"
     if key not in _KNOWN:
         _KNOWN[key] = run_on_copy(model, source, _findings)
@@ -110,7 +110,7 @@ def measure(model: Any, source: str) -> Findings:
 def run_on_copy(model: Any, source: str, work: Callable[[Any], M], changes: Mapping[str, Any] | None = None) -> M:
     """work(a tiny random copy of `model` on the CPU), always the same copy; `changes`: other settings of its config.
 
-    Leaves torch's random state alone. Raises ConfigError when no copy of a bearable size can be run.
+    Leaves torch's random state unchanged. Raises ConfigError when no copy within the size limits can be run.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -118,9 +118,10 @@ def run_on_copy(model: Any, source: str, work: Callable[[Any], M], changes: Mapp
 
 
 def base_attention(model: Any) -> str:
-    """What the copy computes attention with: as the model, or with masks where the model takes boundaries instead.
+    """The attention implementation of the copy: the model's, or one with masks if the model's takes document
+    boundaries.
 
-    That these are the same is measured by `kdtrain.models.attention_probe`.
+    `kdtrain.models.attention_probe` measures that both are equal.
     """
     chosen = str(model.config._attn_implementation)
     return chosen if chosen in ("eager", "sdpa") else "sdpa" if model._supports_sdpa else "eager"
@@ -161,7 +162,7 @@ def _no_copy(model: Any, source: str, obstacles: list[str]) -> ConfigError:
     return ConfigError(
         f"{source} has model_type {model.config.model_type!r}, of which no tiny copy can be run\n"
         + "".join(f"    {line}\n" for line in dict.fromkeys(obstacles))
-        + "  why: whether packed documents see each other, and what its logits are, cannot be told without one\n"
+        + "  why: whether packed documents see each other, and what its logits are, cannot be measured without one\n"
         "  fix: use an architecture of the Llama, Qwen, GPT-NeoX, Gemma, Cohere or Granite kind"
     )
 
@@ -170,25 +171,25 @@ def _built(model_type: str, settings: dict[str, Any], attention: str) -> Any:
     config = AutoConfig.for_model(model_type, **settings)
     return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         config, dtype=torch.float32, attn_implementation=attention, experts_implementation="eager"
-    ).eval()  # grouped products of experts, the default, refuse rows that are not multiples of 16 bytes
+    ).eval()  # grouped products of experts, the default, reject rows that are not multiples of 16 bytes
 
 
 def _shaken(copy: Any) -> Any:
-    """Initial values can be so small, or exactly 0 or 1, that nothing shows."""
+    """Randomise all parameters: initial values so small, or exactly 0 or 1, can hide a dependence."""
     for param in copy.parameters():
         param.add_(torch.randn_like(param), alpha=0.1)
     return copy
 
 
 def whole_backbone(copy: Any) -> Backbone:
-    """A tiny copy as kdtrain runs it on one rank."""
+    """The copy as a Backbone on one rank."""
     shard = VocabShard.of(VOCAB_SIZE)
-    cuts = plan_cuts(copy, 1, shard.rows)
+    cuts = plan_shards(copy, 1, shard.rows)
     return Backbone(shard_model(copy, Mesh(), shard), shard, cuts).eval()
 
 
 def _findings(copy: Any) -> Findings:
-    """Run the copy, first as transformers has it, then as kdtrain cuts it. T = 24 tokens, V = 64: logits are small."""
+    """Run the copy first as the stock model, then as a Backbone. T = 24 tokens, V = 64, so that logits are small."""
     ids = torch.randint(4, VOCAB_SIZE, (2, 12))
     restart = torch.tensor([[*range(5), *range(7)], [*range(8), *range(4)]])
     straight = torch.arange(12).expand(2, -1)

@@ -1,8 +1,8 @@
-"""Eight-bit weights for a frozen model, by torchao: the only place that imports it.
+"""Eight-bit weights for a frozen model, by torchao; the only module that imports it.
 
-One scale per output row of a matrix, symmetric, weights only: a product is computed in the activations' dtype. Every
-layout gets the weights that the whole model would get: rows are whole on the ranks that share out outputs, and where
-inputs are shared out the largest entry of a row is taken over all ranks.
+One scale per output row of a matrix, symmetric, weights only: a product is computed in the activations' dtype. The
+quantised weights are the same in every layout: if outputs are sharded, each rank has whole rows; if inputs are sharded,
+the largest entry of a row is reduced over all ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdtrain.dist.collectives import gather_ranks
+from kdtrain.distributed.collectives import gather_ranks
 from kdtrain.errors import ConfigError
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.dtypes import listed_in_float32
@@ -24,7 +24,7 @@ from kdtrain.parallel.variants import ColumnParallelConv1D, LatentLinear, RowPar
 
 
 def require_torchao(kind: str) -> None:
-    """Raises ConfigError, with the line that installs it, if torchao is missing. kind: as teacher.quantize."""
+    """Raise ConfigError, with the command that installs it, if torchao is missing. kind: as teacher.quantize."""
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(
             f"teacher.quantize = {kind}: the package torchao is not installed\n"
@@ -39,8 +39,8 @@ def quantize_decoder_(backbone: Backbone, kind: str) -> tuple[int, int]:
 
     kind: int8, or fp8 (float8_e4m3). Embedding, head, norms and biases stay as they are. Bytes: all parameters of this
     rank, scales included. Every rank must call it. Communicates over tp: one small all-gather per layer whose inputs
-    are shared out. Raises ConfigError, alike in every layout, without torchao or such a layer, for a mixture of experts
-    and for Conv1D layers.
+    are sharded. Raises ConfigError, in every layout alike, if torchao or a linear layer is missing, for a mixture of
+    experts and for Conv1D layers.
     """
     require_torchao(kind)
     before, layers = _parameter_bytes(backbone), quantizable_layers(backbone.model, kind)
@@ -49,6 +49,7 @@ def quantize_decoder_(backbone: Backbone, kind: str) -> tuple[int, int]:
         largest = None
         if isinstance(layer, RowParallelLinear):
             here = nn.functional.pad(weight.abs(), (0, 1)).amax(1, keepdim=True)  # padded: a rank may have no inputs
+            # Scales are per output row; each rank has only its inputs of the row, and all layouts must round alike.
             largest = gather_ranks(here, layer.group).amax(0)
         if weight.numel():
             layer.weight = nn.Parameter(_quantized(weight, kind, largest), requires_grad=False)
@@ -56,10 +57,10 @@ def quantize_decoder_(backbone: Backbone, kind: str) -> tuple[int, int]:
 
 
 def quantizable_layers(model: Any, kind: str) -> list[Any]:
-    """The decoder's linear layers, of a stock model, whole or cut, perhaps on meta. ConfigError as `quantize_decoder_`.
+    """The decoder's linear layers in a stock model, sharded or not, possibly on meta. Raises as `quantize_decoder_`.
 
-    Without those that the model's class lists to stay in float32: what bfloat16 is too coarse for, 8 bits are too.
-    The same in every layout: what is nn.Linear in the whole model has one of these classes in a cut one.
+    Excludes layers that the model's class keeps in float32: if bfloat16 is too coarse for them, so are 8 bits. The list
+    is the same in every layout: nn.Linear of the whole model becomes one of these classes when it is sharded.
     """
     decoder, classes = model.base_model, (nn.Linear, ColumnParallelLinear, RowParallelLinear, LatentLinear)
     named = decoder.named_modules(prefix=model.base_model_prefix)
@@ -89,24 +90,32 @@ def _is_transposed(module: nn.Module) -> bool:
 
 
 def _quantized(weight: Tensor, kind: str, largest: Tensor | None) -> Any:
-    """[out, in] as a subclass of 8 bits. largest [out, 1]: of each row in size, where other ranks hold the rest."""
+    """Weight [out, in] as an 8-bit tensor subclass.
+
+    largest [out, 1]: largest magnitude per row over all ranks, if inputs are sharded.
+    """
     from torchao.quantization import Float8Tensor, Int8Tensor, PerRow
 
     weight = weight.detach()
     rows = PerRow()
     if kind == "int8":
         scale = None
-        if largest is not None:  # as torchao derives it from a matrix, here of two columns
+        if largest is not None:  # torchao derives the scale from a matrix, here one of two columns
             scale = Int8Tensor.from_hp(torch.cat([largest, torch.zeros_like(largest)], 1), granularity=rows).scale
         return Int8Tensor.from_hp(weight, granularity=rows, scale=scale)
     if largest is None:
         return Float8Tensor.from_hp(weight, granularity=rows)
-    # This class takes no scale: a column that carries it is quantised too, and left out afterwards.
+    # This class takes no scale: quantise with an extra column that determines it, and drop that column afterwards.
     whole = Float8Tensor.from_hp(torch.cat([weight, largest], 1), granularity=rows)
     return Float8Tensor(
-        whole.qdata[:, :-1].contiguous(), whole.scale, [1, weight.shape[1]], whole.mm_config, whole.act_quant_kwargs,
-        whole.kernel_preference, whole.dtype,
-    )  # fmt: skip
+        whole.qdata[:, :-1].contiguous(),
+        whole.scale,
+        [1, weight.shape[1]],
+        whole.mm_config,
+        whole.act_quant_kwargs,
+        whole.kernel_preference,
+        whole.dtype,
+    )
 
 
 def _parameter_bytes(backbone: Backbone) -> int:
@@ -114,7 +123,7 @@ def _parameter_bytes(backbone: Backbone) -> int:
 
 
 def _stored_bytes(tensor: Any) -> int:
-    """Of an ordinary tensor, or of the tensors that a tensor subclass consists of."""
+    """Bytes of an ordinary tensor, or of the tensors inside a tensor subclass."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return int(tensor.nbytes)
     return sum(_stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])

@@ -1,12 +1,14 @@
-"""Rotary embeddings whose tables depend on the longest position of a forward pass, made to depend on documents alone.
+"""Rotary embeddings whose tables depend on the longest position of a forward pass, changed to depend on each document
+only.
 
-Two types of transformers look at the largest position they are given: `longrope` (Phi-3.5, Phi-4-mini) takes one of two
-tables by it, `dynamic` (NTK) makes a table for it. Stock code looks at all positions of a pass at once, so a short
-document beside a long one has another distribution than alone. Here the stock module runs once for each table that the
-documents of a pass need, and every token takes what the table of its own document says: a packed document is what the
-stock model makes of that document alone, whatever else is in its pass, its micro-batch or on its ranks.
+Two rotary types in transformers depend on the largest position: `longrope` (Phi-3.5, Phi-4-mini) selects one of two
+tables by it, `dynamic` (NTK) computes a table from it. Stock code uses the maximum over all positions of a pass, so a
+short document gets another distribution beside a long one than alone. Here the stock module runs once for each table
+that the documents of a pass need, and every token takes the values from the table of its own document. A packed
+document then has the same output as the document alone in the stock model, whatever else is in its pass, its
+micro-batch or on other ranks.
 
-B sequences, S tokens of them on this rank, d the width that is turned.
+B sequences, S tokens of each on this rank, d the rotated width.
 """
 
 from __future__ import annotations
@@ -18,21 +20,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtrain.data.documents import document_begins
-from kdtrain.dist.collectives import Group, group_rank
+from kdtrain.distributed.collectives import Group, group_rank
+from kdtrain.documents import document_begins
 from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
 from kdtrain.models.context import whole_sequences
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Types of rotary embeddings, as transformers calls them, whose tables depend on the largest position of a pass."""
+"""Types of rotary embeddings in transformers whose tables depend on the largest position of a pass."""
 
 
 class DocumentRotary(nn.Module):
-    """In the place of a stock rotary embedding of a length-dependent type: the tables of each document's own length.
+    """Replaces a stock rotary embedding of a length-dependent type: uses the table of each document's own length.
 
-    stock: the module it replaces, still in use. group: of ranks that hold consecutive parts of the same sequences.
-    Other attributes are the stock module's.
+    stock: the replaced module, which computes the tables. group: the ranks that hold consecutive parts of the same
+    sequences. Other attributes are those of the stock module.
     """
 
     def __init__(self, stock: nn.Module, group: Group = None) -> None:
@@ -51,18 +53,18 @@ class DocumentRotary(nn.Module):
         """What `stock` returns for position_ids [..., B, S]: tensors [B, S, d].
 
         Communicates over `group`, if it has several ranks: one all-gather of position_ids. With the type `dynamic` it
-        synchronises the device, as stock code does. Raises ConfigError when the stock module's answer is of another
+        synchronises the device, as stock code does. Raises ConfigError when the stock module's output has another
         shape.
         """
         more = {} if layer_type is None else {"layer_type": layer_type}
         kind = self.rope_type if layer_type is None else self.rope_type[layer_type]
         if not _is_length_dependent(str(kind)):
             return self.stock(x, position_ids, **more)
-        if kind != "longrope":  # back to the first table: stock code keeps that of a long document
+        if kind != "longrope":  # restore the first table: stock code keeps the table of a long document
             self.stock(x, torch.zeros_like(position_ids[..., :1]), **more)
         answer: Any = None
         for mask, last in self._tables(str(kind), layer_type, self._lengths(position_ids)):
-            # one more token, at the last position of the longest document: on another rank it may be
+            # an extra token at the last position of the longest document, which may be on another rank
             positions = F.pad(position_ids.where(mask, 0), (0, 1), value=last)
             found = _tokens(self.stock(x, positions, **more), mask)
             answer = found if answer is None else _choose(mask, found, answer)
@@ -75,7 +77,8 @@ class DocumentRotary(nn.Module):
         return document_lengths(whole_sequences(rows, self.group))[:, first : first + rows.shape[1]]
 
     def _tables(self, kind: str, layer_type: str | None, lengths: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """(tokens [B, S] that use a table, a position that makes stock code use it), for every table in use."""
+        """For every table in use: (mask [B, S] of the tokens that use it, a position that makes stock code select
+        it)."""
         if kind == "longrope":
             parameters = self.config.rope_parameters
             parameters = parameters if layer_type is None else parameters[layer_type]
@@ -89,11 +92,11 @@ class DocumentRotary(nn.Module):
 
 
 def use_document_lengths(model: Any, source: str, group: Group = None) -> list[str]:
-    """Have every length-dependent rotary embedding of `model`, in place, use the length of each document; their types.
+    """Replace every length-dependent rotary embedding of `model` in place by `DocumentRotary`; returns their types.
 
-    model: a stock model, on any device. source: what to call it in messages. group: the ranks that hold parts of the
-    same sequences. Does not communicate. Raises ConfigError when the config asks for such a type and the model has no
-    module that could be replaced.
+    model: a stock model, on any device. source: its name in messages. group: the ranks that hold parts of the same
+    sequences. Does not communicate. Raises ConfigError when the config names such a type and the model has no module
+    that could be replaced.
     """
     kinds: set[str] = set()
     made: dict[int, DocumentRotary] = {}
@@ -118,16 +121,18 @@ def use_document_lengths(model: Any, source: str, group: Group = None) -> list[s
 
 
 def say_document_lengths(kinds: list[str], source: str) -> None:
-    """One line for a model with length-dependent rotary embeddings; nothing for others."""
+    """Log one line for a model with length-dependent rotary embeddings; nothing for others."""
     if kinds:
         LOGGER.info(
             "rotary embeddings of %s are of the type %s, which depends on length: each document uses the tables of its "
-            "own length", source, ", ".join(kinds),
-        )  # fmt: skip
+            "own length",
+            source,
+            ", ".join(kinds),
+        )
 
 
 def rope_types(module: nn.Module) -> list[str]:
-    """The types that a stock rotary embedding computes, one or one per kind of layer; none for other modules."""
+    """The types that a stock rotary embedding computes: one, or one per kind of layer; none for other modules."""
     found = getattr(module, "rope_type", None)
     return [found] if isinstance(found, str) else list(found.values()) if isinstance(found, dict) else []
 
@@ -144,7 +149,7 @@ def _is_length_dependent(kind: str) -> bool:
 
 
 def _declared(settings: Any, inside: bool = False) -> list[str]:
-    """Every type that a config names in its settings of rotary embeddings, under today's key or the one before it.
+    """Every type that a config names in its settings of rotary embeddings, under the current key or the previous one.
 
     inside: whether `settings` are such settings.
     """
@@ -155,7 +160,7 @@ def _declared(settings: Any, inside: bool = False) -> list[str]:
 
 
 def _tokens(answer: Any, mask: Tensor) -> Any:
-    """A stock module's answer without its last token. mask [B, S]: what its other tokens must be."""
+    """A stock module's output without its last token. mask [B, S]: the expected shape of the other tokens."""
     if isinstance(answer, tuple):
         return tuple(_tokens(part, mask) for part in answer)
     if not isinstance(answer, Tensor) or answer.dim() != 3 or answer.shape[:2] != (mask.shape[0], mask.shape[1] + 1):

@@ -1,8 +1,8 @@
 """Measure, before a weight is read, whether a document's hidden states depend on longer ones in its forward pass.
 
-`kdtrain.models.rotary` mends the types of rotary embeddings that are known to do so. Another one, or another way to do
-it, would go unnoticed: documents of a few tokens never reach the lengths at which tables change. So a tiny random copy
-is made of the config to be loaded in which those lengths are a few tokens, and run with and without a long neighbour.
+`kdtrain.models.rotary` handles the types of rotary embeddings that are known to do so. An unknown one would not be
+detected by documents of a few tokens, which do not reach the lengths at which tables change. So a tiny random copy is
+made of the config to be loaded in which those lengths are a few tokens, and run with and without a long neighbour.
 Nothing here communicates.
 """
 
@@ -34,10 +34,10 @@ _LENGTH = re.compile(r"max_position|length|seq_len")
 def check_neighbours(model: Any, source: str, *, packed: bool = True) -> None:
     """Raise ConfigError if a document's hidden states depend on the length of others that share its forward pass.
 
-    model: the stock model, parameters possibly on meta; it is not run. source: what to call it in messages. packed:
-    whether position_ids restart at documents. Builds and runs a tiny random copy on the CPU, with the rotary embeddings
-    that `use_document_lengths` gives it, when the model has rotary embeddings of another type than "default"; leaves
-    torch's random state alone. Raises ConfigError also when no such copy can be run.
+    model: the stock model, parameters possibly on meta; it is not run. source: its name in messages. packed: whether
+    position_ids restart at documents. Builds and runs a tiny random copy on the CPU, with the rotary embeddings that
+    `use_document_lengths` gives it, when the model has rotary embeddings of another type than "default"; leaves torch's
+    random state unchanged. Raises ConfigError also when no such copy can be run.
     """
     kinds = sorted({kind for module in model.modules() for kind in rope_types(module)} - {"default"})
     if not kinds:
@@ -122,7 +122,7 @@ def _measure(copy: Any, *, source: str, packed: bool) -> tuple[float, float]:
         ).last_hidden_state
         return found
 
-    # each in a pass of its own, the shortest first: stock code keeps some of what a longer one made it compute
+    # one pass per document, the shortest first: stock code keeps state from longer ones
     parts = torch.split(ids[0], sizes)
     alone = [hidden(part[None], torch.arange(len(part)))[0] for part in parts]
     replaced = use_document_lengths(copy, source)

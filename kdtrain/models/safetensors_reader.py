@@ -1,4 +1,4 @@
-"""Read slices of a Hugging Face folder's safetensors by the names a model uses now, counting what was read."""
+"""Read slices of a Hugging Face folder's safetensors by the model's current parameter names, counting elements read."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from kdtrain.models.weight_files import Place, WeightFiles
 class SafetensorsFolder:
     """The tensors of a folder under the parameter names of `model`. A context manager; opens every file.
 
-    Names are those that transformers finds: its renamings, then the base model's prefix put before or taken away.
-    place: of every tensor that is not part of a packed parameter, by the model's name, or by its own if the model has
-    none for it. grouped: parameters that are made of several tensors. elements_read counts the elements handed out.
-    Raises ConfigError as `WeightFiles`, and when two different tensors are meant for one parameter.
+    Names are resolved as in transformers: its renamings first, then the base model's prefix added or removed. place:
+    location of every tensor that is not part of a packed parameter, by the model's name, or by its own name if the
+    model has no such parameter. grouped: parameters that consist of several tensors. elements_read counts the elements
+    returned. Raises ConfigError as `WeightFiles`, and when two different tensors are meant for one parameter.
     """
 
     def __init__(self, folder: Path, model: Any) -> None:
@@ -45,8 +45,8 @@ class SafetensorsFolder:
     def read(self, name: str, shape: tuple[int, ...], dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements [start, stop) along `dim` of the tensor `name`, whose full shape must be `shape`.
 
-        Everything by default. Raises ConfigError when the files have no such tensor or it has another shape; that its
-        dtype is one of ordinary weights is seen to by `kdtrain.models.stored_weights`.
+        Everything by default. Raises ConfigError when the files have no such tensor or it has another shape.
+        `kdtrain.models.stored_weights` checks that its dtype is one of ordinary weights.
         """
         end = (shape[dim] if shape else 0) if stop is None else stop
         if name in self.grouped:
@@ -83,7 +83,7 @@ class SafetensorsFolder:
         for name in place.keys() & grouped.keys():
             raise _twins(self.folder, name, place[name], grouped[name].places[0][0])
         for second, kept in sorted(tied_names(model).items()):
-            # of tied weights a file may keep either
+            # a file may keep either name of tied weights
             if second in place and kept not in place and kept_name(model, second) == kept:
                 place[kept] = place[second]
         return place, grouped
@@ -93,7 +93,7 @@ class SafetensorsFolder:
     ) -> Iterator[tuple[str, str | None, Place]]:
         """(the model's name, pattern of the converter that applies, place) of every tensor, as transformers finds it.
 
-        A tensor whose name means nothing once renamed, but does as it is, keeps it.
+        A tensor keeps its name if the renamed one is unknown to the model and the original is not.
         """
         known: dict[str, Any] = dict.fromkeys(model.state_dict(), True)
         prefix, first = model.base_model_prefix, dict[str, Place]()

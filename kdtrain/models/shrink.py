@@ -1,7 +1,7 @@
 """Settings of a tiny random copy of a Hugging Face config: few layers, narrow, every kind of layer kept.
 
-What a model does with positions, masks and its head depends on its code and on switches of its config, not on how
-wide or deep it is; so it can be measured on a copy that takes milliseconds.
+How a model handles positions, masks and its head depends on its code and on switches of its config, not on its width or
+depth, so it can be measured on a copy that runs in milliseconds.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exper
 """Keys of a config that give the number of experts of a mixture, under every name in use."""
 
 TAKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-"""Keys of a config that give how many of them a token passes."""
+"""Keys of a config that give the number of experts per token."""
 
 VOCAB_SIZE = 64
 """Tokens of a tiny copy."""
 
 NARROW_HEAD = 16
-"""Width of a head in the narrowest copy; rotary embeddings of a quarter of it still have pairs to turn."""
+"""Width of a head in the narrowest copy; rotary embeddings of a quarter of it still have pairs to rotate."""
 
 FULL_WIDTH = "fewer layers only"
-"""How a copy is called that is as wide as the model."""
+"""Name of a copy that is as wide as the model."""
 
 _SPECIAL_IDS = re.compile(r"(bos|eos|pad|sep|cls|mask|unk|decoder_start)_token_id")
 _EXPERT_WIDTH = re.compile(r"expert.*intermediate_size|moe_intermediate_size|shared_intermediate_size")
@@ -31,7 +31,7 @@ _NO_WIDTH = re.compile(r"vocab|position|length|token|window|layers|heads|chunk|s
 
 
 def tiny_settings(config: Any, layers: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(what was made smaller, settings for AutoConfig.for_model), the smallest copy first.
+    """Yield (description of the reduction, settings for AutoConfig.for_model), the smallest copy first.
 
     layers: at least so many decoder layers are kept, and one of each kind that per-layer lists of `config` name.
     Narrow heads do not fit every config (lists with one entry per rotary pair), so a copy with full heads and one of
@@ -59,7 +59,7 @@ def tiny_settings(config: Any, layers: int) -> Iterator[tuple[str, dict[str, Any
 
 
 def num_layers(config: Any) -> int:
-    """Decoder layers of `config`; 0 when it does not say."""
+    """Decoder layers of `config`; 0 if it does not give them."""
     return _number(config, "num_hidden_layers") or 0
 
 
@@ -90,7 +90,8 @@ def _is_by_layer(value: Any) -> bool:
 
 
 def _keep_experts(settings: dict[str, Any]) -> None:
-    """Cut the number of experts to what leaves a choice: two per group, and one more than a token takes."""
+    """Reduce the number of experts to the fewest that leave the router a choice: two per group, and one more than a
+    token uses."""
     counts = [key for key in COUNTS if isinstance(settings.get(key), int)]
     if not counts:
         return
@@ -132,13 +133,13 @@ def _narrow(config: Any, settings: dict[str, Any], head_dim: int) -> dict[str, A
 
 
 def declared_heads(config: Any) -> tuple[int, int]:
-    """(query heads, key/value heads), 1 where the config does not say."""
+    """(query heads, key/value heads), 1 if the config does not give them."""
     heads = _number(config, "num_attention_heads") or 1
     return heads, _number(config, "num_key_value_heads") or heads
 
 
 def declared_head_dim(config: Any) -> int | None:
-    """Width of a head by `config`, its own or its share of the hidden size; None when it does not say."""
+    """Width of a head in `config`, explicit or as its share of the hidden size; None if it gives neither."""
     explicit = _number(config, "head_dim")
     hidden, heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
     return explicit or (hidden // heads if hidden and heads else None)

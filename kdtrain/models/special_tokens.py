@@ -1,4 +1,4 @@
-"""Which ids begin, end and pad text, by what a tokenizer's folder says of itself."""
+"""Which ids begin, end and pad text, read from a tokenizer's folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kdtrain.errors import ConfigError
 from kdtrain.log import LOGGER
 
 END_OF_TEXT = "<|endoftext|>"
-"""What separates documents in pre-training text, when the vocabulary has it."""
+"""The separator of documents in pre-training text, if the vocabulary has it."""
 
 _ROLES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "pad_token_id"}
 
@@ -19,10 +19,10 @@ def special_token_ids(folder: str | Path) -> tuple[dict[str, int], list[int]]:
     """(settings for a model's config.json, ids after which generation stops) of the tokenizer in `folder`.
 
     The settings are those of bos_token_id, eos_token_id and pad_token_id that tokenizer_config.json or
-    special_tokens_map.json name. pad_token_id is left out when its token has another role: transformers takes the
-    gradient of the padding's embedding away. Generation stops at the eos token and at END_OF_TEXT, which is what a
-    model pre-trained on separated documents has learned to end with, even if its tokenizer's eos token ends a turn of
-    a chat. Both are empty without a tokenizer.json. Raises ConfigError for files that are not JSON.
+    special_tokens_map.json name. pad_token_id is left out when its token has another role: transformers zeroes the
+    gradient of the padding's embedding. Generation stops at the eos token and at END_OF_TEXT, which is what a model
+    pre-trained on separated documents has learned to end with, even if its tokenizer's eos token ends a turn of a chat.
+    Both are empty without a tokenizer.json. Raises ConfigError for files that are not JSON.
     """
     file = Path(folder) / "tokenizer.json"
     if not file.is_file():
@@ -48,7 +48,7 @@ def special_token_ids(folder: str | Path) -> tuple[dict[str, int], list[int]]:
 
 
 def _vocabulary(file: Path) -> dict[str, int]:
-    """token -> id: the added tokens, and the model's own where it lists them by name."""
+    """token -> id: the added tokens, and the model's own if it lists them by name."""
     content = read_json(file)
     own = content.get("model", {}).get("vocab", {})
     own = own if isinstance(own, dict) else {token: i for i, (token, *_) in enumerate(own)}

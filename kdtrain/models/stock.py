@@ -1,4 +1,4 @@
-"""Stock classes of transformers, and settings of a folder without those that lead away from them."""
+"""Stock classes of transformers, and a folder's settings without those that refer to other code."""
 
 from __future__ import annotations
 
@@ -16,23 +16,31 @@ from transformers import AutoModelForCausalLM
 from kdtrain.errors import ConfigError
 
 FOREIGN = ("auto_map", "custom_pipelines", "_name_or_path", "name_or_path", "_commit_hash", "quantization_config")
-"""Keys that name code beside the file, a place where the model once was, or another form of its weights."""
+"""Keys that name custom code, a former path of the model, or another form of its weights."""
 
 FLOAT_TAG = "__float__"
-"""The only key of an object that stands for a number JSON does not have, as transformers 5 writes it."""
+"""The only key of an object that encodes a number missing in JSON, as transformers 5 writes it."""
 
 BUILD_ERRORS = (
-    ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, AssertionError, ArithmeticError,
-    ImportError, StrictDataclassError,
-)  # fmt: skip
-"""What stock code raises for a config whose settings do not fit each other."""
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RuntimeError,
+    AssertionError,
+    ArithmeticError,
+    ImportError,
+    StrictDataclassError,
+)
+"""Errors that stock code raises for a config with inconsistent settings."""
 
 
 def stock_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy without FOREIGN keys: what kdtrain runs and writes are the classes of transformers with plain weights.
+    """A copy without FOREIGN keys: kdtrain runs and writes only classes of transformers with plain weights.
 
     Infinite numbers, which config.json and checkpoints keep as {"__float__": "Infinity"} (Mamba-2's time_step_limit),
-    are numbers again.
+    become numbers again.
     """
     return {key: _numbers(value) for key, value in settings.items() if key not in FOREIGN}
 
@@ -46,7 +54,7 @@ def stock_model(config: Any, source: str, **arguments: Any) -> Any:
 
 
 class _ExpertsOnMeta(TorchFunctionMode):
-    """Packed experts are on the meta device from the start: those of one layer can be 30 GB."""
+    """Create packed experts on the meta device: those of one layer can be 30 GB."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -75,11 +83,11 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def refused(source: str, error: Exception) -> ConfigError:
-    """For settings from which stock code makes no model. source: the model, in words."""
+    """The ConfigError for settings that transformers rejects. source: the model's name in the message."""
     return ConfigError(
         f"{source}: transformers refuses its config.json: {str(error) or type(error).__name__}\n"
         "  why: its settings do not fit each other (such as pad_token_id past the last of vocab_size rows), or one "
-        "has a value that transformers does not know\n"
+        "has a value unknown to transformers\n"
         "  fix: restore config.json from its source, or correct the setting"
     )
 

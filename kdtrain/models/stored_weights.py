@@ -1,6 +1,6 @@
-"""Does a folder hold this model's weights? Answered from the headers of its files, before a weight is read.
+"""Check that a folder holds a model's weights, from the headers of its files, before a weight is read.
 
-`--check` and loading both ask `check_stored`, so what the one passes the other reads.
+`--check` and loading both call `check_stored`, so a folder that passes the check can be loaded.
 """
 
 from __future__ import annotations
@@ -24,25 +24,28 @@ COUNTS = ("I64", "BOOL")
 """Dtypes of positions and masks, which quantised weights are not kept in."""
 
 MARK_KEYS = ("quantization_config", "compression_config")
-"""Keys of a config.json that say that the weights beside it are quantised; transformers 5.23 knows only the first."""
+"""Keys of a config.json that mark its weights as quantised; transformers 5.23 uses only the first."""
 
 MARK_FILES = {
     "hf_quant_config.json": "NVIDIA ModelOpt",
     "quantize_config.json": "GPTQ",
     "quant_config.json": "AWQ",
 }
-"""Files beside a config.json that say so, and who writes them. transformers 5.23 reads none of them."""
+"""Files beside a config.json that mark its weights as quantised -> the tool that writes them.
+
+transformers 5.23 reads none.
+"""
 
 SCALES = re.compile(
     r"(^|[._:])(scales?|scale_inv|zeros|zero_points?|qzeros|qweight|qdata|g_idx|absmax|amax|quant_map|weight_packed"
     r"|weight_shape|SCB|codebooks?|codes|W_q|blocks)$|\.quant_state\."
 )
-"""In names of tensors without a place: they hold a part of quantised weights."""
+"""Parts of the names of unused tensors that belong to quantised weights."""
 
 HARMLESS = re.compile(
     r"(^|\.)((original_)?inv_freq|(cos|sin)_cached|position_ids|masked_bias|causal_mask|embed_positions\._float_tensor)$"
 )
-"""Tensors that older releases of transformers saved, and models now compute from their config."""
+"""Tensors that older releases of transformers saved and that models now compute from their config."""
 
 MASK = re.compile(r"attn\.bias$|attention\.bias$")
 """A causal mask that older releases saved, if it has the shape [1, 1, n, n]."""
@@ -54,9 +57,9 @@ def check_stored(model: Any, folder: Path, *, allow_unused: bool = False) -> Non
     """Raise ConfigError unless the weight files of `folder` hold all of `model`, in ordinary numbers, and nothing else.
 
     model: whole, parameters possibly on meta. Compares the names, shapes and dtypes in the files' headers; reads
-    tensors only where two of them must be equal (tied ones, two sets of weights in one folder). allow_unused: tensors
-    that have no place in the model, and marks of quantisation, are no reason to refuse; parameters stored in another
-    dtype than float16, bfloat16, float32 and float64 always are. Does not communicate.
+    tensors only where two of them must be equal (tied ones, two sets of weights in one folder). allow_unused: accept
+    tensors that have no place in the model and marks of quantisation; parameters stored in another dtype than float16,
+    bfloat16, float32 and float64 are always refused. Does not communicate.
     """
     with SafetensorsFolder(folder, model) as stored:
         needed = {kept_name(model, name): param for name, param in model.named_parameters()}
@@ -72,18 +75,18 @@ def check_stored(model: Any, folder: Path, *, allow_unused: bool = False) -> Non
 
 
 def quantised_mark(settings: Mapping[str, Any]) -> str | None:
-    """The key of a config.json's content that says that the weights are quantised; None if none does."""
+    """The key of a config.json's content that marks the weights as quantised; None if there is none."""
     return next((key for key in MARK_KEYS if settings.get(key)), None)
 
 
 def persistent_buffers(model: Any) -> list[tuple[str, Tensor]]:
-    """(name, buffer) of what files keep besides parameters."""
+    """(name, buffer) of every persistent buffer, which files keep besides parameters."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return [(name, tensor) for name, tensor in model.state_dict().items() if name not in parameters]
 
 
 def _places(stored: SafetensorsFolder, name: str) -> list[Place]:
-    """Of every tensor that the parameter or buffer `name` is made of; none if the files lack it."""
+    """Locations of the tensors that form the parameter or buffer `name`; empty if the files lack it."""
     if name in stored.grouped:
         return [place for places in stored.grouped[name].places for place in places]
     return [stored.place[name]] if name in stored.place else []
@@ -97,7 +100,7 @@ def _check_shape(stored: SafetensorsFolder, name: str, shape: tuple[int, ...]) -
 
 
 def _unused(model: Any, stored: SafetensorsFolder, needed: Set[str]) -> Iterator[Place]:
-    """Tensors without a place in the model, but for those that older releases or its class say are harmless."""
+    """Tensors without a place in the model, except those that older releases or its class mark as harmless."""
     ignored = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []]
     tied = tied_names(model)
     for name, place in stored.place.items():
@@ -125,10 +128,10 @@ def _refuse_quantised(
     elif scales and not allow_unused:
         (file, key), more = scales[0], _more(scales)
         what = f"tensor {key!r} of {file} ({dtype(scales[0])}) has no place in the model{more}"
-        fix = f"use the unquantised model; if the weights are ordinary all the same, {SWITCH}"
+        fix = f"use the unquantised model; if the weights are ordinary anyway, {SWITCH}"
     elif mark is not None and not allow_unused:
-        what, mark = f"{mark}, says so", None
-        fix = f"use the unquantised model; if the weights are ordinary all the same, remove that file, or {SWITCH}"
+        what, mark = f"it has {mark}", None
+        fix = f"use the unquantised model; if the weights are ordinary anyway, remove that file, or {SWITCH}"
     else:
         return
     raise ConfigError(
@@ -175,13 +178,16 @@ def _unused_error(folder: Path, unused: list[Place]) -> ConfigError:
 
 
 def _check_tied(model: Any, stored: SafetensorsFolder) -> None:
-    """Refuse a folder that ties two weights and holds different ones; every rank compares all of them, to agree."""
+    """Refuse a folder that ties two weights but holds different ones.
+
+    Every rank compares whole tensors, so all ranks decide alike.
+    """
     place = stored.place
     for name, kept in sorted(tied_names(model).items()):
         if name in place and kept in place and not stored.files.equal(place[name], place[kept]):
             raise ConfigError(
                 f"{stored.folder}: config.json ties {name!r} to {kept!r}, but the files hold two different tensors\n"
-                "  why: transformers keeps both, so what the model computes is not what its config.json says\n"
+                "  why: transformers keeps both, so the model does not compute what its config.json declares\n"
                 "  fix: set tie_word_embeddings=false in config.json to use both, or remove the tensor that is not "
                 "meant"
             )

@@ -1,4 +1,4 @@
-"""Which of a tied parameter's names files keep. transformers ties a head to its embedding, seldom anything else."""
+"""Which name of a tied parameter files keep. transformers ties a head to its embedding, rarely anything else."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ def tied_names(model: Any) -> dict[str, str]:
 
 
 def kept_name(model: Any, name: str) -> str:
-    """The name under which files carry the parameter `name`, which is its own unless it is tied to another here."""
+    """The name under which files keep the parameter `name`: its own unless it is tied to another one in `model`."""
     kept = tied_names(model).get(name, name)
     return kept if kept == name or model.get_parameter(kept) is model.get_parameter(name) else name

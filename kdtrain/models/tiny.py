@@ -1,4 +1,5 @@
-"""Tiny random architectures for tests and demonstrations: a few thousand parameters, every structural quirk."""
+"""Tiny random architectures for tests and demonstrations: a few thousand parameters, each with the structural features
+of its family."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ TINY: dict[str, dict[str, Any]] = {
         "hidden_dropout": 0.0,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     },
-    # Scaled embedding, soft-capped logits, q_norm and k_norm, tied by nature.
+    # Scaled embedding, soft-capped logits, q_norm and k_norm; tied by default.
     "gemma3": {
         **_COMMON,
         "model_type": "gemma3_text",
@@ -50,7 +51,7 @@ TINY: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 5.0,
         "query_pre_attn_scalar": 8,
     },
-    # Conv1D layers, whose weights are [in, out]; query, key and value in one; learned positions; tied by nature.
+    # Conv1D layers, whose weights are [in, out]; query, key and value in one; learned positions; tied by default.
     "gpt2": {
         "model_type": "gpt2",
         "vocab_size": 101,
@@ -72,7 +73,7 @@ TINY: dict[str, dict[str, Any]] = {
     # q_norm and k_norm over all heads at once.
     "olmo2": {**_COMMON, "model_type": "olmo2"},
 }
-"""Name -> Hugging Face config dict. 101 tokens and 44 MLP features divide by neither 3 nor 8."""
+"""Name -> Hugging Face config dict. 101 tokens and 44 MLP features are divisible by neither 3 nor 8."""
 
 
 def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
@@ -83,9 +84,9 @@ def tiny_config(name: str, **changes: Any) -> dict[str, Any]:
 def save_random(
     folder: Path, config: dict[str, Any], *, seed: int = 3, base: bool = False, shard_size: str = "1GB"
 ) -> Path:
-    """A Hugging Face folder with a model of `config` initialised from `seed`, in float32; `folder`.
+    """Write a Hugging Face folder with a model of `config`, initialised from `seed`, in float32; returns `folder`.
 
-    base: of the model without its head, as `AutoModel` saves it. shard_size: of a file, at most.
+    base: write the model without its head, as `AutoModel` saves it. shard_size: largest size of a file.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,12 +1,13 @@
 """Which files of a Hugging Face folder hold its weights, and their tensors: names, shapes, dtypes, slices.
 
-The files are those that transformers 5.23 reads without a variant, in its order: what `transformers_weights` in
-config.json names, else model.safetensors, else what model.safetensors.index.json names. Like transformers, a set of
-shards means every tensor in its files. Two things differ, because the wrong weights would be read without an error:
+The files are those that transformers 5.23 reads without a variant, in its order of precedence: the file named by
+`transformers_weights` in config.json, else model.safetensors, else the files named by model.safetensors.index.json. As
+in transformers, a set of shards provides every tensor in its files. Two cases are handled differently, because
+transformers reads the wrong weights without an error:
 
-- Of model.safetensors and a set of shards in one folder, transformers reads the former, whichever is newer. Saving in
-  several files leaves an old model.safetensors there, and saving in one file leaves an old index; other tools
-  read the index first. A folder that holds both is read if they agree, tensor by tensor, and refused if not.
+- If a folder holds model.safetensors and a set of shards, transformers reads the former, whichever is newer. Saving in
+  several files leaves an old model.safetensors there, and saving in one file leaves an old index; other tools read the
+  index first. A folder that holds both is read if they agree, tensor by tensor, and refused if not.
 - An index that contradicts its files is refused. transformers ignores where it places a tensor, and initialises at
   random what is missing.
 
@@ -38,14 +39,14 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 ADAPTER = "adapter_config.json"
 COMPARED_ROWS = 8192
-"""Rows of two tensors that are in memory at a time while they are compared."""
+"""Rows of two tensors held in memory at a time during a comparison."""
 
 Place = tuple[str, str]
 """(file, name in the file) of a tensor."""
 
 
 class WeightFiles:
-    """The tensors of the files that `folder` means, by (file, name in the file). A context manager.
+    """The tensors of the weight files of `folder`, by (file, name in the file). A context manager.
 
     named: `transformers_weights` of config.json. Opens every file and reads its header. Raises ConfigError, naming the
     files, when there is none, when one is missing or cut off, or when two contradict each other.
@@ -77,11 +78,12 @@ class WeightFiles:
         return self._reader(file).get_slice(key)
 
     def shape(self, place: Place) -> tuple[int, ...]:
-        """Of a tensor, from the file's header."""
+        """Shape of a tensor, from the file's header."""
         return tuple(self.view(place).get_shape())
 
     def dtype(self, place: Place) -> str:
-        """Under which a tensor is stored, as safetensors spells it: F32, BF16, F8_E4M3, I8, ...; from the header."""
+        """Dtype under which a tensor is stored, as safetensors spells it: F32, BF16, F8_E4M3, I8, ...; from the
+        header."""
         return str(self.view(place).get_dtype())
 
     def equal(self, one: Place, other: Place) -> bool:
@@ -120,7 +122,7 @@ class WeightFiles:
             )
 
     def _named(self, named: str) -> list[Place]:
-        # by its name, not by where links lead: a cache of downloads links every file to a store outside
+        # compare names without resolving links: a download cache links every file to a store outside the folder
         inside = Path(os.path.abspath(self.folder / named)).is_relative_to(os.path.abspath(self.folder))
         if not named.endswith((".safetensors", ".safetensors.index.json")) or not inside:
             raise ConfigError(
@@ -138,7 +140,10 @@ class WeightFiles:
         return self._tensors([named])
 
     def _single(self, weight_map: dict[str, str]) -> list[Place]:
-        """The tensors of SINGLE, unless shards beside it, `weight_map`'s or of no index, hold other ones."""
+        """The tensors of SINGLE.
+
+        Refuses if shards beside it (`weight_map`'s or unindexed ones) hold different tensors.
+        """
         places = self._tensors([SINGLE])
         beside = {file for file in weight_map.values() if (self.folder / file).is_file()}
         shards = {path.name for path in self.folder.glob("model-*") if SHARD.fullmatch(path.name)}
@@ -202,12 +207,12 @@ class WeightFiles:
 
 
 def _comparable(tensor: Tensor) -> Tensor:
-    """As integers if it is of 8-bit floats, which torch does not compare."""
+    """View 8-bit floats, which torch cannot compare, as integers."""
     return tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Name of a tensor -> name of its file, as `index` says. Raises ConfigError when it does not say so."""
+    """Name of a tensor -> name of its file, from `index`. Raises ConfigError when it does not name files."""
     try:
         found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not all(isinstance(file, str) for file in found.values()):

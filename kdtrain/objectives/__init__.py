@@ -1,1 +1,1 @@
-"""What the student learns."""
+"""Objectives of the student."""

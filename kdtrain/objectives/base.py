@@ -1,68 +1,15 @@
-"""What every objective is: micro-batch in, summed loss and summed metrics out."""
+"""The interface of an objective: a micro-batch in, a summed loss and summed metrics out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import Group
-from kdtrain.dist.vocab import HeadShard, VocabShard
-from kdtrain.losses import linear_kd_loss
+from kdtrain.batch import Batch
 from kdtrain.losses.types import LossParts
-from kdtrain.teacher.signal import DenseSignal
-
-R = TypeVar("R")
-
-
-class Student(Protocol):
-    """The trained model as an objective sees it: runs the decoder, then `head_fn` where the head's weight is whole."""
-
-    def __call__(self, batch: Batch, head_fn: Callable[[Tensor, HeadShard], R]) -> R:
-        """hidden_states [T, D] and this rank's head rows go to `head_fn`; its answer comes back."""
-
-
-@dataclass(frozen=True, slots=True)
-class HeadLayout:
-    """How the student's head is cut, how much memory its loss may use, and which row kernels compute it."""
-
-    shard: VocabShard
-    group: Group
-    slab_bytes: int
-    backend: str = "auto"
-
-
-def dense_loss(
-    hidden: Tensor,
-    head: HeadShard,
-    signal: DenseSignal,
-    labels: Tensor,
-    kd_weight: Tensor,
-    ce_weight: Tensor,
-    layout: HeadLayout,
-    *,
-    z_weight: Tensor | None = None,
-    **settings: Any,
-) -> LossParts:
-    """`linear_kd_loss` against a teacher that runs along, whether or not replicas of the student share it.
-
-    Everything [T, ...] is this replica's. settings: divergence, temperature and so on. Communicates as the loss does
-    and, with a spread, one all-gather over the replicas for each of hidden, labels and weights.
-    """
-    spread, shard, group = signal.spread, layout.shard, layout.group
-    if spread is not None:
-        hidden, head = spread.gather(hidden), spread.head(head)
-        labels, kd_weight, ce_weight = spread.gather(labels), spread.gather(kd_weight), spread.gather(ce_weight)
-        z_weight = None if z_weight is None else spread.gather(z_weight)
-        shard, group = spread.shard, spread.group
-    parts = linear_kd_loss(
-        hidden, head, signal.hidden_states, signal.head, labels, kd_weight=kd_weight, ce_weight=ce_weight,
-        z_weight=z_weight, shard=shard, group=group, slab_bytes=layout.slab_bytes, backend=layout.backend, **settings,
-    )  # fmt: skip
-    return parts if spread is None else spread.own(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +24,13 @@ class LossOutput:
 
 
 class Objective(Protocol):
-    """A way to learn. Holds the student; returns sums, never means."""
+    """A training objective. Holds the student; returns sums, which the trainer divides by the global token count."""
 
     def begin_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Told of all micro-batches of a step before the first of them."""
+        """Called with all micro-batches of a step before the first of them; the teacher may start on them."""
 
     def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
-        """One micro-batch; with `measure`, also the metrics that cost an extra reading of the logits."""
+        """Loss of one micro-batch; with `measure`, also the metrics that need another pass over the logits."""
 
 
 PER_TOKEN_METRICS = {
@@ -96,13 +43,13 @@ PER_TOKEN_METRICS = {
     "distill/tvd": "tvd",
     "distill/top1_agreement": "agreement",
 }
-"""Metric name -> field of LossParts that it is the mean of."""
+"""Metric name -> field of LossParts whose mean it is."""
 
 
 def summed_metrics(parts: LossParts, loss_mask: Tensor, z_loss: float) -> dict[str, tuple[Tensor, Tensor]]:
-    """The sums behind every per-token metric that `parts` carries, and loss/total. loss_mask [T].
+    """Sums and counts of every per-token metric that `parts` holds, and of loss/total. loss_mask: [T].
 
-    A masked position contributes nothing even if its value is not finite. loss/z: the part of a z_loss.
+    A masked position contributes nothing even if its value is not finite. loss/z: the part of the z-loss.
     """
     valid = loss_mask > 0
     count = valid.sum()

@@ -1,32 +1,23 @@
-"""Distillation from a running teacher's full distribution, mixed with cross-entropy on the data."""
+"""Distillation from the full distribution of a running teacher, mixed with cross-entropy on the data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 from torch import Tensor
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import DistillObjective
-from kdtrain.data.batch import Batch
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses.types import LossParts
-from kdtrain.objectives.base import HeadLayout, LossOutput, Student, dense_loss, summed_metrics
-from kdtrain.teacher.signal import DenseSignal
-
-
-class TeacherSource(Protocol):
-    """Where the teacher's distribution comes from."""
-
-    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Told of all micro-batches of a step before the first of them."""
-
-    def signal(self, batch: Batch) -> DenseSignal:
-        """The teacher's view of a micro-batch."""
+from kdtrain.models.student import Student
+from kdtrain.objectives.base import LossOutput, summed_metrics
+from kdtrain.teacher.signal_loss import HeadLayout, dense_loss
+from kdtrain.teacher.source import TeacherSource
 
 
 class Distill:
-    """w tau^2 D(teacher, student) + (1 - w) CE(data) + z_loss lse^2, summed over valid tokens; the trainer divides.
+    """w tau^2 D(teacher, student) + (1 - w) CE(data) + z_loss lse^2, summed over valid tokens.
 
     Hinton et al. 2015 (arXiv 1503.02531) for the mix and tau^2; the divergences are in `losses/reference.py`.
     """
@@ -47,11 +38,11 @@ class Distill:
         self._layout = layout
 
     def begin_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Lets the teacher run them together."""
+        """Pass them to the teacher, which may run them together."""
         self.teacher.begin_step(micro_batches)
 
     def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
-        """One micro-batch; with `measure`, also entropies, KL at temperature 1, TVD and top-1 agreement."""
+        """Loss of one micro-batch; with `measure`, also entropies, KL at temperature 1, TVD and top-1 agreement."""
         signal = self.teacher.signal(batch)
         mask = batch.loss_mask.reshape(-1)
         s, layout = self._settings, self._layout

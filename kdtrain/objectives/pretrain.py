@@ -1,4 +1,4 @@
-"""Plain next-token cross-entropy: the baseline every distillation run is compared with."""
+"""Plain next-token cross-entropy: the baseline of every distillation run."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.batch import Batch
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.losses.types import LossParts
-from kdtrain.objectives.base import HeadLayout, LossOutput, Student, summed_metrics
+from kdtrain.models.student import Student
+from kdtrain.objectives.base import LossOutput, summed_metrics
+from kdtrain.teacher.signal_loss import HeadLayout
 
 
 class Pretrain:
-    """CE(data) + z_loss lse^2, summed over valid tokens; the trainer divides by their global number."""
+    """CE(data) + z_loss lse^2, summed over valid tokens."""
 
     def __init__(self, student: Student, layout: HeadLayout, *, z_loss: float = 0.0) -> None:
         self.student = student
@@ -25,7 +27,7 @@ class Pretrain:
         """Nothing to prepare."""
 
     def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
-        """One micro-batch. `measure` adds nothing here: the cross-entropy is always known."""
+        """Loss of one micro-batch. `measure` adds nothing: the cross-entropy is always computed."""
         mask = batch.loss_mask.reshape(-1)
         layout = self._layout
 

@@ -1,16 +1,16 @@
-"""Tensor parallelism applied from outside to stock Hugging Face models."""
+"""Tensor parallelism for stock Hugging Face models, without changes to their code."""
 
-from kdtrain.parallel.cut import Cut, even_cut, padded_cut
-from kdtrain.parallel.pieces import merge_state_dict, split_state_dict
-from kdtrain.parallel.plan import plan_cuts, read_plan
+from kdtrain.parallel.plan import plan_shards, read_plan
 from kdtrain.parallel.shard import shard_model
+from kdtrain.parallel.shard_spec import ShardSpec, even_spec, padded_spec
+from kdtrain.parallel.shard_tensors import merge_state_dict, split_state_dict
 
 __all__ = [
-    "Cut",
-    "even_cut",
+    "ShardSpec",
+    "even_spec",
     "merge_state_dict",
-    "padded_cut",
-    "plan_cuts",
+    "padded_spec",
+    "plan_shards",
     "read_plan",
     "shard_model",
     "split_state_dict",

@@ -1,4 +1,4 @@
-"""Where the layers of one block (an attention or an MLP) are cut: which rows or columns go to which rank.
+"""How the layers of one block (an attention or an MLP) are sharded: which rows or columns go to which rank.
 
 Works on the sizes of the modules; the model may live on the meta device. Does not communicate.
 """
@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 
 from kdtrain.errors import ParallelError
-from kdtrain.parallel.cut import Cut, even_cut, fused_cut
-from kdtrain.parallel.heads import HeadCut, largest_tp
+from kdtrain.parallel.heads import HeadSharding, largest_tp
 from kdtrain.parallel.plans import FUSED_HALVES, FUSED_QKV
+from kdtrain.parallel.shard_spec import ShardSpec, even_spec, fused_spec
 
 _HEAD_MAJOR_QKV = "query_key_value"
-"""Name of the one fused projection whose rows are known to be head-major: per head its query, key and value."""
+"""Name of the one fused projection that is known to be head-major: query, key and value of each head together."""
 _PER_QUERY_HEAD = frozenset(("q_proj", "q_b_proj", "kv_b_proj", "gate_proj", _HEAD_MAJOR_QKV))
 _PER_KEY_VALUE_HEAD = frozenset(("k_proj", "v_proj"))
 _LATENT = "kv_b_proj"
@@ -25,31 +25,31 @@ _LATENT = "kv_b_proj"
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A module whose children are sharded: replicated activations enter it, replicated ones leave it."""
+    """A module whose children are sharded; its input and output activations are replicated."""
 
     name: str
     columns: dict[str, str]
-    """Modules cut by output features, by full name, with their style."""
+    """Modules sharded by output features: full name -> style."""
     row: str
-    """The module cut by input features, whose output is summed over the ranks."""
+    """The module sharded by input features, whose output is summed over the ranks."""
     partial_grad: tuple[str, ...] = ()
-    """Replicated modules fed by sharded activations: every rank has only its share of their gradient."""
+    """Replicated modules applied to sharded activations: their gradient is partial on every rank."""
     per_head: tuple[str, ...] = ()
     """Parameters with one entry per query head (attention sinks), by full name."""
     latent: tuple[str, ...] = ()
-    """Replicated projections to a latent and a rotary part, of which only the latter meets sharded activations."""
+    """Replicated projections to a latent and a rotary part; the rotary part goes to this rank's heads directly."""
     copies_inputs: bool = False
-    """Whether the column layers sum the gradient of their own inputs, because the block's input is not theirs."""
+    """Whether the column layers sum the gradient of their own inputs, which are not the block's input."""
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """Of an attention block: how many heads it has, of which width, and which of them go where."""
+    """Heads of an attention block: numbers, width, and which rank holds which of them."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    cut: HeadCut
+    sharding: HeadSharding
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -58,7 +58,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def can_cut(module: nn.Module) -> bool:
-    """Whether the class of `module` is one that the parallel layers replace."""
+    """Whether the class of `module` is one that the parallel layers can replace."""
     return type(module) is nn.Linear or is_conv1d(module)
 
 
@@ -68,41 +68,42 @@ def features(module: Any) -> tuple[int, int]:
     return module.weight.shape[1 - out_dim], module.weight.shape[out_dim]
 
 
-def column_cuts(name: str, module: Any, cut: Cut) -> Iterator[tuple[str, Cut]]:
-    """By name: the cuts of weight and bias of a layer whose output features are cut as `cut` says."""
+def column_specs(name: str, module: Any, spec: ShardSpec) -> Iterator[tuple[str, ShardSpec]]:
+    """(parameter name, spec) of weight and bias of a layer whose output features are sharded by `spec`."""
     dim = 1 if is_conv1d(module) else 0
-    yield f"{name}.weight", Cut(dim, cut.pieces, segments=cut.segments)
+    yield f"{name}.weight", ShardSpec(dim, spec.shards, segments=spec.segments)
     if module.bias is not None:
-        yield f"{name}.bias", Cut(0, cut.pieces, segments=cut.segments)
+        yield f"{name}.bias", ShardSpec(0, spec.shards, segments=spec.segments)
 
 
-def row_cuts(name: str, module: Any, cut: Cut) -> Iterator[tuple[str, Cut]]:
-    """By name: the cut of the weight of a layer whose input features are cut as `cut` says; its bias is replicated."""
-    yield f"{name}.weight", Cut(0 if is_conv1d(module) else 1, cut.pieces)
+def row_specs(name: str, module: Any, spec: ShardSpec) -> Iterator[tuple[str, ShardSpec]]:
+    """(parameter name, spec) of the weight of a layer whose input features are sharded by `spec`."""
+    # The bias is replicated: it is added once, after the sum over ranks.
+    yield f"{name}.weight", ShardSpec(0 if is_conv1d(module) else 1, spec.shards)
 
 
-def block_cuts(model: Any, block: Block, tp_size: int) -> Iterator[tuple[str, Cut]]:
-    """A `Cut` for every sharded parameter of the block, by full name.
+def block_specs(model: Any, block: Block, tp_size: int) -> Iterator[tuple[str, ShardSpec]]:
+    """A `ShardSpec` for every sharded parameter of the block, by full name.
 
-    Raises ParallelError when its sizes do not fit each other or tp_size.
+    Raises ParallelError when its sizes contradict each other or do not fit tp_size.
     """
     heads = block_heads(model, block, tp_size)
     for name, style in block.columns.items():
         module = model.get_submodule(name)
         size = features(module)[1]
-        cut = _mlp_cut(model, block, name, style, tp_size) if heads is None else _head_cut(name, size, style, heads)
-        if cut.full_size != size:
-            raise _misfit(block, f"{name!r} has {size} output features, {cut.full_size} were expected")
-        yield from column_cuts(name, module, cut)
+        spec = _mlp_spec(model, block, name, style, tp_size) if heads is None else _head_spec(name, size, style, heads)
+        if spec.full_size != size:
+            raise _misfit(block, f"{name!r} has {size} output features, {spec.full_size} were expected")
+        yield from column_specs(name, module, spec)
     row = model.get_submodule(block.row)
     width = features(row)[0]
     if heads is None:
-        cut = even_cut(0, width, tp_size)
+        spec = even_spec(0, width, tp_size)
     else:
-        cut = heads.cut.query_cut(0, width // heads.num_heads)
+        spec = heads.sharding.query_spec(0, width // heads.num_heads)
         for name in block.per_head:
-            yield name, heads.cut.query_cut(0, 1)
-    yield from row_cuts(block.row, row, cut)
+            yield name, heads.sharding.query_spec(0, 1)
+    yield from row_specs(block.row, row, spec)
 
 
 def block_heads(model: Any, block: Block, tp_size: int) -> Heads | None:
@@ -119,10 +120,10 @@ def block_heads(model: Any, block: Block, tp_size: int) -> Heads | None:
             f"parallel.tp = {tp_size} is more than the {most} {what} of {block.name!r}\n"
             f"  why: each rank needs at least one\n  fix: set parallel.tp to at most {most}"
         )
-    return Heads(num_heads, num_kv_heads, head_dim, HeadCut.of(num_heads, num_kv_heads, tp_size))
+    return Heads(num_heads, num_kv_heads, head_dim, HeadSharding.of(num_heads, num_kv_heads, tp_size))
 
 
-def _mlp_cut(model: Any, block: Block, name: str, style: str, tp_size: int) -> Cut:
+def _mlp_spec(model: Any, block: Block, name: str, style: str, tp_size: int) -> ShardSpec:
     width = features(model.get_submodule(block.row))[0]
     if tp_size > width:
         raise ParallelError(
@@ -136,16 +137,16 @@ def _mlp_cut(model: Any, block: Block, name: str, style: str, tp_size: int) -> C
             f"it is neither attention (it has no head_dim) nor an MLP: {name!r} has {out} output features, the row "
             f"layer {width} input features",
         )
-    return fused_cut([even_cut(0, width, tp_size)] * 2) if style == FUSED_HALVES else even_cut(0, width, tp_size)
+    return fused_spec([even_spec(0, width, tp_size)] * 2) if style == FUSED_HALVES else even_spec(0, width, tp_size)
 
 
-def _head_cut(name: str, size: int, style: str, heads: Heads) -> Cut:
+def _head_spec(name: str, size: int, style: str, heads: Heads) -> ShardSpec:
     if style == FUSED_QKV:
-        key_value = heads.cut.key_value_cut(0, heads.head_dim)
-        return fused_cut([heads.cut.query_cut(0, heads.head_dim), key_value, key_value])
+        key_value = heads.sharding.key_value_spec(0, heads.head_dim)
+        return fused_spec([heads.sharding.query_spec(0, heads.head_dim), key_value, key_value])
     if name.rpartition(".")[2] in _PER_KEY_VALUE_HEAD:
-        return heads.cut.key_value_cut(0, size // heads.num_kv_heads)
-    return heads.cut.query_cut(0, size // heads.num_heads)
+        return heads.sharding.key_value_spec(0, size // heads.num_kv_heads)
+    return heads.sharding.query_spec(0, size // heads.num_heads)
 
 
 def _count_heads(model: Any, block: Block) -> tuple[int, int, int] | None:

@@ -1,9 +1,9 @@
-"""Mixtures of experts over tensor-parallel ranks: every rank holds a share of every expert's intermediate features.
+"""Mixtures of experts over tensor-parallel ranks: every rank holds some intermediate features of every expert.
 
-A stock module of experts packs its weights into 3-D parameters, [experts, rows, columns], and is called with tokens,
-the indices of each token's experts and their weights. Router and norms stay replicated and see equal inputs, so all
-ranks choose the same experts; each computes a part of every expert's sum over intermediate features, and one
-all-reduce of the module's output, which is linear in it, completes them all. Nothing here imports transformers.
+A stock module of experts packs its weights into 3-D parameters, [experts, rows, columns]; its inputs are tokens, the
+indices of each token's experts and their weights. Router and norms are replicated and have equal inputs, so all ranks
+choose the same experts. Each rank computes a partial sum over intermediate features for every expert; one all-reduce of
+the module's output, which is linear in these sums, completes them. Nothing here imports transformers.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdtrain.dist.collectives import Group, copy_to_tp, reduce_from_tp
+from kdtrain.distributed.collectives import Group, copy_to_tp, reduce_from_tp
 from kdtrain.errors import ParallelError
-from kdtrain.parallel.cut import Cut, even_cut, fused_cut
+from kdtrain.parallel.shard_spec import ShardSpec, even_spec, fused_spec
 
 EXPERTS = "moe_tp_experts"
-"""Style that a model's plan gives to its modules of experts."""
+"""Style of expert modules in a model's plan."""
 
 SHARED_EXPERT = {"gate_proj": "colwise", "up_proj": "colwise", "down_proj": "rowwise"}
-"""Styles of the children of an expert that every token passes."""
+"""Styles of the children of a shared expert, which processes every token."""
 
 ALIGNED = 8
-"""Features at whose multiples experts are cut where possible: grouped products on a GPU want rows of 16 bytes."""
+"""Experts are divided at multiples of this where possible: grouped products on a GPU need rows of 16 bytes."""
 
 
 def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -35,11 +35,11 @@ def expert_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def forgotten_styles(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """Styles for modules of mixtures that their own `plan` leaves out, by module name: {} for other models.
+def missing_styles(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
+    """Styles for modules of mixtures that are missing in their own `plan`, by module name; {} for other models.
 
-    An expert that every token passes (Qwen2-MoE's, EXAONE-MoE's) is an ordinary MLP. A norm over one head (GLM-4-MoE's
-    q_norm and k_norm) sees the heads of one rank, so its gradient is partial.
+    A shared expert (Qwen2-MoE, EXAONE-MoE) is an ordinary MLP. A norm over one head (q_norm and k_norm of GLM-4-MoE) is
+    applied to this rank's heads only, so its gradient is partial.
     """
     found: dict[str, str] = {}
     if EXPERTS not in plan.values():
@@ -56,12 +56,12 @@ def forgotten_styles(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str
     return found
 
 
-def expert_cuts(model: nn.Module, tp_size: int) -> dict[str, Cut]:
-    """A `Cut` for every packed parameter of experts, by Hugging Face parameter name.
+def expert_specs(model: nn.Module, tp_size: int) -> dict[str, ShardSpec]:
+    """A `ShardSpec` for every packed parameter of experts, by Hugging Face parameter name.
 
-    Raises ParallelError when experts do more than their packed products and a gate, or have too few features.
+    Raises ParallelError for experts with operations other than packed products and a gate, or too few features.
     """
-    cuts: dict[str, Cut] = {}
+    specs: dict[str, ShardSpec] = {}
     for name, module in expert_modules(model):
         _check_kind(name, module)
         rows, columns = (2, 1) if module.is_transposed else (1, 2)
@@ -72,31 +72,34 @@ def expert_cuts(model: nn.Module, tp_size: int) -> dict[str, Cut]:
                 f"of an expert of {name!r}\n  fix: set teacher.tp to at most {features}"
             )
         whole = features % ALIGNED == 0 and features // ALIGNED >= tp_size
-        inner = even_cut(columns, features, tp_size, ALIGNED if whole else 1)
-        cuts[f"{name}.down_proj"] = inner
+        inner = even_spec(columns, features, tp_size, ALIGNED if whole else 1)
+        specs[f"{name}.down_proj"] = inner
         if not module.has_gate:
-            cuts[f"{name}.up_proj"] = Cut(rows, inner.pieces)
+            specs[f"{name}.up_proj"] = ShardSpec(rows, inner.shards)
         elif module.is_concatenated:
-            half = Cut(rows, inner.pieces)
-            cuts[f"{name}.gate_up_proj"] = fused_cut((half, half))
-        else:  # gate and up take turns, row by row
-            cuts[f"{name}.gate_up_proj"] = Cut(rows, tuple((2 * start, 2 * stop) for start, stop in inner.pieces))
-    return cuts
+            half = ShardSpec(rows, inner.shards)
+            specs[f"{name}.gate_up_proj"] = fused_spec((half, half))
+        else:  # gate and up rows are interleaved
+            doubled = tuple((2 * start, 2 * stop) for start, stop in inner.shards)
+            specs[f"{name}.gate_up_proj"] = ShardSpec(rows, doubled)
+    return specs
 
 
 def sum_experts(module: nn.Module, group: Group) -> None:
-    """Make a module of cut experts return the whole sum, and give its inputs whole gradients.
+    """Hook a module of sharded experts so that its output is the whole sum and its inputs get whole gradients.
 
     Communicates: one all-reduce per call forward; backward one per input that needs a gradient (tokens, weights).
     """
 
-    def whole(value: Any) -> Any:
+    def copied(value: Any) -> Any:
+        # The experts of each rank give a partial gradient of tokens and weights.
         return copy_to_tp(value, group) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def copy_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return tuple(map(whole, args)), {key: whole(value) for key, value in kwargs.items()}
+        return tuple(map(copied, args)), {key: copied(value) for key, value in kwargs.items()}
 
     def sum_out(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        # Each rank has the partial sum over its intermediate features.
         return reduce_from_tp(output, group)
 
     module.register_forward_pre_hook(copy_in, with_kwargs=True)

@@ -1,9 +1,9 @@
 """Tensor-parallel layers on plain local tensors, so that any ZeRO stage can own their parameters.
 
-Activations between blocks are replicated. A block's input passes `copy_to_tp` once (`enter_block`), its column layers
-work on output features, its one row layer sums over the ranks. So a block costs one all-reduce forward and one
-backward, whatever the number of its column layers. Under sequence parallelism (`kdtrain.parallel.sequence`) each
-all-reduce is replaced by an all-gather and a reduce-scatter.
+Activations between blocks are replicated. `hook_block_input` applies `copy_to_tp` to a block's input once, the column
+layers compute this rank's output features, and the one row layer sums over the ranks. A block therefore costs one
+all-reduce forward and one backward, for any number of column layers. Under sequence parallelism
+(`kdtrain.parallel.sequence`) an all-gather and a reduce-scatter replace each all-reduce.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtrain.dist.collectives import Group, Move, copy_to_tp, group_size, reduce_from_tp, reduce_sum_
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Collective, Group, copy_to_tp, group_size, reduce_from_tp, reduce_sum_
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.errors import ParallelError
 
 
@@ -42,7 +42,7 @@ class _Linear(nn.Module):
 class ColumnParallelLinear(_Linear):
     """y_local = x W_local^T + b_local: replicated [..., in] -> sharded [..., out_local].
 
-    Does not communicate: the enclosing block's `enter_block` hook sums the gradient of x.
+    Does not communicate: the hook of the enclosing block (`hook_block_input`) sums the gradient of x.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,29 +53,30 @@ class ColumnParallelLinear(_Linear):
 class RowParallelLinear(_Linear):
     """y = sum over ranks of x_local W_local^T, plus b once: sharded [..., in_local] -> replicated [..., out].
 
-    leave: how the sum is taken. By default one all-reduce forward and nothing backward; the bias is replicated and so
-    is its gradient.
+    output_comm: the collective that sums. By default one all-reduce forward and nothing backward; the bias and its
+    gradient are replicated.
     """
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group, leave: Move = reduce_from_tp
+        self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group, output_comm: Collective = reduce_from_tp
     ) -> None:
         super().__init__(weight, bias)
         self.group = group
-        self.leave = leave
+        self.output_comm = output_comm
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_local] -> [..., out]."""
-        y = self.leave(F.linear(x, self.weight), self.group)
+        # Each rank has the product of its input features only, a partial sum.
+        y = self.output_comm(F.linear(x, self.weight), self.group)
         return y if self.bias is None else y + self.bias
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rows [start, stop) of an embedding; ids of other ranks contribute zero and the sum over ranks is the answer.
+    """Rows [start, stop) of an embedding: zero for ids on other ranks, then the sum over ranks.
 
-    Communicates: one all-reduce forward, nothing backward. `padding_idx` (global id) keeps torch's meaning: that row
-    gets no gradient from the lookup. `scale` keeps what embeddings are multiplied with; it is a float rather than a
-    buffer so that no cast of the model can round it twice. rounds_scale: to the weight's dtype, once, as Gemma does.
+    Communicates: one all-reduce forward, nothing backward. `padding_idx` (global id) has torch's meaning: that row
+    gets no gradient from the lookup. `scale` multiplies the embeddings; it is a float, not a buffer, so that no cast of
+    the model rounds it twice. rounds_scale: round it to the weight's dtype, once, as Gemma does.
     """
 
     def __init__(
@@ -101,8 +102,8 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """[...] int64 global ids -> [..., D], replicated.
 
-        Raises IndexError on the CPU for an id that is no token, on every rank: it would be embedded as zero, by
-        padding at tp 1 and by every rank's mask at tp > 1. On a device the check would wait for it, so none is made.
+        On the CPU raises IndexError, on every rank, for an id outside of the vocabulary: its embedding would be zero, a
+        padding row at tp 1 and masked on every rank at tp > 1. There is no check on a device: it would synchronise.
         """
         if input_ids.device.type == "cpu":
             self._check(input_ids)
@@ -112,6 +113,7 @@ class VocabParallelEmbedding(nn.Module):
             local = input_ids - self.shard.start
             outside = (local < 0) | (local >= self.shard.rows)
             embedded = F.embedding(local.masked_fill(outside, 0), self.weight, self._local_padding_idx)
+            # Each id has its row on one rank; the others contribute zero.
             embedded = reduce_from_tp(embedded.masked_fill(outside.unsqueeze(-1), 0.0), self.group)
         if self.scale is None:
             return embedded
@@ -127,9 +129,9 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class LmHead(nn.Module):
-    """This rank's rows of the head. It computes no logits: it hands hidden states and rows to a `head_fn`.
+    """This rank's rows of the head. It computes no logits but calls a `head_fn` with hidden states and rows.
 
-    Calling the loss from inside the module that owns the weight is what lets ZeRO-3 gather it there.
+    The loss runs inside the module that holds the weight because ZeRO-3 gathers the weight there.
     """
 
     def __init__(
@@ -149,11 +151,11 @@ class LmHead(nn.Module):
         self.softcap = softcap
 
     def head_shard(self) -> HeadShard:
-        """The rows as a value. Raises ParallelError while ZeRO-3 has taken the weight away."""
+        """The rows as a value. Raises ParallelError while ZeRO-3 has the weight partitioned."""
         if self.weight.shape[0] != self.shard.rows:
             raise ParallelError(
                 f"the head's weight has shape {tuple(self.weight.shape)} instead of {self.shard.rows} rows\n"
-                "  why: ZeRO-3 holds it in pieces and gathers it only inside LmHead\n"
+                "  why: ZeRO-3 keeps it partitioned and gathers it only inside LmHead\n"
                 "  fix: pass a head_fn to Backbone.forward instead of reading lm_head_shard"
             )
         return HeadShard(self.weight, self.bias, self.logit_scale, self.softcap)
@@ -163,36 +165,40 @@ class LmHead(nn.Module):
         return head_fn(hidden, self.head_shard())
 
 
-def enter_block(block: nn.Module, group: Group, enter: Move = copy_to_tp) -> torch.utils.hooks.RemovableHandle:
-    """Make `block` (an attention or MLP module) sum the gradient of its input over the group, once.
+def hook_block_input(
+    block: nn.Module, group: Group, input_comm: Collective = copy_to_tp
+) -> torch.utils.hooks.RemovableHandle:
+    """Apply `input_comm` to the input of `block` (an attention or MLP module), by a forward pre-hook.
 
-    The input is `hidden_states`, as keyword or as the first positional argument. enter: what it passes through; by
-    default that communicates nothing forward and one all-reduce backward per call of the block.
+    The input is `hidden_states`, as keyword or as the first positional argument. input_comm: by default `copy_to_tp`,
+    which communicates nothing forward and one all-reduce backward per call of the block: every rank's column layers
+    give a partial gradient of the input.
     """
 
-    def copy_in(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def apply(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if "hidden_states" in kwargs:
-            return args, {**kwargs, "hidden_states": enter(kwargs["hidden_states"], group)}
+            return args, {**kwargs, "hidden_states": input_comm(kwargs["hidden_states"], group)}
         if args and isinstance(args[0], Tensor):
-            return (enter(args[0], group), *args[1:]), kwargs
+            return (input_comm(args[0], group), *args[1:]), kwargs
         raise ParallelError(
             f"{type(module).__name__} was called without hidden_states as keyword or first argument\n"
             "  fix: set parallel.tp=1 for this architecture"
         )
 
-    return block.register_forward_pre_hook(copy_in, with_kwargs=True)
+    return block.register_forward_pre_hook(apply, with_kwargs=True)
 
 
 def sum_gradient_over_tp(param: Tensor, group: Group) -> Any:
-    """Make a replicated parameter that is fed by sharded activations receive the whole gradient.
+    """Sum the gradient of a replicated parameter that is applied to sharded activations.
 
-    A tensor hook: it runs before the gradient is accumulated, so every ZeRO stage sees the sum, which is taken in
+    By a tensor hook, which runs before the gradient is accumulated, so every ZeRO stage gets the sum; it is taken in
     float32. Communicates: one all-reduce per backward pass.
     """
 
     def whole(grad: Tensor) -> Tensor:
         wide = torch.promote_types(grad.dtype, torch.float32)
         share = grad.to(wide, memory_format=torch.contiguous_format, copy=True)
+        # Each rank has the gradient from its own features or tokens only; without the sum the copies would diverge.
         return reduce_sum_(share, group).to(grad.dtype)
 
     return param.register_hook(whole)  # type: ignore[no-untyped-call]

@@ -1,11 +1,11 @@
-"""From a stock Hugging Face causal language model to a `Cut` for every parameter that tensor parallelism shards.
+"""The tensor-parallel plan of a stock Hugging Face causal language model: a `ShardSpec` per sharded parameter.
 
 The model declares a style per module in `model.tp_plan`, and `plans` adds to it; the sizes come from its modules.
 Nothing here imports transformers, touches weights or communicates: the model may live on the meta device.
 
-Attention is cut between query heads, each with the key/value head that it reads, so that stock attention code, which
-infers head counts from shapes, works on a shard; `blocks` and `heads` say how. The head is always cut by vocabulary
-rows, whatever its style.
+Attention is divided between query heads, each with its key/value head, so that stock attention code, which infers head
+counts from shapes, works on a shard (`blocks`, `heads`). The language-model head is always sharded by vocabulary rows,
+whatever its style.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kdtrain.errors import ParallelError
-from kdtrain.parallel.blocks import Block, block_cuts, can_cut, column_cuts, features, row_cuts
-from kdtrain.parallel.cut import Cut, even_cut, padded_cut
-from kdtrain.parallel.experts import EXPERTS, expert_cuts, forgotten_styles
+from kdtrain.parallel.blocks import Block, block_specs, can_cut, column_specs, features, row_specs
+from kdtrain.parallel.experts import EXPERTS, expert_specs, missing_styles
 from kdtrain.parallel.plans import (
     COLWISE,
     COPYING,
@@ -31,25 +30,26 @@ from kdtrain.parallel.plans import (
     SPLIT_INPUT,
     OwnPlan,
 )
+from kdtrain.parallel.shard_spec import ShardSpec, even_spec, padded_spec
 
 EMBEDDING = "embedding_rowwise"
 LATENT = "mla_kv_a_proj"
 LOCAL_PARAMETERS = "local_params"
-"""A mark on a module whose own parameters have styles of their own."""
+"""Style of a module whose parameters have individual styles."""
 _COLUMNS = (COLWISE, COPYING, FUSED_QKV, FUSED_HALVES)
 _BLOCK_STYLES = (*_COLUMNS, ROWWISE, PARTIAL_GRAD, LATENT)
 _ALONE = (GATHERED, SPLIT_INPUT)
 _IGNORED = (REPLICATED, LOCAL_PARAMETERS, EXPERTS)
-"""Styles of what is left whole, and of experts, which are found by what they are."""
+"""Styles that need no layer here: replicated modules, and experts, which `experts` finds by their parameters."""
 _BEFORE_LATENT = ("q_a_proj", "q_a_layernorm", "kv_a_layernorm")
-"""Replicated modules of latent attention that stand before all column layers."""
+"""Replicated modules of latent attention before all column layers."""
 
 
 @dataclass(frozen=True, slots=True)
 class TpPlan:
-    """Where a model is cut: names of modules, and blocks in forward order.
+    """The sharded modules of a model by name, and its blocks in forward order.
 
-    gathered, split: column and row layers that stand alone, with replicated input and output.
+    gathered, split: column and row layers outside of blocks, with replicated input and output.
     """
 
     embedding: str
@@ -60,9 +60,9 @@ class TpPlan:
 
 
 def read_plan(model: Any) -> TpPlan:
-    """The model's own merged plan, with ours on top, resolved to module names and checked for completeness.
+    """The model's plan, overridden by ours, resolved to module names and checked for completeness.
 
-    Raises ParallelError, naming style and module, for a style, a class or a block that cannot be cut safely.
+    Raises ParallelError, naming style and module, for a style, a class or a block that cannot be sharded safely.
     """
     embedding, head = vocabulary_modules(model)
     styles = {name: style for name, style in _styles_by_module(model).items() if name not in (embedding, head)}
@@ -91,7 +91,7 @@ def read_plan(model: Any) -> TpPlan:
 
 
 def own_plan(model: Any) -> OwnPlan:
-    """What `plans` has for this model's type; an empty plan if nothing."""
+    """The plan in `plans` for this model's type; an empty one if there is none."""
     return OWN_PLANS.get(model.config.model_type, OwnPlan({}))
 
 
@@ -110,36 +110,36 @@ def vocabulary_modules(model: Any) -> tuple[str, str]:
     return found[0], found[1]
 
 
-def plan_cuts(model: Any, tp_size: int, vocab_rows: int) -> dict[str, Cut]:
-    """A `Cut` for every sharded parameter, by Hugging Face parameter name; replicated ones are absent.
+def plan_shards(model: Any, tp_size: int, vocab_rows: int) -> dict[str, ShardSpec]:
+    """A `ShardSpec` for every sharded parameter, by Hugging Face parameter name; replicated ones are absent.
 
-    vocab_rows: rows of the vocabulary per rank, padding included (`VocabShard.rows`). Embedding and head are cut at
-    any tp_size, 1 included, because that padding applies there too. A tied weight has both of its names.
-    Raises ParallelError when the model cannot be cut over tp_size ranks.
+    vocab_rows: rows of the vocabulary per rank, padding included (`VocabShard.rows`). Embedding and head have a
+    spec at any tp_size, also 1, because of that padding. A tied weight has an entry for both names.
+    Raises ParallelError when the model cannot be sharded over tp_size ranks.
     """
     embedding, head = vocabulary_modules(model)
-    cuts: dict[str, Cut] = {}
+    specs: dict[str, ShardSpec] = {}
     for name in (embedding, head):
         for key, param in model.get_submodule(name).named_parameters(recurse=False):
-            cuts[f"{name}.{key}"] = padded_cut(0, param.shape[0], tp_size, vocab_rows)
+            specs[f"{name}.{key}"] = padded_spec(0, param.shape[0], tp_size, vocab_rows)
     if tp_size > 1:
         plan = read_plan(model)
         for block in plan.blocks:
-            cuts.update(block_cuts(model, block, tp_size))
+            specs.update(block_specs(model, block, tp_size))
         for name in plan.gathered:
             module = model.get_submodule(name)
-            cuts.update(column_cuts(name, module, even_cut(0, features(module)[1], tp_size)))
+            specs.update(column_specs(name, module, even_spec(0, features(module)[1], tp_size)))
         for name in plan.split:
             module = model.get_submodule(name)
-            cuts.update(row_cuts(name, module, even_cut(0, features(module)[0], tp_size)))
-        cuts.update(expert_cuts(model, tp_size))
-    return cuts
+            specs.update(row_specs(name, module, even_spec(0, features(module)[0], tp_size)))
+        specs.update(expert_specs(model, tp_size))
+    return specs
 
 
 def _styles_by_module(model: Any) -> dict[str, str]:
     """Module name -> style, wildcards of the plan expanded, in the model's own order."""
     plan = {**(getattr(model, "tp_plan", None) or {}), **own_plan(model).styles}
-    plan |= forgotten_styles(model, plan)
+    plan |= missing_styles(model, plan)
     patterns = [(re.compile(re.escape(key).replace(r"\*", r"\d+")), style) for key, style in plan.items()]
     styles: dict[str, str] = {}
     targets = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
@@ -150,7 +150,7 @@ def _styles_by_module(model: Any) -> dict[str, str]:
                 styles[name] = style
     planned_modules = set(styles)
     for name in list(styles):
-        # A plan may name a module and, again, its weight; the module says all there is to say.
+        # A plan may have an entry for a module and another for its weight; the module's is sufficient.
         parent = name.rpartition(".")[0]
         if parent in planned_modules and parent in targets:
             del styles[name]
@@ -172,12 +172,12 @@ def _unsupported(model: Any, name: str, style: str) -> ParallelError:
 
 
 def _check_alone(model: Any, name: str, blocks: dict[str, dict[str, str]]) -> None:
-    """A layer that stands alone reads and gives whole gradients; inside a block they would be added up once more."""
+    """Layers outside of blocks have whole gradients at input and output; inside a block these would be summed again."""
     parents = [parent for parent in blocks if name.startswith(parent + ".")]
     if parents:
         raise ParallelError(
             f"module {name!r} is planned as {GATHERED!r} or {SPLIT_INPUT!r} in the sharded block {parents[0]!r}\n"
-            "  why: its share of the block's gradient would be added once per rank\n"
+            "  why: its whole gradient would be summed over the ranks by the block\n"
             "  fix: set parallel.tp=1 for this architecture"
         )
     _check_class(model, name)
@@ -200,7 +200,7 @@ def _block(model: Any, parent: str, children: dict[str, str]) -> Block:
     if not columns or len(rows) != 1:
         raise ParallelError(
             f"block {parent!r} ({type(module).__name__}) has {len(columns)} colwise and {len(rows)} rowwise modules\n"
-            "  why: replicated activations must enter through columns and leave through exactly one row layer\n"
+            "  why: the input must go to column layers and the output must come from exactly one row layer\n"
             "  fix: set parallel.tp=1 for this architecture"
         )
     for name in (*columns, *rows):
@@ -220,12 +220,12 @@ def _block(model: Any, parent: str, children: dict[str, str]) -> Block:
 
 
 def _check_complete(module: Any, parent: str, known_names: list[str]) -> None:
-    """Every parameter of a block must be planned, or its gradient may be one rank's share only."""
+    """Raises ParallelError for a parameter without a style: its gradient may be partial."""
     for name, _ in module.named_parameters():
         full = f"{parent}.{name}"
         if not any(full == known or full.startswith(known + ".") for known in known_names):
             raise ParallelError(
-                f"parameter {full!r} lives in a sharded block but the model's plan does not mention it\n"
-                "  why: its gradient would silently be only one rank's share\n"
+                f"parameter {full!r} is in a sharded block, but the model's plan has no style for it\n"
+                "  why: its gradient would silently be partial on every rank\n"
                 "  fix: set parallel.tp=1 for this architecture"
             )

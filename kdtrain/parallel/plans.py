@@ -1,6 +1,6 @@
-"""Tensor-parallel plans of our own: for models that declare none, or one that shards less than can be.
+"""Our tensor-parallel plans: for models that declare none, or one that is wrong or shards less than possible.
 
-Data only. Styles are transformers' names, or one of those below, which transformers does not have.
+Data only. Styles have transformers' names, except for those marked as ours.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ GATHERED = "colwise_gather_output"
 SPLIT_INPUT = "rowwise_split_input"
 
 FUSED_QKV = "fused_qkv"
-"""Ours: column layer whose outputs are all queries, then all keys, then all values."""
+"""Ours: column layer whose output consists of all queries, then all keys, then all values."""
 FUSED_HALVES = "fused_halves"
-"""Ours: column layer whose outputs are two halves that the model multiplies with each other (gate and up)."""
+"""Ours: column layer whose output consists of two halves that the model multiplies (gate and up)."""
 COPYING = "colwise_copy_input"
-"""Ours: column layer of a module whose own input is not, or not only, this layer's input."""
+"""Ours: column layer whose input is not the input of its block, or not the only one."""
 REPLICATED = "replicate"
-"""Every rank holds and computes all of it."""
+"""Every rank holds and computes the whole module."""
 
 HEADS, KV_HEADS, WIDTH = "query heads", "key/value heads", "query heads times head_dim"
 
 
 @dataclass(frozen=True, slots=True)
 class OwnPlan:
-    """styles: by module pattern, `*` for a number; they override the model's own.
+    """styles: by module pattern, `*` for a number; they override the model's plan.
 
-    local: attributes of attention modules that count heads or features, and which count of this rank they must get;
-    "config.NAME" for one that the module reads from its config.
+    local: attributes of attention modules that hold a count of heads or features, and the count of this rank to set;
+    "config.NAME" for an attribute of the module's config.
     """
 
     styles: Mapping[str, str]
@@ -64,7 +64,7 @@ def _separate(attention: str, out: str, up: str, down: str, up_style: str = COLW
 
 
 def _decoder(layer: str, local: Mapping[str, str]) -> OwnPlan:
-    """The decoders of the BART kind: their MLP is fc1 and fc2 of the layer itself."""
+    """Decoders like BART's: the MLP is fc1 and fc2 of the layer itself."""
     return OwnPlan(_separate(f"{layer}.self_attn", "out_proj", f"{layer}.fc1", f"{layer}.fc2", COPYING), local)
 
 
@@ -74,7 +74,7 @@ OWN_PLANS: Mapping[str, OwnPlan] = {
     "phi3": _PHI3,
     "glm": OwnPlan(_GATE_UP),
     "glm4": OwnPlan(_GATE_UP),
-    # xIELU has two learned scalars, which see only this rank's features.
+    # xIELU has two learned scalars, which are applied to this rank's features only.
     "apertus": OwnPlan({"model.layers.*.mlp.act_fn": PARTIAL_GRAD}),
     "apertus1p5_text": OwnPlan({"model.layers.*.mlp.act_fn": PARTIAL_GRAD}),
     "lfm2": OwnPlan(
@@ -90,7 +90,7 @@ OWN_PLANS: Mapping[str, OwnPlan] = {
             "model.layers.*.self_attn.k_layernorm": PARTIAL_GRAD,
         }
     ),
-    # Which of its features are active depends on the mean and spread of all of them: transformers' plan is wrong.
+    # Which features are active depends on the mean and standard deviation of all: transformers' plan is wrong.
     "gemma3n_text": OwnPlan(
         {
             "model.layers.*.mlp.gate_proj": GATHERED,

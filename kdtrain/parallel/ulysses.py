@@ -1,9 +1,9 @@
-"""Ulysses: attention over sequences that the ranks of a cp group share (Jacobs et al. 2023, arXiv 2309.14509).
+"""Ulysses: attention over sequences that are divided over a cp group (Jacobs et al. 2023, arXiv 2309.14509).
 
-Everything but attention works token by token, so each rank keeps its S / cp tokens of every sequence there. For
-attention the ranks trade: each gives away its tokens of most heads and gets all tokens of heads / cp heads, computes
-stock attention on them, and trades back. Two all-to-alls per layer forward, two backward; what travels per rank is
-about (heads q + k + v + output) * S / cp values, whatever cp is.
+Everything but attention works token by token, on this rank's S / cp tokens of every sequence. For attention an
+all-to-all gives each rank all tokens of heads / cp heads; it computes stock attention on them, and a second all-to-all
+restores the division by token. Two all-to-alls per layer forward, two backward; each rank sends about
+(heads of q + k + v + output) * S / cp values, for any cp.
 
 B sequences, s = S / cp tokens on this rank, H heads on this rank before the exchange, d their width.
 """
@@ -15,17 +15,17 @@ import math
 import torch
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, exchange_ranks, group_size, transfer
+from kdtrain.distributed.collectives import Group, exchange_ranks, group_size, transfer
 from kdtrain.errors import ParallelError
 
 
 def check_heads(query_heads: int, cp_size: int, what: str) -> None:
-    """ParallelError, on every rank that asks with the same numbers, unless cp_size divides query_heads."""
+    """Raises ParallelError, on all ranks alike, unless cp_size divides query_heads."""
     if query_heads % cp_size:
         possible = [n for n in range(1, query_heads + 1) if query_heads % n == 0]
         raise ParallelError(
             f"parallel.cp = {cp_size} does not divide the {query_heads} query heads on a rank of {what}\n"
-            "  why: for attention the ranks of a cp group share out the heads evenly\n"
+            "  why: for attention the ranks of a cp group divide the heads evenly\n"
             f"  fix: set parallel.cp to one of {possible}, or another parallel.tp"
         )
 
@@ -35,8 +35,8 @@ def gather_sequence(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[B, H, s, d] each -> [B, H / cp, S, d]: all tokens of this rank's share of the heads; differentiable.
 
-    key and value may have fewer heads (H a multiple of theirs) and value another width. Their heads are repeated as
-    often as it takes to share them out evenly; query head j of the answer reads head j // (query heads / key heads).
+    key and value may have fewer heads (H a multiple of theirs) and value another width. Their heads are repeated until
+    cp divides their number; query head j of the result uses key head j // (query heads / key heads).
     Communicates: one all-to-all, in backward one. Raises ParallelError when cp does not divide the query heads.
     """
     cp_size = group_size(group)
@@ -44,15 +44,16 @@ def gather_sequence(
         return query, key, value
     check_heads(query.shape[1], cp_size, what)
     parts = [_by_rank(x, cp_size) for x in (query, _enough_heads(key, cp_size), _enough_heads(value, cp_size))]
+    # Each rank has its tokens of all heads; attention needs all tokens of a head on one rank.
     flat = _exchange(torch.cat([part.flatten(1) for part in parts], dim=1), group)
-    pieces = torch.split(flat, [part[0].numel() for part in parts], dim=1)
-    # from [ranks, which are parts of the sequence, B, H / cp, s, d]
-    q, k, v = (x.view_as(y).permute(1, 2, 0, 3, 4).flatten(2, 3) for x, y in zip(pieces, parts, strict=True))
+    received = torch.split(flat, [part[0].numel() for part in parts], dim=1)
+    # from [ranks (parts of the sequence), B, H / cp, s, d]
+    q, k, v = (x.view_as(y).permute(1, 2, 0, 3, 4).flatten(2, 3) for x, y in zip(received, parts, strict=True))
     return q, k, v
 
 
 def scatter_sequence(output: Tensor, group: Group) -> Tensor:
-    """[B, S, H / cp, d] -> [B, s, H, d]: what attention made of this rank's heads back to each token's rank.
+    """[B, S, H / cp, d] -> [B, s, H, d]: the attention output of all heads for this rank's tokens.
 
     Differentiable. Communicates: one all-to-all, in backward one.
     """
@@ -60,13 +61,14 @@ def scatter_sequence(output: Tensor, group: Group) -> Tensor:
     if cp_size == 1:
         return output
     parts = output.reshape(output.shape[0], cp_size, -1, *output.shape[2:]).transpose(0, 1)  # [ranks, B, s, H / cp, d]
+    # The layers after attention work on this rank's tokens and need all heads of them.
     return _exchange(parts, group).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
 def _exchange(x: Tensor, group: Group) -> Tensor:
     """[cp, n] -> [cp, n], row j to rank j. An all-to-all is a permutation of values: its backward is itself.
 
-    exchange_ranks copies a gradient with strides of its own: a buffer made like it would be filled out of order.
+    exchange_ranks makes a non-contiguous gradient contiguous first: the collective would write it in the wrong order.
     """
     return transfer(x, group, exchange_ranks, exchange_ranks)
 

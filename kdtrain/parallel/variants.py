@@ -1,4 +1,4 @@
-"""Further tensor-parallel layers: for other inputs, outputs and weight layouts than those of `layers`."""
+"""Tensor-parallel layers for other inputs, outputs and weight layouts than those of `layers`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdtrain.dist.collectives import Group, copy_to_tp
-from kdtrain.dist.features import Sizes, gather_features, split_features
+from kdtrain.distributed.collectives import Group, copy_to_tp
+from kdtrain.distributed.features import Sizes, gather_features, split_features
 from kdtrain.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 
 class _InputsFirst:
-    """The sizes of a layer whose weight is [in, out]."""
+    """Sizes of a layer whose weight is [in, out]."""
 
     weight: nn.Parameter
 
@@ -28,7 +28,7 @@ class _InputsFirst:
 
 
 class ColumnParallelConv1D(_InputsFirst, ColumnParallelLinear):
-    """As ColumnParallelLinear for transformers' Conv1D, whose weight is [in, out_local]."""
+    """ColumnParallelLinear for transformers' Conv1D, whose weight is [in, out_local]."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out_local]. Does not communicate."""
@@ -36,16 +36,17 @@ class ColumnParallelConv1D(_InputsFirst, ColumnParallelLinear):
 
 
 class RowParallelConv1D(_InputsFirst, RowParallelLinear):
-    """As RowParallelLinear for transformers' Conv1D, whose weight is [in_local, out]."""
+    """RowParallelLinear for transformers' Conv1D, whose weight is [in_local, out]."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_local] -> [..., out]."""
-        y = self.leave(F.linear(x, self.weight.t()), self.group)
+        # Each rank has the product of its input features only, a partial sum.
+        y = self.output_comm(F.linear(x, self.weight.t()), self.group)
         return y if self.bias is None else y + self.bias
 
 
 class CopyingColumnLinear(ColumnParallelLinear):
-    """A column layer that sums its own input's gradient, because its input is not the input of its block.
+    """A column layer that sums the gradient of its own input, because that is not the input of its block.
 
     Communicates: nothing forward, one all-reduce backward.
     """
@@ -56,13 +57,14 @@ class CopyingColumnLinear(ColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Replicated [..., in] -> sharded [..., out_local]."""
+        # The backward gives each rank the gradient from its own output features only.
         return super().forward(copy_to_tp(x, self.group))
 
 
 class GatheredColumnLinear(CopyingColumnLinear):
-    """A column layer whose output every rank needs whole: replicated [..., in] -> replicated [..., out].
+    """A column layer whose output is gathered: replicated [..., in] -> replicated [..., out].
 
-    What follows is computed by every rank. Communicates: one all-gather forward, one all-reduce backward.
+    Every rank computes the layers after it. Communicates: one all-gather forward, one all-reduce backward.
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group, sizes: Sizes) -> None:
@@ -71,11 +73,12 @@ class GatheredColumnLinear(CopyingColumnLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Replicated [..., in] -> replicated [..., out]."""
+        # The model combines all features or heads after this layer.
         return gather_features(super().forward(x), self.sizes, self.group)
 
 
 class SplitInputRowLinear(RowParallelLinear):
-    """A row layer that takes its part of a replicated input: replicated [..., in] -> replicated [..., out].
+    """A row layer that takes its features of a replicated input: replicated [..., in] -> replicated [..., out].
 
     Communicates: one all-reduce forward, one all-gather backward.
     """
@@ -86,14 +89,15 @@ class SplitInputRowLinear(RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Replicated [..., in] -> replicated [..., out]."""
+        # Only the backward communicates: each rank has the gradient of its own features.
         return super().forward(split_features(x, self.sizes, self.group))
 
 
 class LatentLinear(nn.Module):
     """The replicated projection of latent attention, [..., in] -> [..., latent + rope].
 
-    Its first `latent` outputs go through column layers that copy their input; the rest is read by every rank's own
-    heads directly, so its gradient is summed here. Communicates: nothing forward, one all-reduce backward.
+    Its first `latent` outputs are the input of column layers that sum its gradient themselves; the others go to every
+    rank's heads directly, so their gradient is summed here. Communicates: nothing forward, one all-reduce backward.
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, group: Group, latent: int) -> None:
@@ -106,4 +110,5 @@ class LatentLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Replicated [..., in] -> replicated [..., latent + rope]."""
         y = F.linear(x, self.weight, self.bias)
+        # The rotary part is the input of this rank's heads only, so its gradient is partial.
         return torch.cat([y[..., : self.latent], copy_to_tp(y[..., self.latent :], self.group)], -1)

@@ -1,4 +1,4 @@
-"""How a teacher's distribution is divided into ids that are kept as they are and the rest, estimator by estimator.
+"""Estimators of a teacher's distribution: which ids keep their exact probability and how the rest is represented.
 
 C tokens, L ids of a list in descending order of probability. Nothing here communicates.
 """
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 ESTIMATORS = ("top_k", "top_k_tail", "top_p_k", "random_sampling", "top_k_samples", "adaptive_threshold")
-"""top_k: the k largest, renormalised. top_k_tail: the k largest as they are, the rest as one tail bucket. top_p_k: of
-those only the shortest prefix that holds top_p, the rest as one tail bucket. random_sampling: k draws. top_k_samples:
-the k - tail_samples largest as they are, tail_samples draws from the rest. adaptive_threshold: every id with p >= tau0
-as it is, draws of weight tau0 from the rest, where tau0 is such that k ids come out."""
+"""top_k: the k largest, renormalised. top_k_tail: the k largest with exact probabilities, the rest as one tail bucket.
+top_p_k: of the k largest the shortest prefix with mass top_p, the rest as one tail bucket. random_sampling: k draws.
+top_k_samples: the k - tail_samples largest exactly, tail_samples draws from the rest. adaptive_threshold: every id with
+p >= tau0 exactly, draws of weight tau0 from the rest, with tau0 such that the total is k ids."""
 
 WITH_TAIL = ("top_k_tail", "top_p_k")
-"""Estimators whose weights leave the tail to a bucket."""
+"""Estimators with a tail bucket: their weights sum to less than 1."""
 
 UNBIASED = ("random_sampling", "top_k_samples", "adaptive_threshold")
 """Estimators that draw; the expectation of their weights is the distribution itself."""
@@ -25,8 +25,8 @@ UNBIASED = ("random_sampling", "top_k_samples", "adaptive_threshold")
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """A chunk divided. weights [C, L] float64 of the listed ids, 0 from the place kept[c] on; kept, draws [C] int64:
-    ids kept, draws from everything else; log_rest [C] float64: log of everything else's probability."""
+    """A chunk divided. weights [C, L] float64 of the listed ids, 0 from index kept[c] on; kept, draws [C] int64: number
+    of ids kept, and of draws from all other ids; log_rest [C] float64: log probability of all other ids."""
 
     weights: Tensor
     kept: Tensor
@@ -45,7 +45,7 @@ class Estimator:
 
     @classmethod
     def of(cls, name: str, k: int, tail_samples: int | None, top_p: float | None) -> Estimator:
-        """Checked. Raises ValueError for an unknown name and for a setting that is missing, wrong or another's."""
+        """Raises ValueError for an unknown name and for a setting that is missing, invalid or of another estimator."""
         if name not in ESTIMATORS:
             raise ValueError(f"estimator = {name!r} is unknown; choose one of {', '.join(ESTIMATORS)}")
         for setting, value, owner in (("tail_samples", tail_samples, "top_k_samples"), ("top_p", top_p, "top_p_k")):
@@ -59,12 +59,12 @@ class Estimator:
 
     @property
     def list_length(self) -> int:
-        """Largest ids that must be known; one where none is kept."""
+        """How many of the largest ids the selection must find; at least 1."""
         return 1 if self.name == "random_sampling" else self.k - self.tail_samples
 
     @property
     def most_draws(self) -> int:
-        """Draws per token at most; they go into the last slots."""
+        """Upper bound of the draws per token; they take the last slots."""
         if self.name == "top_k_samples":
             return self.tail_samples
         return self.k if self.name in UNBIASED else 0
@@ -92,7 +92,7 @@ class Estimator:
 def _above_threshold(log_p: Tensor, rest: Tensor) -> Tensor:
     """[C] how many ids have p >= tau0, where that number plus (mass below tau0) / tau0 is L.
 
-    With j ids kept the others' weight would be rest_j / (L - j); the first j at which the next id has less is it.
+    With j ids kept, tau0 would be rest_j / (L - j); the answer is the first j whose next id has a smaller p than that.
     """
     length = log_p.shape[1]
     left = torch.arange(length, 0, -1, device=log_p.device, dtype=log_p.dtype)

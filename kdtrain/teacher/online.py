@@ -1,12 +1,12 @@
 """A frozen teacher on the same ranks as the student.
 
-`plain`: every rank holds the whole teacher; the ranks of a tp group share out the sequences of a micro-batch and
-gather the hidden states, so no forward pass is done twice. `tp`: the teacher is cut like the student, or over a
-multiple of its tp ranks (`spread`), and all ranks of a group run all sequences together. Either may be sharded over
-data ranks by ZeRO-3 besides (`kdtrain.engine.frozen`), which gathers the weights of a layer when they are needed: then
-it pays to run all micro-batches of a step at once (`begin_step`). Or the teacher runs one micro-batch ahead of the
-student, on a stream of its own (`side_stream`). Each rank gets the hidden states of all tokens and only its own rows of
-the teacher's head: the full-vocabulary distribution exists nowhere.
+`plain`: every rank holds the whole teacher; the ranks of a tp group divide the sequences of a micro-batch and gather
+the hidden states, so no forward pass is done twice. `tp`: the teacher is sharded like the student, or over a multiple
+of its tp ranks (`resharding`), and all ranks of a group run all sequences. In both layouts ZeRO-3 may also shard the
+teacher over data ranks (`kdtrain.engine.frozen`); it gathers the weights of each layer for every forward pass, so
+`begin_step` then runs all micro-batches of a step in one pass. Alternatively the teacher runs one micro-batch ahead of
+the student, on a second stream (`side_stream`). Each rank gets the hidden states of all tokens and only its own rows of
+the teacher's head; the full-vocabulary distribution is never materialised.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
-from kdtrain.dist.collectives import Group, gather_ranks, group_size
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.batch import Batch
+from kdtrain.distributed.collectives import Group, gather_ranks, group_size
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import HeadShard, VocabShard
+from kdtrain.documents import Documents
 from kdtrain.models.backbone import Backbone
+from kdtrain.teacher.resharding import TeacherResharding
 from kdtrain.teacher.side_stream import SideStream
 from kdtrain.teacher.signal import DenseSignal
-from kdtrain.teacher.spread import Spread
 
 HiddenStates = Callable[[Batch], Tensor]
 """[B, S] sequences -> [B S, E]."""
@@ -34,26 +34,28 @@ HiddenStates = Callable[[Batch], Tensor]
 
 @dataclass(slots=True, eq=False)
 class _MicroBatch:
-    """One of the step under way: its documents, replicas' included, and the answer's call once the teacher works on it.
+    """A micro-batch of the present step: its documents (of all replicas), and a function that gives its hidden states.
 
-    Found by the batch itself, which it keeps: an id alone could be that of a later batch.
+    Found by identity of the batch. It holds a reference to the batch because an id() may be reused by a later one.
     """
 
     batch: Batch
     documents: Documents | None
-    finish: Callable[[], Tensor] | None = None
+    result: Callable[[], Tensor] | None = None
+    """None until the forward pass has been started."""
 
 
 class OnlineTeacher:
     """Turns a micro-batch into a `DenseSignal`.
 
-    backbone: the frozen model, whole or cut over teacher_mesh. mesh, shard: the student's; the teacher's head must have
-    been loaded with as many rows. teacher_mesh: a Mesh of its own tp, `Mesh()` for a whole model. forward: how its
-    hidden states are computed, by default by the backbone itself. together: whether `begin_step` runs a step's
-    micro-batches at once. side: where to run the next micro-batch while the student learns from the present one; the
-    groups of mesh and those that the backbone was cut with must then be the teacher's alone. max_tokens: limit of one
-    forward pass on a rank, but never less than a sequence; null: none. Every rank must construct it. Communicates:
-    groups, and the head's rows if they must move. Raises ValueError, on all ranks alike, if the parts do not fit.
+    backbone: the frozen model, whole or sharded over teacher_mesh. mesh, shard: the student's; the teacher's head must
+    have been loaded with as many rows. teacher_mesh: a Mesh with the teacher's tp, `Mesh()` for a whole model. forward:
+    computes its hidden states, by default the backbone itself. together: whether `begin_step` runs all micro-batches of
+    a step in one pass. side: the stream on which the next micro-batch runs while the student trains on the present one;
+    the groups of mesh and of the backbone must then be used by the teacher only. max_tokens: limit of one forward pass
+    on a rank, but never less than a sequence; None: no limit. Every rank must construct it. Communicates: creates
+    process groups, and gathers the head's rows if the two layouts differ. Raises ValueError, on all ranks alike, if the
+    parts do not fit.
     """
 
     def __init__(
@@ -73,95 +75,96 @@ class OnlineTeacher:
         self.backbone = backbone.eval()
         self._forward = forward or backbone.hidden_states
         self._mesh = mesh
-        self._shares_sequences = mesh.tp_size > 1 and teacher_mesh.tp_size == 1
-        self._spread = Spread.of(mesh, teacher_mesh, shard) if teacher_mesh.tp_size > 1 else None
+        self._divides_sequences = mesh.tp_size > 1 and teacher_mesh.tp_size == 1
+        self._resharding = TeacherResharding.of(mesh, teacher_mesh, shard) if teacher_mesh.tp_size > 1 else None
         self._together = together
         self._side = side
         self._max_tokens = max_tokens
         self._step: list[_MicroBatch] = []
-        wanted = shard if self._spread is None else self._spread.shard
-        self._head = _local_rows(head or backbone.lm_head_shard, wanted, teacher_mesh, self._spread)
+        rows = shard if self._resharding is None else self._resharding.shard
+        self._head = _local_rows(head or backbone.lm_head_shard, rows, teacher_mesh, self._resharding)
 
     @property
     def gathers_over(self) -> Group:
-        """The group over which ranks that share out sequences gather hidden states; None if they do not."""
-        return self._mesh.tp_group if self._shares_sequences else None
+        """The group over which ranks that divide the sequences gather hidden states; None if they do not."""
+        return self._mesh.tp_group if self._divides_sequences else None
 
     def begin_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Run the teacher over all micro-batches of a step, if that is cheaper, or start on the first of them.
+        """Run the teacher on all micro-batches of a step in one pass, or start the first of them on the side stream.
 
-        Communicates where replicas share a teacher: one all-gather, which synchronises the device. To be called while
-        nothing is queued on it, as a trainer does that has just agreed on the step.
+        Communicates where replicas share a teacher: one all-gather, which synchronises the device. Call it when no work
+        is queued there, as the trainer does after its all-reduce of the step's state.
         """
         self._step.clear()
         if self._together:
             self._run_together(micro_batches)
-        elif self._side is not None or self._spread is not None:
+        elif self._side is not None or self._resharding is not None:
             documents = self._documents(micro_batches)
             self._step = [_MicroBatch(*pair) for pair in zip(micro_batches, documents, strict=True)]
             self._start_next()
 
     def signal(self, batch: Batch) -> DenseSignal:
-        """The teacher's view of `batch`; with a side stream, the next micro-batch of the step is then under way.
+        """The teacher's signal for `batch`; with a side stream, also starts the next micro-batch of the step.
 
-        Communicates over tp: nothing extra when the teacher is cut like the student; one all-gather of [T/tp, E]
-        when the ranks share out the sequences; one all-gather per field of the batch when replicas share a teacher,
-        and for a batch that `begin_step` was not given one more, which synchronises the device.
+        Communicates over tp: nothing extra when the teacher is sharded like the student; one all-gather of [T/tp, E]
+        when the ranks divide the sequences; one all-gather per field of the batch when replicas share a teacher, and
+        for a batch that was not in `begin_step` one more, which synchronises the device.
         """
         known = next((each for each in self._step if each.batch is batch), None)
         if known is None:
             known = _MicroBatch(batch, self._documents([batch])[0])
         else:
             self._step.remove(known)
-        hidden = self._hidden(self._gathered(known)) if known.finish is None else known.finish()
-        if known.finish is not None:
+        hidden = self._hidden(self._gathered(known)) if known.result is None else known.result()
+        if known.result is not None:
             self._start_next()
-        return DenseSignal(hidden, self._head, self._spread)
+        return DenseSignal(hidden, self._head, self._resharding)
 
     def _run_together(self, micro_batches: Sequence[Batch]) -> None:
         if len({batch.input_ids.shape for batch in micro_batches}) != 1:
             return
         merged = Batch.cat(micro_batches)
-        # [tokens of all, E], or replica by replica the tokens of all
+        # [tokens of all micro-batches, E], with resharding replica by replica
         hidden = self._hidden(self._gathered(_MicroBatch(merged, self._documents([merged])[0])))
-        num_replicas = 1 if self._spread is None else self._spread.num_replicas
+        num_replicas = 1 if self._resharding is None else self._resharding.num_replicas
         parts = hidden.unflatten(0, (num_replicas, len(micro_batches), -1)).transpose(0, 1)
         for batch, part in zip(micro_batches, parts, strict=True):
             self._step.append(_MicroBatch(batch, None, partial(part.flatten, 0, 1)))
 
     def _start_next(self) -> None:
-        """Start on the first micro-batch of the step that is not under way, on the side stream if there is one."""
-        waiting = next((each for each in self._step if each.finish is None), None)
+        """Start the next micro-batch of the step on the side stream; nothing without a side stream."""
+        waiting = next((each for each in self._step if each.result is None), None)
         if self._side is None or waiting is None:
             return
-        whole = self._gathered(waiting)  # here, because replicas use their group in the loss, too
-        waiting.finish = self._side.start(lambda: self._hidden(whole), whole.memory())
+        whole = self._gathered(waiting)  # on the current stream: the loss uses the replicas' group as well
+        waiting.result = self._side.start(lambda: self._hidden(whole), whole.memory())
 
     def _documents(self, batches: Sequence[Batch]) -> Sequence[Documents | None]:
-        """Of each batch those of all sequences that a forward pass takes with it."""
-        if self._spread is None:
+        """For each batch the documents of all sequences of its forward pass, other replicas' included."""
+        if self._resharding is None:
             return [batch.documents for batch in batches]
-        return self._spread.gather_documents(batches)
+        return self._resharding.gather_documents(batches)
 
     def _gathered(self, one: _MicroBatch) -> Batch:
-        return one.batch if self._spread is None else self._spread.gather_batch(one.batch, one.documents)
+        return one.batch if self._resharding is None else self._resharding.gather_batch(one.batch, one.documents)
 
     @torch.no_grad()
     def _hidden(self, batch: Batch) -> Tensor:
-        return self._shared_forward(batch) if self._shares_sequences else self._limited_forward(batch)
+        return self._divided_forward(batch) if self._divides_sequences else self._limited_forward(batch)
 
     def _limited_forward(self, batch: Batch) -> Tensor:
-        """[T, E] in as few passes as the limit allows; as many on all ranks, whose batches have one shape."""
+        """[T, E] in as few passes as the limit allows. All ranks make equally many: their batches have one shape."""
         parts = [self._forward(part) for part in batch.portions(self._max_tokens)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _shared_forward(self, batch: Batch) -> Tensor:
+    def _divided_forward(self, batch: Batch) -> Tensor:
         num_sequences, seq_len = batch.input_ids.shape
         share = -(-num_sequences // self._mesh.tp_size)
-        # The last ranks repeat the final sequence when the shares do not come out even: equal shapes for the gather.
+        # If the sequences do not divide evenly, the last ranks repeat the final one: the gather needs equal shapes.
         first = self._mesh.tp_rank * share
         rows = [min(row, num_sequences - 1) for row in range(first, first + share)]
         hidden = self._limited_forward(Batch.cat([batch.rows(row, row + 1) for row in rows]))
+        # Each rank ran only its share of the sequences; the loss needs all tokens on every tp rank.
         gathered = gather_ranks(hidden, self._mesh.tp_group)
         return gathered.reshape(-1, hidden.shape[-1])[: num_sequences * seq_len]
 
@@ -171,7 +174,7 @@ def _check_frozen(backbone: Backbone, mesh: Mesh, shard: VocabShard, teacher_mes
         raise ValueError("the teacher has parameters that require a gradient; load it with trainable=False")
     if group_size(backbone.cp_group) != mesh.cp_size:
         raise ValueError(
-            f"the teacher takes sequences for shared by {group_size(backbone.cp_group)} ranks, the student by "
+            f"the teacher was loaded with cp {group_size(backbone.cp_group)}, the student's mesh has cp "
             f"{mesh.cp_size}; load it with a mesh of the same cp"
         )
     rows, teachers = shard.rows * mesh.tp_size, backbone.shard
@@ -182,18 +185,19 @@ def _check_frozen(backbone: Backbone, mesh: Mesh, shard: VocabShard, teacher_mes
         )
 
 
-def _local_rows(head: HeadShard, want: VocabShard, mesh: Mesh, spread: Spread | None) -> HeadShard:
-    """The rows `want` of the teacher's head, of which this rank holds the part that belongs to its place in `mesh`.
+def _local_rows(head: HeadShard, rows: VocabShard, mesh: Mesh, resharding: TeacherResharding | None) -> HeadShard:
+    """The given rows of the teacher's head, from those that this rank holds as a rank of `mesh`.
 
-    What is done, and so whether ranks communicate, depends on nothing that differs between them.
+    Communicates over tp where teacher and student differ in tp. All ranks take the same branch.
     """
-    if mesh.tp_size > 1 and spread is None:
-        return head  # cut like the student's
+    if mesh.tp_size > 1 and resharding is None:
+        return head  # sharded like the student's
 
-    def rows(values: Tensor) -> Tensor:
-        if mesh.tp_size > 1:  # ranks hold rows in their own order, replicas of the student want them in another
+    def select(values: Tensor) -> Tensor:
+        if mesh.tp_size > 1:
+            # The rows that this rank needs are on other ranks: the loss shards the vocabulary in another order.
             values = gather_ranks(values, mesh.tp_group).flatten(0, 1)
-        return values[want.start : want.stop].clone() if mesh.tp_size > 1 else values[want.start : want.stop]
+        return values[rows.start : rows.stop].clone() if mesh.tp_size > 1 else values[rows.start : rows.stop]
 
-    bias = None if head.bias is None else rows(head.bias.detach())
-    return HeadShard(rows(head.weight.detach()), bias, head.logit_scale, head.softcap)
+    bias = None if head.bias is None else select(head.bias.detach())
+    return HeadShard(select(head.weight.detach()), bias, head.logit_scale, head.softcap)

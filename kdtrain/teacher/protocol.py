@@ -1,15 +1,16 @@
-"""What students and dedicated teachers say to each other over the wire, and how they learn of each other's end.
+"""Messages between students and dedicated teachers over the point-to-point channel, and how both sides shut down.
 
-A client is the first tp rank of a student's data rank, a server the first tp rank of a teacher. Per micro-batch:
+A client is the first tp rank of a student's data rank; a server is the first tp rank of a teacher. Per micro-batch:
 
-    client -> server   REQUEST  int64 [4]: ASK, B, S, 0          IDS     int64 [2, B, S]: input_ids, position_ids
+    client -> server   REQUEST  int64 [4]: FORWARD, B, S, 0      IDS     int64 [2, B, S]: input_ids, position_ids
     server -> client   ANSWER   int64 [2]: exit code, stop       HIDDEN  [B S, E] in the teacher's dtype
 
-A client has room for the answer before it asks, so that no server ever waits for a slow one. REQUEST [BYE, 0, 0, exit
-code] is a client's last word. A server passes each request on to the other ranks of its teacher, over the wire as well,
-REQUEST then being int64 [5] with the client's rank in front: all wait as long as nobody asks. An exit code other
-than 0 in ANSWER is a server's last word, said once for every answer that the client may be waiting for; the board says
-why. stop: a rank of the teacher has been asked (by a signal) to end; the students then stop as if they had been.
+A client posts its receives before it sends the request, so a server never waits for a slow client. A client's last
+message is REQUEST [SHUTDOWN, 0, 0, exit code]. A server forwards each request to the other ranks of its teacher over
+the channel, as int64 [5] with the client's rank in front: unlike a collective, a receive has no timeout while the
+teacher is idle. A server that fails sends ANSWER with its exit code once for every answer that the client may be
+waiting for, and writes the reason to the key-value store. stop: a rank of the teacher has received a stop signal; the
+student's ranks then stop as if they had received it.
 """
 
 from __future__ import annotations
@@ -21,56 +22,59 @@ from typing import Any
 
 import torch
 
-from kdtrain.dist.wire import Board, Wire
+from kdtrain.distributed.point_to_point import KeyValueStore, P2PChannel
 from kdtrain.errors import EXIT_DONE, EXIT_OTHER, ConfigError, KdtrainError, PeerLost
 
 REQUEST, IDS, ANSWER, HIDDEN = 1, 2, 3, 4
 """Tags."""
-ASK, BYE = 0, 1
+FORWARD, SHUTDOWN = 0, 1
 """Kinds of REQUEST."""
 GRACE = timedelta(seconds=10)
-"""How long a rank that fails gives the others to say so themselves before it ends, and the launcher ends them."""
+"""How long a failing rank waits for the others to report and end before it ends: then the launcher kills them."""
 
 
 def exit_code_of(error: BaseException) -> int:
-    """What a process that ends by `error` exits with."""
+    """Exit code of a process that ends with `error`."""
     return error.exit_code if isinstance(error, KdtrainError) else EXIT_OTHER
 
 
-def write_facts(board: Board, rank: int, facts: dict[str, Any]) -> None:
-    """Tell all ranks what this one has loaded; each rank may do so once."""
-    board.write(f"facts/{rank}", {"facts": facts})
+def write_facts(store: KeyValueStore, rank: int, facts: dict[str, Any]) -> None:
+    """Publish what this rank has loaded, for all ranks to read; once per rank."""
+    store.write(f"facts/{rank}", {"facts": facts})
 
 
-def write_failure(board: Board, rank: int, error: BaseException) -> None:
-    """Tell all ranks, now and later, why this one ends; without rank 0 there is nobody left to tell."""
+def write_failure(store: KeyValueStore, rank: int, error: BaseException) -> None:
+    """Publish why this rank ends. Does nothing if rank 0, which hosts the store, has ended."""
     text = str(error) if isinstance(error, KdtrainError) else f"{type(error).__name__}: {error}"
-    told = {"failure": text, "exit_code": exit_code_of(error)}
+    failure = {"failure": text, "exit_code": exit_code_of(error)}
     with suppress(PeerLost):
-        board.write(f"failure/{rank}", told)
-        board.write(f"facts/{rank}", told)  # for whoever waits for facts that will never come
+        store.write(f"failure/{rank}", failure)
+        store.write(f"facts/{rank}", failure)  # ends the wait of ranks that read the facts
 
 
-def failure_of(board: Board, rank: int, fallback: PeerLost) -> PeerLost:
-    """Why the teacher on `rank` has ended, in its own words; `fallback` if it had none."""
+def failure_of(store: KeyValueStore, rank: int, fallback: PeerLost) -> PeerLost:
+    """The error that the teacher on `rank` published; `fallback` if it published none."""
     try:
-        told = board.read(f"failure/{rank}", timedelta(seconds=2))
+        failure = store.read(f"failure/{rank}", timedelta(seconds=2))
     except PeerLost:
         return fallback
-    return _failure(rank, told)
+    return _failure(rank, failure)
 
 
 def compare_facts(
-    board: Board, teachers: Sequence[int], mine: dict[str, Any], timeout: timedelta
-) -> list[dict[str, Any]]:  # fmt: skip
-    """What each teacher has told of itself, once it has been held against `mine`: ConfigError naming both values,
-    PeerLost if one failed."""
+    store: KeyValueStore, teachers: Sequence[int], mine: dict[str, Any], timeout: timedelta
+) -> list[dict[str, Any]]:
+    """The facts that each teacher published, compared with `mine`.
+
+    Waits up to `timeout` for each. Raises ConfigError naming both values where they differ, and PeerLost if a teacher
+    failed.
+    """
     found = []
     for rank in teachers:
-        told = board.read(f"facts/{rank}", timeout)
-        if "failure" in told:
-            raise _failure(rank, told)
-        theirs = told["facts"]
+        published = store.read(f"facts/{rank}", timeout)
+        if "failure" in published:
+            raise _failure(rank, published)
+        theirs = published["facts"]
         different = {key: (theirs.get(key), value) for key, value in mine.items() if theirs.get(key) != value}
         if different:
             listed = "\n".join(f"  {key}: {one} there, {other} here" for key, (one, other) in different.items())
@@ -83,26 +87,26 @@ def compare_facts(
     return found
 
 
-def _failure(rank: int, told: dict[str, Any]) -> PeerLost:
-    return PeerLost(f"the teacher on rank {rank} ended: {told['failure']}", int(told["exit_code"]))
+def _failure(rank: int, failure: dict[str, Any]) -> PeerLost:
+    return PeerLost(f"the teacher on rank {rank} ended: {failure['failure']}", int(failure["exit_code"]))
 
 
 @contextmanager
-def farewell(wire: Wire, servers: Sequence[int]) -> Iterator[None]:
-    """A client's whole life: however the block ends, each server is told the exit code, and then ends as well."""
+def shutdown_on_exit(channel: P2PChannel, servers: Sequence[int]) -> Iterator[None]:
+    """Send SHUTDOWN with the exit code to each server when the block ends, normally or by an error."""
     try:
         yield
     except BaseException as error:
-        _say_goodbye(wire, servers, exit_code_of(error))
+        _send_shutdown(channel, servers, exit_code_of(error))
         raise
-    _say_goodbye(wire, servers, EXIT_DONE)
+    _send_shutdown(channel, servers, EXIT_DONE)
 
 
-def _say_goodbye(wire: Wire, servers: Sequence[int], exit_code: int) -> None:
-    words = []
+def _send_shutdown(channel: P2PChannel, servers: Sequence[int], exit_code: int) -> None:
+    sends = []
     for server in servers:
-        with suppress(PeerLost):  # one that has ended already has done all that it was to do
-            words.append(wire.send(torch.tensor([BYE, 0, 0, exit_code]), server, REQUEST))
-    for word in words:
+        with suppress(PeerLost):  # a server that has ended already needs no message
+            sends.append(channel.send(torch.tensor([SHUTDOWN, 0, 0, exit_code]), server, REQUEST))
+    for work in sends:
         with suppress(PeerLost):
-            word.wait(GRACE)
+            work.wait(GRACE)

@@ -1,7 +1,7 @@
-"""A sparse picture of a teacher's distribution per token: exact ids, a tail bucket, unbiased draws.
+"""Sparse targets of a teacher's distribution per token: exact ids, a tail bucket, unbiased draws.
 
 T tokens, C tokens of a chunk, E teacher width, v rows of the head on this rank, K = k slots per token. What each
-estimator keeps, why the draws are unbiased and where they come from: docs/design/0008-topk-and-samples.md.
+estimator keeps, why the draws are unbiased and how they are generated: docs/design/0008-topk-and-samples.md.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from kdtrain_kernels.topk_dispatch import topk_kernels
 from kdtrain_kernels.topk_rows import Merged, Selection
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, gather_ranks, group_rank, reduce_sum_
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, gather_ranks, group_rank, reduce_sum_
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, stream
 from kdtrain.losses.types import SparseTarget
 from kdtrain.teacher.estimators import UNBIASED, WITH_TAIL, Estimator, Split
@@ -46,13 +46,13 @@ def sample_targets(
     """At most k distinct ids per token with weights that, with the tail bucket if there is one, sum to 1.
 
     p = softmax(logits / temperature). hidden_t [T, E], replicated over `group`; head_t [v, E] (or a HeadShard), this
-    rank's rows; sample_ids and positions [T] int64 name each token: its draws are a function of (seed, its sample id,
-    its position) and p alone, up to rounding of logits the same in any batch, chunk or layout. labels [T] global ids
+    rank's rows; sample_ids and positions [T] int64 identify each token: its draws depend only on (seed, sample id,
+    position) and p, so up to rounding of logits they are the same in any batch, chunk or layout. labels [T] global ids
     or None. tail_samples belongs to top_k_samples, top_p to top_p_k; other estimators refuse them.
 
-    Returns, replicated: ids [T, k] int32, first those kept as they are in descending order, then drawn ones in the
-    order of ids; -1 with weight 0 in slots that stay empty, also between drawn ids; weights [T, k]; log_tail [T] or
-    None; label_log_prob [T], log p at temperature 1 (0 where there is no label); entropy [T] of p over the whole
+    Returns, replicated: ids [T, k] int32, first the exact ones in descending order of probability, then drawn ones in
+    ascending order of ids; empty slots, also between drawn ids, have id -1 and weight 0; weights [T, k]; log_tail [T]
+    or None; label_log_prob [T], log p at temperature 1 (0 where there is no label); entropy [T] of p over the whole
     vocabulary, nats, at `temperature`. Weights and numbers are float32 (float64 for float64 inputs). unbiased: the
     expectation of the weights over seeds is p. Not differentiable.
 
@@ -60,8 +60,8 @@ def sample_targets(
     blocks and per token of a chunk a few times k numbers.
     Communicates over `group`: per chunk one all-to-all and one all-gather of lists and, if the estimator draws, one
     all-gather of [C, 1]; per call one all-reduce of [T, k] (if it draws), one of [T] and one all-gather of a number.
-    Raises ValueError for arguments that do not fit, before anything is computed, and for logits that are NaN or +inf,
-    on all ranks, after everything is.
+    Raises ValueError for invalid arguments before it computes anything, and on all ranks, at the end, for logits that
+    are NaN or +inf.
     """
     head_t = stream.as_head(head_t)
     check_teacher_arguments(hidden_t, head_t, shard, group, slab_bytes)
@@ -81,7 +81,7 @@ def sample_targets(
         for chunk, slab, scratch in teacher_chunks(hidden_t, head_t, shard, slab_bytes):
             sampler.results.label[chunk] = _picked(slab, columns[chunk])
             sampler.take(chunk, slab, offsets[chunk], scratch)
-    return sampler.finish(hidden_t, stream.is_token(labels, shard))
+    return sampler.result(hidden_t, stream.is_token(labels, shard))
 
 
 def _check_tokens(seed: int, tensors: dict[str, Tensor | None], hidden: Tensor) -> None:
@@ -124,7 +124,7 @@ class _Results:
 
     @classmethod
     def empty(cls, hidden: Tensor, estimator: Estimator) -> _Results:
-        """For all tokens, nothing kept and nothing drawn."""
+        """For all tokens, without kept or drawn ids."""
         num_tokens, device = hidden.shape[0], hidden.device
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -145,14 +145,14 @@ class _Results:
 
 @dataclass(frozen=True, slots=True)
 class _Sampler:
-    """What the chunks of one call share."""
+    """State that the chunks of one call share."""
 
     estimator: Estimator
     merger: Merger
     results: _Results
 
     def take(self, chunk: slice, slab: Tensor, offsets: Tensor, scratch: Scratch) -> None:
-        """A chunk's logits [C, n] (spoilt) and offsets [C] in [0, 1) -> its rows of the results."""
+        """A chunk's logits [C, n] (overwritten) and offsets [C] in [0, 1) -> its rows of the results."""
         selection = self.merger.select(slab, scratch)
         merged = self.merger.merge(selection)
         lse = merged.lse[:, :1]
@@ -180,7 +180,8 @@ class _Sampler:
         peak = _rest_peak(merged, split)
         cdf = kernels.tail_cdf(slab, peak, temperature, scratch=scratch)
         mass = cdf[:, -1] if cdf.shape[1] else cdf.new_zeros(len(cdf))
-        # The same sums of the same numbers on every rank: intervals that meet, so a draw has exactly one owner.
+        # Every rank needs the others' tail mass to place its own interval of the distribution function. All ranks add
+        # the same numbers in the same order, so the intervals meet exactly and each draw falls on exactly one rank.
         ends = gather_ranks(mass, self.merger.group).cumsum(0)
         end = ends[group_rank(self.merger.group)]
         start = torch.cat([torch.zeros_like(ends[:1]), ends])[group_rank(self.merger.group)]
@@ -194,14 +195,16 @@ class _Sampler:
         columns = kernels.tail_sample(slab, cdf, (targets - start[:, None]).clamp(min=0.0), peak, temperature)
         return (columns + (shard.start + 1)).where(is_mine, 0)
 
-    def finish(self, hidden: Tensor, has_label: Tensor) -> SparseTarget:
-        """Complete the draws and labels over the group and put everything together."""
+    def result(self, hidden: Tensor, has_label: Tensor) -> SparseTarget:
+        """Complete draws and labels over the group, and build the result. Communicates: see `sample_targets`."""
         results, estimator, group = self.results, self.estimator, self.merger.group
         raise_if_bad(results.bad.nonzero()[:, 0], hidden, group)
         if estimator.most_draws:
+            # Each draw was found by the one rank whose rows hold it; the others have 0.
             drawn = reduce_sum_(results.drawn, group) - 1
             first = estimator.k - estimator.most_draws
             _add_draws(results.ids[:, first:], results.weights[:, first:], drawn, results.draw_weight)
+        # The label's logit is on the one rank that holds its row; the others have 0.
         label = reduce_sum_(results.label, group)
         work = results.weights.dtype
         return SparseTarget(
@@ -217,8 +220,8 @@ class _Sampler:
 def _is_kept(values: Tensor, ids: Tensor, merged: Merged, split: Split) -> Tensor:
     """[C, w] bool: which of a rank's entries are among the first `kept` of all."""
     last = (split.kept - 1).clamp(min=0)[:, None]
-    value, place = merged.values.gather(1, last), merged.ids.gather(1, last)
-    return (split.kept[:, None] > 0) & ((values > value) | ((values == value) & (ids <= place)))
+    value, last_id = merged.values.gather(1, last), merged.ids.gather(1, last)
+    return (split.kept[:, None] > 0) & ((values > value) | ((values == value) & (ids <= last_id)))
 
 
 def _rest_peak(merged: Merged, split: Split) -> Tensor:
@@ -231,7 +234,7 @@ def _rest_peak(merged: Merged, split: Split) -> Tensor:
 def _add_draws(ids: Tensor, weights: Tensor, drawn: Tensor, weight: Tensor) -> None:
     """Write draws [T, m] (-1: none), ascending along their slots, into ids and weights [T, m]; one slot per id.
 
-    weight [T]: what one draw weighs. The slot of an id's first draw takes the weight of all of them.
+    weight [T]: of one draw. The slot of an id's first draw takes the weight of all of them.
     """
     is_draw = drawn >= 0
     is_new = is_draw.clone()

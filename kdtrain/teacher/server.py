@@ -1,7 +1,7 @@
-"""What a rank does that holds nothing but the teacher: wait for micro-batches, return their hidden states.
+"""The process of a dedicated teacher's rank: receive micro-batches, send back their hidden states.
 
-One thread per client waits for its requests and puts them into one queue; the main thread answers in the order of
-arrival. Nothing of an answer depends on that order: every micro-batch is run by itself.
+One thread per client receives its requests and puts them into one queue; the main thread answers in order of arrival.
+Answers do not depend on that order: every micro-batch has a forward pass of its own.
 """
 
 from __future__ import annotations
@@ -18,19 +18,22 @@ from queue import Empty, SimpleQueue
 import torch
 from torch import Tensor
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
-from kdtrain.dist.collectives import reduce_sum_
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.wire import Message, Wire
+from kdtrain.batch import Batch
+from kdtrain.distributed.collectives import reduce_sum_
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.point_to_point import P2PChannel, P2PWork
+from kdtrain.documents import Documents
 from kdtrain.errors import EXIT_DONE, EXIT_STOPPED, PeerLost, RunStopped
-from kdtrain.teacher.protocol import ANSWER, ASK, BYE, GRACE, HIDDEN, IDS, REQUEST, exit_code_of, write_failure
-from kdtrain.telemetry.heartbeat import Pulse
+from kdtrain.run_state.heartbeat import PhaseTracker
+from kdtrain.teacher.protocol import ANSWER, FORWARD, GRACE, HIDDEN, IDS, REQUEST, SHUTDOWN, exit_code_of, write_failure
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """kind: ASK or BYE. ids [2, B, S]: input_ids and position_ids, empty with BYE. exit_code: of a client's BYE."""
+    """kind: FORWARD or SHUTDOWN. ids [2, B, S]: input_ids and position_ids, empty for SHUTDOWN.
+
+    exit_code: the client's, with SHUTDOWN. lost: set when the client ended without one.
+    """
 
     client: int
     kind: int
@@ -40,60 +43,61 @@ class Request:
 
 
 class Inbox:
-    """Everything that clients (global ranks) send, from the moment it is made, in the order of arrival."""
+    """Requests of all clients (global ranks) in order of arrival, received from construction on."""
 
-    def __init__(self, wire: Wire, clients: Sequence[int]) -> None:
-        self._wire = wire
+    def __init__(self, channel: P2PChannel, clients: Sequence[int]) -> None:
+        self._channel = channel
         self._queue: SimpleQueue[Request] = SimpleQueue()
         for client in clients:
             name = f"kdtrain-client-{client}"
             threading.Thread(target=self._listen, args=(client,), name=name, daemon=True).start()
 
     def take(self, timeout_s: float | None = None) -> Request | None:
-        """The next one, waiting for it; None after timeout_s."""
+        """Wait for the next request; None after timeout_s."""
         try:
             return self._queue.get(timeout=timeout_s)
         except Empty:
             return None
 
-    def hear_goodbyes(self, clients: set[int], limit: timedelta = GRACE) -> None:
-        """Wait until each of `clients` has said goodbye or is lost, but not longer than `limit`."""
+    def drain(self, clients: set[int], limit: timedelta = GRACE) -> None:
+        """Wait until each of `clients` has shut down or is lost, at most `limit`; other requests are discarded."""
         waiting, deadline = set(clients), time.monotonic() + limit.total_seconds()
         while waiting and (seconds := deadline - time.monotonic()) > 0:
             request = self.take(seconds)
-            if request is not None and request.kind == BYE:
+            if request is not None and request.kind == SHUTDOWN:
                 waiting.discard(request.client)
 
     def _listen(self, client: int) -> None:
-        """In a thread of its own: a receive from a named rank, unlike one from any, ends when that rank does."""
-        nothing = torch.empty((2, 0, 0), dtype=torch.int64)
-        kind = ASK
-        while kind == ASK:
+        """Body of one thread: a receive from a given rank, unlike one from any rank, fails when that rank ends."""
+        no_ids = torch.empty((2, 0, 0), dtype=torch.int64)
+        kind = FORWARD
+        while kind == FORWARD:
             try:
-                head = self._wire.receive(torch.empty(4, dtype=torch.int64), client, REQUEST).wait()
+                head = self._channel.receive(torch.empty(4, dtype=torch.int64), client, REQUEST).wait()
                 kind, rows, columns, exit_code = head.tolist()
-                ids = nothing
-                if kind == ASK:
+                ids = no_ids
+                if kind == FORWARD:
                     ids = torch.empty((2, rows, columns), dtype=torch.int64)
-                    self._wire.receive(ids, client, IDS).wait()
+                    self._channel.receive(ids, client, IDS).wait()
             except PeerLost as error:
-                self._queue.put(Request(client, BYE, nothing, exit_code_of(error), error))
+                self._queue.put(Request(client, SHUTDOWN, no_ids, exit_code_of(error), error))
                 return
             self._queue.put(Request(client, kind, ids, exit_code))
 
 
 class TeacherServer:
-    """Answers until all clients have said goodbye.
+    """Answers requests until all clients have shut down.
 
-    mesh: the teachers' own; ranks of a tp group hold one teacher together, and its first one has the inbox (None on the
-    others). forward: [B, S] sequences -> [B S, E] on every rank of the group. in_flight: requests of one client under
-    way at a time. max_tokens: limit of one forward pass, but never less than a sequence; None: none. begun: called
-    once, before the first answer. wants_stop: whether this rank has been asked to end. pulse: told what it does.
+    mesh: of the teacher's ranks. The ranks of a tp group share one teacher; the first of them has the inbox, the others
+    None. forward: [B, S] sequences -> [B S, E] on every rank of the group. in_flight: most requests of one client at a
+    time. max_tokens: limit of one forward pass, but never less than a sequence; None: no limit. on_first_request:
+    called once, before the first answer. stop_requested: whether this process has received a stop signal. pulse:
+    records the phase for heartbeats.
     """
 
     def __init__(
         self,
-        wire: Wire,
+        channel: P2PChannel,
         mesh: Mesh,
         inbox: Inbox | None,
         clients: Sequence[int],
@@ -102,30 +106,30 @@ class TeacherServer:
         device: torch.device,
         in_flight: int,
         max_tokens: int | None = None,
-        begun: Callable[[], None] = lambda: None,
-        wants_stop: Callable[[], bool] = lambda: False,
-        pulse: Pulse | None = None,
+        on_first_request: Callable[[], None] = lambda: None,
+        stop_requested: Callable[[], bool] = lambda: False,
+        pulse: PhaseTracker | None = None,
     ) -> None:
-        self._wire, self._mesh, self._inbox, self._forward = wire, mesh, inbox, forward
-        self._clients, self._device, self._wants_stop = list(clients), device, wants_stop
-        self._begun, self._max_tokens = begun, max_tokens
-        self._pulse = pulse or Pulse(wire.rank)
-        # A client that asks again has received all but its last in_flight answers, and one that was out of turn.
-        self._most_open = in_flight + 1
-        self._sent: dict[int, deque[tuple[Message, Message]]] = {c: deque(maxlen=self._most_open) for c in clients}
-        self._listening = set(clients)
+        self._channel, self._mesh, self._inbox, self._forward = channel, mesh, inbox, forward
+        self._clients, self._device, self._stop_requested = list(clients), device, stop_requested
+        self._on_first_request, self._max_tokens = on_first_request, max_tokens
+        self._pulse = pulse or PhaseTracker(channel.rank)
+        # Answers that a client may not have received yet: of in_flight requests, and of one that was not announced.
+        self._max_pending = in_flight + 1
+        self._sent: dict[int, deque[tuple[P2PWork, P2PWork]]] = {c: deque(maxlen=self._max_pending) for c in clients}
+        self._active = set(clients)
         self.num_answers = 0
 
     def run(self) -> None:
-        """Serve. Raises RunStopped if the clients have stopped, PeerLost with its exit code if one failed.
+        """Serve. Raises RunStopped if the clients have stopped, PeerLost with the client's exit code if one failed.
 
-        If this rank fails, or one client, the others are told why, and get time to end by themselves. Communicates:
-        with clients, and over tp what each of them sent.
+        If this rank or a client fails, the other clients receive the reason and have GRACE to end by themselves.
+        Communicates: with clients, and over tp what each of them sent.
         """
         try:
             exit_codes = self._serve()
         except BaseException as error:
-            self._give_up(error)
+            self._abort(error)
             raise
         if EXIT_STOPPED in exit_codes.values():
             raise RunStopped("stopped with the student's ranks")
@@ -134,78 +138,79 @@ class TeacherServer:
         exit_codes: dict[int, int] = {}
         while len(exit_codes) < len(self._clients):
             request = self._next_request()
-            if request.kind == ASK:
+            if request.kind == FORWARD:
                 if self.num_answers == 0:
-                    self._begun()
+                    self._on_first_request()
                 self._pulse.begin(self.num_answers + 1)
                 with self._pulse.phase("teacher"):
                     self._answer(request)
                 continue
             exit_codes[request.client] = request.exit_code
-            self._listening.discard(request.client)
+            self._active.discard(request.client)
             if request.lost is not None:
                 raise request.lost
             if request.exit_code not in (EXIT_DONE, EXIT_STOPPED):
-                raise PeerLost(f"rank {request.client} (student) failed; its message says why", request.exit_code)
+                raise PeerLost(f"rank {request.client} (student) failed; see its error message", request.exit_code)
         return exit_codes
 
     def _next_request(self) -> Request:
-        """The same on every rank of a tp group: its first one takes it and passes it on."""
+        """The next request, the same on every rank of a tp group: its first rank takes it and forwards it."""
         if self._inbox is None:
-            return self._passed_on()
+            return self._forwarded_request()
         request = self._inbox.take()
         assert request is not None
         head = torch.tensor([request.client, request.kind, *request.ids.shape[1:], request.exit_code])
-        first, sent = self._wire.rank, []
+        first, sends = self._channel.rank, []
         for peer in range(first + 1, first + self._mesh.tp_size):
-            sent.append(self._wire.send(head, peer, REQUEST))
+            sends.append(self._channel.send(head, peer, REQUEST))
             if request.ids.numel():
-                sent.append(self._wire.send(request.ids, peer, IDS))
-        for message in sent:
-            message.wait()
+                sends.append(self._channel.send(request.ids, peer, IDS))
+        for work in sends:
+            work.wait()
         return request
 
-    def _passed_on(self) -> Request:
-        """What the group's first rank has taken. Over the wire: a collective's timeout would end a rank that idles."""
-        first = self._wire.rank - self._mesh.tp_rank
-        head = self._wire.receive(torch.empty(5, dtype=torch.int64), first, REQUEST).wait()
+    def _forwarded_request(self) -> Request:
+        """The request that the group's first rank took. Not a broadcast, whose timeout would end an idle teacher."""
+        first = self._channel.rank - self._mesh.tp_rank
+        head = self._channel.receive(torch.empty(5, dtype=torch.int64), first, REQUEST).wait()
         client, kind, rows, columns, exit_code = head.tolist()
         ids = torch.empty((2, rows, columns), dtype=torch.int64)
         if ids.numel():
-            self._wire.receive(ids, first, IDS).wait()
+            self._channel.receive(ids, first, IDS).wait()
         return Request(client, kind, ids, exit_code)
 
     @torch.no_grad()
     def _answer(self, request: Request) -> None:
         input_ids, position_ids = request.ids.to(self._device).unbind(0)
-        nothing = torch.zeros(input_ids.shape, device=self._device)
-        documents = Documents.of(request.ids[1]).to(self._device)  # of the host's copy
-        batch = Batch(input_ids, input_ids, nothing, position_ids, torch.zeros_like(input_ids[:, 0]), documents)
+        no_loss = torch.zeros(input_ids.shape, device=self._device)
+        documents = Documents.of(request.ids[1]).to(self._device)  # from the host's copy
+        batch = Batch(input_ids, input_ids, no_loss, position_ids, torch.zeros_like(input_ids[:, 0]), documents)
         hidden = torch.cat([self._forward(part).cpu() for part in batch.portions(self._max_tokens)])
         self.num_answers += 1
-        stop = self._asked_to_stop()
+        stop = self._num_stop_requests()
         if self._inbox is not None:
             status = torch.tensor([EXIT_DONE, stop])
             self._sent[request.client].append(
                 (
-                    self._wire.send(status, request.client, ANSWER),
-                    self._wire.send(hidden, request.client, HIDDEN),
+                    self._channel.send(status, request.client, ANSWER),
+                    self._channel.send(hidden, request.client, HIDDEN),
                 )
             )
 
-    def _asked_to_stop(self) -> int:
-        """Ranks of this teacher that have been asked to end: a signal may reach any one of them alone."""
-        mine = torch.tensor([int(self._wants_stop())], device=self._device)
+    def _num_stop_requests(self) -> int:
+        """How many ranks of this teacher have received a stop signal. Communicates: one all-reduce over tp."""
+        mine = torch.tensor([int(self._stop_requested())], device=self._device)
+        # The signal may reach any one rank, but only the first one answers clients.
         return int(reduce_sum_(mine, self._mesh.tp_group))
 
-    def _give_up(self, error: BaseException) -> None:
-        write_failure(self._wire.board, self._wire.rank, error)
+    def _abort(self, error: BaseException) -> None:
+        write_failure(self._channel.key_values, self._channel.rank, error)
         if self._inbox is None:
-            return  # its group's first rank, left alone in a collective, ends too
-        last_words = []  # kept: they must live until they have arrived
-        for client in self._listening:
-            # One for every answer that it may be waiting for: which of them it waits for first, it alone knows.
-            for _ in range(self._most_open):
+            return  # the group's first rank fails in its next collective and ends too
+        abort_messages = []  # keeps the tensors alive until they are sent
+        for client in self._active:
+            # One for every answer that the client may be waiting for; which one it waits for first is unknown here.
+            for _ in range(self._max_pending):
                 with suppress(PeerLost):
-                    last_words.append(self._wire.send(torch.tensor([exit_code_of(error), 0]), client, ANSWER))
-        self._inbox.hear_goodbyes(self._listening)
+                    abort_messages.append(self._channel.send(torch.tensor([exit_code_of(error), 0]), client, ANSWER))
+        self._inbox.drain(self._active)

@@ -1,7 +1,7 @@
 """A teacher's k largest logits per token, streamed over token chunks and vocabulary shards.
 
-T tokens, C tokens of a chunk, E teacher width, v rows of the head on this rank. Why this is exact and what it moves:
-docs/design/0008-topk-and-samples.md.
+T tokens, C tokens of a chunk, E teacher width, v rows of the head on this rank. Why this is exact and what it
+communicates: docs/design/0008-topk-and-samples.md.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from kdtrain_kernels.topk_dispatch import topk_kernels
 from kdtrain_kernels.topk_rows import NO_ID, NUMBERS, STATS, Merged, Selection, order_keys, split_keys
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, exchange_ranks, gather_ranks, group_rank, group_size
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.collectives import Group, exchange_ranks, gather_ranks, group_rank, group_size
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, stream
 from kdtrain.losses.types import TopK
 
 
 @dataclass(frozen=True, slots=True)
 class TopKShare(TopK):
-    """A TopK of some tokens only. tokens [n] int64: which rows of the hidden states they are."""
+    """A TopK of some tokens only. tokens [n] int64: their rows in the hidden states."""
 
     tokens: Tensor
 
@@ -43,23 +43,23 @@ def linear_topk(
     gather: bool = True,
     backend: str = "auto",
 ) -> TopK:
-    """The k largest logits of the teacher per token, the log-sum-exp of all and the log of the probability left out.
+    """The k largest logits of the teacher per token, the log-sum-exp of all logits and the log of the tail probability.
 
     hidden_t [T, E], replicated over `group`; head_t [v, E] (or a HeadShard with bias, scale, soft-cap), this rank's
     rows. Returns ids [T, k] int32 global, logits [T, k], lse and log_tail [T, len(temperatures)] in nats, float32
     (float64 for float64 inputs). The order is total and exact: value descending, equal values (-0.0 equals 0.0) by
-    ascending id. log_tail is summed over what is left out, never a difference; -inf if nothing is left out. Logits
-    may be -inf (a masked id); the last of k may be such. Not differentiable.
+    ascending id. log_tail is summed over the ids outside the k, never a difference; -inf if there are none. Logits may
+    be -inf (a masked id), also among the k. Not differentiable.
 
-    gather: everything is replicated over the group. Otherwise each rank keeps the tokens that it merged and returns a
-    TopKShare that names them; with r of R ranks these are rows [r c, (r + 1) c) of every chunk, c = ceil(C / R).
+    gather: results are replicated over the group. Otherwise each rank keeps the tokens that it merged and returns a
+    TopKShare that names them; on rank r of R these are rows [r c, (r + 1) c) of every chunk, c = ceil(C / R).
     Memory beyond inputs and results: slab_bytes for one slab of logits, a few cache blocks, and per token of a chunk
-    a few times k numbers. Results are the same bits for the same shapes; other chunks or ranks may round logits
-    otherwise.
+    a few times k numbers. Results are bitwise equal for equal shapes; other chunks or numbers of ranks may round
+    logits differently.
     Communicates over `group`: per chunk one all-to-all of [C, 8 min(k, v) + ...] bytes and, if gathered, one
     all-gather of as much; per call one all-gather of a number.
-    Raises ValueError for arguments that do not fit, before anything is computed, and for logits that are NaN or +inf,
-    on all ranks, after everything is.
+    Raises ValueError for invalid arguments before it computes anything, and on all ranks, at the end, for logits that
+    are NaN or +inf.
     """
     head_t = stream.as_head(head_t)
     check_teacher_arguments(hidden_t, head_t, shard, group, slab_bytes)
@@ -130,6 +130,7 @@ def teacher_chunks(
 def raise_if_bad(tokens: Tensor, hidden: Tensor, group: Group) -> None:
     """ValueError on all ranks if `tokens` (ascending) is not empty on one. Communicates one all-gather of a number."""
     none = torch.full((1,), hidden.shape[0], dtype=torch.int64, device=hidden.device)
+    # Bad logits may be on one rank only; all ranks must raise, or the others would wait in a later collective.
     first = int(gather_ranks(torch.cat([tokens, none]).amin(), group).amin())
     if first < hidden.shape[0]:
         raise ValueError(
@@ -140,9 +141,9 @@ def raise_if_bad(tokens: Tensor, hidden: Tensor, group: Group) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Merger:
-    """How the selections of all ranks of a chunk become one list.
+    """Merges the selections of all ranks for a chunk into one list.
 
-    Rank r merges the r-th share of the chunk's tokens; with `gather` all ranks then get all shares.
+    Rank r merges the r-th share of the chunk's tokens; with `gather` all ranks then gather all shares.
     """
 
     k: int
@@ -154,11 +155,11 @@ class Merger:
     kernels: ModuleType
 
     def select(self, slab: Tensor, scratch: Scratch) -> Selection:
-        """This rank's part; its entries become -inf in the slab. Does not communicate."""
+        """The k largest of this rank's rows; they become -inf in the slab. Does not communicate."""
         return self.kernels.topk_select(slab, self.k, self.temperatures, entropy=self.entropy, scratch=scratch)
 
     def tokens(self, chunk: slice, device: torch.device) -> Tensor:
-        """[n] int64 the tokens of a chunk that `merge` answers for."""
+        """[n] int64: the tokens of a chunk that `merge` returns."""
         count = chunk.stop - chunk.start
         if self.gather:
             return torch.arange(chunk.start, chunk.stop, device=device)
@@ -179,6 +180,7 @@ class Merger:
         values[:count, :listed], ids[:count, :listed] = mine.values, mine.columns + self.shard.start
         stats[:count] = mine.stats
         sent = _pack(values, ids, stats).unflatten(0, (ranks, share))
+        # Every rank has candidates from its rows of the vocabulary only; each rank merges those of its share of tokens.
         got = exchange_ranks(sent, self.group)
         parts = _unpack(got, width, values.dtype, STATS + len(self.temperatures))
         merged = self.kernels.topk_merge(*parts, self.k, self.temperatures, entropy=self.entropy)
@@ -186,6 +188,7 @@ class Merger:
             return merged
         packed = _pack(merged.values, merged.ids, merged.numbers)
         if self.gather:
+            # Each rank has merged its share of the tokens; the caller needs all of them.
             packed = gather_ranks(packed, self.group).flatten(0, 1)[:count]
         else:
             packed = packed[: max(0, min(share, count - group_rank(self.group) * share))]
@@ -193,7 +196,7 @@ class Merger:
 
 
 def _pack(values: Tensor, ids: Tensor, numbers: Tensor) -> Tensor:
-    """One int64 matrix of a list and its float64 numbers: 8 bytes per float32 entry, 16 per float64 entry."""
+    """A list and its float64 numbers as one int64 matrix: 8 bytes per float32 entry, 16 per float64 entry."""
     entries = [order_keys(values, ids)] if values.dtype == torch.float32 else [values.view(torch.int64), ids]
     return torch.cat([*entries, numbers.contiguous().view(torch.int64)], -1)
 

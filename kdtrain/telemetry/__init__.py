@@ -1,1 +1,1 @@
-"""Metrics, the console, and where records go: metrics.jsonl, wandb, the run folder."""
+"""Metrics, console lines, and the sinks of records: metrics.jsonl and wandb."""

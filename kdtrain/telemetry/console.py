@@ -1,7 +1,7 @@
-"""What a person reads: one grep-able line per report, and tables at the end. The only place that knows column order.
+"""Console output: one line per report that grep can search, and tables. The only place with the order of columns.
 
 `name value` pairs two spaces apart, always in the same order, units in `metrics.UNITS`; SI prefixes only for rates.
-Colours are not made here but where a line meets a terminal (`kdtrain.log`), so every file holds plain text.
+Lines are plain text; `kdtrain.log` adds colours on a terminal.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def format_rate(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        # 999.95 of one prefix would print as 1000: it belongs to the next
+        # 999.95 of one prefix would print as 1000, so it takes the next
         if abs(value) >= factor * 0.9995:
             return f"{value / factor:#.3g}".rstrip(".") + prefix
     return f"{value:.3g}"
@@ -62,7 +62,7 @@ STEP_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("memory/host_gib", "rss", _gib),
     ("time/eta_s", "eta", format_duration),
 )
-"""Metric name, its short name on the line, how it is written."""
+"""Metric name, its short name on the line, its format."""
 
 EVAL_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("eval/val_nll", "val_nll", _fixed(4)),
@@ -77,15 +77,17 @@ EVAL_COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 def format_line(label: str, pairs: Sequence[tuple[str, str]]) -> str:
     """`label`, padded, then `name value` pairs two spaces apart."""
-    return "  ".join([f"{label:<{LABEL_WIDTH}}".rstrip() if not pairs else f"{label:<{LABEL_WIDTH - 2}}"]
-                     + [f"{name} {value}" for name, value in pairs])  # fmt: skip
+    return "  ".join(
+        [f"{label:<{LABEL_WIDTH}}".rstrip() if not pairs else f"{label:<{LABEL_WIDTH - 2}}"]
+        + [f"{name} {value}" for name, value in pairs]
+    )
 
 
 def format_step(record: Mapping[str, float], last_step: int | None = None) -> str:
     """The line of one report: `step    10/480  loss 10.4410  kd 9.9312 ...`.
 
-    `record` holds `data/step` and metrics by name; those without a column are left to the sinks, and a column without a
-    metric is left out. On CUDA the memory shown is the device's (mem), else the process's (rss).
+    `record` holds `data/step` and metrics by name; metrics without a column and columns without a metric are left out.
+    On CUDA the memory shown is the device's (mem), else the process's (rss).
     """
     shown = dict(record)
     if "memory/peak_allocated_gib" in shown:
@@ -109,9 +111,9 @@ def _pairs(
 
 
 def format_table(rows: Sequence[Mapping[str, object]], *, title: str | None = None) -> str:
-    """Rows with the same keys as an aligned table under a header of these keys.
+    """An aligned table of rows with the same keys, under a header of these keys.
 
-    Text is aligned left, numbers right; floats get four decimals, None a dash. Raises ValueError for no rows or
+    Text is aligned left, numbers right; floats get four decimals, None a dash. Raises ValueError without rows and for
     rows with different keys.
     """
     if not rows:

@@ -1,4 +1,4 @@
-"""Where a run ran: versions, source state and devices, for environment.json and the first line of the console."""
+"""Versions, git state and devices of a run, for environment.json and the first line of the console."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ PACKAGES = (
     "wandb",
 )
 TF32_VARIABLES = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
-"""What containers and job scripts set to have float32 products rounded to TF32, or never."""
+"""Variables by which containers and job scripts enable or disable TF32 in float32 products."""
 
 
-def describe(*, world_size: int = 1) -> dict[str, Any]:
+def environment_record(*, world_size: int = 1) -> dict[str, Any]:
     """Versions, git commit, devices, host, command and time, as plain values for JSON.
 
-    Describes this rank's host only. Of environment variables it holds those of `settings` alone: others may carry
+    Of this rank's host only. Environment variables other than those of `settings` are left out, as they may hold
     secrets. Does not communicate.
     """
     return {

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object per report, with the same keys as wandb; tests and plots need nothing else."""
+"""metrics.jsonl: one JSON object per report, with the same keys as wandb."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ STEP = "data/step"
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Every whole record of the file, oldest first; [] if there is none.
+    """Every complete record of the file, oldest first; [] without the file.
 
-    A last line that was cut off by a kill is left out. Raises DataError for a damaged line anywhere else.
+    A last line that is incomplete because its writer was killed is left out. Raises DataError for another damaged line.
     """
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
-    torn = lines.pop()  # empty after a whole record
+    torn = lines.pop()  # empty after a complete record
     records = []
     for number, line in enumerate(lines, 1):
         try:
@@ -43,14 +43,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class JsonlSink:
-    """Appends records; each is on its way to the disk when `write` returns."""
+    """Appends records; each has been flushed to the operating system when `write` returns."""
 
     def __init__(self, path: Path, *, resume_step: int = 0, lazy: bool = False) -> None:
-        """Continue the file at `path` after optimizer step `resume_step`; 0: the run starts anew.
+        """Continue the file at `path` after optimizer step `resume_step`; 0: of a run from scratch.
 
-        Records past that step are of work that will be done again, so they are dropped (by an atomic rewrite): the
-        file holds each step once. A run that starts anew puts a former file aside, as metrics.jsonl.before. lazy: there
-        is no file before the first record. Raises ConfigError if it cannot be written.
+        Records past that step are removed (by an atomic rewrite), as the resumed run repeats them: the file holds each
+        step once. A run from scratch renames an existing file to metrics.jsonl.before. lazy: create no file before the
+        first record. Raises ConfigError if the file cannot be written.
         """
         self.path = path
         found = read_records(path)
@@ -68,9 +68,9 @@ class JsonlSink:
             ) from error
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record and flush it. It must hold data/step, an int. Numbers that are not finite become null.
+        """Append one record, which must hold data/step, an int, and flush it. Numbers that are not finite become null.
 
-        Raises OutputError if the file system refuses.
+        Raises OutputError if writing fails.
         """
         if not isinstance(record.get(STEP), int):
             raise ValueError(f"a record needs an int {STEP}, got {record.get('step')!r}")
@@ -84,17 +84,17 @@ class JsonlSink:
             raise OutputError.of(self.path, error) from error
 
     def close(self, *, failed: bool = False) -> None:
-        """Make the file durable and let go of it, however the run ends. Raises OutputError unless `failed`."""
+        """Sync the file to disk and close it. failed: the run ends with an error; else raises OutputError."""
         if self._file is None or self._file.closed:
             return
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:
-            if not failed:  # else what failed first has been told
+            if not failed:  # a failed run has reported its first error
                 raise OutputError.of(self.path, error) from error
         finally:
-            with contextlib.suppress(OSError):  # flushed above, or refused there
+            with contextlib.suppress(OSError):  # flushed above, or failed there
                 self._file.close()
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of this process, in the unit and under the names of `metrics.UNITS`."""
+"""Peak memory of this process, in the units and by the names of `metrics.UNITS`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ GIB = 1 << 30
 
 
 def memory_record(device: torch.device | None = None) -> dict[str, float]:
-    """Peak memory so far by metric name, in GiB: the host's always, the CUDA allocator's where the device is one.
+    """Peak memory so far by metric name, in GiB: of the host, and of the CUDA allocator for a CUDA device.
 
     `device` None: the current CUDA device if there is one. Does not communicate or synchronise.
     """

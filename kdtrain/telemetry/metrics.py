@@ -1,4 +1,4 @@
-"""Numbers of a run: what each is called, its unit, and how ranks add theirs up without stopping the device."""
+"""Metrics of a run: names, units, and weighted means over ranks without synchronising the device at every step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kdtrain.dist.collectives import Group, gather_objects, gather_ranks, group_rank, group_size, reduce_sum_
+from kdtrain.distributed.collectives import Group, gather_objects, gather_ranks, group_rank, group_size, reduce_sum_
 
 UNITS: dict[str, str] = {
     "data/step": "optimizer steps from 1, skipped ones included; 0 is the student before the first",
@@ -57,14 +57,14 @@ UNITS: dict[str, str] = {
     "eval/teacher_entropy": "nats per valid token on data.validation, temperature 1",
     "eval/student_entropy": "nats per valid token on data.validation, temperature 1",
 }
-"""Unit and meaning of every key that kdtrain reports: on the console, in metrics.jsonl and in wandb alike."""
+"""Unit and meaning of every key that kdtrain reports, on the console, in metrics.jsonl and in wandb."""
 
 
 class Metrics:
-    """Weighted means that stay on the device until someone looks.
+    """Weighted means whose sums stay on the device until `reduce`.
 
-    `add` never synchronises and never communicates. Sums are kept in float64, one pair (total, count) per name.
-    What is added is local to a data rank and replicated over tp, so `group` is the dp group (None: one data rank).
+    `add` neither synchronises nor communicates. Sums are kept in float64, one pair (total, count) per name. They are
+    local to a data rank and replicated over tp, so `group` is the dp group (None: one data rank).
     """
 
     def __init__(self, device: torch.device, group: Group = None) -> None:
@@ -78,21 +78,21 @@ class Metrics:
         self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def reduce(self) -> dict[str, float]:
-        """name -> mean over everything added on all data ranks since the last call, then start again at zero.
+        """name -> mean over everything added on all data ranks since the last call, then reset to zero.
 
-        nan where the count is 0. Communicates over the dp group: an all-gather of one integer that proves the names
-        are the same everywhere, and one all-reduce of [names, 2] whatever the number of names. Synchronises the
-        device. Every data rank must call it; raises ValueError on all of them if their names differ.
+        nan if the count is 0. Communicates over the dp group: an all-gather of one integer, which checks that the names
+        are equal on all ranks, and one all-reduce of [names, 2]. Synchronises the device. Every data rank must call it;
+        raises ValueError on all of them if their names differ.
         """
         names, table = self._reduced()
         self._sums.clear()
         return {n: total / count if count else float("nan") for n, (total, count) in zip(names, table, strict=True)}
 
     def state(self) -> dict[str, list[float]]:
-        """name -> [total, count] over all data ranks: what a checkpoint keeps, the same on all ranks and in any layout.
+        """name -> [total, count] over all data ranks, for checkpoints; the same on all ranks and in any layout.
 
-        Nothing is lost: the sums move to data rank 0, where `load_state` puts them too, so that a run that goes on
-        and one that resumes report bitwise the same. Communicates as `reduce`.
+        The sums are kept: they move to data rank 0, as in `load_state`, so that the run and a resumed one report
+        bitwise the same. Communicates as `reduce`.
         """
         names, table = self._reduced()
         state = dict(zip(names, table, strict=True))
@@ -109,7 +109,7 @@ class Metrics:
     def _scalar(self, value: Tensor | float) -> Tensor:
         if isinstance(value, Tensor):
             return value.detach().to(self._device, torch.float64)
-        # a fill, not a copy from the host: copies wait for the device
+        # a fill on the device; a copy from the host would synchronise
         return torch.full((), float(value), dtype=torch.float64, device=self._device)
 
     def _reduced(self) -> tuple[list[str], list[list[float]]]:
@@ -118,15 +118,18 @@ class Metrics:
         if not names:
             return names, []
         table = torch.stack([self._sums[name] for name in names])
+        # each data rank holds the sums of its own tokens only
         return names, reduce_sum_(table, self._group).tolist()
 
     def _check_same_names(self, names: list[str]) -> None:
-        """Ranks with different names would add unlike sums, or hang on unlike shapes: agree on a digest first."""
+        """Raise ValueError on all ranks if their names differ: the all-reduce would add unrelated sums, or hang."""
         if group_size(self._group) == 1:
             return
         digest = int.from_bytes(hashlib.sha256("\n".join(names).encode()).digest()[:7], "big")
+        # before the all-reduce of the sums, whose shapes must be equal
         digests = gather_ranks(torch.tensor([digest], device=self._device), self._group).flatten().tolist()
         if any(other != digest for other in digests):
+            # all ranks reach this branch together, as they compare the same digests
             everyone: list[list[str]] = gather_objects(names, self._group)
             shared = set.intersection(*(set(other) for other in everyone))
             odd = sorted({name for other in everyone for name in other} - shared)

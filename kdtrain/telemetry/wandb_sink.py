@@ -1,9 +1,9 @@
-"""Weights & Biases, the only importer of wandb: one run per run folder, resumed under the same id.
+"""Weights & Biases, the only importer of wandb: one wandb run per run folder, resumed under the same id.
 
-wandb 0.31 numbers its history by itself, from 0 in every process, unless it is given a step; offline, every process
-writes a folder of its own, and a process that is killed loses the records of its last seconds. So each record is logged
-at its optimizer step, and a resumed run first logs what metrics.jsonl has and wandb has not: the parts of a run,
-uploaded by one `wandb sync`, are one history with every step once.
+wandb 0.31 numbers the records of every process from 0 unless they have a step; offline, every process writes its own
+folder, and a killed process loses the records of its last seconds. So each record is logged at its optimizer step, and
+a resumed run first logs the records of metrics.jsonl that wandb lacks: uploaded by one `wandb sync`, the parts of a run
+are one history with every step once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ X_AXIS = "data/tokens_seen"
 
 
 def require_wandb(settings: WandbSection) -> None:
-    """Raise ConfigError if wandb is wanted and not installed."""
+    """Raise ConfigError if log.wandb.mode is not off and wandb is not installed."""
     if settings.mode != "off" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"log.wandb.mode = {settings.mode}, but the package wandb is not installed\n"
@@ -39,11 +39,11 @@ def require_wandb(settings: WandbSection) -> None:
 
 
 class WandbSink:
-    """Sends records to one wandb run; with mode off, to nowhere.
+    """Sends records to one wandb run; with mode off it does nothing.
 
-    Every key is drawn over `data/tokens_seen`. wandb joins the records of one optimizer step (a report and an
-    evaluation) to one row, which is complete when the next step is logged or the run is closed. Records are written by
-    wandb's own process, so `write` does not wait for the network.
+    Every key is plotted over `data/tokens_seen`. wandb joins the records of one optimizer step (a report and an
+    evaluation) into one row, which is complete when the next step is logged or the run is closed. wandb's own process
+    writes the records, so `write` does not wait for the network.
     """
 
     def __init__(
@@ -56,16 +56,16 @@ class WandbSink:
         resume_step: int = 0,
         init_timeout_s: float = 60.0,
     ) -> None:
-        """Start, or go on with, the wandb run of the run folder `folder`; its id is kept in wandb_run_id.txt there.
+        """Start or resume the wandb run of the run folder `folder`, whose id is in wandb_run_id.txt there.
 
-        resume_step: the run goes on after this optimizer step, and metrics.jsonl in `folder` holds the records up to
-        it; 0: it starts anew, as a new wandb run (the former id is put aside as wandb_run_id.txt.before). Records that
-        wandb holds already are not sent again: a resumed run repeats their steps, with the same numbers. Call on one
-        rank only. Raises ConfigError if the package or (online) the account's key is missing. A server that cannot be
-        reached within about `init_timeout_s` is a warning: the run is recorded offline.
+        resume_step: continue after this optimizer step, up to which metrics.jsonl in `folder` holds records; 0: start a
+        new wandb run (the former id is kept in wandb_run_id.txt.before). Records that wandb already has are not sent
+        again: a resumed run repeats those steps with the same numbers. Call on one rank only. Raises ConfigError if the
+        package or (online) the account's key is missing. If the server cannot be reached within about `init_timeout_s`,
+        it warns and records offline.
         """
         self._run: Any = None
-        self._held, self._where = -1, ""
+        self._last_sent, self._where = -1, ""
         if settings.mode == "off":
             return
         require_wandb(settings)
@@ -73,7 +73,7 @@ class WandbSink:
         former = {part: _last_step(part) for part in sorted(folder.glob(f"wandb/*run-*-{run_id}"))}
         self._run = _start(settings, folder, run_id, name, config, init_timeout_s)
         here = max((step for step in former.values() if step is not None), default=-1)
-        self._held = here if self._run.offline else self._run.starting_step - 1
+        self._last_sent = here if self._run.offline else self._run.starting_step - 1
         self._run.define_metric(X_AXIS)
         self._run.define_metric("*", step_metric=X_AXIS)
         for record in read_records(folder / "metrics.jsonl") if resume_step else ():
@@ -89,12 +89,12 @@ class WandbSink:
         return None if self._run is None else str(self._run.id)
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Hand one record over, with its data/step (an int). Does not wait for the network."""
-        if self._run is not None and record[STEP] > self._held:
+        """Send one record, which holds data/step (an int). Does not wait for the network."""
+        if self._run is not None and record[STEP] > self._last_sent:
             self._run.log(dict(record), step=record[STEP])
 
     def close(self, *, failed: bool = False) -> None:
-        """Finish the wandb run, marked as crashed if `failed`; waits until wandb's process has written everything."""
+        """End the wandb run, marked as crashed if `failed`; waits until wandb's process has written everything."""
         if self._run is not None:
             self._run.finish(exit_code=1 if failed else 0)
             self._run = None
@@ -103,7 +103,7 @@ class WandbSink:
 
 
 def _sync_command(parts: list[Path]) -> str:
-    """What uploads the folders of one offline run as one history; wandb orders them by their start."""
+    """The command that uploads the folders of one offline run as one history; wandb orders them by their start."""
     count = "" if len(parts) == 1 else f", in {len(parts)} parts that belong into one command"
     return f"offline{count}: `wandb sync {shlex.join(map(str, parts))}` uploads it"
 
@@ -111,7 +111,7 @@ def _sync_command(parts: list[Path]) -> str:
 def _start(
     settings: WandbSection, folder: Path, run_id: str, name: str, config: Mapping[str, Any], timeout_s: float
 ) -> Any:
-    """A wandb run, online if asked and possible."""
+    """A wandb run, online if configured and possible."""
     import wandb
 
     common: dict[str, Any] = {
@@ -123,7 +123,7 @@ def _start(
         "config": dict(config),
         "allow_val_change": True,
     }
-    # console capture and git diffs are ours (console.log, environment.json); wandb need not read the work tree
+    # console.log and environment.json hold the console and the git state: wandb need not capture them
     quiet: dict[str, Any] = {
         "console": "off",
         "disable_git": True,
@@ -144,12 +144,12 @@ def _start(
         except (wandb.errors.CommError, TimeoutError) as error:
             unreachable = (str(error).strip() or type(error).__name__).splitlines()[0]
         LOGGER.warning("wandb's server cannot be reached (%s); recording offline instead", unreachable)
-        wandb.teardown()  # else its process still holds the run id
+        wandb.teardown()  # otherwise its process still holds the run id
     return wandb.init(mode="offline", settings=options, **common)
 
 
 def _run_id(folder: Path, *, anew: bool) -> str:
-    """The id in the run folder; made and written there (atomically) on first use, and when the run starts anew."""
+    """The id in the run folder, created and written there atomically if missing or for a run from scratch."""
     path = folder / ID_FILE
     if path.exists() and anew:
         os.replace(path, path.with_name(ID_FILE + ".before"))
@@ -161,9 +161,9 @@ def _run_id(folder: Path, *, anew: bool) -> str:
 
 
 def _last_step(part: Path) -> int | None:
-    """The last optimizer step that a wandb folder holds, -1 for one without records; None where wandb cannot read it.
+    """The last optimizer step in a wandb folder, -1 without records; None if wandb cannot read it.
 
-    Uses wandb's own reader, which stops at a record that was cut off by a kill.
+    Uses wandb's own reader, which stops at an incomplete record of a killed process.
     """
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(part)]
     with subprocess.Popen(

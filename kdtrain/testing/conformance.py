@@ -1,11 +1,11 @@
-"""Is a distillation loss right on a vocabulary cut over tensor-parallel ranks? Its value and its gradient, measured.
+"""Measure value and gradient of a distillation loss on a vocabulary sharded over tensor-parallel ranks.
 
-    python -m kdtrain.testing.conformance benchmarks/conformance_subjects.py --write docs/results/conformance.md
+    python -m kdtrain.testing.conformance proofs/conformance_subjects.py --write docs/results/conformance.md
 
-A loss can be right to every digit at any tp while its gradient is tp times too long or points elsewhere, and no
-comparison of losses sees it. `check` runs any loss, of logits or of hidden states and heads, on gloo ranks at every tp
-and puts value, length and direction of each gradient next to float64 autograd on the uncut problem. Several losses
-are declared in a subjects file: a Python file with `SUBJECTS`, a list of `Subject`.
+The value of a loss can be exact at any tp while its gradient is tp times too long or has a wrong direction, which a
+comparison of losses does not show. `check` runs any loss, of logits or of hidden states and heads, on gloo ranks at
+every tp and compares value, length and direction of each gradient with float64 autograd on the whole problem. Several
+losses are declared in a subjects file: a Python file with `SUBJECTS`, a list of `Subject`.
 
 Shape letters: T tokens, V vocabulary, v = V / tp columns or rows of this rank, D and E widths of student and teacher.
 """
@@ -26,20 +26,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdtrain.dist.collectives import gather_ranks
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.collectives import gather_ranks
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import reference
 from kdtrain.testing.ranks import RankPool, load_file
 
 TOKENS, VOCAB, WIDTH_S, WIDTH_T = 24, 96, 16, 24
 TP_SIZES = (1, 2, 4)
 TOLERANCE = 1e-4
-"""A float32 loss within this of float64, in value, length and direction, is called right."""
+"""Largest deviation from float64, in value, length and direction, of a float32 loss that counts as right."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """One divergence at one temperature. parameters: its own arguments (teacher_share, top_k, ...), by name."""
+    """One divergence at one temperature. parameters: further arguments (teacher_share, top_k, ...), by name."""
 
     divergence: str
     temperature: float = 1.0
@@ -57,19 +57,19 @@ DENSE_MODES = tuple(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Subject:
-    """A loss and what it declares about itself.
+    """A loss and its declared properties.
 
     loss       on="logits": loss(student [T, v], teacher [T, v], labels [T], *, group, shard, divergence, temperature,
                **parameters) -> 0-d; on="hidden": the same after (hidden_s [T, D], head_s [v, D], hidden_t [T, E],
                head_t [v, E], labels). A function of a module or script that can be loaded again by its path
     reduction  "sum" or "mean" over tokens
     value      "replicated": every rank returns the whole loss; "partial": ranks return parts that add up to it
-               and each starts backward from its own
+               and each calls backward on its own
     temperature_squared   whether the loss carries the factor temperature^2
     expected   expected(student [T, V], teacher [T, V], labels [T], divergence=, temperature=, **parameters) -> [T] in
                float64, the loss per token as the subject defines it; default: `dense_loss`, kdtrain's definitions
-    needs      modules it cannot run without; where one does not import, the subject is reported as absent
-    packages   whose versions are reported
+    needs      required modules; if one cannot be imported, the subject is reported as absent
+    packages   packages whose versions are reported
     """
 
     name: str
@@ -94,7 +94,7 @@ class Subject:
                 raise ValueError(f"{argument} = {getattr(self, argument)!r}, need one of {', '.join(choices)}")
 
     def absent(self) -> str:
-        """Why it cannot run here, in one line; empty where it can."""
+        """Why it cannot run here, in one line; empty if it can."""
         for name in self.needs:
             try:
                 importlib.import_module(name)
@@ -107,8 +107,8 @@ class Subject:
 class Finding:
     """One subject in one mode at one tp against float64; the worst rank's numbers.
 
-    gradient: of what. loss_error: relative. norm_ratio: got / expected length, 1 is right; tp or 1 / tp betrays a
-    reduction too many or too few. cosine: between got and expected.
+    gradient: of which argument. loss_error: relative. norm_ratio: measured / expected length, 1 is right; tp or 1 / tp
+    indicates an extra or a missing reduction. cosine: between measured and expected.
     """
 
     subject: str
@@ -121,7 +121,7 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """right, or the first thing that is wrong."""
+        """right, or the first error."""
         if not self.loss_error <= TOLERANCE:
             return "wrong value"
         if not self.cosine >= 1 - TOLERANCE:
@@ -182,7 +182,7 @@ def run_subject(
 
 
 def _portable(subject: Subject) -> dict[str, Any]:
-    """The subject without functions and classes: they are loaded again on the ranks, from their files."""
+    """The subject without functions and classes, which the ranks load again from their files."""
     plain = {name: getattr(subject, name) for name in ("on", "reduction", "value", "temperature_squared")}
     for name in ("loss", "expected"):
         function = getattr(subject, name) or dense_loss
@@ -197,14 +197,15 @@ def _measure(rank: int, world_size: int, *, subject: dict[str, Any], dtype: str)
     for mode in subject["modes"]:
         tensors = problem(subject["on"], getattr(torch, dtype))
         arguments = {"divergence": mode["divergence"], "temperature": mode["temperature"], **mode["parameters"]}
-        expected, wanted = _reference(tensors, subject, expected_of, arguments)
+        expected, gradients = _reference(tensors, subject, expected_of, arguments)
         shard = VocabShard.of(VOCAB, rank, world_size, multiple=1)
-        mine = {name: _cut(name, whole, shard) for name, whole in tensors.items()}
+        mine = {name: _local(name, whole, shard) for name, whole in tensors.items()}
         loss = loss_of(*mine.values(), group=dist.group.WORLD, shard=shard, **arguments)
         torch.autograd.backward(loss)
+        # A "partial" loss is the sum of the values of all ranks.
         value = gather_ranks(loss.detach().double(), dist.group.WORLD).sum() if subject["value"] == "partial" else loss
         error = float((value.detach() - expected).abs() / expected.abs())
-        for name, whole in wanted.items():
+        for name, whole in gradients.items():
             got = _whole_gradient(name, mine[name], dist.group.WORLD)
             rows.append(
                 {
@@ -219,7 +220,7 @@ def _measure(rank: int, world_size: int, *, subject: dict[str, Any], dtype: str)
 
 
 def problem(on: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The uncut problem, the same on every rank: both models' logits or hidden states and heads, and labels.
+    """The whole problem, the same on every rank: both models' logits or hidden states and heads, and labels.
 
     Divergences are of the order of a nat.
     """
@@ -242,7 +243,7 @@ _STUDENT = ("student", "hidden_s", "head_s")
 """Arguments whose gradients are compared."""
 
 
-def _cut(name: str, whole: Tensor, shard: VocabShard) -> Tensor:
+def _local(name: str, whole: Tensor, shard: VocabShard) -> Tensor:
     """This rank's part: columns of logits, rows of heads, everything else whole; the student's as leaves."""
     rows = slice(shard.start, shard.stop)
     if name in ("student", "teacher"):
@@ -253,19 +254,20 @@ def _cut(name: str, whole: Tensor, shard: VocabShard) -> Tensor:
 
 
 def _whole_gradient(name: str, leaf: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """A leaf's gradient over the whole vocabulary, float64; of hidden states as this rank has it (replicated)."""
+    """A leaf's gradient over the whole vocabulary, float64; for hidden states (replicated) this rank's."""
     if leaf.grad is None:
         raise ValueError(f"the loss gave {name} no gradient")
     gradient = leaf.grad.double()
     if name == "hidden_s":
         return gradient
+    # Each rank has the gradient of its own columns or rows.
     return torch.cat(list(gather_ranks(gradient, group)), dim=1 if name == "student" else 0)
 
 
 def _reference(
     tensors: dict[str, Tensor], subject: dict[str, Any], expected_of: Callable[..., Tensor], arguments: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, gradients of the student's tensors) by autograd in float64 on the uncut problem."""
+    """(loss, gradients of the student's tensors) by autograd in float64 on the whole problem."""
     leaves = {name: tensors[name].double().clone().requires_grad_() for name in _STUDENT if name in tensors}
     if subject["on"] == "logits":
         student, teacher = leaves["student"], tensors["teacher"].double()
@@ -337,20 +339,20 @@ def report(subjects: Sequence[Subject], source: str, command: str) -> tuple[str,
         for pool in pools.values():
             pool.close()
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in sorted(packages))
-    head = f"""# Losses on a cut vocabulary against float64
+    head = f"""# Losses on a sharded vocabulary against float64
 
 Made by `{command}`;
-what a column means is in `kdtrain/testing/conformance.py`, what each loss is in `{source}`.
+`kdtrain/testing/conformance.py` explains the columns, the losses are defined in `{source}`.
 float32 on gloo ranks, {TOKENS} tokens, {VOCAB} ids, {versions}.
 Right: within {TOLERANCE:g} in value, length and direction. Gradients are those of the loss as its package returns it;
-what a trainer multiplies them by is not part of this.
+factors that a trainer applies to it are not included.
 """
     listed = "\nAbsent where this was made:\n\n" + "\n".join(absent) + "\n" if absent else ""
     return f"{head}\n{table(findings)}{listed}", findings
 
 
 def main() -> None:
-    """Run a subjects file, print its table, write it if asked."""
+    """Run a subjects file, print its table and, with --write, write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("subjects", type=Path, help="Python file with SUBJECTS")
     parser.add_argument("--write", type=Path, metavar="FILE.md")

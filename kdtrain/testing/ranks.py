@@ -1,4 +1,4 @@
-"""A pool of ranks (gloo's by default) that lives for a whole test session: a multi-rank test costs milliseconds.
+"""A pool of ranks (gloo by default) for a whole test session, so that a multi-rank test takes milliseconds.
 
 Workers come from a forkserver that has torch (and, for engine tests, deepspeed) imported already. Jobs are sent as
 (file, function name, kwargs); a worker loads the file by path and calls function(rank, world_size, **kwargs).
@@ -35,11 +35,11 @@ ENGINE_MODULES = (
     "kdtrain.engine.zero",
     "kdtrain.engine.checkpoint",
 )
-"""What ranks that build engines import, seconds in all. A fork server that has them shares them with every rank."""
+"""Modules for ranks that build engines; they take seconds to import. A fork server imports them once for all ranks."""
 
 
 def load_file(path: str | Path) -> ModuleType:
-    """The module of a file that no package holds (a test, a script), loaded once per process. Raises ValueError."""
+    """The module of a file outside of packages (a test, a script), loaded once per process. Raises ValueError."""
     name = "file_" + hashlib.sha256(str(path).encode()).hexdigest()[:16] + "_" + Path(path).stem
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
@@ -66,16 +66,17 @@ def _worker(rank: int, world_size: int, store: str, jobs: Any, results: Any, env
             function = getattr(load_file(path), name)
             answer: tuple[int, Any, str | None] = (rank, function(rank, world_size, **kwargs), None)
             pickle.dumps(answer)
-        except BaseException as error:  # a worker reports whatever a test raised, assertion or exit
+        except BaseException as error:  # any exception of the test, also SystemExit
             answer = (rank, None, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         results.put(answer)
+    # No rank may close its connections while another still uses them.
     dist.barrier()
     dist.destroy_process_group()
     results.close()
     results.join_thread()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # gloo's threads abort now and then at interpreter exit, after all work is done
+    os._exit(0)  # gloo's threads sometimes abort at interpreter exit
 
 
 class RankPool:
@@ -125,8 +126,8 @@ class RankPool:
     def run(self, function: Callable[..., Any], *, timeout_s: float = TIMEOUT_S, **kwargs: Any) -> list[Any]:
         """Call `function(rank, world_size, **kwargs)` on every rank; the list of its results in rank order.
 
-        Raises AssertionError with every failed rank's traceback, TimeoutError naming the silent ranks. After
-        either, the pool is killed: its ranks may disagree about where they are. The next call starts a new one.
+        Raises AssertionError with every failed rank's traceback, TimeoutError naming the ranks without a result.
+        After either, the pool is killed, because its ranks may be at different points. The next call starts a new one.
         """
         if not self._processes:
             self._start()
@@ -137,7 +138,7 @@ class RankPool:
         failures: list[str] = []
         while len(answers) + len(failures) < self.world_size:
             try:
-                # once one rank has failed, the others are probably stuck in a collective: do not wait for them
+                # once a rank has failed, the others are probably blocked in a collective: do not wait for them
                 rank, value, failure = self._results.get(timeout=5.0 if failures else timeout_s)
             except queue.Empty:
                 if failures:
@@ -145,7 +146,7 @@ class RankPool:
                 self.close(kill=True)
                 silent = sorted(set(range(self.world_size)) - set(answers))
                 raise TimeoutError(
-                    f"{function.__name__}: ranks {silent} said nothing for {timeout_s:.0f} s (deadlocked collective?)"
+                    f"{function.__name__}: no result from ranks {silent} within {timeout_s:.0f} s (a deadlock?)"
                 ) from None
             if failure is None:
                 answers[rank] = value
@@ -157,7 +158,7 @@ class RankPool:
         return [answers[rank] for rank in range(self.world_size)]
 
     def close(self, *, kill: bool = False) -> None:
-        """End the workers; their folder goes with them."""
+        """End the workers and remove their folder."""
         if not self._processes:
             return
         for jobs, process in zip(self._jobs, self._processes, strict=True):

@@ -1,1 +1,1 @@
-"""The composition root and the loop."""
+"""The training loop, its checkpoints, guards and reports. Takes values; `kdtrain.jobs` reads the configuration."""

@@ -1,4 +1,4 @@
-"""When to report, evaluate, save and stop."""
+"""At which steps a run reports, evaluates and saves, and whether it has to stop."""
 
 from __future__ import annotations
 
@@ -6,79 +6,89 @@ import signal
 import time
 from types import FrameType
 
-from kdtrain.config.schema import RunConfig
 from kdtrain.training.progress import Progress
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""SIGTERM comes from schedulers and from the launcher, SIGUSR1 from schedulers that warn ahead."""
+"""SIGTERM comes from schedulers and from the launcher, SIGUSR1 from schedulers that send it ahead of a time limit."""
 
 
 class StopRequest:
-    """Whether this rank has been asked to stop: by a signal, or by the time limit.
+    """Whether this rank received a request to stop: a signal, the time limit, or a call of `request`.
 
-    Installing handlers is explicit (`install`). Ranks learn of it at different moments, so the trainer reduces `wanted`
-    over all ranks once per step.
+    Installing handlers is explicit (`install`). Ranks receive a request at different moments, so the trainer reduces
+    `requested` over all ranks once per step.
     """
 
     def __init__(self, time_limit_s: float | None = None) -> None:
         self._deadline = None if time_limit_s is None else time.monotonic() + time_limit_s
         self._signal: int | None = None
-        self._asked: str | None = None
+        self._reason: str | None = None
 
     def install(self) -> None:
         """Catch STOP_SIGNALS from now on (main thread only)."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
-    def ask(self, reason: str) -> None:
-        """Want to stop, because of something that this process learned otherwise than by a signal."""
-        self._asked = self._asked or reason
+    def request(self, reason: str) -> None:
+        """Request a stop for another cause than a signal; the first reason is kept."""
+        self._reason = self._reason or reason
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
 
     @property
-    def wanted(self) -> bool:
+    def _timed_out(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    @property
+    def requested(self) -> bool:
         """True once this rank should stop after the current step."""
-        if self._asked is not None:
-            return True
-        return self._signal is not None or (self._deadline is not None and time.monotonic() >= self._deadline)
+        return self._reason is not None or self._signal is not None or self._timed_out
 
     @property
     def reason(self) -> str:
-        """Why, in a few words."""
+        """The cause of the request, for a message; another rank if this one received none."""
         if self._signal is not None:
             return f"signal {signal.Signals(self._signal).name}"
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+        if self._timed_out:
             return "run.time_limit_s reached"
-        if self._asked is not None:
-            return self._asked
-        return "another rank was asked to stop"
+        return self._reason or "another rank received a stop request"
 
 
 class Cadence:
-    """Step numbers at which things happen. Steps count from 1; step 0 is the untrained student."""
+    """Step numbers at which a run reports, evaluates and saves. Steps count from 1; step 0 is the untrained student."""
 
-    def __init__(self, cfg: RunConfig, begun: Progress | None = None) -> None:
-        """begun: what has been trained already, maybe with another data.tokens_per_step."""
+    def __init__(
+        self,
+        total_tokens: int,
+        tokens_per_step: int,
+        begun: Progress | None = None,
+        *,
+        log_every: int = 1,
+        eval_every: int | None = None,
+        save_every: int | None = None,
+        evaluates: bool = False,
+    ) -> None:
+        """begun: progress so far, possibly with another tokens_per_step. evaluates: whether there is validation data.
+
+        eval_every: None evaluates before the first and after the last step only. save_every: None saves after the last.
+        """
         begun = begun or Progress()
-        left = max(0, cfg.train.total_tokens - begun.tokens_seen)
-        self.last_step = begun.step + -(-left // cfg.data.tokens_per_step)
-        self._log_every = cfg.log.every_steps
-        self._eval_every = cfg.eval.every_steps
-        self._save_every = cfg.checkpoint.every_steps
-        self._evaluates = cfg.data.validation is not None
+        left = max(0, total_tokens - begun.tokens_seen)
+        self.last_step = begun.step + -(-left // tokens_per_step)
+        self._log_every, self._eval_every, self._save_every = log_every, eval_every, save_every
+        self._evaluates = evaluates
 
     def log(self, step: int) -> bool:
-        """Report after this step: the first, every log.every_steps, the last."""
+        """Report after this step: the first, every log_every, the last."""
         return step == 1 or step % self._log_every == 0 or step == self.last_step
 
     def evaluate(self, step: int) -> bool:
-        """Evaluate after this step: before the first, every eval.every_steps, after the last."""
+        """Evaluate after this step: before the first, every eval_every, after the last."""
         if not self._evaluates:
             return False
         return step in (0, self.last_step) or (self._eval_every is not None and step % self._eval_every == 0)
 
     def save(self, step: int) -> bool:
-        """Save after this step: every checkpoint.every_steps, and the last."""
+        """Save after this step: every save_every, and the last."""
         return step == self.last_step or (self._save_every is not None and step % self._save_every == 0)

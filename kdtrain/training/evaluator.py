@@ -1,4 +1,4 @@
-"""Validation as part of a run: fixed batches, one record, one console line."""
+"""Validation during a run: fixed batches, one record, one console line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.evaluation.validation import Validation
 from kdtrain.training.progress import Progress
@@ -15,7 +15,7 @@ from kdtrain.training.report import Reporter
 
 
 class Evaluator:
-    """Runs a `Validation` over the same batches each time and hands the means to the reporter."""
+    """Runs a `Validation` over the same batches each time and reports the means."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Evaluator:
         self._device = device
 
     def run(self, progress: Progress) -> dict[str, float]:
-        """Evaluate the student as it is now. Communicates as `Validation.run` does."""
+        """Evaluate the current student. Communicates as `Validation.run`."""
         started = time.perf_counter()
         with self._engine.eval_mode():
             means = self._validation.run(self._batches(), self._device)

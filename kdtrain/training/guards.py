@@ -1,6 +1,7 @@
-"""What a long run watches for in its steps: gradients that are not finite, losses that jump, ranks that hold others up.
+"""Checks of a long run's steps: gradients that are not finite, loss spikes, slow ranks.
 
-Only the first ever acts. What is written down goes to skipped.jsonl and spikes.jsonl in the run folder, on rank 0.
+Only the first one changes or ends the run. Rank 0 records skipped steps and spikes in skipped.jsonl and spikes.jsonl of
+the run folder.
 """
 
 from __future__ import annotations
@@ -14,30 +15,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import GuardSection
-from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import gather_objects, gather_ranks
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.collectives import gather_objects, gather_ranks
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import NonFiniteLoss, OutputError
 from kdtrain.log import LOGGER
 from kdtrain.telemetry.jsonl_sink import JsonlSink
 from kdtrain.training.progress import Progress
 
 WINDOW = 100
-"""Losses that a new one is compared with."""
+"""Number of recent losses that a new one is compared with."""
 LEAST = 20
-"""Fewer losses say nothing of what is usual."""
+"""With fewer recent losses no spike is reported: their mean and deviation are too uncertain."""
 STRAGGLER = 1.5
-"""A rank this many times slower than the median holds the others up."""
+"""A rank is reported as slow from this ratio of its time to the median."""
 NOISE_S = 0.02
-"""Seconds per step below which differences between ranks are a scheduler's, not a machine's."""
+"""Differences between ranks below this many seconds per step are scheduling noise."""
 QUIET_STEPS = 100
-"""Steps after a warning of slow data or a slow rank without another of its kind."""
+"""Steps after a warning of slow data or of a slow rank during which it is not repeated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """Files for what was found; on rank 0 only."""
+    """Files for skipped steps and spikes; on rank 0 only."""
 
     skipped: JsonlSink
     spikes: JsonlSink
@@ -46,7 +47,7 @@ class Events:
 class Guards:
     """The guards of one run. Every rank holds one and calls the same methods at the same steps.
 
-    progress: the run's; its counters are kept up here, so that a resumed run goes on as if it had not stopped.
+    progress: of the run. The guards' state is kept in it, so that a resumed run continues as if it had not stopped.
     """
 
     def __init__(
@@ -55,23 +56,23 @@ class Guards:
         self._settings, self._mesh, self._device = settings, mesh, device
         self._progress = progress
         self._events = events
-        self._unseen: list[tuple[int, Tensor, Tensor]] = []  # step, [loss, valid tokens] of this data rank, sample ids
+        self._unchecked: list[tuple[int, Tensor, Tensor]] = []  # step, [loss, valid tokens] of this rank, sample ids
         self._slow = SlowRanks(settings.data_wait_share, mesh, device, progress)
         self.failure: OutputError | None = None
-        """A file of this rank that could not be written."""
+        """The first error of this rank when it wrote one of its files; None without one."""
 
     def applied(self, micro_batches: list[Batch], sums: list[tuple[Tensor, Tensor]]) -> None:
-        """The step just counted in `progress` was applied; sums: (loss, valid tokens) of its micro-batches.
+        """Record the last step of `progress` as applied. sums: (loss, valid tokens) of its micro-batches, 0-d.
 
-        Neither communicates nor synchronises.
+        Does not communicate and does not synchronise the device.
         """
         self._progress.skipped_in_row = 0
         if self._settings.spike_sigmas is not None:
             pair = torch.stack([torch.stack([loss.detach().double(), count.double()]) for loss, count in sums]).sum(0)
-            self._unseen.append((self._progress.step, pair, _ids(micro_batches)))
+            self._unchecked.append((self._progress.step, pair, _ids(micro_batches)))
 
     def skipped(self, micro_batches: list[Batch], grad_norm: float) -> None:
-        """The step just counted in `progress` was not finite on some rank and was applied on none.
+        """Record the last step of `progress` as skipped on all ranks, as it was not finite on one.
 
         Communicates: one all-gather over dp of the step's sample ids. Raises NonFiniteLoss on all ranks after more
         than guard.max_skipped_steps in a row.
@@ -79,6 +80,7 @@ class Guards:
         p, most = self._progress, self._settings.max_skipped_steps
         p.skipped_steps += 1
         p.skipped_in_row += 1
+        # rank 0 records the samples of all data ranks: any of them may have caused the overflow
         everyone = gather_ranks(_ids(micro_batches).to(self._device), self._mesh.dp_group).tolist()
         self._write("skipped", {"data/step": p.step, "grad_norm": str(grad_norm), "sample_ids": everyone})
         if p.skipped_in_row <= most:
@@ -97,30 +99,31 @@ class Guards:
             "continue from the last checkpoint"
         )
 
-    def look_at_losses(self) -> None:
-        """Compare each loss since the last call with those before it; warn of jumps. Changes nothing that is trained.
+    def check_losses(self) -> None:
+        """Compare each loss since the last call with those before it, and warn of spikes. Does not change the run.
 
-        Call when a step is reported or saved, which waits for the device anyway. Communicates: one all-gather over dp
-        and cp of two numbers per step, and one per jump. Synchronises the device.
+        Called when a step is reported or saved, which synchronises the device anyway. Communicates: one all-gather over
+        dp and cp of two numbers per step, and one over dp per spike. Synchronises the device.
         """
-        if not self._unseen:
+        if not self._unchecked:
             return
         sigmas = self._settings.spike_sigmas
         assert sigmas is not None
-        # [dp cp, n, 2]
-        everyone = gather_ranks(torch.stack([pair for _, pair, _ in self._unseen]), self._mesh.zero_group)
-        for (step, _, ids), pairs in zip(self._unseen, everyone.transpose(0, 1).tolist(), strict=True):
-            # exact sums: whether a save came between two steps must not show in a bit of what a checkpoint keeps
+        # each rank holds the loss of its own tokens; the step's mean needs all of them. [dp cp, n, 2]
+        everyone = gather_ranks(torch.stack([pair for _, pair, _ in self._unchecked]), self._mesh.zero_group)
+        for (step, _, ids), pairs in zip(self._unchecked, everyone.transpose(0, 1).tolist(), strict=True):
+            # fsum is exact: the means, which checkpoints keep, do not depend on how many steps are gathered at once
             total, count = (math.fsum(column) for column in zip(*pairs, strict=True))
             loss, window = total / count, self._progress.recent_losses
             if len(window) >= LEAST:
                 mean, deviation = statistics.fmean(window), statistics.stdev(window)
                 if loss > mean + sigmas * deviation:
-                    self._jumped(step, loss, mean, deviation, ids)
+                    self._report_spike(step, loss, mean, deviation, ids)
             self._progress.recent_losses = [*window, loss][-WINDOW:]
-        self._unseen.clear()
+        self._unchecked.clear()
 
-    def _jumped(self, step: int, loss: float, mean: float, deviation: float, ids: Tensor) -> None:
+    def _report_spike(self, step: int, loss: float, mean: float, deviation: float, ids: Tensor) -> None:
+        # rank 0 records the samples of all data ranks: the spike may come from any of them
         everyone = gather_ranks(ids.to(self._device), self._mesh.dp_group).tolist()
         _warn(
             self._mesh,
@@ -130,12 +133,12 @@ class Guards:
         found = {"data/step": step, "loss/total": loss, "mean": mean, "deviation": deviation, "sample_ids": everyone}
         self._write("spikes", found)
 
-    def look_at_ranks(self, phases: Mapping[str, float]) -> dict[str, float]:
-        """As `SlowRanks.look`."""
-        return self._slow.look(phases)
+    def check_ranks(self, phases: Mapping[str, float]) -> dict[str, float]:
+        """As `SlowRanks.check`."""
+        return self._slow.check(phases)
 
     def close(self, *, failed: bool = False) -> None:
-        """Let go of the files."""
+        """Close the files. failed: the run ends with an error."""
         if self._events is not None:
             self._events.skipped.close(failed=failed)
             self._events.spikes.close(failed=failed)
@@ -145,15 +148,16 @@ class Guards:
             return
         try:
             getattr(self._events, which).write(record)
-        except OutputError as error:  # raised by the trainer on all ranks together
+        except OutputError as error:  # the trainer reduces `failure` and raises on all ranks at the same step
             self.failure = self.failure or error
 
 
 class SlowRanks:
-    """Warns of ranks that wait for their data or compute slowly, once per QUIET_STEPS each.
+    """Warns of ranks that wait for data or compute slowly, at most once per QUIET_STEPS for each of the two.
 
-    A step ends on all ranks at once, so its length tells nothing: compared is the time before the first gradient is
-    reduced, data_wait and forward. Ranks of one tp group wait for each other there, and so do all with ZeRO-3.
+    A step takes equally long on all ranks, as they wait for each other in collectives. So the time before the first
+    gradient reduction is compared: data_wait and forward. Even in it the ranks of a tp group, and with ZeRO-3 all
+    ranks, wait for each other.
     """
 
     def __init__(self, data_wait_share: float, mesh: Mesh, device: torch.device, progress: Progress) -> None:
@@ -162,13 +166,14 @@ class SlowRanks:
         self._step, self._seconds = progress.step, progress.train_seconds
         self._warm = False
         self._quiet_until = {"data": 0, "rank": 0}
+        # every rank logs or ignores the same warning, and rank 0 names the host of any rank
         self._hosts: list[str] = gather_objects(os.uname().nodename, mesh.world_group)
 
-    def look(self, phases: Mapping[str, float]) -> dict[str, float]:
-        """Compare the ranks over the steps since the last call; phases: this rank's seconds in them by name.
+    def check(self, phases: Mapping[str, float]) -> dict[str, float]:
+        """Compare the ranks over the steps since the last call and return metrics. phases: this rank's seconds by name.
 
-        The first call only takes note: first steps compile and fill caches. Returns what to report. Communicates: one
-        all-gather over the world of three numbers.
+        The first call reports nothing, as the first steps compile and fill caches. Communicates: one all-gather over
+        the world of three numbers.
         """
         p = self._progress
         steps, seconds = p.step - self._step, p.train_seconds - self._seconds
@@ -177,22 +182,24 @@ class SlowRanks:
         mine = torch.tensor(
             [wait, wait + phases.get("forward", 0.0), seconds], dtype=torch.float64, device=self._device
         )
+        # a slow rank is visible only in comparison with all others
         table = (gather_ranks(mine, self._mesh.world_group) / steps).tolist()
         warm, self._warm = self._warm, True
         if not warm:
             return {}
-        self._data([row[0] / max(row[2], 1e-9) for row in table])
-        return self._straggler([row[1] for row in table])
+        self._check_data([row[0] / max(row[2], 1e-9) for row in table])
+        return self._check_time([row[1] for row in table])
 
-    def _data(self, shares: list[float]) -> None:
+    def _check_data(self, shares: list[float]) -> None:
         worst = max(range(len(shares)), key=shares.__getitem__)
         if shares[worst] > self._share and self._may_warn("data"):
             _warn(
-                self._mesh, "slow     %s waited for data in %.0f%% of the steps' time (guard.data_wait_share = %g)",
+                self._mesh,
+                "slow     %s waited for data in %.0f%% of the steps' time (guard.data_wait_share = %g)",
                 *(self._name(worst), 100 * shares[worst], self._share),
-            )  # fmt: skip
+            )
 
-    def _straggler(self, own: list[float]) -> dict[str, float]:
+    def _check_time(self, own: list[float]) -> dict[str, float]:
         if len(own) == 1:
             return {}
         worst, median = max(range(len(own)), key=own.__getitem__), statistics.median(own)
@@ -215,7 +222,7 @@ class SlowRanks:
 
 
 def _warn(mesh: Mesh, text: str, *values: object) -> None:
-    """Once: what is found, all ranks find."""
+    """Log once per job: all ranks compute the same warning."""
     if mesh.is_main:
         LOGGER.warning(text, *values)
 
@@ -224,9 +231,10 @@ def _ids(micro_batches: list[Batch]) -> Tensor:
     return torch.cat([batch.sample_ids for batch in micro_batches])
 
 
-def poisoned(loss_sum: Tensor) -> Tensor:
-    """loss_sum, but with gradients of nan where its value is not finite: the step is then skipped on all ranks.
+def nan_if_nonfinite(loss_sum: Tensor) -> Tensor:
+    """loss_sum (0-d), whose gradients are nan if its value is not finite, so that the step is skipped on all ranks.
 
-    A divergence can be infinite while its gradient is not. Bitwise the same for a finite one. Does not synchronise.
+    A divergence can be infinite while its gradient is finite. A finite value and its gradients keep their bits. Does
+    not synchronise the device.
     """
     return loss_sum * torch.where(loss_sum.detach().isfinite(), 1.0, math.nan)

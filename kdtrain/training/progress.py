@@ -1,4 +1,4 @@
-"""What a run knows about its own past."""
+"""The counters of a run, saved in its checkpoints."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 class Progress:
     """Saved with every checkpoint, restored on resume; equal on all ranks except `metrics`.
 
-    step: steps done, each with its own data. tokens_seen: tokens of all ranks, padding included. train_seconds:
-    wall-clock spent in steps, without evaluation, saving and start-up. metrics: sums since the last report (data rank 0
-    holds them all).
-    skipped_steps, skipped_in_row: steps not applied because they were not finite, ever and just before now; `step`
-    counts them, AdamW does not. recent_losses: of the last applied steps that guard.spike_sigmas has looked at.
+    step: completed steps, each with its own data. tokens_seen: tokens of all ranks, padding included. train_seconds:
+    wall-clock seconds in steps, without evaluation, saving and start-up. metrics: sums since the last report (data rank
+    0 holds them all).
+    skipped_steps, skipped_in_row: steps that were not applied because they were not finite, in total and since the last
+    applied one; `step` counts them, AdamW does not. recent_losses: of the last applied steps, for guard.spike_sigmas.
     """
 
     step: int = 0

@@ -1,4 +1,4 @@
-"""debug.check_replicas: what ranks of a tp group, and of a cp group, must have in common is compared, not believed."""
+"""debug.check_replicas: compare the micro-batches of the ranks of a tp group and of a cp group."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from dataclasses import fields
 
 import torch
 
-from kdtrain.data.batch import Batch
-from kdtrain.dist.collectives import gather_ranks
-from kdtrain.dist.mesh import Mesh
+from kdtrain.batch import Batch
+from kdtrain.distributed.collectives import gather_ranks
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ParallelError
 
 
 def check_replicas(micro_batches: list[Batch], mesh: Mesh) -> None:
-    """ParallelError on every tp rank unless all of them hold the same micro-batches, element for element, and on every
-    cp rank unless their parts make up sequences.
+    """Raise ParallelError unless tp ranks hold equal micro-batches and the parts of cp ranks form whole sequences.
 
-    Communicates: one all-gather over tp per micro-batch and field, one over cp per micro-batch. Synchronises the
-    device.
+    Communicates: one all-gather over tp per micro-batch and field, one over cp per micro-batch; all ranks of a group
+    raise together. Synchronises the device.
     """
     for number, batch in enumerate(micro_batches):
         for field, values in zip(fields(Batch), batch.tensors(), strict=False):  # the first fields are the tensors
+            # ranks with different tokens would add up unrelated activations
             everyone = gather_ranks(values, mesh.tp_group)
             odd = [rank for rank in range(1, len(everyone)) if not torch.equal(everyone[rank], everyone[0])]
             if odd:
@@ -33,8 +33,9 @@ def check_replicas(micro_batches: list[Batch], mesh: Mesh) -> None:
 
 
 def _check_parts(number: int, batch: Batch, mesh: Mesh) -> None:
-    """The last label of a part is the first token of the next, and all parts are of the same samples."""
+    """Check that the last label of a part is the first token of the next, and that all parts have the same samples."""
     ends = torch.stack([batch.sample_ids, batch.input_ids[:, 0], batch.labels[:, -1]])
+    # attention exchanges heads over cp and would mix parts of different sequences
     everyone = gather_ranks(ends, mesh.cp_group)  # [cp, 3, B]
     odd = [
         rank

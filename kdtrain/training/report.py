@@ -1,4 +1,4 @@
-"""From sums to the answers a user wants: one console line, one metrics record, one wandb entry per report."""
+"""Reports of a run: one console line and one record per report, for every sink."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import OutputError
 from kdtrain.log import LOGGER, log_failure
 from kdtrain.telemetry.console import format_eval, format_step
@@ -17,18 +17,18 @@ from kdtrain.training.progress import Progress
 
 
 class Sink(Protocol):
-    """Takes one flat record of floats."""
+    """A destination of flat records of floats."""
 
     def write(self, record: dict[str, float]) -> None:
-        """Keep `record`; it has data/step and data/tokens_seen."""
+        """Write `record`, which has data/step and data/tokens_seen."""
 
     def close(self, *, failed: bool = False) -> None:
-        """Flush; `failed`: the run ends by an error."""
+        """Flush. failed: the run ends with an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """FLOPs per token of both models, and what the devices can do.
+    """FLOPs per token of both models, and the peak rate of the devices.
 
     student: forward and backward; teacher: forward only, 0 without one; peak: FLOP/s of all ranks, None if unknown.
     """
@@ -39,12 +39,12 @@ class Costs:
 
     @property
     def teacher_share(self) -> float:
-        """Teacher's part of all FLOPs, in [0, 1)."""
+        """The teacher's share of all FLOPs, in [0, 1)."""
         return self.teacher / (self.teacher + self.student)
 
     @property
     def equal_flops_tokens(self) -> float:
-        """Tokens plain cross-entropy could see for the FLOPs of one distilled token (the break-even ratio)."""
+        """Tokens of plain cross-entropy for the FLOPs of one distilled token (the break-even ratio)."""
         return (self.teacher + self.student) / self.student
 
 
@@ -58,23 +58,23 @@ class Reporter:
         self._costs = costs
         self._total_steps = total_steps
         self._last = Progress()
-        self._refused: OutputError | None = None
+        self._failure: OutputError | None = None
 
     @property
     def failure(self) -> OutputError | None:
-        """The first file of this rank that could not be written: the run cannot go on, on any rank. Else None."""
-        if self._refused is None and (found := log_failure()) is not None:
-            self._refused = OutputError.of(*found)
-        return self._refused
+        """The first error of this rank in writing a file, for which the trainer ends the run on all ranks; or None."""
+        if self._failure is None and (found := log_failure()) is not None:
+            self._failure = OutputError.of(*found)
+        return self._failure
 
     def resumed(self, progress: Progress) -> None:
-        """Rates are taken from here on."""
+        """Start the rates of the next report at `progress`."""
         self._last = Progress(progress.step, progress.tokens_seen, progress.train_seconds)
 
     def step(
         self, progress: Progress, means: dict[str, float], phases: dict[str, float], grad_norm: float, lr: float
     ) -> None:
-        """Report the steps since the last call. `phases`: seconds per phase over those steps."""
+        """Report the steps since the last call. phases: seconds of those steps by name. Does not communicate."""
         steps = progress.step - self._last.step
         seconds = progress.train_seconds - self._last.train_seconds
         rate = (progress.tokens_seen - self._last.tokens_seen) / max(seconds, 1e-9)
@@ -118,11 +118,11 @@ class Reporter:
             try:
                 for sink in self._sinks:
                     sink.write(record)
-            except OutputError as error:  # told by `failure`: raised here, it would leave the other ranks waiting
-                self._refused = self._refused or error
+            except OutputError as error:  # kept in `failure`: raised here, it would leave the other ranks waiting
+                self._failure = self._failure or error
 
     def close(self, *, failed: bool = False) -> None:
-        """Flush and close every sink; `failed`: the run ends by an error."""
+        """Flush and close every sink. failed: the run ends with an error."""
         for sink in self._sinks:
             sink.close(failed=failed)
 

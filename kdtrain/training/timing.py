@@ -1,4 +1,4 @@
-"""Where the time of a step goes, without synchronising the device at every phase."""
+"""Time of a step by phase, without synchronising the device at every phase."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from contextlib import contextmanager
 
 import torch
 
-from kdtrain.telemetry.heartbeat import Pulse
+from kdtrain.run_state.heartbeat import PhaseTracker
 
 
 class PhaseTimer:
     """Seconds per named phase since the last `read`.
 
-    On CUDA a phase is bracketed by events that are read only in `read` (one synchronisation per report); elsewhere
-    by the wall clock. pulse: told of every phase, for other ranks to see.
+    On CUDA a phase is measured by events that only `read` reads (one synchronisation per report), elsewhere by the
+    wall clock. pulse: records every phase for the heartbeats of this rank.
     """
 
-    def __init__(self, device: torch.device, pulse: Pulse | None = None) -> None:
-        self.pulse = pulse or Pulse()
+    def __init__(self, device: torch.device, pulse: PhaseTracker | None = None) -> None:
+        self.pulse = pulse or PhaseTracker()
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -42,7 +42,7 @@ class PhaseTimer:
                 self._seconds[name] += time.perf_counter() - started
 
     def read(self) -> dict[str, float]:
-        """Seconds per phase, then start again at zero. Synchronises the device once."""
+        """Seconds per phase, then reset to zero. Synchronises the device once."""
         if self._cuda:
             torch.cuda.synchronize()
             for name, begin, end in self._events:

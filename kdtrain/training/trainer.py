@@ -1,23 +1,22 @@
-"""The loop: draw a step's micro-batches, agree on their token count, learn, step; report, evaluate, save, stop.
+"""The training loop: micro-batches, global token count, forward, backward, optimizer; report, evaluate, save.
 
-What one rank alone has met (a signal, a disk that is full) it tells in that agreement, so that all ranks end together.
+Rank-local events (a signal, a full disk) are reduced together with the token count, so all ranks stop at the same step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdtrain.config.schema import RunConfig
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.data.loader import StepLoader
-from kdtrain.dist.mesh import Mesh
-from kdtrain.engine.optim import learning_rate
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.zero import StepResult, StudentEngine
 from kdtrain.errors import NonFiniteLoss, OutputError, RunStopped
 from kdtrain.objectives.base import Objective
@@ -25,7 +24,7 @@ from kdtrain.telemetry.metrics import Metrics
 from kdtrain.training.cadence import Cadence, StopRequest
 from kdtrain.training.checkpoints import Checkpoints
 from kdtrain.training.evaluator import Evaluator
-from kdtrain.training.guards import Guards, poisoned
+from kdtrain.training.guards import Guards, nan_if_nonfinite
 from kdtrain.training.progress import Progress
 from kdtrain.training.replicas import check_replicas
 from kdtrain.training.report import Reporter
@@ -33,23 +32,41 @@ from kdtrain.training.timing import PhaseTimer
 
 
 def step_seed(seed: int, step: int, zero_rank: int) -> int:
-    """Seed of whatever is random in a step on a rank (dropout): needs no saved state to be exact after a resume.
+    """Seed of a step's random numbers (dropout) on a rank; with it a resumed run is exact without a saved random state.
 
-    64 bits of a hash, so that neighbouring steps and ranks have nothing in common. Ranks with the same tokens, those of
-    a tp group, share it.
+    64 bits of a hash, so that seeds of neighbouring steps and ranks are unrelated. The ranks of a tp group, which hold
+    the same tokens, get the same seed.
     """
     text = f"{seed} {step} {zero_rank}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-@dataclass(slots=True)
-class Trainer:
-    """A run's moving parts. Built by `kdtrain.training.build`; everything here is live on every rank.
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """Values of a configuration that the loop reads.
 
-    looks_ahead: whether the objective is told of each step one step ahead: a teacher elsewhere need never be idle.
+    learning_rate: the rate as a function of the tokens seen. prefetch_teacher: hand each step's micro-batches to the
+    objective one step ahead, so that a dedicated teacher computes while the student trains. check_replicas: compare the
+    micro-batches of all tp and cp ranks in every step.
     """
 
-    cfg: RunConfig
+    seed: int
+    seq_len: int
+    tokens_per_step: int
+    learning_rate: Callable[[int], float]
+    prefetch_teacher: bool = False
+    check_replicas: bool = False
+
+
+@dataclass(slots=True)
+class Trainer:
+    """The loop of one run on this rank. Every rank holds one and calls the same methods.
+
+    Steps are counted in `progress`, which the guards, the reporter and the checkpoints share.
+    """
+
+    settings: LoopSettings
+    cadence: Cadence
     mesh: Mesh
     device: torch.device
     engine: StudentEngine
@@ -62,19 +79,18 @@ class Trainer:
     timer: PhaseTimer
     stop: StopRequest
     progress: Progress = field(default_factory=Progress)
-    looks_ahead: bool = False
-    _drawn: list[Batch] = field(default_factory=list)
+    _prefetched: list[Batch] = field(default_factory=list)
 
     def run(self) -> None:
         """Train to the end. Raises RunStopped after saving; NonFiniteLoss, OutputError and CheckpointError without."""
         try:
             self._run()
-        except NonFiniteLoss:  # raised on all ranks together: what is being written can still be completed
-            self.checkpoints.finish()
+        except NonFiniteLoss:  # raised on all ranks at the same step, so the collectives of a write still match
+            self.checkpoints.wait()
             raise
 
     def _run(self) -> None:
-        cadence = Cadence(self.cfg, self.progress)
+        cadence = self.cadence
         metrics = Metrics(device=self.device, group=self.mesh.zero_group)
         metrics.load_state(self.progress.metrics)
         if self.progress.step == 0 and cadence.evaluate(0):
@@ -82,16 +98,16 @@ class Trainer:
         while self.progress.step < cadence.last_step:
             self.timer.pulse.begin(self.progress.step + 1)
             started = time.perf_counter()
-            micro_batches, self._drawn = self._drawn or self._next_micro_batches(), []
-            num_valid_tokens, stop = self._agree(micro_batches)
+            micro_batches, self._prefetched = self._prefetched or self._next_micro_batches(), []
+            num_valid_tokens, stop = self.sync_step_state(micro_batches)
             if stop:
                 self._save(metrics)
                 raise RunStopped(
                     f"stopped at step {self.progress.step} ({self.stop.reason}); saved, resume with the same command"
                 )
             measure = cadence.log(self.progress.step + 1)
-            more = self.progress.step + 1 < cadence.last_step
-            result, lr = self._optimizer_step(micro_batches, num_valid_tokens, metrics, measure, more)
+            has_next = self.progress.step + 1 < cadence.last_step
+            result, lr = self._optimizer_step(micro_batches, num_valid_tokens, metrics, measure, has_next)
             self.progress.train_seconds += time.perf_counter() - started
             if cadence.log(self.progress.step):
                 self._report(metrics, result.grad_norm, lr)
@@ -99,72 +115,76 @@ class Trainer:
                 self._evaluate()
             if cadence.save(self.progress.step):
                 self._save(metrics, wait=self.progress.step == cadence.last_step)
-        self._agree([])
+        self.sync_step_state([])  # a failure to write after the last step must end all ranks with an error
 
     def _next_micro_batches(self) -> list[Batch]:
         with self.timer.phase("data_wait"):
             micro_batches = [batch.to(self.device) for batch in next(self.loader)]
-        if self.cfg.debug.check_replicas:
+        if self.settings.check_replicas:
             check_replicas(micro_batches, self.mesh)
         return micro_batches
 
-    def _agree(self, micro_batches: list[Batch]) -> tuple[float, bool]:
-        """Global number of valid tokens of this step, and whether any rank wants to stop. One all-reduce, world.
+    def sync_step_state(self, micro_batches: list[Batch]) -> tuple[float, bool]:
+        """Valid tokens of this step over all ranks, and whether any rank received a stop request.
 
-        A checkpoint that is being written goes on to its next stage when all ranks are ready for it. Raises OutputError
-        on all ranks if one of them could not write, CheckpointError if that was the checkpoint.
+        Moves a checkpoint that is being written to its next stage when no rank is busy. Communicates: one all-reduce
+        over the world. Raises OutputError on all ranks if one of them could not write its files, CheckpointError if a
+        checkpoint could not be written.
         """
         failure = self.reporter.failure or self.guards.failure
-        flags = [float(self.stop.wanted), float(failure is not None), float(self.checkpoints.busy)]
+        flags = [float(self.stop.requested), float(failure is not None), float(self.checkpoints.busy)]
         count = sum(float(batch.on_host().num_valid_tokens()) for batch in micro_batches)
         table = torch.tensor([count, *flags], dtype=torch.float64)
         if self.mesh.world_size > 1:
             table = table.to(self.device)
+            # All ranks need the global token count to scale their gradients, and the flags of every rank: a rank that
+            # stopped alone would leave the others waiting in the next collective.
             dist.all_reduce(table, group=self.mesh.world_group)
         valid, stop, failed, busy = table.tolist()
         if failed:
-            raise failure or OutputError("another rank cannot write its files; its message says which and why")
+            raise failure or OutputError("another rank cannot write its files; its message names the file")
         if not busy:
             self.checkpoints.advance()
-        # every tp rank counted the same tokens; cp ranks counted each their own
+        # tp ranks counted the same tokens, cp ranks different ones
         return valid / self.mesh.tp_size, stop > 0
 
     def _optimizer_step(
-        self, micro_batches: list[Batch], num_valid_tokens: float, metrics: Metrics, measure: bool, more: bool
+        self, micro_batches: list[Batch], num_valid_tokens: float, metrics: Metrics, measure: bool, has_next: bool
     ) -> tuple[StepResult, float]:
-        """Sums of the micro-batches divided by one global token count, then one optimizer step, counted in progress."""
-        # the rate belongs to the tokens this step completes: the first step is not wasted on a rate of 0
-        lr = learning_rate(self.progress.tokens_seen + self.cfg.data.tokens_per_step, self.cfg)
-        torch.manual_seed(step_seed(self.cfg.run.seed, self.progress.step, self.mesh.zero_rank))
+        """Accumulate gradients of the micro-batches over the global token count, then take one optimizer step."""
+        # of the tokens at the end of this step: at the beginning of the warm-up the rate would be 0
+        lr = self.settings.learning_rate(self.progress.tokens_seen + self.settings.tokens_per_step)
+        torch.manual_seed(step_seed(self.settings.seed, self.progress.step, self.mesh.zero_rank))
         self.objective.begin_step(micro_batches)
-        if self.looks_ahead and more:  # the place in the data that a checkpoint keeps is counted by steps done
-            self._drawn = self._next_micro_batches()
-            self.objective.begin_step(self._drawn)
+        if self.settings.prefetch_teacher and has_next:
+            # A checkpoint's data position counts completed steps, so it does not include these micro-batches.
+            self._prefetched = self._next_micro_batches()
+            self.objective.begin_step(self._prefetched)
         sums: list[tuple[str, Tensor, Tensor]] = []
         losses: list[tuple[Tensor, Tensor]] = []
         for batch in micro_batches:
             with self.timer.phase("forward"):
                 out = self.objective(batch, measure=measure)
             with self.timer.phase("backward"):
-                self.engine.backward(poisoned(out.loss_sum), num_valid_tokens)
+                self.engine.backward(nan_if_nonfinite(out.loss_sum), num_valid_tokens)
             sums += [(name, *pair) for name, pair in out.metrics.items()]
             losses.append((out.loss_sum.detach(), batch.num_valid_tokens()))
         with self.timer.phase("optimizer"):
             result = self.engine.step(lr)
         self.progress.step += 1
-        self.progress.tokens_seen += self.cfg.data.tokens_per_step
+        self.progress.tokens_seen += self.settings.tokens_per_step
         if result.applied:
             self.guards.applied(micro_batches, losses)
-            for name, total, count in sums:  # not before: a skipped step must not make a report's means nan
+            for name, total, count in sums:  # only of applied steps: a skipped one would make the report's means nan
                 metrics.add(name, total, count)
         else:
             self.guards.skipped(micro_batches, result.grad_norm)
         return result, lr
 
     def _report(self, metrics: Metrics, grad_norm: float, lr: float) -> None:
-        self.guards.look_at_losses()
+        self.guards.check_losses()
         phases = self.timer.read()
-        means = metrics.reduce() | self.guards.look_at_ranks(phases)
+        means = metrics.reduce() | self.guards.check_ranks(phases)
         self.reporter.step(self.progress, means, phases, grad_norm, lr)
 
     def _evaluate(self) -> None:
@@ -173,12 +193,12 @@ class Trainer:
 
     def _save(self, metrics: Metrics, *, wait: bool = True) -> None:
         with self.timer.pulse.phase("save", apart=True):
-            self.guards.look_at_losses()
+            self.guards.check_losses()
             self.progress.metrics = metrics.state()
-            sequences = self.progress.tokens_seen // self.cfg.data.seq_len
+            sequences = self.progress.tokens_seen // self.settings.seq_len
             self.checkpoints.save(self.engine, self.progress, self.loader, sequences, wait=wait)
 
     def close(self, *, failed: bool = False) -> None:
-        """Let go of the report's files; `failed`: the run ends by an error. Raises OutputError unless `failed`."""
+        """Close the files of guards and reporter. failed: the run ends with an error; else raises OutputError."""
         self.guards.close(failed=failed)
         self.reporter.close(failed=failed)

@@ -16,10 +16,11 @@ def _require_torch(version: str) -> None:
 
 
 def _settle_vector_maths() -> None:
-    """Call each elementary function once, on few elements and thus in one thread.
+    """Call each elementary function once, on few elements and therefore in one thread.
 
-    The first call of such a function in a process may race between threads and answer one of them in low accuracy
-    (pytorch/pytorch issue 188792, vector maths on CPUs). Losses would then differ from run to run in the sixth digit.
+    The first call of such a function in a process may race between threads and return low-accuracy results to one of
+    them (pytorch/pytorch issue 188792, vector maths on CPUs). Losses would then differ from run to run in the sixth
+    digit.
     """
     for dtype in (torch.float32, torch.float64):
         few = torch.full((8,), 0.5, dtype=dtype)

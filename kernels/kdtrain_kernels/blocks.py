@@ -1,4 +1,4 @@
-"""A few rows of both models' logits at a time, in buffers that stay in a cache and are used again for every block.
+"""Process a few rows of both models' logits at a time, in buffers that stay in cache and are reused for every block.
 
 b rows of a block, n columns.
 """
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 CPU_BLOCK = 1 << 17
-"""Elements of a block on the CPU: a handful of such buffers stays in the second-level cache."""
+"""Elements of a block on the CPU: several such buffers fit the second-level cache."""
 DEVICE_BLOCK = 1 << 22
 """Elements of a block elsewhere: few launches, 16 MiB per float32 buffer."""
 
 FLOOR = -1e4
-"""Logits this far below their row's maximum count as this far. A token masked to -inf keeps probability 0 in float32
-and float64, and no difference of logarithms becomes inf - inf. If one model masks a token and the other does not,
-a divergence that is infinite comes out as about 1e4 times the other's probability."""
+"""Shifted logits below this value are clamped to it. A token masked to -inf keeps probability 0 in float32 and float64,
+and no difference of logarithms becomes inf - inf. If one model masks a token and the other does not, a divergence that
+is infinite comes out as about 1e4 times the other's probability."""
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class Scratch:
         return cls(max(1, min(slab.shape[0], block_rows(slab))), slab)
 
     def take(self, index: int, rows: int) -> Tensor:
-        """[rows, n], whatever it holds."""
+        """An uninitialised buffer [rows, n]."""
         if index not in self.buffers:
             self.buffers[index] = self.like.new_empty(self.rows, self.like.shape[1])
         return self.buffers[index][:rows]
@@ -67,7 +67,8 @@ class PairBlock:
     """Both models' logits of b rows, each shifted by its row's maximum and divided by the temperature.
 
     x, y [b, n]: student's and teacher's; log_sum_s, log_sum_t [b] float64: log sum exp of x and y over the whole
-    vocabulary. Every method fills a buffer of its own and returns it; the caller may spoil it and ask again.
+    vocabulary. Every method fills a buffer of its own and returns it; the caller may overwrite it and call the method
+    again.
     """
 
     x: Tensor
@@ -101,17 +102,17 @@ class PairBlock:
         return torch.sub(self.y, self._column(self.log_sum_t), out=self.scratch.take(5, len(self.x)))
 
     def spare(self, index: int = 0) -> Tensor:
-        """Buffers for the caller's own use."""
+        """Buffers for use by the caller."""
         return self.scratch.take(6 + index, len(self.x))
 
 
 def finite(peak: Tensor) -> Tensor:
-    """-inf maxima (nothing but masked columns) as 0, so that differences stay defined."""
+    """Replace -inf maxima (rows with masked columns only) by 0, so that differences stay defined."""
     return peak.masked_fill(torch.isneginf(peak), 0.0)
 
 
 def front_of_rows(slab: Tensor, dtype: torch.dtype) -> Tensor:
-    """[C, n] of `dtype` over the front of each row's memory of a [C, n] slab; the slab itself if that is its own.
+    """[C, n] of `dtype` over the front of each row's memory of a [C, n] slab; the slab itself if it has that dtype.
 
     A narrower dtype keeps the row stride in bytes; row i may be written once row i of the slab has been read.
     """

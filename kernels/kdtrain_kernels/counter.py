@@ -1,4 +1,4 @@
-"""Random numbers that are a pure function of what they are for: no state, no order, the same on every device.
+"""Counter-based random numbers: a pure function of their keys, without state or order, the same on every device.
 
 The mixing step is that of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014; the
 constants are Stafford's variant 13). int64 tensors hold the unsigned 64-bit words: sums and products wrap around.
@@ -32,8 +32,8 @@ def uniform(seed: int, sample_ids: Tensor, positions: Tensor, draw: int = 0) -> 
     """[T] float64 in [0, 1), a multiple of 2^-53, determined by (seed, sample_ids[t], positions[t], draw) alone.
 
     sample_ids, positions: [T] int64, any values. Starting from mix64(seed + GOLDEN), each of the three words w takes
-    the state h to mix64((h ^ w) + GOLDEN), so different words never meet; the result is the upper 53 bits.
-    Raises ValueError for a seed outside [0, 2^63).
+    the state h to mix64((h ^ w) + GOLDEN), which is a bijection in each word; the result is the upper 53 bits. Raises
+    ValueError for a seed outside [0, 2^63).
     """
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"seed = {seed}, need an integer in [0, 2^63)")
@@ -44,5 +44,5 @@ def uniform(seed: int, sample_ids: Tensor, positions: Tensor, draw: int = 0) -> 
 
 
 def _shift_right(words: Tensor, bits: int) -> Tensor:
-    """A logical shift: zeros come in from the left."""
+    """A logical shift, which fills with zeros from the left."""
     return (words >> bits) & ((1 << (64 - bits)) - 1)

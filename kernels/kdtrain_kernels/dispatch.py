@@ -25,27 +25,34 @@ Probe = Callable[[torch.device], None]
 
 
 FAILURES = (
-    RuntimeError, ImportError, OSError, ValueError, TypeError, AttributeError, LookupError, AssertionError,
+    RuntimeError,
+    ImportError,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
     subprocess.SubprocessError,
-)  # fmt: skip
-"""What triton, torch, a driver and a C compiler raise where a launch fails."""
+)
+"""Errors that triton, torch, a driver and a C compiler raise when a launch fails."""
 
 
 class CapturingError(RuntimeError):
-    """The first launch would become part of a CUDA graph: nothing can be concluded from it."""
+    """The first launch would be captured in a CUDA graph, so it cannot serve as a test."""
 
 
 def launch_one_row(device: torch.device) -> None:
-    """Compile and launch a kernel over one row on the device's current stream, wait for its answer and compare it.
+    """Compile and launch a kernel over one row on the device's current stream, wait for its result and compare it.
 
-    Raises CapturingError while that stream is captured, else whatever goes wrong: a first launch needs a C compiler,
-    triton's own assembler, and a driver that takes what they make.
+    Raises CapturingError while that stream is captured, otherwise any error of the launch: it needs a C compiler,
+    triton's own assembler, and a driver that accepts their output.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
             if torch.cuda.is_current_stream_capturing():
                 raise CapturingError(
-                    f"row kernels for {device} are asked for the first time while a CUDA graph is captured\n"
+                    f"row kernels for {device} are requested for the first time while a CUDA graph is captured\n"
                     "  why: auto and triton launch one row first, which must not be captured\n"
                     "  fix: call kdtrain_kernels.row_kernels once before the capture, or choose backend = torch"
                 )
@@ -57,9 +64,9 @@ def row_kernels(
 ) -> ModuleType:
     """The row kernels `backend` (auto or one of BACKENDS) names for slabs of dtype `work` on `device`.
 
-    auto takes what `choice` says, and logs once why. triton on another device than CUDA runs in triton's interpreter,
-    if TRITON_INTERPRET=1. The first call for a device launches one row by `probe` and waits for it. Raises ValueError
-    for a name that is not there and for triton where it cannot run, CapturingError as `launch_one_row`.
+    auto takes the result of `choice` and logs the reason once. triton on another device than CUDA runs in triton's
+    interpreter, if TRITON_INTERPRET=1. The first call for a device launches one row by `probe` and waits for it. Raises
+    ValueError for an unknown name and for triton where it cannot run, CapturingError as `launch_one_row`.
     """
     if backend == "auto":
         name, reason = choice(device, work, probe)
@@ -77,7 +84,8 @@ def row_kernels(
 
 
 def choice(device: torch.device, work: torch.dtype = torch.float32, probe: Probe = launch_one_row) -> tuple[str, str]:
-    """(what auto takes on `device`, why): triton for float32 on CUDA devices where a launch succeeds, else torch.
+    """(the backend of auto on `device`, the reason): triton for float32 on CUDA devices where a launch succeeds, else
+    torch.
 
     Raises CapturingError as `launch_one_row`.
     """
@@ -88,11 +96,11 @@ def choice(device: torch.device, work: torch.dtype = torch.float32, probe: Probe
 
 
 def _problem(device: torch.device, work: torch.dtype, probe: Probe) -> str:
-    """Why triton cannot run; empty if it can."""
+    """The reason why triton cannot run; empty if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "it needs a CUDA device, or TRITON_INTERPRET=1 to be interpreted"
+        return "it needs a CUDA device, or TRITON_INTERPRET=1 for its interpreter"
     if work != torch.float32:
         return f"it works on float32 logits, not {work}"
     if device.type == "cuda" and device.index is None:
@@ -102,11 +110,11 @@ def _problem(device: torch.device, work: torch.dtype, probe: Probe) -> str:
 
 @functools.cache
 def _launch_problem(probe: Probe, device: torch.device) -> str:
-    """Why a launch on `device` fails; empty if it does not. Cached: one launch per process and device."""
+    """The reason why a launch on `device` fails; empty if it succeeds. Cached: one launch per process and device."""
     try:
         probe(device)
     except CapturingError:
-        raise  # which is not cached: outside the capture the launch is made
+        raise  # not cached: the next call outside the capture launches
     except FAILURES as error:
         lines = str(error).splitlines() or [""]
         return f"a launch on {device} fails with {type(error).__name__}: {lines[0][:300]}"
@@ -115,7 +123,7 @@ def _launch_problem(probe: Probe, device: torch.device) -> str:
 
 @functools.cache
 def _log_choice(device: torch.device, name: str, reason: str, is_float32: bool) -> None:
-    """Cached, so that each choice is logged once. A warning where a GPU does without the kernels made for it."""
+    """Cached, so that each choice is logged once. A warning if a GPU does not use the triton kernels."""
     is_slow = device.type == "cuda" and name == "torch" and is_float32
     level = logging.WARNING if is_slow else logging.INFO
     logging.getLogger("kdtrain").log(level, "row kernels on %s: %s, because %s", device.type, name, reason)

@@ -1,13 +1,13 @@
-"""Every divergence as a plug-in: its value and its slope q * d phi / d q on a block of rows.
+"""Divergences as plug-ins: value and slope q * d phi / d q on a block of rows.
 
 With D = sum_v phi(p_v, q_v) and x = student logits / temperature,
 
     dD/dx_v = a_v - q_v Z,      a = q * d phi / d q,      Z = sum_u a_u           (docs/design/0004-streamed-loss.md)
 
-Adding c * q to `a` changes Z by c and the gradient not at all: slopes are written so that they are exactly 0 where
-p = q. Everything is expressed in p, q and d = log p - log q, which keeps its meaning where p or q underflows.
-A plug-in is one function (spec, block) -> (value summed over the block's columns [b], a [b, n]) and one row in
-PLUG_INS. logit_mse fits in with the uniform distribution in the place of q (`uniform_baseline`).
+Adding c * q to `a` changes Z by c and leaves the gradient unchanged, so slopes are chosen to be exactly 0 where p = q.
+Everything is expressed in p, q and d = log p - log q, which stays accurate where p or q underflows. A plug-in is one
+function (spec, block) -> (value summed over the block's columns [b], a [b, n]) and one row in PLUG_INS. logit_mse uses
+the uniform distribution in place of q (`uniform_baseline`).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from kdtrain_kernels.blocks import PairBlock
 Terms = tuple[Tensor, Tensor]
 
 LEAST_EXPONENT = 0.01
-"""The value of alpha_beta is a difference divided by an exponent: nearer to 0 nothing of it is left in float32."""
+"""The value of alpha_beta is a difference divided by an exponent: for smaller exponents float32 cancels completely."""
 
 FAR = 80.0
-"""|d| beyond which the smaller of p and q no longer matters (e^-80) in sums where its logarithm is bounded."""
+"""|d| beyond which the smaller of p and q is negligible (e^-80) in sums where its logarithm is bounded."""
 
 
 @dataclass(frozen=True, slots=True)
 class DivergenceSpec:
-    """Which divergence, and its parameters; only those it uses are read. Build it with `divergence_spec`.
+    """A divergence and its parameters, of which only those it uses are read. Build it with `divergence_spec`.
 
     kernel: a key of PLUG_INS. It differs from `name` where a parameter at an end of its range makes the divergence
     a plain KL. vocab_size: real tokens of the whole vocabulary.
@@ -49,7 +49,7 @@ class DivergenceSpec:
 
     @property
     def two_rounds(self) -> bool:
-        """Whether Z is known only after a second reading of the logits (and a second exchange between ranks)."""
+        """Whether Z needs a second pass over the logits (and a second exchange between ranks)."""
         return self.kernel not in ("forward_kl", "reverse_kl")
 
     @property
@@ -57,8 +57,8 @@ class DivergenceSpec:
         """Whether the gradient is a - Z / vocab_size instead of a - q Z."""
         return self.kernel == "logit_mse"
 
-    def finish(self, summed: Tensor, z: Tensor) -> Tensor:
-        """D [T] from the plug-in's values summed over the whole vocabulary. No divergence is negative."""
+    def from_sums(self, summed: Tensor, z: Tensor) -> Tensor:
+        """D [T] from the plug-in's values summed over the whole vocabulary, clamped at 0."""
         if self.uniform_baseline:  # mean of squares minus square of the mean; z is -2 times the mean
             summed = summed - (z / 2).square()
         return summed.clamp(min=0.0)
@@ -83,7 +83,7 @@ def divergence_spec(
         kernel = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(teacher_share), name)
     elif name in ("skew_kl", "skew_reverse_kl"):
         if not 0 <= skew < 1:
-            _refuse("skew", skew, "must be in [0, 1): at 1 the divergence is 0 whatever the student does")
+            _refuse("skew", skew, "must be in [0, 1): at 1 the divergence is 0 for every student")
         kernel = name if skew else {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}[name]
     elif name == "alpha_beta":
         exponents = (ab_alpha, ab_beta)
@@ -113,13 +113,13 @@ def _reverse_kl(spec: DivergenceSpec, block: PairBlock) -> Terms:
 def _log_mean(d: Tensor, share: float, out: Tensor) -> Tensor:
     """log(m / q) for m = share p + (1 - share) q: log(1 + share (e^d - 1)); exactly 0 at d = 0. d is clamped to FAR.
 
-    share <= 1/2, so that 1 + share (e^d - 1) stays away from 0: no digit is lost at either end.
+    share <= 1/2, so that 1 + share (e^d - 1) stays away from 0 and no precision is lost at either end.
     """
     return torch.expm1(d.clamp_(-FAR, FAR), out=out).mul_(share).log1p_()
 
 
 def _log_mean_pair(d: Tensor, share: float, out: Tensor) -> Terms:
-    """(log(p / m), log(q / m)) for m = share p + (1 - share) q, from the side of the larger part; d is spoilt."""
+    """(log(p / m), log(q / m)) for m = share p + (1 - share) q, expanded around the larger part; overwrites d."""
     if share <= 0.5:
         q_over_m = _log_mean(d, share, out).neg_()
         return d.add_(q_over_m), q_over_m
@@ -170,7 +170,7 @@ def _alpha_beta(spec: DivergenceSpec, block: PairBlock) -> Terms:
 
 
 def _power_gap(block: PairBlock, power: float, k: float) -> Tensor:
-    """q^power (e^(k d) - 1) / k as a new tensor, by one exponential of a sum: neither factor may overflow alone."""
+    """q^power (e^(k d) - 1) / k as a new tensor, with one exponential of a sum so that no factor overflows."""
     d = block.log_ratio()
     if k == 0:
         return torch.exp(block.log_q().mul_(power)).mul_(d)

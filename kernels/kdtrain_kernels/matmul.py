@@ -1,8 +1,8 @@
 """The three matrix products of a language-model head, accumulated in float32 (float64 for float64 inputs).
 
-C tokens of a chunk, D width, n rows of the head. bfloat16 operands on CUDA are multiplied as they are, with a float32
-result (`out_dtype`); everywhere else lower precision is upcast a few head rows at a time, so that no full copy of the
-head appears.
+C tokens of a chunk, D width, n rows of the head. bfloat16 operands on CUDA are multiplied directly into a float32
+result (`out_dtype`); elsewhere lower precision is upcast a few head rows at a time, so that no full copy of the head
+exists.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 UPCAST_ELEMENTS = 1 << 20
-"""Elements of the head that are upcast at a time where the device cannot multiply its dtype into the result's."""
+"""Elements of the head that are upcast at a time if the device cannot multiply its dtype into the result's."""
 
 
 def work_dtype(*tensors: Tensor) -> torch.dtype:

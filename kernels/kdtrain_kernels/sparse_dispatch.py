@@ -1,4 +1,4 @@
-"""Which `sparse_stats` and `sparse_grad` run: those of the backend whose dense row kernels would."""
+"""Choose `sparse_stats` and `sparse_grad`: those of the backend whose dense row kernels would run."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from kdtrain_kernels.dispatch import row_kernels
 def sparse_kernels(backend: str, device: torch.device, work: torch.dtype) -> ModuleType:
     """The module with sparse_stats and sparse_grad, as `sparse_rows` has them. work: the slab's dtype.
 
-    auto takes torch where the triton kernels have no form (float64). Raises ValueError as `row_kernels` does, and for
-    an explicit triton that has no such form.
+    auto falls back to torch where the triton kernels lack a variant (float64). Raises ValueError as `row_kernels` does,
+    and for an explicit triton without such a variant.
     """
     if row_kernels(backend, device, work) is torch_rows:
         return sparse_rows

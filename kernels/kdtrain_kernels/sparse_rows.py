@@ -1,8 +1,8 @@
-"""Row kernels in torch for a teacher known at K ids: statistics with the ids taken out, gradients with them put back.
+"""Row kernels in torch for a teacher known at K ids: statistics without the ids, gradients including them.
 
 C rows of a chunk, n columns: slabs as in `torch_rows` (raw logits, rows possibly further apart than n, n may be 0).
 columns [C, K] int64: the ids' columns on this rank, -1 where another rank owns the id or the slot is empty; no column
-twice in a row. Nothing communicates; what lies between the two kernels is in `sparse_table`.
+twice in a row. No function communicates. `sparse_table` has the computation between the two kernels.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from kdtrain_kernels.torch_rows import ROW_STATS, LogitMap, row_stats
 
 
 def sparse_stats(slab: Tensor, columns: Tensor, labels: Tensor, temperature: float, scratch: Scratch) -> Tensor:
-    """[C, ROW_STATS + K] in the slab's dtype: `row_stats` of the columns that are no id, then the logits at the ids.
+    """[C, ROW_STATS + K] in the slab's dtype: `row_stats` of the columns outside the ids, then the logits at the ids.
 
-    Overwrites this rank's ids with -inf in the slab, so that the rest is summed without a test of membership and its
-    sum never comes from a difference. The label's logit is the true one even if the label is an id; labels [C] int64
+    Overwrites this rank's ids with -inf in the slab, so that the rest is summed directly, without a membership test and
+    without subtracting from a total. The label's logit is the true one even if the label is an id; labels [C] int64
     columns, -1 where not on this rank. Ids of other ranks and empty slots come out as -inf.
     """
     stats = slab.new_full((slab.shape[0], ROW_STATS + columns.shape[1]), float("-inf"))
@@ -63,7 +63,7 @@ def sparse_grad(
             block.mul_(slope)
         write_at(block, columns[rows], gradient.at_ids[rows].to(block.dtype))
         if operand.dtype != block.dtype:
-            operand[rows].copy_(block.to(operand.dtype))  # through a copy: they share memory
+            operand[rows].copy_(block.to(operand.dtype))  # through a copy, because both share memory
     return operand
 
 
@@ -84,8 +84,8 @@ def _stream(block: Tensor, rows: slice, gradient: SparseGradient, temperature: f
 def write_at(slab: Tensor, columns: Tensor, values: Tensor) -> None:
     """slab[i, columns[i, j]] = values[i, j] wherever columns[i, j] >= 0; slab [C, n], n > 0; the others [C, K].
 
-    Shapes do not depend on how many that are: a slot without a column repeats one that has, or, in a row that has
-    none, writes back what column 0 holds.
+    Shapes do not depend on the number of such slots: a slot without a column repeats the write of one that has a
+    column, or, in a row without any, writes back the value of column 0.
     """
     here = columns >= 0
     one = here.to(torch.uint8).argmax(1, keepdim=True)

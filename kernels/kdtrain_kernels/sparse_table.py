@@ -1,12 +1,12 @@
 """Divergences from a teacher that is known at K ids only, on a table of K + 1 entries per row.
 
 The student's probability outside the ids is one entry more, the bucket. With x = logits / temperature, x_k at the ids
-and X = log sum exp of x outside them, the student's distribution on the table is softmax(x_1 .. x_K, X), so that a
-divergence's value and slopes on the table follow from the plug-ins of `divergences`, and the gradient outside the ids
-is the bucket's, dealt out by exp(x_v - X). Derivation: docs/design/0007-sparse-loss.md.
+and X = log sum exp of x outside them, the student's distribution on the table is softmax(x_1 .. x_K, X), so a
+divergence's value and slopes on the table follow from the plug-ins of `divergences`, and the gradient at a column
+outside the ids is the bucket's times exp(x_v - X). Derivation: docs/design/0007-sparse-loss.md.
 
-C rows of a chunk. Everything here is float64, C x (K + 1) numbers, a few rows at a time; nothing communicates. Row
-kernels of every backend share this module.
+C rows of a chunk. Everything is computed in float64 on C x (K + 1) numbers, a few rows at a time; nothing communicates.
+All backends share this module.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SparseRows:
 
     weights [C, K], 0 in empty slots. log_tail [C], log of the teacher's probability outside the ids, or None: 0 there.
     entropy [C], or None: if given, the value is the cross-entropy under the weights minus it (forward_kl only).
-    conditional: both sides are renormalised on the ids, and the bucket takes no part.
+    conditional: both sides are renormalised on the ids, without the bucket.
     """
 
     weights: Tensor
@@ -40,8 +40,8 @@ class SparseRows:
 class SparseTotals:
     """A chunk's student statistics over the whole vocabulary, float64.
 
-    tail: `RowTotals` of the columns outside the ids (log sums -inf where there are none; its label is the label's
-    logit wherever that is). logits [C, K]: raw logits at the ids, -inf in empty slots.
+    tail: `RowTotals` of the columns outside the ids (log sums -inf if there are none; its label is the label's logit,
+    whether or not the label is an id). logits [C, K]: raw logits at the ids, -inf in empty slots.
     """
 
     tail: RowTotals
@@ -70,7 +70,7 @@ class SparseTerms:
 def sparse_terms(totals: SparseTotals, rows: SparseRows, temperature: float, *, spec: DivergenceSpec) -> SparseTerms:
     """The divergence of a chunk on its table.
 
-    A row without any weight and without a tail says nothing about the student: value 0, slopes 0.
+    A row without any weight and without a tail has value 0 and slopes 0.
     """
     num_rows, width = rows.weights.shape
     value = torch.empty(num_rows, dtype=torch.float64, device=totals.logits.device)
@@ -84,7 +84,7 @@ def sparse_terms(totals: SparseTotals, rows: SparseRows, temperature: float, *, 
             summed = -block.log_q().mul_(block.p()).sum(1) - rows.entropy[part].double()
         value[part] = summed
     if rows.log_tail is not None or rows.conditional:
-        value.clamp_(min=0.0)  # both sides sum to 1, so a negative value is a rounding error
+        value.clamp_(min=0.0)  # both sides sum to 1, so a negative value is rounding error
     if rows.log_tail is None:
         silent = ~(rows.weights > 0).any(1)
         value.masked_fill_(silent, 0.0)
@@ -93,7 +93,7 @@ def sparse_terms(totals: SparseTotals, rows: SparseRows, temperature: float, *, 
 
 
 def _table(totals: SparseTotals, rows: SparseRows, part: slice, temperature: float, scratch: Scratch) -> PairBlock:
-    """Both sides of some rows, the bucket last. What has no probability stands at FLOOR."""
+    """Both sides of some rows, the bucket last. Entries without probability are set to FLOOR."""
     logits, tail = totals.logits[part], totals.tail
     x, y = scratch.take(0, len(logits)), scratch.take(1, len(logits))
     peak = logits.amax(1)
@@ -112,7 +112,7 @@ def _table(totals: SparseTotals, rows: SparseRows, part: slice, temperature: flo
 
 @dataclass(frozen=True, slots=True)
 class SparseGradient:
-    """What `sparse_grad` writes, for loss = sum kd * temperature^2 * D + ce * CE + z * lse^2. All float64.
+    """Inputs of `sparse_grad`, for loss = sum kd * temperature^2 * D + ce * CE + z * lse^2. All float64.
 
     at_ids [C, K]: d loss / d product at the ids, complete. Elsewhere d loss / d logit is
     tail * exp((s - peak) / temperature) + softmax * exp(s - peak), minus ce [C] at the label, with peak [C] the largest
@@ -135,9 +135,9 @@ def sparse_gradient(
     *,
     logit_map: LogitMap,
 ) -> SparseGradient:
-    """Put the terms together. columns [C, K]: the ids' columns on this rank, -1 where another one owns them.
+    """Combine the terms. columns [C, K]: the ids' columns on this rank, -1 where another rank owns them.
 
-    Rows of kd weight 0 are those of cross-entropy, whatever the teacher's side holds.
+    Rows of kd weight 0 get the gradient of cross-entropy, even if the teacher's side is not finite.
     """
     counts = weights.kd != 0
     kd = weights.kd * temperature  # dx/ds = 1 / temperature, and the loss carries temperature^2

@@ -1,4 +1,4 @@
-"""Which kernels select and draw: those of the backend whose dense row kernels would run."""
+"""Choose the kernels for top-k lists and draws: those of the backend whose dense row kernels would run."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from kdtrain_kernels import topk_rows, torch_rows
 from kdtrain_kernels.dispatch import row_kernels
 
 TRITON_MAX_K = 511
-"""Most draws, and longest list that the triton kernels select: they hold the candidates of a row in registers."""
+"""Longest list and most draws of the triton kernels, which hold the candidates of a row in registers."""
 
 
 def topk_kernels(backend: str, device: torch.device, work: torch.dtype, k: int) -> ModuleType:
     """The module with topk_select, topk_merge, restore, tail_cdf and tail_sample, as `topk_rows` has them.
 
-    work: the slab's dtype; k: length of the lists. auto takes torch where the triton kernels have no form (float64,
-    k > TRITON_MAX_K). Raises ValueError as `row_kernels` does, and for an explicit triton that has no such form.
+    work: the slab's dtype; k: length of the lists. auto falls back to torch where the triton kernels lack a variant
+    (float64, k > TRITON_MAX_K). Raises ValueError as `row_kernels` does, and for an explicit triton without such a
+    variant.
     """
     if row_kernels(backend, device, work) is torch_rows:
         return topk_rows

@@ -1,4 +1,4 @@
-"""Row kernels in torch: the k largest logits of a row, what lies outside them, and draws from it.
+"""Row kernels in torch: the k largest logits of a row, statistics of the rest (the tail), and draws from it.
 
 C rows of a chunk, n columns: the real tokens among this rank's vocabulary rows (n may be 0). Slabs are float32 or
 float64 with any row stride. Ids and columns are int64 here. The order is total: larger value first, and among equal
@@ -17,11 +17,11 @@ from torch import Tensor
 from kdtrain_kernels.blocks import FLOOR, Scratch, finite, row_blocks
 
 NO_ID = (1 << 31) - 1
-"""Id of an entry that stands for nothing; with the value -inf it comes after every real one."""
+"""Id of an empty entry; with the value -inf it is ordered after every real one."""
 SELECT_BLOCK = 1 << 20
-"""Slab elements from which maxima are selected at a time: few calls, and what is gathered from them stays small."""
+"""Slab elements per block of the selection: few calls, and the gathered lanes stay small."""
 SAMPLE_LANE = 32
-"""Neighbouring columns that share an entry of the coarse distribution function from which draws are looked up."""
+"""Neighbouring columns that share an entry of the coarse distribution function used to look up draws."""
 STATS = 3
 """Columns of `Selection.stats` before one sum per temperature."""
 NUMBERS = 3
@@ -34,8 +34,8 @@ class Selection:
 
     values [C, w] and columns [C, w], w = min(k, n), in order. stats [C, STATS + len(temperatures)] float64: 1 where
     the row holds NaN or +inf; the peak c of the columns outside the list (-inf if there is none); sum e^y y and
-    sum e^y with y = (s - c) / temperatures[0]; sum e^y at every other temperature. Both sums run over the columns
-    outside the list; the first is 0 unless asked for.
+    sum e^y with y = (s - c) / temperatures[0]; sum e^y at every other temperature. All sums run over the columns
+    outside the list; the first is 0 unless requested.
     """
 
     values: Tensor
@@ -45,10 +45,10 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """The k first of all ranks' entries and what the others leave.
+    """The first k of all ranks' entries and statistics of the rest.
 
     values [c, k], ids [c, k]; numbers [c, NUMBERS + 2 * len(temperatures)] float64: the error flag, the peak outside
-    the list, the entropy at temperatures[0] (nats; 0 unless asked for), then per temperature the log-sum-exp over the
+    the list, the entropy at temperatures[0] (nats; 0 unless requested), then per temperature the log-sum-exp over the
     whole vocabulary, then per temperature the log of the probability outside the list.
     """
 
@@ -108,7 +108,7 @@ def first_k(values: Tensor, ids: Tensor, k: int) -> Tensor:
 def topk_select(slab: Tensor, k: int, temperatures: tuple[float, ...], *, entropy: bool, scratch: Scratch) -> Selection:
     """Each row's first min(k, n) entries and sums over all others. The list's entries become -inf in the slab.
 
-    `entropy`: also sum e^y y. Reads the slab twice. Raises nothing: NaN and +inf set a flag.
+    `entropy`: also sum e^y y. Reads the slab twice. Does not raise: NaN and +inf set a flag.
     """
     num_rows, n = slab.shape
     width = min(k, n)
@@ -136,8 +136,9 @@ def topk_select(slab: Tensor, k: int, temperatures: tuple[float, ...], *, entrop
 def _first_columns(block: Tensor, take: int) -> tuple[Tensor, Tensor, Tensor]:
     """(values [b, take], columns [b, take], maxima [b]) of the first `take` entries of each row.
 
-    A lane is a few neighbouring columns. The entries lie in the first `take` lanes by (maximum, place): each of those
-    holds an entry that comes before all of any other lane, ties included, because lanes are in the order of ids.
+    A lane is a few neighbouring columns. The entries lie in the first `take` lanes by (maximum, position): each of
+    those lanes holds an entry that is ordered before all entries of any other lane, ties included, because lanes are in
+    id order.
     """
     n = block.shape[1]
     lane = _lane_width(n, take)
@@ -155,9 +156,9 @@ def _first_columns(block: Tensor, take: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _lane_width(n: int, take: int) -> int:
-    """Columns of a lane: about as many lanes as candidates, which costs least; not below 16, where maxima are slow.
+    """Columns of a lane. About as many lanes as candidates is cheapest; below 16 columns, maxima are slow.
 
-    1: too few columns to be worth it.
+    Returns 1 if there are too few columns for lanes.
     """
     if n < 32 * take:
         return 1
@@ -165,7 +166,7 @@ def _lane_width(n: int, take: int) -> int:
 
 
 def _lanes(block: Tensor, lane: int) -> Iterator[Tensor]:
-    """[b, lanes, lane] of the whole lanes, then [b, 1, rest] of what is left over; views."""
+    """[b, lanes, lane] of the whole lanes, then [b, 1, rest] of the remainder; views."""
     whole = block.shape[1] // lane * lane
     if whole:
         yield block[:, :whole].reshape(len(block), whole // lane, lane)
@@ -197,10 +198,10 @@ def topk_merge(
     """All ranks' selections of the same c rows -> the first k of their entries.
 
     values, ids [ranks, c, w]: the lists, ids global, filled up with (-inf, NO_ID); stats [ranks, c, ...]. The tail is
-    the ranks' sums plus the entries that are not among the first k: nothing is ever subtracted from a total.
+    the ranks' sums plus the listed entries that are not among the first k; nothing is subtracted from a total.
     """
     values, ids = values.transpose(0, 1).flatten(1), ids.transpose(0, 1).flatten(1)
-    if stats.shape[0] == 1:  # one rank's list is in order already
+    if stats.shape[0] == 1:  # the list of a single rank is already in order
         return Merged(values, ids, merged_numbers(values, values[:, :0], stats, temperatures, entropy=entropy))
     places = first_k(values, ids, k)
     lost = values.scatter(1, places, float("-inf"))
@@ -215,7 +216,7 @@ def merged_numbers(
     top, lost = top.double(), lost.double()
     peaks = stats[:, :, 1]
     log_sums = stats[:, :, STATS:].log()
-    scales = torch.stack([top.new_full((), temperature) for temperature in temperatures])  # fills do not wait
+    scales = torch.stack([top.new_full((), temperature) for temperature in temperatures])  # fills do not synchronise
     outside = torch.cat([lost[:, :, None] / scales, (peaks[:, :, None] / scales + log_sums).transpose(0, 1)], 1)
     tail = outside.logsumexp(1)
     lse = torch.logaddexp(tail, (top[:, :, None] / scales).logsumexp(1))
@@ -238,14 +239,14 @@ def _entropy(listed: Tensor, stats: Tensor, temperature: float, lse: Tensor) -> 
 
 
 def restore(slab: Tensor, selection: Selection, keep: Tensor) -> None:
-    """Put the selection's entries back into the slab except where keep [C, w] is true: those stay -inf."""
+    """Write the selection's entries back into the slab except where keep [C, w] is true, which stay -inf."""
     slab.scatter_(1, selection.columns, selection.values.masked_fill(keep, float("-inf")))
 
 
 def tail_cdf(slab: Tensor, peak: Tensor, temperature: float, *, scratch: Scratch) -> Tensor:
     """[C, lanes] float64: running sums, in the order of columns, of exp((s - peak) / temperature) over whole lanes.
 
-    peak [C] float64: the largest logit that can be drawn, on any rank; where it is -inf nothing can.
+    peak [C] float64: the largest drawable logit on any rank; -inf if there is none.
     """
     lanes = -(-slab.shape[1] // SAMPLE_LANE)
     cdf = torch.zeros(len(slab), lanes, dtype=torch.float64, device=slab.device)
@@ -263,8 +264,8 @@ def tail_cdf(slab: Tensor, peak: Tensor, temperature: float, *, scratch: Scratch
 def tail_sample(slab: Tensor, cdf: Tensor, targets: Tensor, peak: Tensor, temperature: float) -> Tensor:
     """[C, m] int64 columns at which the distribution function of the rows reaches targets [C, m] float64.
 
-    cdf and peak as for `tail_cdf`; targets in [0, cdf[:, -1]); others are taken to the nearer end. A column of
-    probability 0 is never drawn while another is there. Columns ascend where targets do.
+    cdf and peak as for `tail_cdf`; targets in [0, cdf[:, -1]); others are clamped to the nearer end. A column of
+    probability 0 is drawn only if no column has any. Columns ascend where targets do.
     """
     found = torch.zeros(targets.shape, dtype=torch.int64, device=slab.device)
     step = max(1, SELECT_BLOCK // (SAMPLE_LANE * max(1, targets.shape[1])))
@@ -275,7 +276,7 @@ def tail_sample(slab: Tensor, cdf: Tensor, targets: Tensor, peak: Tensor, temper
 
 
 def _look_up(block: Tensor, cdf: Tensor, targets: Tensor, peak: Tensor, temperature: float) -> Tensor:
-    """`tail_sample` of a block: first the lane, then the column in it."""
+    """`tail_sample` of a block: find the lane, then the column in it."""
     n = block.shape[1]
     lanes = _reaching(cdf, targets)
     before = cdf.gather(1, (lanes - 1).clamp(min=0)).where(lanes > 0, 0.0)
@@ -288,9 +289,9 @@ def _look_up(block: Tensor, cdf: Tensor, targets: Tensor, peak: Tensor, temperat
 
 
 def _reaching(running: Tensor, targets: Tensor) -> Tensor:
-    """First index whose running sum [b, m] exceeds targets [b, t]; at most the first that has the whole sum.
+    """First index whose running sum [b, m] exceeds targets [b, t], at most the first that reaches the total.
 
-    Either way the entry there is positive if any is: rounding can move a draw, never onto an impossible column.
+    In both cases the entry there is positive if any is: rounding can move a draw, but never onto an impossible column.
     """
     reached = torch.searchsorted(running, targets.contiguous(), right=True)
     return torch.minimum(reached, torch.searchsorted(running, running[:, -1:].contiguous()))

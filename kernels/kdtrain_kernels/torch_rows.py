@@ -1,12 +1,11 @@
 """Row kernels in torch: statistics, divergences and gradients of rows of logits that lie in a slab.
 
 C rows of a chunk, n columns: the real tokens among this rank's vocabulary rows (padding never reaches a slab; n may
-be 0). Slabs are float32 or float64 and hold raw logits, before temperature; their rows may lie further apart than n
-(what is between is of no meaning). No function communicates:
-statistics of several ranks are put together by `merge_stats` on what the caller gathered. Numbers per row are float64,
-so that nothing is lost between the slab's arithmetic and the gradient.
+be 0). Slabs are float32 or float64 and hold raw logits, before temperature; their row stride may exceed n (the gap is
+ignored). No function communicates: `merge_stats` merges the statistics of several ranks that the caller has gathered.
+Numbers per row are float64, so that no precision is lost between the slab's arithmetic and the gradient.
 
-Rows are worked on a few at a time in buffers that fit a cache (`blocks.Scratch`); nothing of the slab's size is made.
+Rows are processed a few at a time in buffers that fit a cache (`blocks.Scratch`); no copy of the slab is made.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ PAIR_STATS = 2 * ROW_STATS + 2
 
 @dataclass(frozen=True, slots=True)
 class LogitMap:
-    """What a head does to its products before the softmax: s = softcap * tanh(logit_scale * product / softcap)."""
+    """The map from a head's products to its logits: s = softcap * tanh(logit_scale * product / softcap)."""
 
     logit_scale: float = 1.0
     softcap: float | None = None
@@ -41,7 +40,7 @@ class LogitMap:
         return logits
 
     def slope(self, logits: Tensor, out: Tensor) -> Tensor | None:
-        """d logits / d product from the logits, written to `out`; None where it is 1."""
+        """d logits / d product from the logits, written to `out`; None if it is 1."""
         if self.softcap is None:
             return None if self.logit_scale == 1.0 else out.fill_(self.logit_scale)
         ratio = torch.div(logits, self.softcap, out=out)
@@ -51,8 +50,8 @@ class LogitMap:
 def row_stats(slab: Tensor, labels: Tensor, temperature: float, scratch: Scratch) -> Tensor:
     """[C, ROW_STATS] float64 statistics of one model's rows.
 
-    labels [C] int64: column of the label on this rank, -1 where another rank (or none) owns it; its logit is then 0.
-    Where this rank has no column above -inf, the maximum is -inf and the sums are 0.
+    labels [C] int64: column of the label on this rank, -1 where another rank (or none) owns it; its logit is then 0. If
+    this rank has no column above -inf, the maximum is -inf and the sums are 0.
     """
     stats = torch.zeros(slab.shape[0], ROW_STATS, dtype=torch.float64, device=slab.device)
     if slab.shape[1] == 0:
@@ -79,7 +78,7 @@ def pair_stats(
     """[C, PAIR_STATS] float64: row_stats of both models, and for reverse_kl the sums that give Z after one round:
 
     sum e^x (x - y), with x and y shifted by this rank's maxima and divided by the temperature; and sum e^x where y is
-    FLOOR, which stays FLOOR when the maxima of all ranks are known.
+    FLOOR, because such y stay FLOOR after the shift to the maximum over all ranks.
     """
     of_s = row_stats(student, labels, temperature, scratch)
     of_t = row_stats(teacher, labels, temperature, scratch)
@@ -118,7 +117,7 @@ class RowTotals:
 
 
 def merge_stats(gathered: Tensor, temperature: float) -> RowTotals:
-    """[ranks, C, ROW_STATS] in rank order -> totals, by the same arithmetic on every rank (bitwise equal)."""
+    """[ranks, C, ROW_STATS] in rank order -> totals, computed alike on every rank (bitwise equal)."""
     peak, behind = _behind(gathered)
     log_sum_1 = (gathered[:, :, 2] * behind.exp()).sum(0).log()
     log_sum = log_sum_1
@@ -129,7 +128,7 @@ def merge_stats(gathered: Tensor, temperature: float) -> RowTotals:
 
 @dataclass(frozen=True, slots=True)
 class PairTotals:
-    """Both models' totals of a chunk; z [C] float64 is Z of the divergence, once it is known."""
+    """Both models' totals of a chunk; z [C] float64: Z of the divergence, final once it is known."""
 
     student: RowTotals
     teacher: RowTotals
@@ -137,14 +136,17 @@ class PairTotals:
 
 
 def merge_pair_stats(gathered: Tensor, temperature: float, spec: DivergenceSpec) -> PairTotals:
-    """[ranks, C, PAIR_STATS] -> totals. z is final for one-round divergences, 0 for the others until their second."""
+    """[ranks, C, PAIR_STATS] -> totals.
+
+    z is final for one-round divergences, 0 for two-round ones until their second round.
+    """
     student = merge_stats(gathered[:, :, :ROW_STATS], temperature)
     teacher = merge_stats(gathered[:, :, ROW_STATS : 2 * ROW_STATS], temperature)
     if spec.kernel == "forward_kl":
         return PairTotals(student, teacher, torch.full_like(student.peak, -1.0))
     if spec.kernel != "reverse_kl":
         return PairTotals(student, teacher, torch.zeros_like(student.peak))
-    # Each rank measured x - y from its own maxima; bring its sum to the common ones.
+    # Each rank computed x - y relative to its own maxima; convert its sum to the global maxima.
     _, behind = _behind(gathered)
     offset_s = finite(gathered[:, :, 0]) - student.peak
     offset_t = finite(gathered[:, :, ROW_STATS]) - teacher.peak
@@ -158,8 +160,8 @@ def merge_pair_stats(gathered: Tensor, temperature: float, spec: DivergenceSpec)
 class RowWeights:
     """Weights and label columns of a chunk.
 
-    kd, ce [C] float64; labels [C] int64, -1 where not on this rank. softmax [C] float64: what softmax(s) is multiplied
-    with in the gradient, ce and 2 z lse together for a loss with sum ce * CE + z * lse^2.
+    kd, ce [C] float64; labels [C] int64, -1 where not on this rank. softmax [C] float64: the factor of softmax(s) in
+    the gradient, ce + 2 z lse for a loss with sum ce * CE + z * lse^2.
     """
 
     kd: Tensor
@@ -195,9 +197,9 @@ def row_grad(
 def pair_round2(
     student: Tensor, teacher: Tensor, totals: PairTotals, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
 ) -> Tensor:
-    """[C, 2] float64: this rank's parts of Z and of D's sum, for divergences that need the normalisers first.
+    """[C, 2] float64: this rank's partial sums of Z and of D, for divergences that need the normalisers first.
 
-    The teacher's slab is left with what `pair_grad` of the same backend wants to find there.
+    Leaves in the teacher's slab what `pair_grad` of the same backend reads there.
     """
     parts = torch.zeros(len(student), 2, dtype=torch.float64, device=student.device)
     for rows in row_blocks(student, scratch):
@@ -212,7 +214,7 @@ def pair_round2(
 def pair_value(
     student: Tensor, teacher: Tensor, totals: PairTotals, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
 ) -> Tensor:
-    """[C] float64: this rank's part of D's sum, for one-round divergences when no gradient is wanted."""
+    """[C] float64: this rank's partial sum of D, for one-round divergences when no gradient is needed."""
     value = torch.zeros(len(student), dtype=torch.float64, device=student.device)
     for rows in row_blocks(student, scratch):
         block = _pair_block(student, teacher, rows, totals, temperature, scratch)
@@ -232,18 +234,19 @@ def pair_grad(
     scratch: Scratch,
     operand_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(D's part, d loss / d product) for loss = sum kd * temperature^2 * D + ce * CE + z * lse^2; spoils both slabs.
+    """(D's part, d loss / d product) for loss = sum kd * temperature^2 * D + ce * CE + z * lse^2; overwrites both
+    slabs.
 
-    D's part [C] float64 for one-round divergences, 0 for the others (`pair_round2` had it). The gradient [C, n] lies in
-    the student's slab as `row_grad`'s does; the terms without kd are computed as there and the divergence is added, so
-    that kd weight 0 gives the same bits, even where the divergence is not finite.
+    D's part [C] float64 for one-round divergences, 0 for the others (`pair_round2` returns it). The gradient [C, n]
+    lies in the student's slab as `row_grad`'s does; the terms without kd are computed as there and the divergence is
+    added, so that kd weight 0 gives the same bits, even where the divergence is not finite.
     """
     operand = front_of_rows(student, operand_dtype)
     value = torch.zeros(len(student), dtype=torch.float64, device=student.device)
     # dx/ds = 1 / temperature and the loss carries temperature^2: one temperature remains
     kd = (weights.kd * temperature).to(student.dtype)
     unused = (kd == 0)[:, None]
-    any_unused = unused.device.type != "cpu" or bool(unused.any())  # asking a device would stall it
+    any_unused = unused.device.type != "cpu" or bool(unused.any())  # reading the condition would synchronise a device
     for rows in row_blocks(student, scratch):
         s, t = student[rows], teacher[rows]
         if spec.two_rounds:
@@ -275,8 +278,8 @@ def pair_grad(
 def pair_measure(
     student: Tensor, teacher: Tensor, totals: PairTotals, temperature: float, *, scratch: Scratch
 ) -> Tensor:
-    """[C, 4] float64, this rank's parts of what is only measured: sums over columns whose totals over
-    ranks give entropies, forward KL and total variation.
+    """[C, 4] float64, this rank's partial sums of measured values: their totals over ranks give entropies, forward KL
+    and total variation.
 
     Columns: sum q x, sum p y (shifted logits), sum p (log p - log q) at temperature 1, half the sum of |p - q|.
     """
@@ -330,7 +333,7 @@ def _probabilities(logits: Tensor, totals: RowTotals, rows: slice, temperature: 
 
 
 def _softmax_(block: Tensor, totals: RowTotals, rows: slice) -> Tensor:
-    """block <- softmax(s) at temperature 1; the same operations as `PairBlock.q`, hence the same bits."""
+    """block <- softmax(s) at temperature 1; the same operations as `PairBlock.q`, so the same bits."""
     block.sub_(totals.peak[rows].to(block.dtype)[:, None]).exp_()
     return block.mul_(torch.exp(-totals.log_sum_1[rows]).to(block.dtype)[:, None])
 
@@ -345,7 +348,7 @@ def _weigh_ce(softmax: Tensor, rows: slice, weights: RowWeights, out: Tensor) ->
 
 
 def _store(block: Tensor, operand: Tensor) -> None:
-    """Round a finished block into its operand, which may share its memory: through a copy."""
+    """Round a finished block into its operand, through a copy because they may share memory."""
     if operand.dtype != block.dtype:
         operand.copy_(block.to(operand.dtype))
 

@@ -9,9 +9,9 @@ TORCH_FLOOR = (2, 10)
 
 
 def torch_problem(version: str) -> str:
-    """What, why and fix if torch's `version` is older than TORCH_FLOOR, else empty.
+    """The message (problem, why, fix) if torch's `version` is older than TORCH_FLOOR, else empty.
 
-    Pre-releases of the floor count as older, as they do for pip: some were built before addmm could do it.
+    Pre-releases of the floor count as older, as they do for pip: some were built before addmm supported it.
     """
     found = re.match(r"(\d+)\.(\d+)(?:\.\d+)*(a|b|rc|\.dev)?", version)
     release = (int(found[1]), int(found[2])) if found else (0, 0)
@@ -20,7 +20,7 @@ def torch_problem(version: str) -> str:
     floor = ".".join(map(str, TORCH_FLOOR))
     return (
         f"kdtrain_kernels needs torch >= {floor}, found {version}\n"
-        "  why: the head's gradient adds products of bfloat16 to float32; older releases refuse that on a GPU, "
+        "  why: the head's gradient adds products of bfloat16 to float32; older releases reject that on a GPU, "
         "in the first backward\n"
         f"  fix: pip install 'torch>={floor}'"
     )

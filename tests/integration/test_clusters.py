@@ -1,4 +1,4 @@
-"""The batch script of docs/clusters.md, taken from there and run with programs that do what Slurm's would."""
+"""The batch script of docs/clusters.md, run with programs that replace Slurm's srun and scontrol."""
 
 import contextlib
 import os
@@ -14,11 +14,11 @@ import pytest
 
 from kdtrain.config.launcher import FIRST_PORT, NUM_PORTS
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_run import write_run
+from tests.support.tiny_run import write_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
-pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
+pytestmark = [pytest.mark.dist, pytest.mark.deepspeed, pytest.mark.slow]
 
 SRUN = """#!{python}
 '''Two tasks of one step, as srun starts them; the larger exit code. Signals are sent to the tasks, not to this.'''
@@ -54,9 +54,11 @@ def environment(folder):
     hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {
         **{name: value for name, value in os.environ.items() if name not in hidden and not name.startswith("SLURM")},
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
         "PATH": os.pathsep.join([str(folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
-    }  # fmt: skip
+    }
 
 
 def replaced(text, **names):
@@ -73,7 +75,7 @@ def config(tmp_path):
     )
 
 
-def test_a_job_that_is_warned_saves_is_requeued_and_goes_on(tmp_path, config):
+def test_signalled_batch_job_saves_is_requeued_and_resumes(tmp_path, config):
     (tmp_path / "bin").mkdir()
     for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
         (tmp_path / "bin" / name).write_text(text)
@@ -84,9 +86,13 @@ def test_a_job_that_is_warned_saves_is_requeued_and_goes_on(tmp_path, config):
 
     def start(**more):
         return subprocess.Popen(
-            ["bash", str(script)], cwd=tmp_path, env=environment(tmp_path) | slurm | more, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            ["bash", str(script)],
+            cwd=tmp_path,
+            env=environment(tmp_path) | slurm | more,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     job = start()
     deadline = time.monotonic() + 150
@@ -96,13 +102,13 @@ def test_a_job_that_is_warned_saves_is_requeued_and_goes_on(tmp_path, config):
         time.sleep(0.005)
     for pid in map(int, (tmp_path / "tasks").read_text().split()):
         os.kill(pid, signal.SIGUSR1)
-    said, _ = job.communicate(timeout=100)
-    assert job.returncode == 75, said
+    output, _ = job.communicate(timeout=100)
+    assert job.returncode == 75, output
     assert (tmp_path / "requeued").read_text() == f"requeue {slurm['SLURM_JOB_ID']}\n"
     assert (tmp_path / "runs/job/STATUS").read_text().startswith("stopped  RunStopped: stopped at step ")
 
-    said, _ = start(SLURM_RESTART_COUNT="1").communicate(timeout=150)
-    assert "resumed " in said
-    assert "mesh     2 ranks = dp 2 x tp 1" in said
+    output, _ = start(SLURM_RESTART_COUNT="1").communicate(timeout=150)
+    assert "resumed " in output
+    assert "mesh     2 ranks = dp 2 x tp 1" in output
     assert (tmp_path / "runs/job/STATUS").read_text() == "done\n"
     assert (tmp_path / "requeued").read_text().count("\n") == 1

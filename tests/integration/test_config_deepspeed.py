@@ -1,4 +1,4 @@
-"""Our idea of DeepSpeed's settings against DeepSpeed itself, in a process of its own: importing it is slow."""
+"""kdtrain's tables of DeepSpeed's settings against DeepSpeed itself, in a new process."""
 
 import json
 import os
@@ -11,15 +11,15 @@ CODE = """
 import json
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, get_zero_config
 from kdtrain.config.deepspeed_config import EXTRA_ZERO_KEYS, deepspeed_config
-from kdtrain.config.schema import RunConfig
-cfg = RunConfig()
-cfg.zero.extra = {name: kind == "switch" or 3e8 for name, kind in EXTRA_ZERO_KEYS.items()}
+from kdtrain.config.schema import ZeroSection
+others = dict(grad_clip=1.0, dtype="bfloat16", sequences_per_micro_batch=8, on_cuda=True, num_parameters=1000)
+extra = {name: kind == "switch" or 3e8 for name, kind in EXTRA_ZERO_KEYS.items()}
 parsed = []
-for cfg.zero.stage in (0, 1, 2, 3):
-    zero = get_zero_config(deepspeed_config(cfg, on_cuda=True, num_parameters=1000))
+for stage in (0, 1, 2, 3):
+    zero = get_zero_config(deepspeed_config(ZeroSection(stage=stage, extra=extra), **others))
     parsed.append([zero.stage, zero.overlap_comm, zero.reduce_bucket_size, zero.reduce_scatter])
 from kdtrain.config.deepspeed_config import REDUCE_BUCKET
-from kdtrain.training.zero_memory import MAX_LIVE, PREFETCH
+from kdtrain.planning.zero_memory import MAX_LIVE, PREFETCH
 usual = DeepSpeedZeroConfig()
 assert (usual.reduce_bucket_size, usual.max_live_parameters, usual.prefetch_bucket_size) == (
     REDUCE_BUCKET, MAX_LIVE, PREFETCH
@@ -31,7 +31,7 @@ print(json.dumps({"known": known, "parsed": parsed}))
 """
 
 
-def test_every_zero_key_is_either_offered_or_owned_with_a_reason():
+def test_every_zero_key_is_offered_or_refused():
     from kdtrain.config.deepspeed_config import EXTRA_ZERO_KEYS, OWNED_ZERO_KEYS
 
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)]), "DS_ACCELERATOR": "cpu"}

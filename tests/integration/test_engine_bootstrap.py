@@ -1,4 +1,4 @@
-"""Ranks as real processes: with no launcher, in a world of two, without a compiler, and how they end."""
+"""Ranks as processes: without a launcher, in a world of two, without a compiler, and their exit."""
 
 import json
 import os
@@ -20,18 +20,18 @@ TRAIN = """
 import pathlib, sys, torch
 from kdtrain.engine import bootstrap
 with bootstrap.runtime() as rank:
-    from kdtrain.config.schema import RunConfig
-    from kdtrain.data.batch import Batch
-    from kdtrain.dist.mesh import Mesh
+    from kdtrain.config.schema import OptimSection, ZeroSection
+    from kdtrain.batch import Batch
+    from kdtrain.distributed.mesh import Mesh
+    from kdtrain.engine.settings import EngineSettings
     from kdtrain.engine.zero import StudentEngine
     from kdtrain.losses import linear_cross_entropy
     from kdtrain.models.load import ModelSpec, load_backbone
     mesh = Mesh.build(rank.world_size)
     spec = ModelSpec(architecture=sys.argv[1], attention="sdpa")
     backbone = load_backbone(spec, mesh, vocab_size=101, trainable=True)
-    cfg = RunConfig()
-    cfg.zero.stage = int(sys.argv[2])
-    engine = StudentEngine(backbone, mesh, cfg, device=rank.device)
+    settings = EngineSettings(ZeroSection(stage=int(sys.argv[2])), OptimSection(), "bfloat16", 8)
+    engine = StudentEngine(backbone, mesh, settings, device=rank.device)
     ids = torch.arange(24).reshape(2, 12)
     batch = Batch(ids, ids + 1, torch.ones(2, 12), torch.arange(12).expand(2, -1), torch.arange(2))
     def head_fn(hidden, head):
@@ -39,12 +39,12 @@ with bootstrap.runtime() as rank:
                                     shard=backbone.shard, group=mesh.tp_group)
     engine.backward(engine(batch, head_fn).loss, 24)
     print(f"rank {rank.rank} of {rank.world_size}: {engine.step(1e-3)}")
-bootstrap.leave(0)
+bootstrap.exit_process(0)
 """
 
 
 def start(code, *args, **variables):
-    """A process with no launcher's variables but `variables`, on whose PATH no compiler is."""
+    """A process with no launcher's variables but `variables`, with no compiler on its PATH."""
     env = {key: value for key, value in os.environ.items() if key not in LAUNCHER}
     env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "PATH": "/nonexistent", **variables}
     command = [sys.executable, "-c", code, *map(str, args)]
@@ -78,7 +78,7 @@ def test_one_process_trains_without_launcher_compiler_or_port(architecture, tmp_
 
 
 @pytest.mark.deepspeed
-def test_two_ranks_that_a_launcher_announced_find_each_other(architecture):
+def test_two_ranks_join_from_launcher_variables(architecture):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -91,16 +91,16 @@ def test_two_ranks_that_a_launcher_announced_find_each_other(architecture):
     assert "rank 1 of 2: StepResult" in answers[1][1]
 
 
-def test_leave_ends_the_process_with_its_code_and_everything_flushed():
+def test_exit_process_flushes_output_and_exits_with_its_code():
     code = (
         "import atexit, sys\nfrom kdtrain.engine import bootstrap\n"
         "atexit.register(lambda: print('torn down'))\n"
-        "sys.stdout.write('last words')\nbootstrap.leave(75)\n"
+        "sys.stdout.write('output')\nbootstrap.exit_process(75)\n"
     )
-    assert finish(start(code))[:2] == (EXIT_STOPPED, "last words")
+    assert finish(start(code))[:2] == (EXIT_STOPPED, "output")
 
 
-def test_a_world_without_a_meeting_point_is_refused(monkeypatch):
+def test_world_without_master_address_is_refused(monkeypatch):
     from kdtrain.engine import bootstrap
 
     for name in LAUNCHER[:5]:
@@ -111,7 +111,7 @@ def test_a_world_without_a_meeting_point_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(("local_rank", "visible", "index"), [(0, 4, 0), (3, 4, 3), (3, 1, 0)])
-def test_a_rank_takes_its_own_device_or_the_only_one_it_is_shown(local_rank, visible, index):
+def test_rank_takes_its_own_device_or_the_only_visible_one(local_rank, visible, index):
     assert device_index(local_rank, visible) == index
 
 
@@ -120,7 +120,7 @@ def test_more_ranks_than_devices_are_refused():
         device_index(4, 4)
 
 
-def test_collectives_wait_as_long_as_the_environment_says(monkeypatch):
+def test_collective_timeout_is_read_from_the_environment(monkeypatch):
     monkeypatch.delenv("DEEPSPEED_TIMEOUT", raising=False)
     assert collective_timeout().total_seconds() == 3600
     monkeypatch.setenv("DEEPSPEED_TIMEOUT", "15")

@@ -1,11 +1,6 @@
-"""Whole runs of students with padded head rows: what transformers computes from the export is what the run measured."""
+"""Whole runs of students with padded head rows: transformers computes from the export what the run measured."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,29 +10,12 @@ from kdtrain.data.loader import validation_batches
 from kdtrain.data.packing import Packing
 from kdtrain.data.token_store import TokenStore
 from kdtrain.models.tiny import save_random, tiny_config
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
-from kdtrain.testing.tiny_run import write_run
+from tests.support.launching import run_ranks
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_run import write_run
 
-ROOT = Path(__file__).resolve().parents[2]
 TOKENS, ROWS = 258, 304
-pytestmark = pytest.mark.deepspeed
-
-
-def launch(name, *words, ranks=1):
-    """Run a script on `ranks` processes; rank 0's stdout."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    paths = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
-    env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    env |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
-    command = [sys.executable, str(ROOT / "launch" / name), *map(str, words)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ranked = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {} for rank in range(ranks)]
-    running = [subprocess.Popen(command, env=env | names, **pipes) for names in ranked]
-    ended = [process.communicate(timeout=200) for process in running]
-    assert [process.returncode for process in running] == [0] * ranks, ended
-    return ended[0][0]
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +47,7 @@ def settings(world, student, teacher, store="train"):
 
 def trained(world, name, student, *words, teacher="instruct", store="train", tp=1):
     models = settings(world, world / student, world / teacher, store)
-    launch("train.py", *models, f"run.name={name}", f"parallel.tp={tp}", *words, ranks=tp)
+    run_ranks("train.py", *models, f"run.name={name}", f"parallel.tp={tp}", *words, ranks=tp)
     return world / "runs" / name
 
 
@@ -95,7 +73,7 @@ def stock_nll(folder, store):
 @pytest.mark.parametrize(
     ("student", "tp", "z_loss"), [("untied", 1, 0.01), ("tied", 2, 0.01), ("untied", 2, 0.0), ("tied", 1, 0.0)]
 )
-def test_the_export_has_the_nll_that_the_run_measured(world, student, tp, z_loss):
+def test_export_has_the_nll_that_the_run_measured(world, student, tp, z_loss):
     words = (f"objective.z_loss={z_loss}", "optim.lr=0.01")
     run = trained(world, f"{student}_{tp}", student, *words, tp=tp)
     wanted = measured(run)["eval/val_nll"]
@@ -110,15 +88,15 @@ def test_the_export_has_the_nll_that_the_run_measured(world, student, tp, z_loss
 
 
 @pytest.mark.parametrize("store", ["train", "train_larger"])
-def test_an_export_of_a_student_under_a_teacher_with_more_tokens_is_read_as_either(world, store):
+def test_export_of_student_with_fewer_tokens_than_its_teacher_loads_as_student_and_teacher(world, store):
     run = trained(world, store, "untied", "objective.z_loss=0.01", teacher="larger", store=store)
     wanted, export = measured(run), run / "export"
     assert stock_nll(export, world / "validation") == pytest.approx(wanted["eval/val_nll"], abs=1e-4)
     words = settings(world, export, world / "larger", store)
-    found = json.loads(launch("eval_model.py", *words).splitlines()[-1])
+    found = json.loads(run_ranks("eval_model.py", *words).out.splitlines()[-1])
     for key in ("eval/val_nll", "eval/kl_to_teacher", "eval/teacher_nll"):
         assert found[key] == pytest.approx(wanted[key], abs=1e-4), key
-    found = json.loads(launch("eval_model.py", *settings(world, world / "tied", export, store)).splitlines()[-1])
+    found = json.loads(run_ranks("eval_model.py", *settings(world, world / "tied", export, store)).out.splitlines()[-1])
     assert found["eval/teacher_nll"] == pytest.approx(wanted["eval/val_nll"], abs=1e-4)
-    launch("export_hf.py", run, world / f"by_script_{store}")  # in the dtype of the run, as RUN/export
+    run_ranks("export_hf.py", run, world / f"by_script_{store}")  # in the dtype of the run, as RUN/export
     assert (world / f"by_script_{store}/model.safetensors").read_bytes() == (export / "model.safetensors").read_bytes()

@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.deepspeed
+pytestmark = [pytest.mark.deepspeed, pytest.mark.slow]
 
 
 @pytest.mark.timeout(580)
-def test_the_probe_and_two_whole_runs_pass_on_the_cpu(tmp_path):
+def test_gpu_probe_and_two_runs_pass_on_the_cpu(tmp_path):
     names = {"PYTHON": sys.executable, "ARGS": "--cpu", "RUNS": "zero2_overlap_async resumed", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         ["sh", str(ROOT / "benchmarks/gpu_suite.sh"), "gpu-1", str(tmp_path)],
-        capture_output=True, text=True, timeout=560, check=False, env={**os.environ, **names},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=560,
+        check=False,
+        env={**os.environ, **names},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     table = (tmp_path / "gpu-1.txt").read_text(encoding="utf-8").splitlines()[1:]
     stages = ("products", "streams", "snapshot", "packed", "inplace", "train")

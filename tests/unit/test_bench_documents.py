@@ -1,4 +1,4 @@
-"""The column of the published table that says which attention keeps packed documents apart."""
+"""The column of the published table with the attention that separates packed documents."""
 
 from importlib import import_module
 
@@ -27,7 +27,7 @@ def rows():
     return {row[1]: row for row in cells if row[1] not in ("model_type", "---")}
 
 
-def test_every_row_says_which_attention_keeps_documents_apart():
+def test_every_row_lists_the_attention_that_separates_documents():
     known = {"packed", "sdpa", "eager", "flash", "flash 2", "flash 3", "flash 4", "flash 2 3", "flash 3 4"}
     for model_type, row in rows().items():
         assert len(row) == 6, row
@@ -40,7 +40,7 @@ def test_every_row_says_which_attention_keeps_documents_apart():
 
 
 @pytest.mark.parametrize("model_type", EXPECTED)
-def test_the_table_says_what_is_measured_here(model_type):
+def test_table_matches_a_new_measurement(model_type):
     found = bench.documents_of(model_type)
     assert found.names == EXPECTED[model_type]
     row = rows()[model_type]
@@ -48,7 +48,7 @@ def test_the_table_says_what_is_measured_here(model_type):
     assert found.missing.replace("|", "/").partition(" differ by ")[0] in row[5]
 
 
-def test_reasons_are_in_the_detail_once_each():
+def test_each_reason_is_in_the_detail_once():
     lost = "boundaries are lost"
     obstacles = {"packed": None, "sdpa": "no", "eager": None, "flash_attention_2": lost, "flash_attention_3": lost}
     found = documents.apart_of({**obstacles, "flash_attention_4": lost})

@@ -1,4 +1,4 @@
-"""The checks of what only a GPU can show: they pass on the CPU, and each fails when what it looks for is wrong."""
+"""The checks for a GPU: they pass on the CPU, and each one detects the fault it is made for."""
 
 import csv
 import sys
@@ -35,7 +35,7 @@ def test_products_streams_and_snapshots_are_right_on_the_cpu(probe, monkeypatch,
     rows = run(probe, monkeypatch, tmp_path, "products", "streams", "snapshot")
     absent = {row["name"]: row["note"] for row in rows if row["verdict"] != "ok"}
     why = "nothing overlaps on the CPU"
-    assert absent == {f"streams notices unrecorded {what}": why for what in ("inputs", "answers")}
+    assert absent == {f"streams detects unrecorded {what}": why for what in ("inputs", "answers")}
     assert {row["shape"].split()[-1] for row in rows if row["name"] == "products d head"} == {
         f"n={columns}" for _, _, columns in probe.PRODUCTS
     }
@@ -43,21 +43,21 @@ def test_products_streams_and_snapshots_are_right_on_the_cpu(probe, monkeypatch,
     assert {"commit", "date", "device", "versions", "value", "tolerance"} <= set(rows[0])
 
 
-def test_rows_of_the_other_checks_stay(probe, monkeypatch, tmp_path):
+def test_rows_of_other_checks_are_kept(probe, monkeypatch, tmp_path):
     before = run(probe, monkeypatch, tmp_path, "streams")
     after = run(probe, monkeypatch, tmp_path, "snapshot")
     assert after[: len(before)] == before
     assert len(run(probe, monkeypatch, tmp_path, "streams")) == len(after)
 
 
-def test_a_product_rounded_on_the_way_fails(probe, monkeypatch, setting):
+def test_intermediate_rounding_of_a_product_fails(probe, monkeypatch, setting):
     right = probe.hidden_grad_into
     monkeypatch.setattr(probe, "hidden_grad_into", lambda *x: right(*x).bfloat16().float())
     found = list(probe.products(setting))
     assert {row["name"] for row in found if row["verdict"] == "FAIL"} == {"products d hidden"}
 
 
-def test_a_product_that_leaves_an_element_unwritten_fails(probe, monkeypatch, setting):
+def test_unwritten_element_of_a_product_fails(probe, monkeypatch, setting):
     right = probe.logits_into
 
     def hole(out, x, w):
@@ -69,7 +69,7 @@ def test_a_product_that_leaves_an_element_unwritten_fails(probe, monkeypatch, se
 
 
 class Late:
-    """A side stream whose answers were overwritten before they were read."""
+    """A side stream whose results were overwritten before they were read."""
 
     stream = None
 
@@ -78,12 +78,12 @@ class Late:
         return lambda: answer.fill_(torch.nan)
 
 
-def test_answers_that_were_overwritten_are_counted(probe, setting):
+def test_overwritten_results_are_counted(probe, setting):
     assert probe.wrong_rounds(setting, Late(), 10) == probe.ROUNDS
     assert probe.wrong_rounds(setting, probe.SideStream(setting.device), 10) == 0
 
 
-def test_the_mutants_leave_out_one_of_the_two_recordings(probe, monkeypatch):
+def test_mutants_omit_one_of_the_two_record_stream_calls(probe, monkeypatch):
     class Recorded:
         device = "device"
 
@@ -101,7 +101,7 @@ def test_the_mutants_leave_out_one_of_the_two_recordings(probe, monkeypatch):
         assert tensor.streams == recorded
 
 
-def test_a_snapshot_that_aliases_its_sources_fails(probe, monkeypatch, setting):
+def test_snapshot_that_aliases_its_sources_fails(probe, monkeypatch, setting):
     from kdtrain.engine import background
 
     class Alias:
@@ -118,7 +118,7 @@ def test_a_snapshot_that_aliases_its_sources_fails(probe, monkeypatch, setting):
     assert set(verdicts(probe.snapshot(setting)).values()) == {"FAIL"}
 
 
-def test_every_gradient_is_rounded_over_its_own_logits_as_afterwards(probe, monkeypatch, tmp_path):
+def test_gradients_rounded_in_place_match_rounding_afterwards(probe, monkeypatch, tmp_path):
     inplace = import_module("gpu_inplace")
     rows = run(probe, monkeypatch, tmp_path, "inplace")
     assert set(verdicts(rows).values()) == {"ok"}
@@ -128,7 +128,7 @@ def test_every_gradient_is_rounded_over_its_own_logits_as_afterwards(probe, monk
     assert {1, 262144} <= set(columns)
 
 
-def test_one_wrong_element_of_a_gradient_is_found(monkeypatch, setting):
+def test_one_wrong_element_of_a_gradient_is_detected(monkeypatch, setting):
     inplace = import_module("gpu_inplace")
     right = inplace.gradient_of
 
@@ -149,7 +149,7 @@ def test_one_wrong_element_of_a_gradient_is_found(monkeypatch, setting):
     assert [(row["name"], row["value"]) for row in failed] == [("inplace tvd torch", "2")]  # in each of two maps
 
 
-def test_packed_documents_are_apart_by_every_implementation_that_is_here(probe, monkeypatch, tmp_path):
+def test_every_available_implementation_separates_packed_documents(probe, monkeypatch, tmp_path):
     from kdtrain.models.attention import IMPLEMENTATIONS
 
     rows = run(probe, monkeypatch, tmp_path, "packed")
@@ -161,7 +161,7 @@ def test_packed_documents_are_apart_by_every_implementation_that_is_here(probe, 
     assert found["packed flash_attention_2"] == "absent"
 
 
-def test_documents_that_see_each_other_fail(monkeypatch, setting):
+def test_documents_that_attend_to_each_other_fail(monkeypatch, setting):
     packed = import_module("gpu_packed")
     right = packed.hidden
     monkeypatch.setattr(packed, "IMPLEMENTATIONS", ("sdpa",))
@@ -170,7 +170,7 @@ def test_documents_that_see_each_other_fail(monkeypatch, setting):
     assert [found[f"packed sdpa {what}"] for what in ("leak", "alone", "gradient")] == ["FAIL"] * 3
 
 
-def test_an_implementation_that_cannot_be_built_fails_and_is_not_called_absent(monkeypatch, setting):
+def test_implementation_that_cannot_be_built_fails_instead_of_being_absent(monkeypatch, setting):
     packed = import_module("gpu_packed")
     monkeypatch.setattr(packed, "IMPLEMENTATIONS", ("sdpa",))
 
@@ -181,7 +181,7 @@ def test_an_implementation_that_cannot_be_built_fails_and_is_not_called_absent(m
     assert verdicts(packed.packed(setting))["packed sdpa"] == "FAIL"
 
 
-def test_an_implementation_that_raises_is_a_row_and_the_next_one_runs(monkeypatch, setting):
+def test_exception_in_an_implementation_is_a_row_and_the_next_one_runs(monkeypatch, setting):
     packed = import_module("gpu_packed")
     right = packed.examined
 
@@ -200,7 +200,7 @@ def test_an_implementation_that_raises_is_a_row_and_the_next_one_runs(monkeypatc
     assert notes["packed sdpa MiB"] == "kernels: ZeroDivisionError: division by zero"
 
 
-def test_a_check_that_raises_is_a_row_and_the_next_one_runs(probe, monkeypatch, tmp_path):
+def test_exception_in_a_check_is_a_row_and_the_next_one_runs(probe, monkeypatch, tmp_path):
     def raises(setting):
         yield probe.check("products first", "", 0.0, 0.0)
         raise RuntimeError("illegal memory access")

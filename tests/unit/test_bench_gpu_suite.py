@@ -41,6 +41,7 @@ def setting(device, out=Path(), small=False):
     return import_module("gpu_common").Setting(import_module("torch").device(device), out, device == "cpu", small)
 
 
+@pytest.mark.slow
 def test_correctness_covers_every_kernel_and_operation_without_the_training_stack(tmp_path):
     """deepspeed, omegaconf and the rest are not installed on a bare GPU machine: here they cannot be imported."""
     hook = f"import sys\nsys.modules.update(dict.fromkeys({FOREIGN!r}))\n"
@@ -56,8 +57,8 @@ def test_correctness_covers_every_kernel_and_operation_without_the_training_stac
     assert sum(" n=1 " in row["case"] for row in rows) == 16  # a masked column there would leave none
 
 
-def test_the_cpu_goes_through_the_sizes_of_a_gpu():
-    """Fewer rows and narrower models, but every vocabulary: no rule about columns stays hidden until a GPU runs."""
+def test_cpu_runs_use_the_sizes_of_a_gpu():
+    """Fewer rows and narrower models, but every vocabulary, so that rules about columns are tested without a GPU."""
     cpu, gpu = setting("cpu"), setting("cuda")
     for name, listed in (("gpu_correct", "shapes"), ("gpu_ops", "shapes"), ("gpu_ops", "peer_shapes")):
         of = getattr(import_module(name), listed)
@@ -70,7 +71,7 @@ def test_the_cpu_goes_through_the_sizes_of_a_gpu():
     assert gpu.shape(import_module("gpu_common").Shape(512, 7, 2048, 4096)).width_t == 4096
 
 
-def test_rows_are_in_the_file_before_the_next_one_is_measured(tmp_path):
+def test_each_row_is_written_before_the_next_is_measured(tmp_path):
     def found():
         yield {"a": 1}
         assert [row["a"] for row in rows_of(tmp_path / "dry_x.csv")] == ["0", "1"]
@@ -108,7 +109,7 @@ def test_a_wrong_kernel_fails_the_correctness_stage(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out.count("FAIL row kernels C=5 n=257 tvd") == 2
 
 
-def test_an_operation_that_raises_is_a_row_and_the_next_one_is_checked(tmp_path, monkeypatch):
+def test_exception_in_an_operation_is_a_row_and_the_next_one_is_checked(tmp_path, monkeypatch):
     correct = import_module("gpu_correct")
 
     def raises(setting, shape):
@@ -123,13 +124,15 @@ def test_an_operation_that_raises_is_a_row_and_the_next_one_is_checked(tmp_path,
         correct.main()
     rows = rows_of(tmp_path / "dry_correct.csv")
     assert [(row["op"], row["verdict"]) for row in rows[:3]] == [
-        ("linear_kd_loss", "ok"), ("raised", "FAIL"), ("linear_sparse_kd_loss", "ok"),
-    ]  # fmt: skip
+        ("linear_kd_loss", "ok"),
+        ("raised", "FAIL"),
+        ("linear_sparse_kd_loss", "ok"),
+    ]
     assert rows[1]["errors"] == "RuntimeError: out of resources"
     assert rows[-1]["op"] == "linear_topk"
 
 
-def test_the_version_of_triton_needs_no_distribution_of_that_name(monkeypatch):
+def test_triton_version_does_not_need_a_distribution_of_that_name(monkeypatch):
     from types import SimpleNamespace
 
     common = import_module("gpu_common")
@@ -173,7 +176,8 @@ def test_peers_are_compared_or_absent_with_a_reason(tmp_path, monkeypatch):
     assert absent["ce", "cut-ce"] == "needs cuda"
 
 
-def test_a_teacher_on_a_second_stream_is_compared_with_one_that_waits(tmp_path):
+@pytest.mark.slow
+def test_teacher_on_a_second_stream_is_compared_with_a_synchronous_one(tmp_path):
     absent = [name for name in FOREIGN if name != "transformers"]  # which kdtrain.teacher needs
     hook = f"import sys\nsys.modules.update(dict.fromkeys({absent!r}))\n"
     (tmp_path / "sitecustomize.py").write_text(hook, encoding="utf-8")
@@ -183,13 +187,13 @@ def test_a_teacher_on_a_second_stream_is_compared_with_one_that_waits(tmp_path):
     assert [(row["overlap"], row["same"]) for row in rows] == [("off", "True"), ("on", "True")] * 3
 
 
-def test_an_overlapping_teacher_with_other_answers_fails_its_stage(tmp_path, monkeypatch):
+def test_overlapping_teacher_with_different_results_fails_its_stage(tmp_path, monkeypatch):
     overlap = import_module("gpu_overlap")
     monkeypatch.setattr(overlap, "cases", lambda setting: [(300, (8, 1), (16, 1), 1, 5)])
     right, number = overlap.answers, iter(range(9))
     monkeypatch.setattr(overlap, "answers", lambda *case: [right(*case)[-1] + (next(number) == 2)])
     monkeypatch.setattr(sys, "argv", ["gpu_overlap.py", "--cpu", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit, match="gave other answers"):
+    with pytest.raises(SystemExit, match="gave different results"):
         overlap.main()
 
 
@@ -206,7 +210,7 @@ def test_running_out_of_memory_and_any_other_failure_are_results(error, absent):
     assert row["absent"] == absent
 
 
-def test_a_peer_that_raises_is_a_row_and_the_next_one_is_measured(tmp_path, monkeypatch):
+def test_exception_in_a_peer_is_a_row_and_the_next_one_is_measured(tmp_path, monkeypatch):
     ops = import_module("gpu_ops")
 
     def raises(*inputs):
@@ -223,13 +227,13 @@ def test_a_peer_that_raises_is_a_row_and_the_next_one_is_measured(tmp_path, monk
     assert [row["absent"] for row in rows] == ["FAILED: ValueError: not for this shape", ""] * 6
 
 
-def test_an_operation_of_ours_that_raises_fails_its_stage(tmp_path, monkeypatch):
+def test_exception_in_an_operation_of_kdtrain_fails_its_stage(tmp_path, monkeypatch):
     ops = import_module("gpu_ops")
     monkeypatch.setattr(ops, "shapes", lambda setting: [ops.Shape(2, 300, 8, 16)])
     monkeypatch.setattr(ops, "linear_topk", None)
     monkeypatch.setattr(sys, "argv", ["gpu_ops.py", "--cpu", "--out", str(tmp_path)])
     monkeypatch.setattr(ops, "sparse", lambda inputs, backend: lambda *five: five[0].sum() + five[1].sum())
-    with pytest.raises(SystemExit, match="2 of our operations raised"):
+    with pytest.raises(SystemExit, match="2 of kdtrain's operations raised"):
         ops.main()
     assert len(rows_of(tmp_path / "dry_ops.csv")) == 10
 
@@ -240,7 +244,7 @@ def test_useful_work_counts_the_teachers_product_and_the_students_three():
     assert [ops.work_of(task, shape) for task in ("kl", "ce", "topk")] == [28_000, 18_000, 10_000]
 
 
-def test_the_suite_refuses_an_unknown_stage_and_notices_that_the_sanitizer_is_absent(tmp_path):
+def test_suite_refuses_an_unknown_stage_and_reports_a_missing_sanitizer(tmp_path):
     done = suite("fast", tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("unknown stage fast; need gpu-1, gpu-2, gpu-3, or one stage of products ")
@@ -250,7 +254,7 @@ def test_the_suite_refuses_an_unknown_stage_and_notices_that_the_sanitizer_is_ab
 
 
 def test_the_sanitizer_runs_without_the_caching_allocator(tmp_path):
-    """A stand-in writes how it was called; the tool itself needs a GPU."""
+    """A stand-in records how it was called; the tool itself needs a GPU."""
     tools = tmp_path / "bin"
     tools.mkdir()
     script(tools / "compute-sanitizer", f'echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >>"{tmp_path}/called"')
@@ -262,7 +266,8 @@ def test_the_sanitizer_runs_without_the_caching_allocator(tmp_path):
         assert " benchmarks/gpu_correct.py --small " in line
 
 
-def test_a_stage_that_fails_in_the_middle_leaves_the_others_and_a_table(tmp_path):
+@pytest.mark.slow
+def test_failing_stage_does_not_stop_the_others_or_the_table(tmp_path):
     python = script(
         tmp_path / "python",
         'case "$*" in *--small*) exit 124 ;; *gpu_correct*) exit 7 ;; esac',
@@ -279,7 +284,8 @@ def test_a_stage_that_fails_in_the_middle_leaves_the_others_and_a_table(tmp_path
     assert len(rows_of(tmp_path / "out/dry_overlap.csv")) == 6
 
 
-def test_a_machine_without_git_and_without_a_command_called_python_runs_it_all_the_same(tmp_path):
+@pytest.mark.slow
+def test_suite_runs_without_git_and_without_a_python_command(tmp_path):
     bare = tmp_path / "bin"
     bare.mkdir()
     for tool in TOOLS:
@@ -292,7 +298,7 @@ def test_a_machine_without_git_and_without_a_command_called_python_runs_it_all_t
     assert {row["commit"] for row in rows_of(tmp_path / "out/dry_probe.csv")} == {"abc1234"}
 
 
-def test_a_commit_is_unknown_without_git_unless_it_is_given(monkeypatch, tmp_path):
+def test_commit_is_unknown_without_git_unless_set(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("KDTRAIN_COMMIT", raising=False)
     assert import_module("measuring").current_commit() == "unknown"

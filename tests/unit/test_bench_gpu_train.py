@@ -1,4 +1,4 @@
-"""What the GPU suite's training runs are, how they are judged, and what is said where they cannot be made."""
+"""The GPU suite's training runs: their settings, their verdicts, and the message where they cannot run."""
 
 import csv
 import json
@@ -44,8 +44,8 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_every_run_has_a_configuration_that_checks(train, models, monkeypatch):
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # parse fills in what a launcher would
+def test_every_run_has_a_valid_configuration(train, models, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # parse sets what a launcher would set
     found = {}
     for run in (*train.RUNS, *train.REFERENCES.values()):
         words = [str(models / run.models / "config.yaml"), f"run.name={run.name}", "schedule.shape=constant"]
@@ -66,15 +66,15 @@ def test_every_run_has_a_configuration_that_checks(train, models, monkeypatch):
 
 
 def test_two_models_have_tensors_of_two_dtypes(train, models):
-    from kdtrain.models.load import ModelSpec, model_facts
+    from kdtrain.models.load import ModelSpec, model_info
 
     student = ModelSpec(architecture=str(models / "recurrent_student/student.json"))
     teacher = ModelSpec(weights=str(models / "recurrent_teacher/teacher"))
     for spec in (student, teacher):
-        assert model_facts(spec, 101, trainable=False).float32 == ("model.layers.0.linear_attn.A_log",)
+        assert model_info(spec, 101, trainable=False).float32 == ("model.layers.0.linear_attn.A_log",)
 
 
-def test_the_worst_difference_is_over_all_steps_and_a_number_only_if_all_are(train):
+def test_worst_difference_covers_all_steps_and_is_nan_if_any_value_is(train):
     off = {**RECORD, "optim/grad_norm": 1.01}
     assert train.worst_difference([RECORD, off], [RECORD, RECORD]) == pytest.approx(0.01)
     for got, want in (([RECORD], [RECORD] * 2), ([], []), ([{**RECORD, "loss/kd": float("nan")}], [RECORD])):
@@ -91,7 +91,7 @@ def write_metrics(models, run, name, change, steps=6):
 @pytest.mark.parametrize(
     ("change", "steps", "verdict"), [(0.0, 6, "ok"), (9e-5, 6, "ok"), (1.1e-4, 6, "FAIL"), (0.0, 5, "FAIL")]
 )
-def test_a_run_is_right_within_its_tolerance_and_with_all_steps(train, bench, setting, change, steps, verdict):
+def test_run_is_right_within_its_tolerance_and_with_all_steps(train, bench, setting, change, steps, verdict):
     run = train.RUNS[2]
     write_metrics(bench.folder, run, f"reference_{run.reference}", 0.0, steps)
     write_metrics(bench.folder, run, run.name, change, steps)
@@ -100,7 +100,7 @@ def test_a_run_is_right_within_its_tolerance_and_with_all_steps(train, bench, se
     assert row["estimate_bytes"] > 0
 
 
-def test_a_run_is_judged_even_if_it_cannot_be_estimated(train, bench, setting, monkeypatch):
+def test_verdict_does_not_need_a_memory_estimate(train, bench, setting, monkeypatch):
     def estimated_bytes(bench, run):
         raise TypeError("estimate() missing 2 arguments")
 
@@ -113,7 +113,7 @@ def test_a_run_is_judged_even_if_it_cannot_be_estimated(train, bench, setting, m
     assert row["note"] == "no estimate: TypeError: estimate() missing 2 arguments"
 
 
-def test_a_run_that_fails_leaves_its_reason_and_its_output(train, bench, setting):
+def test_failed_run_leaves_its_reason_and_output(train, bench, setting):
     run, well = train.RUNS[0], train.Outcome(8.0)
     wrong = train.Outcome(9.0, "ended with 1", "a\nCUDA error")
     for outcome, reference, who in ((wrong, well, "zero0"), (well, wrong, "reference llama")):
@@ -122,7 +122,7 @@ def test_a_run_that_fails_leaves_its_reason_and_its_output(train, bench, setting
     assert (setting.out / "dry_train.log").read_text(encoding="utf-8").count("CUDA error") == 2
 
 
-def test_what_does_not_fit_into_the_budget_is_not_started(train, models, setting):
+def test_run_beyond_the_budget_is_not_started(train, models, setting):
     late = train.Bench(models, True, time.monotonic() + 1)
     found = list(train.rows(setting, late, [train.RUNS[0]], 1))
     assert [(row["verdict"], row["note"]) for row in found] == [
@@ -130,7 +130,7 @@ def test_what_does_not_fit_into_the_budget_is_not_started(train, models, setting
     ]
 
 
-def test_a_run_that_does_not_end_is_stopped(train, bench):
+def test_hanging_run_is_stopped(train, bench):
     outcome = bench._launch_once(["run.name=slow"], "llama", 0.5, True)
     assert outcome.problem == "did not end within 0 s"
 
@@ -166,13 +166,13 @@ def needs(names):
     return found
 
 
-def test_the_list_of_wheels_is_all_that_a_run_needs_beyond_torch_and_transformers(train):
+def test_wheels_cover_the_imports_of_a_run_beyond_torch_and_transformers(train):
     listed = {name.lower() for name in train.NEEDED}
     whole = needs(("deepspeed", "omegaconf", "rich"))
     assert whole - needs(("torch", "transformers", "safetensors", "tokenizers")) <= listed <= whole
 
 
-def test_a_run_that_is_not_there_is_refused(train, monkeypatch, capsys):
+def test_unknown_run_is_refused(train, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_train.py", "zero4", "--cpu"])
     with pytest.raises(SystemExit):
         train.main()
@@ -182,7 +182,7 @@ def test_a_run_that_is_not_there_is_refused(train, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == len(train.RUNS)
 
 
-def test_the_suite_takes_the_budget_of_its_table():
+def test_suite_uses_the_budget_of_its_table():
     text = (Path(__file__).resolve().parents[2] / "benchmarks/gpu_suite.sh").read_text(encoding="utf-8")
     limits = {name: int(seconds) for name, seconds in re.findall(r"^    (\w+)\) \w+ (\d+) ", text, re.MULTILINE)}
     for group in ("gpu-1", "gpu-2", "gpu-3"):

@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+pytestmark = [pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_both_goals_replace_their_rows_and_keep_others(bench, rows, tmp_path):
     assert [line.split(",")[0] for line in lines[1:]] == ["other", *(goal["name"] for goal in goals)]
 
 
-def test_a_busy_machine_publishes_nothing(bench, monkeypatch):
+def test_nothing_is_published_on_a_busy_machine(bench, monkeypatch):
     monkeypatch.setattr(bench.os, "getloadavg", lambda: (0.51, 0.0, 0.0))
     monkeypatch.setattr(bench, "QUIET_WITHIN_S", 0.0)
     monkeypatch.setattr(bench, "measure_all", lambda *sizes: pytest.fail("measured on a busy machine"))

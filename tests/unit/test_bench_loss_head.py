@@ -1,4 +1,4 @@
-"""The loss-head benchmark: its table is what its CSV says, its providers agree with float64, a measurement measures."""
+"""The loss-head benchmark: its table is made from its CSV, its providers agree with float64, its measurement runs."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ def one(job):
     return json.loads(done.stdout)
 
 
-def test_the_published_streamed_loss_takes_a_tenth_of_the_naive_memory_and_no_more_time():
+def test_published_streamed_loss_uses_a_tenth_of_the_naive_memory_and_no_more_time():
     bench, common = import_module("bench_loss_head"), import_module("measuring")
     [row] = [
         row
@@ -32,7 +32,7 @@ def test_the_published_streamed_loss_takes_a_tenth_of_the_naive_memory_and_no_mo
 
 
 @pytest.mark.parametrize("task", ["kl_ce", "kl", "jsd", "ce"])
-def test_every_provider_that_runs_here_has_float64s_value_and_gradients(task):
+def test_every_available_provider_matches_float64(task):
     bench, providers = import_module("bench_loss_head"), import_module("loss_providers")
     arguments = bench.inputs(40, 300, True)
     expected = providers.float64_answer(task, arguments, chunk=16)
@@ -47,7 +47,8 @@ def test_every_provider_that_runs_here_has_float64s_value_and_gradients(task):
     assert {"streamed-128MiB", "naive", "chunked"} <= set(compared)
 
 
-def test_torchs_fused_cross_entropy_is_an_oracle_in_float32_and_none_in_bfloat16():
+@pytest.mark.slow
+def test_fused_cross_entropy_of_torch_is_accurate_in_float32_and_not_in_bfloat16():
     providers = import_module("loss_providers")
     provider = providers.find("ce", "torch-linear-ce")
     normal = [torch.randn(size, 64, generator=torch.Generator().manual_seed(size)) for size in (4096, 8192)]
@@ -65,7 +66,7 @@ def test_torchs_fused_cross_entropy_is_an_oracle_in_float32_and_none_in_bfloat16
     assert "no oracle in bfloat16" in provider.note
 
 
-def test_float64s_answer_does_not_depend_on_its_chunks():
+def test_float64_result_does_not_depend_on_chunks():
     bench, providers = import_module("bench_loss_head"), import_module("loss_providers")
     arguments = bench.inputs(10, 50, True)
     for a, b in zip(
@@ -74,7 +75,7 @@ def test_float64s_answer_does_not_depend_on_its_chunks():
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_a_package_that_is_not_there_and_a_missing_device_are_named():
+def test_missing_package_and_missing_device_are_named():
     providers = import_module("loss_providers")
     missing = providers.Provider("a", "kl", None, needs=("no_such_package_of_mine",))
     assert missing.absent("cpu") == "ModuleNotFoundError: No module named 'no_such_package_of_mine'"
@@ -83,8 +84,9 @@ def test_a_package_that_is_not_there_and_a_missing_device_are_named():
         providers.find("ce", "x")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_one_measurement_checks_times_the_loss_and_sees_its_memory(tmp_path):
+def test_measurement_checks_and_times_the_loss_and_records_its_memory(tmp_path):
     bench, common = import_module("bench_loss_head"), import_module("measuring")
     job = {"tokens": 64, "vocab": 4096, "provider": bench.MAIN, "mode": "train", "task": "kl_ce"}
     assert bench.measure({**job, "save": str(tmp_path / "expected.pt")}) == {}
@@ -96,7 +98,7 @@ def test_one_measurement_checks_times_the_loss_and_sees_its_memory(tmp_path):
     assert head_gradient / 2 <= answer["peak_bytes"] <= 64 * head_gradient
 
 
-def test_a_wrong_answer_is_not_timed(tmp_path):
+def test_wrong_result_is_not_timed(tmp_path):
     bench = import_module("bench_loss_head")
     job = {"tokens": 8, "vocab": 64, "provider": "naive", "mode": "train", "task": "kl"}
     bench.measure({**job, "task": "ce", "save": str(tmp_path / "expected.pt")})
@@ -105,7 +107,7 @@ def test_a_wrong_answer_is_not_timed(tmp_path):
     assert "times" not in answer
 
 
-def test_ratios_are_to_the_naive_row_of_the_same_task_shape_and_mode():
+def test_ratios_refer_to_the_naive_row_of_the_same_task_shape_and_mode():
     common = import_module("measuring")
     row = {"task": "kl", "shape": "s", "mode": "train", "absent": ""}
     rows = [

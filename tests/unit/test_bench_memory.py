@@ -1,4 +1,4 @@
-"""The memory benchmark: how tensors are filed, and that the published table is what its CSV says."""
+"""The memory benchmark: how tensors are attributed, and that the published table is made from its CSV."""
 
 import gc
 from importlib import import_module
@@ -17,7 +17,7 @@ def setup_buckets():
     return torch.empty(1000)
 
 
-def test_tensors_are_filed_by_who_makes_them_and_forgotten_when_they_go():
+def test_tensors_are_attributed_to_their_creator_and_dropped_when_freed():
     live = import_module("memory_rank").PartBytes()
     with live:
         bucket, other = setup_buckets(), torch.zeros(10)
@@ -47,7 +47,7 @@ def test_the_published_table_is_made_from_the_published_measurements(bench):
     assert len({row["commit"] for row in rows}) == 1
 
 
-def test_published_totals_and_derived_parts_are_as_estimated(bench):
+def test_published_totals_and_derived_parts_match_the_estimate(bench):
     for row in published(bench):
         estimate, allocated = int(row["estimate_bytes"]), int(row["allocated_bytes"])
         if row["part"] == "total":
@@ -58,7 +58,7 @@ def test_published_totals_and_derived_parts_are_as_estimated(bench):
             assert allocated == pytest.approx(estimate, rel=0.01, abs=8192), row
 
 
-def test_the_bounded_bucket_saves_what_the_old_one_took(bench):
+def test_bounded_bucket_saves_the_memory_of_the_default_one(bench):
     totals = {(r["layout"], r["bucket"]): int(r["resident_bytes"]) for r in published(bench) if r["part"] == "total"}
     old = str(bench.HALF_A_BILLION)
     for layout in {layout for layout, _ in totals} - {"bfloat16 dp 2 ZeRO 1"}:  # which has no bucket

@@ -1,4 +1,4 @@
-"""The benchmark of packed attention: its check sees leaks, a measurement measures, the goals are the ratios."""
+"""The benchmark of packed attention: its check detects leaks, its measurement runs, the goals are the ratios."""
 
 import sys
 from importlib import import_module
@@ -20,14 +20,14 @@ def error_of(bench, forward, seq_len=700):
 
 
 @pytest.mark.parametrize("provider", ["naive", "packed"])
-def test_every_provider_is_float64s_attention(bench, provider):
+def test_every_provider_matches_attention_in_float64(bench, provider):
     lengths = bench.document_lengths(1700)
     assert len(lengths) > 2
     assert sum(lengths) == 1700
     assert error_of(bench, getattr(bench, provider)) <= 1e-5
 
 
-def test_the_check_sees_documents_that_are_not_apart_and_wrong_gradients(bench):
+def test_check_detects_joined_documents_and_wrong_gradients(bench):
     assert error_of(bench, lambda positions, layers: bench.packed(torch.arange(700)[None], layers)) > 0.05
 
     def halved(positions, layers):
@@ -36,8 +36,9 @@ def test_the_check_sees_documents_that_are_not_apart_and_wrong_gradients(bench):
     assert error_of(bench, halved) > 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_a_measurement_sees_the_masks_and_makes_a_row(bench, monkeypatch):
+def test_measurement_includes_the_masks_and_makes_a_row(bench, monkeypatch):
     common = import_module("measuring")
     monkeypatch.setattr(common, "RUN_SECONDS", 0.0)
     rows = []

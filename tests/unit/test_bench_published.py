@@ -1,4 +1,4 @@
-"""Every published CPU table is what its CSV says, and no row of it is of a wrong answer."""
+"""Every published CPU table is made from its CSV, and no row has a wrong result."""
 
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_the_published_table_is_made_from_the_published_measurements(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_ratios_are_to_the_naive_row(name):
+def test_published_ratios_refer_to_the_naive_row(name):
     bench, common = import_module(SCRIPTS[name]), import_module("measuring")
     rows = common.read_csv(bench.RESULTS, "")
     stripped = [{**row, "time_ratio": "", "peak_ratio": ""} for row in rows]

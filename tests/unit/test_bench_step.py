@@ -1,4 +1,4 @@
-"""The whole-step benchmark: phases add up to steps, rows are what was measured, the table what the CSV says."""
+"""The whole-step benchmark: phases add up to steps, rows are what was measured, the table is made from the CSV."""
 
 import json
 import sys
@@ -26,6 +26,7 @@ def toy(folder):
     return {**job, "rounds": 2, "steps": 3, "slab_bytes": 1 << 14, "device": "cpu", "threads": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 def test_a_toy_run_measures_three_modes_whose_phases_add_up(bench, tmp_path):
@@ -43,24 +44,33 @@ def test_a_toy_run_measures_three_modes_whose_phases_add_up(bench, tmp_path):
     assert rows[0]["shape"] == "student from teacher, V=300, 64 tokens = 4 x 16"
 
 
-def test_nested_phases_become_disjoint_ones():
+def test_nested_phases_are_made_disjoint():
     found = import_module("step_rank").split(
         {"data_wait": 1.0, "forward": 10.0, "teacher": 4.0, "head": 3.0, "backward": 5.0, "optimizer": 2.0}, 20.0
     )
     assert found == {
-        "data": 1.0, "teacher": 4.0, "decoder": 3.0, "head": 3.0, "backward": 5.0, "optimizer": 2.0, "rest": 2.0,
-    }  # fmt: skip
+        "data": 1.0,
+        "teacher": 4.0,
+        "decoder": 3.0,
+        "head": 3.0,
+        "backward": 5.0,
+        "optimizer": 2.0,
+        "rest": 2.0,
+    }
 
 
-def test_the_ratio_is_of_medians_and_memory_is_held_against_the_estimate(bench, tmp_path):
+def test_ratio_uses_medians_and_memory_is_compared_with_the_estimate(bench, tmp_path):
     phases = dict.fromkeys(bench.PHASES, 0.001)
     more = {**phases, "teacher": 0.050, "head": 0.020, "backward": 0.003}
     answer = {
-        "device": "d", "threads": 1, "peak_bytes": 3 << 20, "parts": {"weights": 1 << 20, "teacher": 1 << 20},
+        "device": "d",
+        "threads": 1,
+        "peak_bytes": 3 << 20,
+        "parts": {"weights": 1 << 20, "teacher": 1 << 20},
         "estimate_bytes": 2 << 20,
         "seconds": {"distill": [0.1, 0.3, 0.2], "lm": [0.05, 0.9, 0.1], "teacher": [0.06]},
         "phases": {"distill": more, "lm": {**phases, "teacher": 0.0}},
-    }  # fmt: skip
+    }
     rows = bench.rows_of(toy(tmp_path), answer, "abc")
     assert [row["median_ms"] for row in rows] == ["200", "100", "60"]
     assert [row.get("ratio") for row in rows] == ["1.250", None, None]

@@ -1,4 +1,4 @@
-"""The top-k benchmark: its table is what its CSV says, its check sees wrong answers, a measurement measures."""
+"""The top-k benchmark: its table is made from its CSV, its check detects wrong results, its measurement runs."""
 
 import sys
 from importlib import import_module
@@ -11,7 +11,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.mark.parametrize("provider", ["streamed-128MiB", "naive", "chunked"])
-def test_every_provider_has_float64s_list_and_log_sum_exp(provider):
+def test_every_provider_matches_the_float64_list_and_log_sum_exp(provider):
     bench = import_module("bench_topk")
     hidden, head = bench.inputs({"tokens": 40, "vocab": 700})
     errors = bench.errors_of(hidden, head, 16, bench.answer_of(provider, hidden, head, 16), chunk=16)
@@ -19,7 +19,7 @@ def test_every_provider_has_float64s_list_and_log_sum_exp(provider):
     assert errors["tail_error"] <= 1e-3
 
 
-def test_the_check_sees_a_wrong_id_a_wrong_order_and_a_wrong_tail():
+def test_check_detects_a_wrong_id_order_and_tail():
     bench = import_module("bench_topk")
     hidden, head = bench.inputs({"tokens": 40, "vocab": 700})
     ids, values, lse, tail = bench.naive(hidden, head, 16)
@@ -31,7 +31,7 @@ def test_the_check_sees_a_wrong_id_a_wrong_order_and_a_wrong_tail():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_one_measurement_times_the_list_and_sees_its_memory(monkeypatch):
+def test_measurement_times_the_list_and_records_its_memory(monkeypatch):
     bench, common = import_module("bench_topk"), import_module("measuring")
     monkeypatch.setattr(common, "RUN_SECONDS", 0.0)
     job = {"tokens": 512, "vocab": 16384, "k": 8, "provider": "naive"}

@@ -1,5 +1,6 @@
-"""--check and the start of a run, side by side: what one refuses the other refuses with the same words, and the same
-for what passes. The run is begun as `run_training` begins it, up to the engine, in this process."""
+"""--check accepts and refuses what the start of a run does, with the same messages.
+
+The run is started in this process as by `run_training`, up to the engine."""
 
 import json
 from dataclasses import replace
@@ -7,28 +8,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from kdtrain.jobs.build.batches import build_loader
+from kdtrain.jobs.build.teacher import teacher_spec
 
 from kdtrain.config.schema import RunConfig
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
 from kdtrain.engine.slices import Fragment
 from kdtrain.errors import CheckpointError, ConfigError, DataError, KdtrainError, ParallelError, StoreMismatch
+from kdtrain.jobs.build.models import build_models, model_specs
+from kdtrain.jobs.check import print_check
+from kdtrain.jobs.export_hf import write_model_files
+from kdtrain.jobs.header import log_header
+from kdtrain.jobs.inputs import open_inputs
+from kdtrain.jobs.quantized import quantize_teacher
+from kdtrain.jobs.sequence_prefix import prefix_choice
+from kdtrain.jobs.start import find_start
 from kdtrain.models.attention import IMPLEMENTATIONS
 from kdtrain.models.head import load_head
 from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
 from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
+from kdtrain.planning import estimate
 from kdtrain.telemetry.jsonl_sink import JsonlSink
-from kdtrain.testing.model_folders import check_and_load, edit_json, edit_tensors, outcome
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
-from kdtrain.training import build, estimate
-from kdtrain.training.describe import log_header, print_check
-from kdtrain.training.export import write_model_files
-from kdtrain.training.inputs import open_inputs
-from kdtrain.training.quantized import quantize_teacher
-from kdtrain.training.sequence_prefix import prefix_choice
-from kdtrain.training.start import find_start
+from tests.support.model_folders import check_and_load, edit_json, edit_tensors, outcome
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 LLAMA = tiny_config("llama", vocab_size=257)
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -50,10 +55,10 @@ def cfg(tmp_path):
 
 def begin(cfg):
     """What `run_training` does before it builds the engine, and how that takes a checkpoint up."""
-    inputs, mesh = open_inputs(cfg, build.specs(cfg)), Mesh()
-    models = build.build_models(cfg, inputs, mesh, torch.device("cpu"), trainable=True)
+    inputs, mesh = open_inputs(cfg, model_specs(cfg)), Mesh()
+    models = build_models(cfg, inputs, mesh, torch.device("cpu"), trainable=True)
     resume_from = find_start(cfg, inputs, Path(cfg.run.output_dir) / cfg.run.name)
-    loader = build.build_loader(cfg, inputs, mesh, prefetch=0)
+    loader = build_loader(cfg, inputs, mesh, prefetch=0)
     quantize_teacher(cfg, models, next(loader)[0], mesh)
     if resume_from is not None:
         checkpoint.check_model(resume_from.path, models.student)  # as checkpoint.load does
@@ -66,19 +71,19 @@ def begin(cfg):
 
 
 def check(cfg):
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1)
 
 
 def both(cfg):
-    """What `begin` returns, or the error it raises, after --check has fared alike."""
+    """Value or error of `begin`; asserts that --check gives the same error or none."""
     checked = outcome(lambda: check(cfg))
-    begun = outcome(lambda: begin(cfg))
-    if isinstance(begun, KdtrainError):
-        assert (type(checked), str(checked)) == (type(begun), str(begun))
+    started = outcome(lambda: begin(cfg))
+    if isinstance(started, KdtrainError):
+        assert (type(checked), str(checked)) == (type(started), str(started))
     else:
         assert checked is None, checked
-    return begun
+    return started
 
 
 def refused(cfg, match, kind=ConfigError):
@@ -139,7 +144,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_folder_that_a_run_refuses_is_refused_by_the_check_in_the_same_words(cfg, role, name):
+def test_check_refuses_a_model_folder_with_the_message_of_the_run(cfg, role, name):
     change, match = REFUSALS[name]
     change(Path(getattr(cfg, role).weights))
     refused(cfg, match)
@@ -175,14 +180,14 @@ ACCEPTED = {
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("name", ACCEPTED)
-def test_a_folder_that_a_run_reads_passes_the_check(cfg, role, name):
+def test_model_folder_that_a_run_reads_passes_the_check(cfg, role, name):
     ACCEPTED[name](Path(getattr(cfg, role).weights))
     models = both(cfg)
     assert models.student.elements_read > 0 < models.teacher_backbone.elements_read
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_the_switch_lets_either_model_have_tensors_without_a_place(cfg, role):
+def test_allow_unused_weights_accepts_tensors_without_a_place(cfg, role):
     section = getattr(cfg, role)
     edit_tensors(Path(section.weights), lambda tensors: tensors.update({"extra.weight": torch.ones(3)}))
     refused(cfg, "'extra.weight' of model.safetensors has no place")
@@ -190,7 +195,7 @@ def test_the_switch_lets_either_model_have_tensors_without_a_place(cfg, role):
     both(cfg)
 
 
-def test_mixtures_are_checked_expert_by_expert(cfg):
+def test_check_reads_every_expert_of_a_mixture(cfg):
     teacher = Path(cfg.teacher.weights)
     (teacher / "model.safetensors").unlink()
     model = write_mixture(teacher, "qwen3_moe", packed=False, vocab_size=257)
@@ -225,25 +230,23 @@ def too_small_a_share(cfg):
     ("change", "kind", "match"),
     [
         (other_quantisation, ConfigError, r"teacher\.quantize = int8: GPT2LMHeadModel has Conv1D layers"),
-        (too_little_text, DataError, "has not one complete sequence"),
+        (too_little_text, DataError, "has no complete sequence"),
         (too_small_a_share, DataError, "less than one sequence in"),
         (lambda cfg: setattr(cfg.run, "resume", cfg.run.output_dir), CheckpointError, "no complete checkpoint there"),
         (lambda cfg: setattr(cfg.student, "attention", "flash"), ConfigError, "'flash' is not known"),
         (lambda cfg: setattr(cfg.student, "dtype", "float16"), ConfigError, "dtype = 'float16'"),
     ],
 )
-def test_settings_that_a_run_refuses_once_it_looks_at_models_and_data_are_refused_by_the_check(
-    cfg, change, kind, match
-):
+def test_check_refuses_settings_that_do_not_fit_models_or_data(cfg, change, kind, match):
     change(cfg)
     refused(cfg, match, kind)
 
 
-def test_a_resume_that_a_run_refuses_is_refused_by_the_check(cfg):
+def test_check_refuses_a_resume_that_the_run_refuses(cfg):
     models = both(cfg)
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     shapes = models.student.full_shapes()
-    state = {"loader": build.build_loader(cfg, inputs, Mesh(), prefetch=0).state_dict(4), "origin": None}
+    state = {"loader": build_loader(cfg, inputs, Mesh(), prefetch=0).state_dict(4), "origin": None}
     config = json.loads(models.student.config.to_json_string(use_diff=False))
     about = checkpoint.Description(1, shapes, {}, {"tp": 1}, config, state)
     values = {name: param[: shapes[name][0]].detach().flatten() for name, param in models.student.hf_parameters()}
@@ -262,7 +265,7 @@ def test_a_resume_that_a_run_refuses_is_refused_by_the_check(cfg):
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("name", ["auto", "packed", "sdpa", "eager"])
-def test_the_attention_of_either_model_is_the_one_asked_for(cfg, role, name):
+def test_check_resolves_the_configured_attention_of_either_model(cfg, role, name):
     getattr(cfg, role).attention = name
     models = both(cfg)
     found = models.student if role == "student" else models.teacher_backbone
@@ -277,34 +280,34 @@ def memory_lines(logged):
 
 @pytest.mark.parametrize("dedicated", [False, True])
 @pytest.mark.parametrize("name", ["auto", "sdpa", "eager"])
-def test_both_estimate_the_same_memory(cfg, name, dedicated, logged, monkeypatch):
-    """A dedicated teacher's ranks tell what they took; here the answer of `load_backbone` on one of them."""
+def test_check_and_run_estimate_the_same_memory(cfg, name, dedicated, logged, monkeypatch):
+    """A dedicated teacher publishes its attention; here it is that of `load_backbone` on one of its ranks."""
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr(estimate, "GIB", 1)  # every byte shows
     cfg.teacher.attention = name
     if dedicated:
         cfg.teacher.layout, cfg.teacher.ranks = "dedicated", 1
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1 + dedicated)
     checked = memory_lines(logged)
     models = begin(cfg)
     if dedicated:
-        head = load_head(build.teacher_spec(cfg), models.student.shard, device="cpu")
-        models = replace(models, teacher_backbone=None, teacher_head=head, elsewhere=models.teacher_attention)
+        head = load_head(teacher_spec(cfg), models.student.shard, device="cpu")
+        models = replace(models, teacher_backbone=None, teacher_head=head, dedicated_attention=models.teacher_attention)
     log_header(cfg, inputs, models, Mesh(), torch.device("cpu"))
     assert memory_lines(logged) == checked
     assert len(checked) == 1 + dedicated
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_masks_too_large_for_a_gpu_are_refused_by_the_check_before_there_is_one(cfg, role):
+def test_check_without_a_gpu_refuses_masks_too_large_for_one(cfg, role):
     getattr(cfg, role).attention = "sdpa"
     cfg.data.seq_len = 46341
     with pytest.raises(ConfigError, match=r"'sdpa' cannot be used: sequences of 46341 tokens with a mask"):
         check(cfg)
 
 
-def test_records_that_a_run_cannot_continue_are_refused_by_the_check(cfg):
+def test_check_refuses_damaged_records(cfg):
     folder = Path(cfg.run.output_dir) / cfg.run.name
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("{\n")
@@ -312,7 +315,7 @@ def test_records_that_a_run_cannot_continue_are_refused_by_the_check(cfg):
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
-def test_a_student_whose_files_would_spoil_the_export_is_refused_by_the_check(cfg, name):
+def test_check_refuses_student_files_that_break_the_export(cfg, name):
     (Path(cfg.student.weights) / name).write_text("{")
     refused(cfg, rf"student/{name} is not valid JSON")
 
@@ -351,7 +354,7 @@ def test_a_student_whose_files_would_spoil_the_export_is_refused_by_the_check(cf
         ({}, {"vocab_size": 102}, ConfigError, "vocab_size = 101, but the tokenizer has 102"),
     ],
 )
-def test_layouts_and_attention_are_judged_alike(tmp_path, settings, how, kind, match):
+def test_check_and_run_accept_the_same_layouts_and_attention(tmp_path, settings, how, kind, match):
     save_random(tmp_path, {**tiny_config("llama"), **settings})
     tp = how.pop("tp", 1)
     if how.get("attention") == "flash_attention_2":  # loading stops earlier, at the device that is no GPU

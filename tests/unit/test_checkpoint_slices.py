@@ -1,7 +1,6 @@
-"""The checkpoint format by itself: any layout to any layout, and every way a folder can be damaged. No DeepSpeed."""
+"""The checkpoint format: any layout reads any layout, and damage of every kind is refused. No DeepSpeed."""
 
 import json
-import math
 import os
 import resource
 import shutil
@@ -11,112 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.checkpoint import (
-    Description,
     find_latest,
     read_full_parameters,
     read_state,
-    retain,
     write_checkpoint,
 )
-from kdtrain.engine.manifest import KINDS, FileEntry, Manifest, ParameterEntry, Slice
+from kdtrain.engine.manifest import KINDS, FileEntry, Manifest, Slice
 from kdtrain.engine.slices import CheckpointReader, Fragment, write_rank_file
 from kdtrain.errors import EXIT_DATA, CheckpointError
-from kdtrain.parallel.cut import Cut, even_cut, fused_cut, padded_cut
-from kdtrain.parallel.heads import HeadCut
-from kdtrain.parallel.pieces import split_tensor
-
-SHAPES = {"embed.weight": (11, 6), "o_proj.weight": (6, 9), "stack.weight": (2, 5, 3), "norm.weight": (6,), "scale": ()}
-
-# tp 1, 2 even and uneven, 3 with one rank that holds only padding, and 3 along another dim of `stack`
-LAYOUTS = {
-    "whole": {},
-    "padded to itself": {"embed.weight": padded_cut(0, 11, 1, 16)},
-    "two": {
-        "embed.weight": padded_cut(0, 11, 2, 8),
-        "o_proj.weight": even_cut(1, 9, 2),
-        "stack.weight": even_cut(0, 2, 2),
-    },
-    "three": {
-        "embed.weight": padded_cut(0, 11, 3, 8),
-        "o_proj.weight": Cut(1, ((0, 6), (6, 6), (6, 9))),
-        "stack.weight": even_cut(1, 5, 3),
-    },
-    # as fused projections are cut, whose ranks hold several ranges
-    "fused": {
-        "embed.weight": fused_cut([even_cut(0, 5, 2), even_cut(0, 3, 2), even_cut(0, 3, 2)]),
-        "o_proj.weight": fused_cut([even_cut(1, 4, 2), even_cut(1, 5, 2)]),
-        "norm.weight": fused_cut([even_cut(0, 2, 2), even_cut(0, 2, 2), even_cut(0, 2, 2)]),
-    },
-    # as key and value projections of two heads are cut over five ranks
-    "shared": {
-        "embed.weight": padded_cut(0, 11, 5, 8),
-        "norm.weight": HeadCut.of(6, 2, 5).key_value_cut(0, 3),
-        "stack.weight": HeadCut.of(6, 2, 5).key_value_cut(0, 1),
-    },
-}
-
-
-def values(name, kind):
-    size = math.prod(SHAPES[name])
-    begin = 1 + 1000 * list(SHAPES).index(name) + 100 * KINDS.index(kind)
-    return torch.arange(begin, begin + size, dtype=torch.float32).reshape(SHAPES[name])
-
-
-def fragments(cuts, pieces_of=lambda size: [size]):
-    """Everything every tp rank would write; `pieces_of` says how a flat piece is broken up."""
-    found = []
-    for name in SHAPES:
-        cut = cuts.get(name)
-        for kind in KINDS:
-            for tp_rank in range(1 if cut is None else cut.tp_size):
-                if cut is not None and cut.is_copy(tp_rank):
-                    continue
-                unpadded = None if cut is None else replace(cut, padded=None)
-                flat = split_tensor(values(name, kind), unpadded, tp_rank).flatten()
-                at = 0
-                for size in pieces_of(flat.numel()):
-                    found.append(Fragment(name, kind, tp_rank, at, flat[at : at + size]))
-                    at += size
-                assert at == flat.numel()
-    return found
-
-
-def ragged(size):
-    """1, 2, 3, ... elements, then what is left."""
-    sizes, step = [], 1
-    while size:
-        sizes.append(min(step, size))
-        size -= sizes[-1]
-        step += 1
-    return sizes
-
-
-def about(cuts=None, step=7, state=None):
-    return Description(step, SHAPES, cuts or {}, {"tp": 1}, {"model_type": "none"}, state or {"tokens": 5})
-
-
-def write(root, cuts=None, *, step=7, state=None, pieces_of=ragged):
-    cuts = cuts or {}
-    return write_checkpoint(
-        root, Mesh(), about(cuts, step, state), fragments(cuts, pieces_of), dict.fromkeys(SHAPES, 3)
-    )
-
-
-def write_scattered(folder, cuts, ranks=4):
-    """As several ranks would: the fragments dealt out to files in turn."""
-    folder.mkdir()
-    dealt = fragments(cuts, ragged)
-    files = [write_rank_file(folder / f"rank_{r:05d}.safetensors", dealt[r::ranks]) for r in range(ranks)]
-    entries = {n: ParameterEntry(s, replace(cuts[n], padded=None) if n in cuts else None, 3) for n, s in SHAPES.items()}
-    manifest = Manifest(7, {"tp": 1}, {}, "0" * 16, entries, tuple(files), {"tokens": 5})
-    (folder / "checkpoint.json").write_text(manifest.to_json())
-    return folder
+from kdtrain.parallel.shard_tensors import split_tensor
+from tests.support.checkpoint_values import LAYOUTS, SHAPES, about, fragments, ragged, values, write, write_scattered
 
 
 @pytest.mark.parametrize("saved", LAYOUTS)
-def test_any_layout_reads_what_any_layout_wrote(tmp_path, saved):
+def test_every_layout_reads_every_layout(tmp_path, saved):
     with CheckpointReader(write_scattered(tmp_path / "step_000007", LAYOUTS[saved])) as reader:
         reader.verify()
         assert reader.names() == list(SHAPES)
@@ -127,13 +36,13 @@ def test_any_layout_reads_what_any_layout_wrote(tmp_path, saved):
                     cut = cuts.get(name)
                     for tp_rank in range(1 if cut is None else cut.tp_size):
                         want = split_tensor(values(name, kind), cut, tp_rank)
-                        got = reader.read_piece(name, kind, cut, tp_rank)
+                        got = reader.read_shard(name, kind, cut, tp_rank)
                         assert got.shape == want.shape
                         assert torch.equal(got, want), (name, cut, tp_rank)
 
 
 @pytest.mark.parametrize("saved", LAYOUTS)
-def test_a_range_is_the_same_part_of_the_padded_piece_and_zero_past_its_end(tmp_path, saved):
+def test_range_equals_part_of_padded_shard_and_zeros_past_its_end(tmp_path, saved):
     with CheckpointReader(write_scattered(tmp_path / "step_000007", LAYOUTS[saved])) as reader:
         for name in SHAPES:
             for cuts in LAYOUTS.values():
@@ -235,7 +144,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_refused_with_the_file_and_the_reason(tmp_path, kind):
+def test_damage_is_refused_with_file_and_reason(tmp_path, kind):
     folder = write(tmp_path, LAYOUTS["two"])
     damage, message = DAMAGE[kind]
     damage(folder)
@@ -265,7 +174,7 @@ def test_one_flipped_bit_anywhere_fails_the_checksum(tmp_path):
     list(read_full_parameters(folder))
 
 
-def test_a_file_whose_content_is_another_ranks_is_refused_when_read(tmp_path):
+def test_file_with_content_of_another_rank_is_refused_when_read(tmp_path):
     folder = write_scattered(tmp_path / "step_000001", LAYOUTS["whole"])
     first, second = folder / "rank_00000.safetensors", folder / "rank_00001.safetensors"
     shutil.copy(second, first)
@@ -282,7 +191,7 @@ def test_a_save_that_does_not_cover_the_model_is_not_completed(tmp_path):
     assert list(tmp_path.iterdir()) == [good]
 
 
-def test_a_state_that_json_cannot_hold_is_an_error_before_anything_is_written(tmp_path):
+def test_state_that_is_not_json_raises_before_writing(tmp_path):
     with pytest.raises(TypeError, match="bytes"):
         write(tmp_path / "root", state={"rng": b"12"})
     assert not (tmp_path / "root").exists()
@@ -299,7 +208,7 @@ def test_fragments_must_be_flat_float32_and_distinct(tmp_path):
 
 
 @pytest.mark.parametrize("limit", [0, 7, 100, 2000, 4000])
-def test_a_full_disk_names_the_file_and_the_errno_and_leaves_the_former_checkpoints(tmp_path, limit):
+def test_full_disk_raises_with_file_and_errno_and_keeps_former_checkpoints(tmp_path, limit):
     good = write(tmp_path, step=1)
     size = (good / "rank_00000.safetensors").stat().st_size
     assert limit < size
@@ -314,90 +223,7 @@ def test_a_full_disk_names_the_file_and_the_errno_and_leaves_the_former_checkpoi
     assert find_latest(tmp_path) == good
 
 
-def test_a_root_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"file/root: \[Errno 20\]"):
-        write(tmp_path / "file" / "root")
-
-
-def test_saving_the_same_step_again_replaces_it_and_never_leaves_none(tmp_path):
-    folder = write(tmp_path, state={"try": 1})
-    assert write(tmp_path, state={"try": 2}) == folder
-    assert read_state(folder) == {"try": 2}
-    assert list(tmp_path.iterdir()) == [folder]
-    # killed between the two renames: the former folder has stepped aside, the new one is not there yet
-    aside = folder.rename(tmp_path / ".step_000007.replaced")
-    assert find_latest(tmp_path) == aside
-    assert write(tmp_path, state={"try": 3}) == folder
-    # killed after them, before the former one was removed
-    shutil.copytree(folder, aside)
-    assert find_latest(tmp_path) == folder
-    write(tmp_path, step=8)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000007", "step_000008"]
-
-
-def test_the_newest_complete_checkpoint_is_found_and_damaged_ones_are_reported(tmp_path, caplog):
-    assert find_latest(tmp_path / "nowhere") is None
-    assert find_latest(tmp_path) is None
-    for step in (999_999, 1_000_000, 5, 12):
-        write(tmp_path, step=step)
-    (tmp_path / "step_2000000").write_text("a file")
-    (tmp_path / "step_3000000.bak").mkdir()
-    assert find_latest(tmp_path).name == "step_1000000"
-    assert not caplog.records
-    os.truncate(tmp_path / "step_1000000" / "rank_00000.safetensors", 50)
-    (tmp_path / "step_999999" / "checkpoint.json").unlink()
-    assert find_latest(tmp_path).name == "step_000012"
-    assert ["step_1000000" in caplog.messages[0], "step_999999" in caplog.messages[1]] == [True, True]
-    edit(tmp_path / "step_000012", lambda found: found.update(version=9))
-    with pytest.raises(CheckpointError, match="newer kdtrain"):
-        find_latest(tmp_path)
-
-
-def test_only_the_newest_complete_checkpoints_stay_and_damaged_ones_are_not_touched(tmp_path):
-    for step in (1, 2, 3, 4, 5):
-        newest = write(tmp_path, step=step)
-    (tmp_path / "step_000004" / "checkpoint.json").unlink()
-    (tmp_path / "notes").mkdir()
-    retain(tmp_path, 9, just_saved=newest)
-    assert len(list(tmp_path.iterdir())) == 6
-    retain(tmp_path, 2, just_saved=newest)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_000003", "step_000004", "step_000005"]
-    retain(tmp_path, 1, just_saved=newest)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes", "step_000004", "step_000005"]
-    with pytest.raises(ValueError, match="at least 1"):
-        retain(tmp_path, 0, just_saved=newest)
-    with pytest.raises(ValueError, match="at least 1"):
-        retain(tmp_path, 1, just_saved=newest, keep_every=0)
-    retain(tmp_path / "nowhere", 1, just_saved=newest)
-
-
-def test_checkpoints_at_multiples_of_keep_every_stay_besides_the_newest(tmp_path):
-    for step in range(1, 11):
-        newest = write(tmp_path, step=step)
-        retain(tmp_path, 2, just_saved=newest, keep_every=4)
-    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [4, 8, 9, 10]
-    retain(tmp_path, 1, just_saved=newest)
-    assert sorted(int(p.name[5:]) for p in tmp_path.iterdir()) == [10], (
-        "what keep_every kept goes when it is taken back"
-    )
-
-
-def test_what_was_just_saved_stays_whatever_else_is_there(tmp_path):
-    for step in (6, 8):
-        write(tmp_path, step=step)
-    fresh = write(tmp_path, step=1)
-    retain(tmp_path, 1, just_saved=fresh)
-    assert fresh.is_dir()
-    for folder in tmp_path.glob("step_00000[68]"):
-        for file in folder.glob("*.safetensors"):
-            file.write_bytes(file.read_bytes()[:-1])
-    fresh = write(tmp_path, step=2)
-    retain(tmp_path, 1, just_saved=fresh)
-    assert find_latest(tmp_path) == fresh
-
-
-def test_two_saves_of_equal_state_are_equal_byte_for_byte_and_carry_no_notes(tmp_path):
+def test_two_saves_of_equal_state_are_equal_bytes_without_metadata(tmp_path):
     def made(name):
         path = tmp_path / name
         entry = write_rank_file(path, fragments(LAYOUTS["two"]))

@@ -48,7 +48,7 @@ def test_parse_returns_the_checked_configuration(config):
     assert cli.parse([*config, "--check", "--local_rank=0"], "doc").check_only
 
 
-def test_the_world_size_of_the_launcher_is_used(config, monkeypatch):
+def test_world_size_of_the_launcher_is_used(config, monkeypatch):
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert cli.parse([*config, "parallel.tp=2"], "").config.parallel.tp == 2
@@ -56,7 +56,7 @@ def test_the_world_size_of_the_launcher_is_used(config, monkeypatch):
         cli.parse([*config, "parallel.tp=4"], "")
 
 
-def test_ranks_that_cannot_meet_are_refused_but_a_layout_may_be_checked(config, monkeypatch):
+def test_ranks_without_an_address_are_refused_except_with_check(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.parse([*config, "parallel.tp=2", "--check"], "").check_only
     with pytest.raises(ConfigError, match=r"(?s)RANK and MASTER_ADDR and MASTER_PORT are not set.*train alone.*fix: "):
@@ -78,7 +78,7 @@ def test_print_config_shows_values_with_origins_and_loads_back(config, capsys, t
     assert to_yaml(again) == to_yaml(load_run([*config, "optim.lr=0.5", "zero.extra.sub_group_size=7"]).config)
 
 
-def test_print_config_shows_a_configuration_that_cannot_run_and_check_then_refuses_it(config, capsys):
+def test_print_config_prints_an_invalid_configuration_and_check_refuses_it(config, capsys):
     with pytest.raises(SystemExit):
         cli.parse([*config, "optim.lr=-1", "--print-config"], "")
     assert "lr: -1.0" in capsys.readouterr().out
@@ -110,26 +110,26 @@ def test_only_rank_0_prints_help_and_configuration(config, monkeypatch, capsys):
     ("error", "code"),
     [(ConfigError, 2), (DataError, 3), (NonFiniteLoss, 4), (RunStopped, 75), (KdtrainError, 1)],
 )
-def test_an_error_becomes_its_exit_code_and_its_message_without_a_traceback(error, code, capsys):
+def test_error_becomes_exit_code_and_message_without_traceback(error, code, capsys):
     def main(argv):
-        raise error("the cause\n  fix: mend it")
+        raise error("the cause\n  fix: repair it")
 
     assert cli.run_script(main, ["x"]) == code
-    assert capsys.readouterr().err == "kdtrain: the cause\n  fix: mend it\n"
+    assert capsys.readouterr().err == "kdtrain: the cause\n  fix: repair it\n"
 
 
-def test_the_exit_code_of_main_is_passed_on_and_it_gets_the_words():
+def test_main_gets_the_words_and_its_exit_code_is_returned():
     assert cli.run_script(len, ["a", "b"]) == 2
 
 
-def test_ctrl_c_is_130():
+def test_ctrl_c_exits_with_130():
     def main(argv):
         raise KeyboardInterrupt
 
     assert cli.run_script(main, []) == 130
 
 
-def test_anything_unforeseen_keeps_its_traceback():
+def test_unexpected_exception_passes_through():
     def main(argv):
         raise ZeroDivisionError
 
@@ -139,54 +139,62 @@ def test_anything_unforeseen_keeps_its_traceback():
 
 @pytest.mark.parametrize("script", ["prepare_corpus", "export_hf", "import_gguf"])
 @pytest.mark.parametrize("kind", ["a long name", "a loop"])
-def test_a_path_that_no_file_system_takes_is_an_error_of_the_command_line(kind, script, tmp_path, monkeypatch, capsys):
+def test_path_that_no_file_system_accepts_is_reported_without_traceback(kind, script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
     path = "x" * 300 if kind == "a long name" else str(tmp_path / "loop")
     words = ["--tokenizer", path, "--output", path, path] if script == "prepare_corpus" else [path, path]
     main = load_file(ROOT / "launch" / f"{script}.py").main
     assert cli.run_script(main, words) in (2, 3)
-    assert path in (said := capsys.readouterr().err)
-    assert "fix: " in said
+    assert path in (printed := capsys.readouterr().err)
+    assert "fix: " in printed
 
 
 @pytest.mark.parametrize(
     ("rank", "local_rank", "error", "lines"),
     [
-        ("3", "3", ConfigError, 0),  # rank 0 of this node says it
+        ("3", "3", ConfigError, 0),  # the first rank of this node prints it
         ("8", "0", ConfigError, 2),  # a path may be missing on this node only
-        ("3", "3", NonFiniteLoss, 1),  # this rank may be the only one that knows
+        ("3", "3", NonFiniteLoss, 1),  # this rank may be the only one with the error
         ("8", "0", DataError, 1),
     ],
 )
-def test_no_error_of_another_rank_is_lost(rank, local_rank, error, lines, monkeypatch, capsys):
+def test_errors_of_other_ranks_are_printed(rank, local_rank, error, lines, monkeypatch, capsys):
     def main(argv):
-        raise error("the cause\n  fix: mend it")
+        raise error("the cause\n  fix: repair it")
 
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     assert cli.run_script(main, []) == error.exit_code
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == lines
-    assert not said or (said[0].startswith(f"kdtrain: rank {rank} on ") and said[0].endswith(": the cause"))
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == lines
+    assert not printed or (printed[0].startswith(f"kdtrain: rank {rank} on ") and printed[0].endswith(": the cause"))
 
 
 SLURM_STEP = {
-    "SLURM_STEP_ID": "2", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "2",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "123456",
     "SLURM_STEP_NODELIST": "gpu[007-008]",
-}  # fmt: skip
+}
 
 
-def test_a_slurm_step_becomes_ranks_that_find_each_other():
+def test_slurm_step_fills_rank_and_address_variables():
     environ = dict(SLURM_STEP)
     fill_launcher_environment(environ)
     assert {name: environ[name] for name in LAUNCHER_VARIABLES} == {
-        "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu007", "MASTER_PORT": "23458",
-    }  # fmt: skip
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": "gpu007",
+        "MASTER_PORT": "23458",
+    }
     require_meeting_point(environ)
 
 
-def test_what_the_user_exported_stays():
+def test_exported_address_is_kept():
     environ = SLURM_STEP | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "7"}
     fill_launcher_environment(environ)
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.1", "7")
@@ -203,7 +211,7 @@ def test_what_the_user_exported_stays():
         {name: value for name, value in SLURM_STEP.items() if name != "SLURM_STEP_ID"},
     ],
 )
-def test_other_environments_are_left_alone(environ):
+def test_other_environments_are_unchanged(environ):
     before = dict(environ)
     fill_launcher_environment(environ)
     assert environ == before
@@ -221,12 +229,12 @@ def test_other_environments_are_left_alone(environ):
         ("rack[0-1]node[2-3],x", "rack0node2"),
     ],
 )
-def test_the_first_node_of_a_slurm_list(nodes, first):
+def test_first_node_of_a_slurm_list(nodes, first):
     assert first_node(nodes) == first
 
 
 @pytest.mark.parametrize("text", ["", "0", "two", "-1", "1.5"])
-def test_a_world_size_that_is_no_number_of_ranks_is_refused(text):
+def test_invalid_world_size_is_refused(text):
     with pytest.raises(ConfigError, match=r"WORLD_SIZE is .*not a number of ranks"):
         world_size({"WORLD_SIZE": text})
     assert world_size({}) == 1
@@ -248,7 +256,7 @@ sys.exit(code)
 """
 
 
-def test_a_configuration_is_loaded_and_checked_in_half_a_second_without_torch(config):
+def test_configuration_is_loaded_and_checked_in_half_a_second_without_torch(config):
     done = [run_python(SCRIPT, *config) for _ in range(3)]
     assert [d.returncode for d in done] == [0, 0, 0], done[0].stderr
     found = [json.loads(d.stdout) for d in done]
@@ -256,7 +264,7 @@ def test_a_configuration_is_loaded_and_checked_in_half_a_second_without_torch(co
     assert min(f["seconds"] for f in found) < 0.5
 
 
-def test_a_mistake_ends_a_process_with_code_2_and_all_its_problems(config):
+def test_invalid_configuration_exits_with_code_2_and_all_problems(config):
     done = run_python(SCRIPT, *config, "optim.lr=-1", "parallel.tp=2")
     assert done.returncode == 2
     assert done.stderr.startswith("kdtrain: 2 problems in this run's configuration\n")
@@ -264,7 +272,7 @@ def test_a_mistake_ends_a_process_with_code_2_and_all_its_problems(config):
     assert json.loads(done.stdout)["heavy"] == []
 
 
-def test_a_reader_that_closes_the_pipe_is_no_error():
+def test_closed_stdout_pipe_is_not_an_error():
     code = "from kdtrain.config.cli import parse\nparse(['--help'], 'doc')"
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     read_end, write_end = os.pipe()
@@ -277,10 +285,20 @@ def test_a_reader_that_closes_the_pipe_is_no_error():
     assert done.stderr == ""
 
 
+def settings_of(cfg, **given):
+    return deepspeed_config(
+        cfg.zero,
+        grad_clip=cfg.optim.grad_clip,
+        dtype=cfg.student.dtype,
+        sequences_per_micro_batch=cfg.data.sequences_per_micro_batch,
+        **given,
+    )
+
+
 def test_deepspeed_is_told_to_sum_in_float32_and_to_leave_the_rest_to_us():
     cfg = RunConfig()
     cfg.data.sequences_per_micro_batch = 3
-    found = deepspeed_config(cfg, on_cuda=True, num_parameters=1000)
+    found = settings_of(cfg, on_cuda=True, num_parameters=1000)
     assert found["data_types"] == {"grad_accum_dtype": "fp32"}
     assert found["communication_data_type"] == "fp32"
     assert found["managed_gradient_accumulation"] is False
@@ -298,7 +316,7 @@ def test_deepspeed_is_told_to_sum_in_float32_and_to_leave_the_rest_to_us():
 def test_communication_overlaps_only_where_deepspeed_allows_it(stage, on_cuda, overlap):
     cfg = RunConfig()
     cfg.zero.stage = stage
-    found = deepspeed_config(cfg, on_cuda=on_cuda, num_parameters=1000)["zero_optimization"]
+    found = settings_of(cfg, on_cuda=on_cuda, num_parameters=1000)["zero_optimization"]
     assert found == {"stage": stage, "overlap_comm": overlap, "reduce_bucket_size": 1000}
 
 
@@ -306,20 +324,20 @@ def test_communication_overlaps_only_where_deepspeed_allows_it(stage, on_cuda, o
     ("parameters", "extra", "size"),
     [(7, {}, 7), (10**9, {}, REDUCE_BUCKET), (0, {}, 1), (7, {"reduce_bucket_size": 5e8}, 500_000_000)],
 )
-def test_a_bucket_is_no_larger_than_the_model_unless_a_key_says_so(parameters, extra, size):
+def test_bucket_is_limited_to_the_model_unless_a_key_sets_it(parameters, extra, size):
     cfg = RunConfig()
     cfg.zero.extra = extra
-    found = deepspeed_config(cfg, on_cuda=True, num_parameters=parameters)["zero_optimization"]["reduce_bucket_size"]
+    found = settings_of(cfg, on_cuda=True, num_parameters=parameters)["zero_optimization"]["reduce_bucket_size"]
     assert found == size
     assert isinstance(found, int)
 
 
 @pytest.mark.parametrize("on_cuda", [True, False])
-def test_an_optimizer_in_host_memory_is_torchs_not_one_that_deepspeed_compiles(on_cuda):
+def test_offloaded_optimizer_is_not_compiled_by_deepspeed(on_cuda):
     cfg = RunConfig()
-    assert "offload_optimizer" not in deepspeed_config(cfg, on_cuda=on_cuda, num_parameters=1000)["zero_optimization"]
+    assert "offload_optimizer" not in settings_of(cfg, on_cuda=on_cuda, num_parameters=1000)["zero_optimization"]
     cfg.zero.offload_optimizer = True
-    found = deepspeed_config(cfg, on_cuda=on_cuda, num_parameters=1000)
+    found = settings_of(cfg, on_cuda=on_cuda, num_parameters=1000)
     assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": on_cuda}
     assert found["zero_force_ds_cpu_optimizer"] is False
 
@@ -327,17 +345,17 @@ def test_an_optimizer_in_host_memory_is_torchs_not_one_that_deepspeed_compiles(o
 def test_dtype_clipping_and_expert_keys_reach_deepspeed():
     cfg = RunConfig()
     cfg.student.dtype, cfg.optim.grad_clip, cfg.zero.extra = "float32", None, {"sub_group_size": 7}
-    found = deepspeed_config(cfg, on_cuda=False, num_parameters=1000)
+    found = settings_of(cfg, on_cuda=False, num_parameters=1000)
     assert found["bf16"] == {"enabled": False}
     assert found["gradient_clipping"] == 0.0
     assert found["zero_optimization"]["sub_group_size"] == 7
     found["zero_optimization"]["sub_group_size"] = 8
     assert cfg.zero.extra == {"sub_group_size": 7}, "DeepSpeed writes into what it gets"
     cfg.optim.grad_clip = 0.25
-    assert deepspeed_config(cfg, on_cuda=False, num_parameters=1000)["gradient_clipping"] == 0.25
+    assert settings_of(cfg, on_cuda=False, num_parameters=1000)["gradient_clipping"] == 0.25
 
 
-def test_no_expert_key_is_both_allowed_and_owned():
+def test_no_zero_key_is_both_allowed_and_owned():
     assert not set(EXTRA_ZERO_KEYS) & set(OWNED_ZERO_KEYS)
 
 
@@ -346,20 +364,26 @@ def runnable_words(tmp_path, *more):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
     return [
-        str(tmp_path / "c.yaml"), "run.name=a", f"run.output_dir={tmp_path}", "student.architecture=llama-5m",
-        f"data.train=[{tmp_path / 'store'}]", "objective.name=pretrain", "train.total_tokens=2e9",
-        "data.tokens_per_step=524288", *more,
-    ]  # fmt: skip
+        str(tmp_path / "c.yaml"),
+        "run.name=a",
+        f"run.output_dir={tmp_path}",
+        "student.architecture=llama-5m",
+        f"data.train=[{tmp_path / 'store'}]",
+        "objective.name=pretrain",
+        "train.total_tokens=2e9",
+        "data.tokens_per_step=524288",
+        *more,
+    ]
 
 
-def test_a_launcher_that_started_fewer_ranks_than_expected_is_refused_with_both_numbers(tmp_path, monkeypatch):
+def test_fewer_ranks_than_expected_are_refused_with_both_numbers(tmp_path, monkeypatch):
     words = runnable_words(tmp_path, "parallel.world_size=16")
     for name, value in zip(LAUNCHER_VARIABLES, ("0", "0", "8", "here", "29500"), strict=True):
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as caught:
         cli.parse(words, None)
     text = " ".join(str(caught.value).split())
-    assert "parallel.world_size = 16 [command line] ranks are expected, and 8 were started fix: look at the" in text
+    assert "parallel.world_size = 16 [command line] ranks are expected, and 8 were started fix: check the" in text
     assert "does not find its --hostfile" in text
     with pytest.raises(ConfigError, match=r"expected, and 8 were started"):
         cli.parse([*words, "--check"], None)
@@ -367,7 +391,7 @@ def test_a_launcher_that_started_fewer_ranks_than_expected_is_refused_with_both_
     assert cli.parse(words, None).world_size == 16
 
 
-def test_check_without_a_launcher_checks_for_the_expected_number_of_ranks(tmp_path):
+def test_check_without_a_launcher_uses_the_expected_number_of_ranks(tmp_path):
     words = runnable_words(tmp_path, "parallel.world_size=16", "parallel.tp=8", "--check")
     assert cli.parse(words, None).world_size == 16
     with pytest.raises(ConfigError, match=r"does not divide the number of ranks \(16\)"):

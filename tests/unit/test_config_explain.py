@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kdtrain.config import explain, schema
-from kdtrain.config.keys import all_keys, suggestion, wants
+from kdtrain.config.keys import all_keys, expected, suggestion
 from kdtrain.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +20,7 @@ def test_every_key_is_documented_by_a_sentence():
         assert doc.text.endswith("."), doc.key.name
 
 
-def test_a_text_belongs_to_the_field_above_it():
+def test_documentation_belongs_to_the_field_above_it():
     docs = {doc.key.name: doc for doc in explain.documented()}
     assert docs["optim.eps"].text == "AdamW epsilon."
     assert docs["eval.every_steps"].text.startswith("Steps between evaluations")
@@ -28,7 +28,7 @@ def test_a_text_belongs_to_the_field_above_it():
     assert docs["optim"].text == "AdamW."
 
 
-def test_types_and_defaults_are_said_in_words():
+def test_types_and_defaults_are_described():
     docs = {doc.key.name: (doc.accepts, doc.default) for doc in explain.documented()}
     assert docs["run.name"] == ("a string", "must be set")
     assert docs["zero.stage"] == ("one of 0, 1, 2, 3", "1")
@@ -37,8 +37,8 @@ def test_types_and_defaults_are_said_in_words():
     assert docs["data.train_weights"] == ("a list of numbers or null", "null")
     assert docs["data.reset_positions"] == ("true or false", "true")
     assert docs["zero.extra"][0] == "a mapping"
-    assert wants(int | None) == "an integer or null"
-    assert wants(typing.Optional[int]) == "an integer or null"  # noqa: UP045
+    assert expected(int | None) == "an integer or null"
+    assert expected(typing.Optional[int]) == "an integer or null"  # noqa: UP045
 
 
 def test_all_keys_are_the_fields_of_the_schema():
@@ -64,17 +64,17 @@ def test_help_shows_everything_or_one_section_or_one_key():
     ]
 
 
-def test_help_on_something_unknown_names_what_was_meant():
+def test_help_on_an_unknown_key_suggests_a_similar_one():
     with pytest.raises(ConfigError, match=r"(?s)--help optm: there is no such section.*did you mean optim\?.*run, "):
         explain.help_text("", "optm")
 
 
 @pytest.mark.parametrize("name", ["qqqqqq", "zzz.yyy", ""])
-def test_nothing_is_suggested_for_a_word_that_is_like_none(name):
+def test_no_suggestion_without_a_similar_key(name):
     assert suggestion(name, all_keys()) is None
 
 
-def test_the_page_has_one_row_per_setting_and_well_formed_tables():
+def test_page_has_one_row_per_setting_and_well_formed_tables():
     page = explain.markdown()
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     assert [re.match(r"\| `([\w.]+)`", row)[1] for row in rows] == [n for n, k in all_keys().items() if not k.section]
@@ -83,6 +83,6 @@ def test_the_page_has_one_row_per_setting_and_well_formed_tables():
         assert "<" not in re.sub(r"`[^`]*`", "", row), "would vanish as an HTML tag"
 
 
-def test_the_committed_page_is_current():
+def test_committed_page_is_current():
     committed = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert committed == explain.markdown(), "run: python -m kdtrain.config.explain > docs/configuration.md"

@@ -44,7 +44,7 @@ def leaves(section, prefix=""):
             yield f"{prefix}{field.name}", value
 
 
-def test_later_files_win_over_earlier_ones_and_the_command_line_over_all(write):
+def test_later_files_override_earlier_ones_and_the_command_line_overrides_all(write):
     write("one.yaml", MINIMAL + "optim: {lr: 1.0, eps: 2.0, weight_decay: 3.0}\n")
     write("two.yaml", "optim:\n  eps: 20\n  weight_decay: 30\n")
     loaded = load_run(["one.yaml", "two.yaml", "optim.weight_decay=300"])
@@ -61,13 +61,13 @@ def test_every_setting_has_an_origin(write):
     assert loaded.origins["zero.extra"] == "command line"
 
 
-def test_what_no_file_sets_keeps_the_schema_default(write):
+def test_unset_settings_keep_the_schema_default(write):
     loaded = load_run([write("one.yaml", MINIMAL)])
     expected = RunConfig(run=RunSection(name="a"), train=TrainSection(total_tokens=7))
     assert loaded.config == expected
 
 
-def test_extends_is_relative_to_the_file_and_loses_against_it(write):
+def test_extends_is_relative_to_the_file_which_overrides_it(write):
     write("base/a.yaml", MINIMAL + "optim: {lr: 1.0, eps: 1.0, weight_decay: 1.0}\n")
     write("base/b.yaml", "optim: {eps: 2.0, weight_decay: 2.0}\n")
     # its place in the file does not matter
@@ -77,14 +77,14 @@ def test_extends_is_relative_to_the_file_and_loses_against_it(write):
     assert loaded.origins["optim.lr"] == "base/a.yaml:3"
 
 
-def test_a_file_may_be_reached_on_two_ways(write):
+def test_file_may_be_extended_twice(write):
     write("base.yaml", MINIMAL)
     write("x.yaml", "extends: base.yaml\n")
     write("y.yaml", "extends: base.yaml\n")
     assert load_run([write("z.yaml", "extends: [x.yaml, y.yaml]\n")]).config.run.name == "a"
 
 
-def test_environment_variables_and_other_settings_are_filled_in(write, monkeypatch):
+def test_environment_variables_and_other_settings_are_resolved(write, monkeypatch):
     monkeypatch.setenv("KD_DATA", "/data/x")
     monkeypatch.setenv("KD_STEPS", "12")
     text = MINIMAL + "data: {train: ['${oc.env:KD_DATA}/a', b], validation: '${run.name}/v'}\n"
@@ -125,7 +125,7 @@ def test_environment_variables_and_other_settings_are_filled_in(write, monkeypat
         (r"run.output_dir=\${HOME}", "run.output_dir", "${HOME}"),
     ],
 )
-def test_a_word_of_the_command_line_means_what_it_looks_like(write, word, key, value):
+def test_command_line_value_is_parsed_by_the_type_of_its_key(write, word, key, value):
     found = dict(leaves(load_run([write("one.yaml", MINIMAL), word]).config))[key]
     assert found == value
     assert type(found) is type(value)
@@ -147,11 +147,11 @@ def test_launcher_arguments_are_dropped(write):
     assert load_run([write("one.yaml", MINIMAL), "--local_rank=0"]).config.run.name == "a"
 
 
-def test_a_path_with_an_equals_sign_is_a_file(write):
+def test_path_with_an_equals_sign_is_a_file(write):
     assert load_run([write("runs/lr=3/one.yaml", MINIMAL)]).config.run.name == "a"
 
 
-def test_all_problems_of_files_and_command_line_are_told_at_once(write):
+def test_all_problems_of_files_and_command_line_are_reported_at_once(write):
     write("one.yaml", "run:\n  names: a\noptim:\n  lr: fast\n  betas: [1]\ndata: {seq_len: 1.5}\n")
     text = message("one.yaml", "optim.learning_rate=3", "zero.stage=4", "zero.stage", "parallel.tp=two")
     assert text.startswith("10 problems in this run's configuration\n")
@@ -171,7 +171,7 @@ def test_all_problems_of_files_and_command_line_are_told_at_once(write):
     assert text.count("fix: ") == 10
 
 
-def test_a_file_may_leave_a_placeholder_for_a_later_one(write):
+def test_placeholder_is_replaced_by_a_later_value(write):
     write("base.yaml", MINIMAL + "data:\n  train: ???\n  seq_len: ???\noptim: {lr: '???'}\n")
     text = message("base.yaml", "data.seq_len=8")
     assert text.startswith("2 problems")
@@ -191,7 +191,7 @@ def test_a_file_may_leave_a_placeholder_for_a_later_one(write):
         ("tp", "teacher.tp or parallel.tp"),
     ],
 )
-def test_a_misspelt_or_misplaced_key_is_answered_with_the_right_one(write, name, meant):
+def test_misspelt_or_misplaced_key_is_reported_with_the_right_one(write, name, meant):
     text = message(write("one.yaml", MINIMAL), f"{name}=1")
     assert f"command line: {name} is not a setting\n      fix: did you mean {meant}?" in text
 
@@ -228,7 +228,7 @@ def test_a_misspelt_or_misplaced_key_is_answered_with_the_right_one(write, name,
         ("run.name=???", "has no default and must be set"),
     ],
 )
-def test_a_bad_word_is_refused_with_its_reason(write, word, why, monkeypatch):
+def test_invalid_command_line_value_is_refused_with_its_reason(write, word, why, monkeypatch):
     monkeypatch.delenv("KD_MISSING", raising=False)
     text = message(write("one.yaml", MINIMAL), word)
     assert text.startswith("1 problem in this run's configuration\n")
@@ -259,7 +259,7 @@ def test_a_bad_word_is_refused_with_its_reason(write, word, why, monkeypatch):
         ("extends: a.yaml\nextends: b.yaml\n", "bad.yaml:2", "extends is set twice, first in line 1"),
     ],
 )
-def test_a_bad_file_is_refused_with_file_line_and_reason(write, content, where, why):
+def test_invalid_file_is_refused_with_file_line_and_reason(write, content, where, why):
     write("bad.yaml", content)
     text = message(write("one.yaml", MINIMAL), "bad.yaml")
     assert why in text
@@ -267,25 +267,25 @@ def test_a_bad_file_is_refused_with_file_line_and_reason(write, content, where, 
 
 
 @pytest.mark.parametrize("word", ["optim={lr: 1e-3, lr: 2e-3}", "train={total_tokens: 4096, total_tokens: 8192}"])
-def test_a_mapping_on_the_command_line_may_not_set_a_key_twice(write, word):
+def test_key_set_twice_in_a_command_line_mapping_is_refused(write, word):
     assert "is set twice" in message(write("one.yaml", MINIMAL), word)
 
 
 @pytest.mark.parametrize("word", [f"schedule.min_lr_ratio={'9' * 400}", f"optim.betas=[0.9, {'9' * 400}]"])
-def test_a_number_that_no_float_can_hold_is_refused(write, word):
+def test_number_too_large_for_a_float_is_refused(write, word):
     text = message(write("one.yaml", MINIMAL), word)
     assert f"  {word.partition('=')[0]} = " in text
     assert "number" in text.splitlines()[3]
 
 
-def test_a_circle_of_files_is_named(write):
+def test_circular_extends_is_reported_with_its_files(write):
     write("a.yaml", "extends: sub/b.yaml\n")
     write("sub/b.yaml", "extends: ../c.yaml\n")
     write("c.yaml", "extends: sub/b.yaml\n")
     assert "c.yaml:1: `extends` goes in a circle: b.yaml -> c.yaml -> b.yaml" in message("a.yaml")
 
 
-def test_an_unreadable_file_is_the_only_problem_told(write, tmp_path):
+def test_unreadable_file_is_the_only_problem_reported(write, tmp_path):
     assert message("nowhere.yaml").splitlines()[0] == "1 problem in this run's configuration"
     assert "nowhere.yaml does not exist" in message("nowhere.yaml")
     (tmp_path / "folder.yaml").mkdir()
@@ -295,14 +295,14 @@ def test_an_unreadable_file_is_the_only_problem_told(write, tmp_path):
     assert "no CONFIG.yaml was given" in message("run.name=a")
 
 
-def test_an_empty_file_lacks_what_must_be_set(write):
+def test_empty_file_reports_the_settings_without_default(write):
     for text in ("", "# nothing\n", "extends: []\n"):
         found = message(write("empty.yaml", text))
         assert "run.name = ???" in found
         assert "train.total_tokens = ???" in found
 
 
-def test_the_written_file_loads_back_to_an_equal_object(write):
+def test_to_yaml_loads_back_to_an_equal_object(write):
     cfg = RunConfig(
         run=RunSection(name="007", output_dir="a: ${b} \\${c} # 'd'\n\té", resume="on"),
         student=StudentSection(weights="null", architecture=None),
@@ -315,12 +315,12 @@ def test_the_written_file_loads_back_to_an_equal_object(write):
     assert load_run([write("more.yaml", MINIMAL)]).config != cfg
 
 
-def test_the_written_file_means_the_same_to_a_plain_yaml_reader(write):
+def test_to_yaml_is_read_alike_by_a_plain_yaml_loader(write):
     cfg = load_run([write("one.yaml", MINIMAL), "log.wandb.mode=off", "run.resume=1e3", "optim.eps=1e-9"]).config
     assert yaml.safe_load(to_yaml(cfg)) == as_dict(cfg)
 
 
-def test_the_hash_tells_configurations_apart_and_is_the_same_in_every_process(write):
+def test_config_hash_is_equal_in_every_process_and_only_for_equal_configurations(write):
     cfg = load_run([write("one.yaml", MINIMAL)]).config
     other = replace(cfg, run=replace(cfg.run, seed=2))
     assert config_hash(cfg) != config_hash(other)

@@ -1,4 +1,4 @@
-"""What the conformance check says about numbers, subjects that cannot run, and what is published."""
+"""Verdicts and tables of the conformance check, subjects that cannot run, and the published table."""
 
 import re
 from pathlib import Path
@@ -29,11 +29,11 @@ def finding(**changes):
         ({"norm_ratio": 1.3}, "wrong length"),
     ],
 )
-def test_the_verdict_names_the_first_thing_that_is_wrong(changes, verdict):
+def test_the_verdict_is_the_first_error(changes, verdict):
     assert finding(**changes).verdict == verdict
 
 
-def test_the_table_puts_tp_side_by_side_and_names_where_it_is_wrong():
+def test_the_table_has_tp_side_by_side_and_the_tp_of_errors():
     wrong = Finding("a", "m", 2, "student", 1e-7, 2.0, 1.0)
     right = Finding("a", "m", 1, "student", 2e-7, 1.0, 1.0)
     last = table([right, wrong]).splitlines()[-1]
@@ -44,22 +44,22 @@ def test_a_mode_shows_its_parameters():
     assert str(Mode("jsd", 2.0, {"teacher_share": 0.3})) == "jsd tau=2 teacher_share=0.3"
 
 
-def test_declarations_that_mean_nothing_are_refused():
+def test_invalid_declarations_are_refused():
     with pytest.raises(ValueError, match="reduction = 'average', need one of sum, mean"):
         Subject(name="a", loss=finding, reduction="average")
     with pytest.raises(ValueError, match="tp = 5, need a divisor of the vocabulary's 96 ids"):
         check(finding, tp=(5,))
 
 
-def test_a_subject_whose_package_is_missing_says_which():
+def test_a_subject_reports_its_missing_package():
     subject = Subject(name="a", loss=finding, needs=("json", "no_such_package_of_mine"))
     assert subject.absent() == "ModuleNotFoundError: No module named 'no_such_package_of_mine'"
     assert Subject(name="a", loss=finding, needs=("json",)).absent() == ""
 
 
-def test_the_published_table_has_every_subject_and_mode_and_calls_ours_right():
+def test_the_published_table_has_every_subject_and_mode_and_ours_are_right():
     text = (ROOT / "docs/results/conformance.md").read_text(encoding="utf-8")
-    subjects = load_file(ROOT / "benchmarks/conformance_subjects.py").SUBJECTS
+    subjects = load_file(ROOT / "proofs/conformance_subjects.py").SUBJECTS
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     for subject in subjects:
         absent = re.search(rf"^- {re.escape(subject.name)}: ", text, re.MULTILINE)

@@ -1,3 +1,4 @@
+import ast
 import os
 import shutil
 import subprocess
@@ -33,6 +34,7 @@ def test_layers_and_doors_hold():
         ("kdtrain/engine/planted.py", "import transformers", "transformers only in kdtrain.models"),
         ("kdtrain/config/planted.py", "import omegaconf", "omegaconf only in kdtrain.config.load"),
         ("kdtrain/config/planted.py", "import torch", "configuration needs no torch"),
+        ("kdtrain/config/schema/types.py", "import kdtrain.config.schema.teacher", "no cycles"),
         ("kdtrain/telemetry/planted.py", "import wandb", "wandb only in kdtrain.telemetry.wandb_sink"),
         ("kdtrain/losses/planted.py", "import triton", "triton only in kdtrain_kernels.triton"),
         ("kernels/kdtrain_kernels/planted.py", "import kdtrain.log", "kernels know nothing of kdtrain"),
@@ -46,3 +48,22 @@ def test_a_planted_violation_is_caught(tmp_path, file, line, contract):
     done = lint_imports(tmp_path)
     assert done.returncode != 0
     assert f"{contract} BROKEN" in done.stdout
+
+
+def imported_names(source):
+    """Names that a module imports from kdtrain."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    return {alias.name for node in nodes if (node.module or "").startswith("kdtrain") for alias in node.names}
+
+
+def test_only_config_and_jobs_import_the_whole_configuration():
+    readers = {
+        path.relative_to(ROOT / "kdtrain").parts[0]
+        for path in (ROOT / "kdtrain").rglob("*.py")
+        if imported_names(path.read_text(encoding="utf-8")) & {"RunConfig", "Request", "load_run"}
+    }
+    assert readers == {"config", "jobs"}
+
+
+def test_import_of_the_whole_configuration_inside_a_function_is_found():
+    assert "RunConfig" in imported_names("def f():\n    from kdtrain.config.schema import RunConfig, ZeroSection")

@@ -1,4 +1,4 @@
-"""What a tokenizer puts before a text, most often <bos>, stands before every document: once and recorded, or never."""
+"""The document prefix, most often <bos>: taken from the tokenizer, written once per document, recorded, optional."""
 
 import json
 import logging
@@ -16,11 +16,11 @@ from kdtrain.data.prepare import PrepareSettings, prepare_corpus
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.data.tokenizer import document_prefix, load_tokenizer
 from kdtrain.errors import EXIT_DONE, ConfigError, DataError
+from kdtrain.jobs.inputs import open_inputs
 from kdtrain.models.load import ModelSpec
 from kdtrain.models.tiny import tiny_config
 from kdtrain.testing.ranks import load_file
-from kdtrain.testing.tiny_data import SEPARATOR_ID, write_tokenizer
-from kdtrain.training.inputs import open_inputs
+from tests.support.tiny_data import SEPARATOR_ID, write_tokenizer
 
 BOS, EOS, CLS = 257, 258, 259
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +86,7 @@ def test_every_document_begins_with_exactly_one_bos(tmp_path, single, workers):
     assert made["train"].text_bytes == sum(len(text.encode()) for text in texts)
 
 
-def test_never_leaves_it_out_and_the_text_has_the_same_size(tmp_path):
+def test_bos_never_writes_no_prefix_and_text_bytes_are_unchanged(tmp_path):
     tokenizer = with_template(tmp_path / "tokenizer", "<bos> $A <eos>")
     (tmp_path / "a.txt").write_text("text")
     made = {
@@ -98,11 +98,11 @@ def test_never_leaves_it_out_and_the_text_has_the_same_size(tmp_path):
     assert tokens["never"] == [*load_tokenizer(tokenizer).encode("text", add_special_tokens=False).ids, SEPARATOR_ID]
     assert made["never"]["train"].document_prefix == ()
     assert made["never"]["train"].text_bytes == made["auto"]["train"].text_bytes == 4
-    with pytest.raises(ConfigError, match=r"bos = 'always' is no token of .*\n  fix: name one of its"):
+    with pytest.raises(ConfigError, match=r"bos = 'always' is not a token of .*\n  fix: name one of its"):
         prepare_corpus([tmp_path / "a.txt"], tokenizer, tmp_path / "x", PrepareSettings(bos="always"))
 
 
-def test_the_script_says_what_it_puts_before_documents(tmp_path, logged, monkeypatch):
+def test_script_logs_document_prefix(tmp_path, logged, monkeypatch):
     script = load_file(ROOT / "launch/prepare_corpus.py")
     monkeypatch.setattr("kdtrain.log.setup_logging", lambda: None)
     tokenizer = with_template(tmp_path / "tokenizer", "<bos> $A")
@@ -117,7 +117,7 @@ def test_the_script_says_what_it_puts_before_documents(tmp_path, logged, monkeyp
 
 
 @pytest.mark.parametrize("bos", ["auto", "never"])
-def test_documents_of_a_megatron_pair_get_one_too(tmp_path, bos):
+def test_documents_of_megatron_pair_get_prefix(tmp_path, bos):
     tokenizer = with_template(tmp_path / "tokenizer", "<bos> $A <eos>")
     documents = [[BOS, 5, 6, SEPARATOR_ID], [7, 8], [BOS, 9]]
     np.concatenate(documents).astype(np.uint16).tofile(tmp_path / "pair.bin")
@@ -133,7 +133,7 @@ def test_documents_of_a_megatron_pair_get_one_too(tmp_path, bos):
         assert found == [[BOS, 5, 6, 0], [7, 8, 0], [BOS, 9, 0]]
 
 
-def test_a_manifest_from_before_the_prefix_was_recorded_means_none(tmp_path):
+def test_manifest_without_prefix_field_means_no_prefix(tmp_path):
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     with TokenStoreWriter(tmp_path / "store", tokenizer, SEPARATOR_ID, source="x") as writer:
         writer.add([5, 6], 2)
@@ -156,7 +156,7 @@ def test_a_manifest_from_before_the_prefix_was_recorded_means_none(tmp_path):
         ([BOS, 5, 6, 7, 8, 9], "document 0 does not begin with"),
     ],
 )
-def test_a_prefix_that_documents_do_not_have_is_refused(tmp_path, prefix, why):
+def test_manifest_prefix_missing_in_documents_is_refused(tmp_path, prefix, why):
     tokenizer = with_template(tmp_path / "tokenizer", "<bos> $A")
     with TokenStore.create(tmp_path / "s", tokenizer, SEPARATOR_ID, source="x", document_prefix=[BOS]) as writer:
         for ids in ([5, 6], [7], [8]):
@@ -169,7 +169,7 @@ def test_a_prefix_that_documents_do_not_have_is_refused(tmp_path, prefix, why):
         TokenStore.open(tmp_path / "s")
 
 
-def test_verify_looks_at_the_beginning_of_every_document(tmp_path):
+def test_verify_checks_beginning_of_every_document(tmp_path):
     tokenizer = with_template(tmp_path / "tokenizer", "<bos> $A")
     with TokenStoreWriter(tmp_path / "s", tokenizer, SEPARATOR_ID, source="x") as writer:
         for ids in ([BOS, 5, 6], [7], [BOS, 8]):
@@ -183,7 +183,7 @@ def test_verify_looks_at_the_beginning_of_every_document(tmp_path):
 
 
 @pytest.mark.parametrize(("single", "bos", "warns"), [("<bos> $A", "never", True), ("<bos> $A", "auto", False)])
-def test_a_run_says_when_text_begins_otherwise_than_its_model_is_used_to(tmp_path, caplog, single, bos, warns):
+def test_run_warns_when_document_prefix_differs_from_models(tmp_path, caplog, single, bos, warns):
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": "the teacher reads this"}) + "\n")
     model = with_template(tmp_path / "model", single)
@@ -200,7 +200,7 @@ def test_a_run_says_when_text_begins_otherwise_than_its_model_is_used_to(tmp_pat
 
 
 @pytest.mark.parametrize("bos", ["<bos>", {"content": "<bos>", "lstrip": False}])
-def test_a_promised_bos_that_the_post_processor_does_not_put_has_to_be_chosen(tmp_path, bos):
+def test_add_bos_token_without_post_processor_needs_a_choice(tmp_path, bos):
     tokenizer = write_tokenizer(tmp_path / "tokenizer", more=["<bos>"])
     config, text = tokenizer / "tokenizer_config.json", tmp_path / "a.txt"
     text.write_text("ab")

@@ -1,13 +1,13 @@
-"""Batches cut over cp ranks: the parts are the whole, labels are not lost at the cut, and the loader gives them."""
+"""Batches cut over cp ranks: parts cover the whole, keep labels at the cut, and are what the loader returns."""
 
 import pytest
 import torch
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.data.context import cut_sequences
 from kdtrain.data.loader import StepLoader, validation_batches
 from kdtrain.data.packing import Packing
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 CUT = ("input_ids", "labels", "loss_mask", "position_ids")
 
@@ -27,7 +27,7 @@ def assert_parts_of(parts, whole):
         assert torch.equal(part.sample_ids, whole.sample_ids)
 
 
-def test_parts_hold_each_token_once_with_its_label_and_its_place_in_the_document():
+def test_parts_hold_each_token_once_with_its_label_and_position():
     tokens = torch.arange(26).view(2, 13)
     positions = torch.tensor([[*range(12)], [*range(4), *range(8)]])
     whole = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(2, 12), positions, torch.tensor([7, 8]))
@@ -38,7 +38,7 @@ def test_parts_hold_each_token_once_with_its_label_and_its_place_in_the_document
     assert cut_sequences(whole, 0, 1) is whole
 
 
-def test_what_cannot_be_cut_is_refused():
+def test_sequences_not_divisible_by_cp_are_refused():
     batch = Batch(*(torch.zeros(1, 6) for _ in range(4)), torch.zeros(1))
     with pytest.raises(ValueError, match="part 0 of 4 of sequences of 6 tokens"):
         cut_sequences(batch, 0, 4)
@@ -46,7 +46,7 @@ def test_what_cannot_be_cut_is_refused():
         cut_sequences(batch, 2, 2)
 
 
-def test_loader_and_validation_give_each_cp_rank_its_part(store):
+def test_loader_and_validation_return_part_of_each_cp_rank(store):
     def step(**part):
         loader = StepLoader(
             [store],

@@ -1,4 +1,4 @@
-"""A worker process that the system kills, most often for want of memory."""
+"""A worker process that is killed, most often because memory runs out."""
 
 import multiprocessing
 import os
@@ -9,10 +9,10 @@ import pytest
 from kdtrain.data import prepare
 from kdtrain.data.prepare import tokenised
 from kdtrain.errors import DataError
-from kdtrain.testing.tiny_data import write_tokenizer
+from tests.support.tiny_data import write_tokenizer
 
 
-def test_a_killed_worker_ends_the_preparation_with_a_reason_instead_of_a_hang(tmp_path, monkeypatch):
+def test_killed_worker_raises_instead_of_hanging(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH_DOCUMENTS", 1)
     write_tokenizer(tmp_path)
     others = {child.pid for child in multiprocessing.active_children()}  # the session's pools of ranks
@@ -26,7 +26,7 @@ def test_a_killed_worker_ends_the_preparation_with_a_reason_instead_of_a_hang(tm
                 for pid in killed:
                     os.kill(pid, signal.SIGKILL)
 
-    with pytest.raises(DataError, match="a tokenising process died") as caught:
+    with pytest.raises(DataError, match="a tokenising process was killed") as caught:
         list(tokenised(texts(), tmp_path, workers=2))
     assert killed
     assert "fewer --workers" in str(caught.value)

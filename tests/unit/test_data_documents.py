@@ -1,4 +1,4 @@
-"""The documents of a batch: found once on the host, and right wherever the batch is cut, joined or moved."""
+"""The documents of a batch: found once on the host, correct after slicing, joining and moving the batch."""
 
 import itertools
 
@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
 from kdtrain.data.context import cut_sequences
-from kdtrain.data.documents import Documents
 from kdtrain.data.loader import StepLoader, validation_batches
 from kdtrain.data.packing import Packing
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from kdtrain.documents import Documents
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 aten = torch.ops.aten
 
 
 def positions_of(rows):
-    """[B, S] of rows of document lengths; the first document of each goes on from elsewhere."""
+    """[B, S] of rows of document lengths; the first document of each continues from an earlier sequence."""
     return torch.tensor([[i + 7 * (n == 0) for n, size in enumerate(row) for i in range(size)] for row in rows])
 
 
@@ -70,7 +70,7 @@ def test_every_part_and_join_of_sequences_has_the_documents_of_its_positions():
                 assert same(part.documents, Documents.of(part.position_ids))
 
 
-def test_parts_are_as_cheap_as_their_documents():
+def test_cost_of_slicing_documents_is_linear():
     """A step's micro-batches together: 512 sequences of 200 documents each, one at a time."""
     documents = Documents.of(torch.zeros(512, 200, dtype=torch.int64))
     reads = 0
@@ -100,7 +100,7 @@ def test_documents_that_do_not_fill_sequences_are_refused():
         Documents.cat([Documents.of(torch.zeros(1, size, dtype=torch.int64)) for size in (2, 3)])
 
 
-def test_documents_are_known_only_where_they_are_right():
+def test_batch_keeps_documents_only_while_they_are_valid():
     batch = batch_of(positions_of([(2, 1), (1, 2)]))
     unknown = Batch(*batch.tensors())
     assert unknown.documents is unknown.rows(0, 1).documents is unknown.to("meta").documents is None
@@ -108,7 +108,7 @@ def test_documents_are_known_only_where_they_are_right():
     assert batch.map(lambda values: values.flip(0)).documents is None
 
 
-def test_a_part_of_every_sequence_knows_the_documents_of_the_whole():
+def test_part_of_sequences_keeps_documents_of_whole_sequences():
     positions = positions_of([(2, 4, 2), (8,)])
     batch = batch_of(positions)
     for rank in range(4):
@@ -120,7 +120,7 @@ def test_a_part_of_every_sequence_knows_the_documents_of_the_whole():
         assert cut_sequences(batch.to("meta"), rank, 4).host is None, "that is the whole"
 
 
-def test_a_moved_batch_keeps_its_offsets_beside_it_and_its_copy_on_the_host():
+def test_moved_batch_moves_offsets_and_keeps_host_copy():
     batch = batch_of(positions_of([(2, 1), (1, 2)]))
     moved = batch.to("meta")
     assert {values.device.type for values in moved.memory()} == {"meta"}
@@ -135,7 +135,7 @@ def test_a_moved_batch_keeps_its_offsets_beside_it_and_its_copy_on_the_host():
 
 
 class Copies(TorchDispatchMode):
-    """Notes copies to another device, and whether the host waits for them."""
+    """Records copies to another device, and whether the host waits for them."""
 
     def __init__(self):
         super().__init__()
@@ -148,8 +148,8 @@ class Copies(TorchDispatchMode):
         return torch.zeros_like(args[0], device=kwargs["device"])
 
 
-def test_the_host_waits_for_copies_to_it_alone():
-    """A copy to the host that is not waited for is read before its values are there."""
+def test_host_waits_only_for_copies_to_the_host():
+    """Without a wait, a copy to the host could be read before it is complete."""
     batch = batch_of(positions_of([(2, 1), (1, 2)]))
     with Copies() as there:
         moved = batch.to("meta")
@@ -174,7 +174,7 @@ def loader_of(store, reset_positions=True, **settings):
 
 @pytest.mark.parametrize("reset_positions", [True, False])
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_loader_and_validation_know_the_documents_of_whole_sequences(store, reset_positions, prefetch):
+def test_loader_and_validation_set_documents_of_whole_sequences(store, reset_positions, prefetch):
     whole, part = (
         loader_of(store, reset_positions, prefetch=prefetch, **cut) for cut in ({}, {"cp_rank": 1, "cp_size": 2})
     )
@@ -191,7 +191,7 @@ def test_loader_and_validation_know_the_documents_of_whole_sequences(store, rese
 
 
 class Pins(TorchDispatchMode):
-    """Notes what is pinned: without a CUDA device torch refuses to."""
+    """Records which tensors are pinned: without a CUDA device torch cannot pin them."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +204,7 @@ class Pins(TorchDispatchMode):
         return False if func is aten.is_pinned.default else func(*args, **(kwargs or {}))
 
 
-def test_every_tensor_of_a_batch_is_pinned_when_that_is_wanted_and_only_then(store):
+def test_all_tensors_are_pinned_only_with_pin_memory(store):
     with Pins() as pins:
         plain = next(loader_of(store, prefetch=0))
         assert pins.seen == []

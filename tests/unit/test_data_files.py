@@ -1,4 +1,4 @@
-"""Which files become documents: nothing in a folder is left out without a word, nothing is taken for what it is not."""
+"""Which files become documents: files left out are logged, files of other formats are refused."""
 
 import bz2
 import gzip
@@ -25,32 +25,47 @@ def names(files, folder):
     return [str(file.relative_to(folder)) for file in files]
 
 
-def test_a_folder_is_read_whatever_the_case_and_through_links_and_the_rest_is_counted(tmp_path, logged):
+def test_folder_is_read_in_any_case_through_links_and_other_files_are_counted(tmp_path, logged):
     other = fill(tmp_path / "other", h__txt=b"linked")
     corpus = fill(
-        tmp_path / "corpus", a__txt=b"a", B__TXT=b"B", c__jsonl__zst=b"\x28\xb5\x2f\xfd", d__parquet=b"PAR1",
-        e__ndjson=LINE, f__dat=b"f", g__json__bz2=bz2.compress(LINE), i__JSONL__GZ=gzip.compress(LINE), README=b"x",
-        k__tar__xz=lzma.compress(b"tar"), l__DAT=b"l",
-    )  # fmt: skip
+        tmp_path / "corpus",
+        a__txt=b"a",
+        B__TXT=b"B",
+        c__jsonl__zst=b"\x28\xb5\x2f\xfd",
+        d__parquet=b"PAR1",
+        e__ndjson=LINE,
+        f__dat=b"f",
+        g__json__bz2=bz2.compress(LINE),
+        i__JSONL__GZ=gzip.compress(LINE),
+        README=b"x",
+        k__tar__xz=lzma.compress(b"tar"),
+        l__DAT=b"l",
+    )
     (corpus / "sub").symlink_to(other)
     (corpus / "gone.txt").symlink_to(tmp_path / "nowhere")
     found = find_files([corpus])
     assert names(found, corpus) == ["B.TXT", "a.txt", "e.ndjson", "i.JSONL.GZ", "sub/h.txt"]
     assert list(read_documents(found)) == ["B", "a", "one", "two", "one", "two", "linked"]
-    (said,) = logged.messages
-    assert f"{corpus}: 8 files are ignored" in said
+    (message,) = logged.messages
+    assert f"{corpus}: 8 files are ignored" in message
     for part in (
-        "2 .dat", "1 .zst", "1 .parquet", "1 .bz2", "1 .tar.xz", "1 without a suffix", "1 broken links and the like",
-    ):  # fmt: skip
-        assert part in said
+        "2 .dat",
+        "1 .zst",
+        "1 .parquet",
+        "1 .bz2",
+        "1 .tar.xz",
+        "1 without a suffix",
+        "1 broken links and the like",
+    ):
+        assert part in message
 
 
-def test_a_folder_without_other_files_needs_no_word(tmp_path, logged):
+def test_folder_without_other_files_logs_nothing(tmp_path, logged):
     find_files([fill(tmp_path / "corpus", a__txt=b"a", b__json__xz=lzma.compress(LINE))])
     assert not logged.messages
 
 
-def test_links_are_followed_without_going_round_and_every_file_counts_once(tmp_path):
+def test_link_cycles_end_and_every_file_is_read_once(tmp_path):
     corpus = fill(tmp_path / "corpus", a__txt=b"a")
     fill(corpus / "sub", b__txt=b"b")
     outside = fill(tmp_path / "outside/deep", c__txt=b"c").parent
@@ -125,7 +140,7 @@ def test_a_file_of_another_format_named_by_itself_is_refused(tmp_path, name):
         ("lines.part.XZ", lzma.compress(LINE), "lines.part.jsonl.XZ"),
     ],
 )
-def test_json_lines_under_another_name_are_not_taken_for_one_text(tmp_path, name, content, new):
+def test_json_lines_with_unknown_suffix_are_refused(tmp_path, name, content, new):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="begins with a line of JSON") as caught:
@@ -138,7 +153,7 @@ def test_json_lines_under_another_name_are_not_taken_for_one_text(tmp_path, name
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.txt", LINE),  # what is said to be text is text
+        ("a.txt", LINE),  # named as text, read as text
         ("a.py", b"x = {}\n"),
         ("a", b"12\n"),
         ("a.conf", b"[1, 2]\n"),

@@ -1,4 +1,4 @@
-"""Megatron pairs used in place: the same store but for a link, refused where a token would have to change."""
+"""Megatron pairs used in place: the same store except for a link, refused where a token would have to change."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.errors import EXIT_DATA, EXIT_DONE, DataError
 from kdtrain.testing.ranks import load_file
-from kdtrain.testing.tiny_data import random_documents, write_pair, write_tokenizer
+from tests.support.tiny_data import random_documents, write_pair, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 BOS = 257
@@ -51,7 +51,7 @@ def both(tmp_path, prefixes, tokenizer, **settings):
     return tuple(TokenStore.open(tmp_path / name / "train") for name in ("copy", "place"))
 
 
-def test_a_store_in_place_is_the_copied_store_but_for_its_link(tmp_path, tokenizer, monkeypatch):
+def test_store_in_place_equals_copied_store_except_for_link(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(importing, "BLOCK_TOKENS", 100)
     pair = write_pair(tmp_path / "pair", FINISHED)
     copy, place = both(tmp_path, [pair], tokenizer)
@@ -97,7 +97,7 @@ def test_a_store_in_place_is_a_pair_that_megatron_reads(tmp_path, tokenizer):
         ({"documents_from": "index", "inner_separators": "split"}, [0, 3]),
     ],
 )
-def test_only_the_index_is_new_where_documents_are_cut_or_joined(tmp_path, tokenizer, settings, index):
+def test_cut_or_joined_documents_need_only_a_new_index(tmp_path, tokenizer, settings, index):
     pair = write_pair(tmp_path / "pair", [[5, 6, 0, 7], [8, 9, 0, 10], [11, 0]], index)
     copy, place = both(tmp_path, [pair], tokenizer, **settings)
     assert [place[i].tolist() for i in range(len(place))] == [[5, 6, 0], [7, 8, 9, 0], [10, 11, 0]]
@@ -106,7 +106,7 @@ def test_only_the_index_is_new_where_documents_are_cut_or_joined(tmp_path, token
     place.verify()
 
 
-def test_with_a_prefix_in_every_document_nothing_changes_and_its_text_does_not_count(tmp_path, with_bos):
+def test_existing_prefix_is_kept_and_not_counted_as_text(tmp_path, with_bos):
     pair = write_pair(tmp_path / "pair", [[BOS, *document] for document in FINISHED])
     copy, place = both(tmp_path, [pair], with_bos)
     assert place.manifest.document_prefix == (BOS,)
@@ -165,12 +165,12 @@ def flip(file):
     [
         (lambda file: file.unlink(), r"is missing"),
         (lambda file: file.rename(file.with_name("moved.bin")), r"is missing"),
-        (lambda file: os.truncate(file, 10), r"is truncated: 10 bytes, the manifest says \d+"),
-        (lambda file: file.write_bytes(file.read_bytes() + b"\0\0"), r"is damaged: \d+ bytes, the manifest says"),
+        (lambda file: os.truncate(file, 10), r"is truncated: 10 bytes, \d+ in the manifest"),
+        (lambda file: file.write_bytes(file.read_bytes() + b"\0\0"), r"is damaged: \d+ bytes, \d+ in the manifest"),
         (flip, r"was changed after the store was made: last modified \d{4}-.*, then \d{4}-"),
     ],
 )
-def test_a_pair_that_is_gone_or_changed_is_refused_by_name(used, change, why):
+def test_missing_or_changed_pair_is_refused_by_name(used, change, why):
     file, store = used
     before = file.stat().st_mtime_ns
     change(file)
@@ -182,7 +182,7 @@ def test_a_pair_that_is_gone_or_changed_is_refused_by_name(used, change, why):
 
 
 @pytest.mark.parametrize("unit", [100, 1000, 10**6, 10**9])
-def test_a_file_system_that_cuts_times_off_changes_no_pair(used, unit):
+def test_rounded_modification_time_is_accepted(used, unit):
     file, store = used
     recorded = TokenStore.open(store).manifest.linked[0].mtime_ns
     os.utime(file, ns=(recorded, recorded // unit * unit))
@@ -192,7 +192,7 @@ def test_a_file_system_that_cuts_times_off_changes_no_pair(used, unit):
         TokenStore.open(store)
 
 
-def test_verify_finds_one_changed_bit_that_kept_the_date(used):
+def test_verify_finds_changed_bit_with_unchanged_time(used):
     file, store = used
     before = file.stat().st_mtime_ns
     flip(file)
@@ -201,7 +201,7 @@ def test_verify_finds_one_changed_bit_that_kept_the_date(used):
         TokenStore.open(store).verify()
 
 
-def test_a_copy_of_the_folder_that_follows_the_link_needs_the_pair_no_more(used, tmp_path):
+def test_copy_that_follows_link_does_not_need_pair(used, tmp_path):
     file, store = used
     shutil.copytree(store, tmp_path / "whole")
     file.unlink()
@@ -210,7 +210,7 @@ def test_a_copy_of_the_folder_that_follows_the_link_needs_the_pair_no_more(used,
     assert copied.tokens(0, copied.num_tokens).tolist() == np.concatenate(FINISHED).tolist()
 
 
-def test_the_script_uses_a_pair_in_place_and_names_what_is_wrong(tmp_path, tokenizer, capsys):
+def test_script_uses_pair_in_place_and_names_faults(tmp_path, tokenizer, capsys):
     script = load_file(ROOT / "launch/prepare_corpus.py")
     pair = write_pair(tmp_path / "pair", FINISHED)
     base = ["--tokenizer", str(tokenizer), "--from-megatron", "--in-place"]
@@ -220,7 +220,7 @@ def test_the_script_uses_a_pair_in_place_and_names_what_is_wrong(tmp_path, token
     manifest = tmp_path / "out/train/manifest.json"
     content = json.loads(manifest.read_text())
     for entry, why in (
-        ({"shard": "shard_00001"}, "linked names the shard 'shard_00001', which is none of its shards"),
+        ({"shard": "shard_00001"}, "linked names the shard 'shard_00001', which does not exist"),
         ({"shard": []}, "linked names the shard"),
         ({"mtime_ns": -1}, "mtime_ns of 'shard_00000' is -1"),
     ):

@@ -1,4 +1,4 @@
-"""The stores of a run against each other: what does not belong together is refused with both paths and a fix."""
+"""Consistency of the stores of a run: mismatches are refused with both paths and a fix."""
 
 import json
 
@@ -8,10 +8,10 @@ from kdtrain.config.load import load_run
 from kdtrain.data.import_megatron import MegatronSettings, import_megatron
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.errors import StoreMismatch
+from kdtrain.jobs.inputs import open_inputs
 from kdtrain.models.load import ModelSpec
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_data import random_documents, write_pair, write_tokenizer
-from kdtrain.training.inputs import open_inputs
+from tests.support.tiny_data import random_documents, write_pair, write_tokenizer
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def refused(world, train, validation=None):
     return message
 
 
-def test_stores_that_belong_together_are_opened(world):
+def test_matching_stores_are_opened(world):
     train, validation = [world.store("a", seed=1), world.store("b", seed=2)], world.store("v", seed=3)
     inputs = world.open(train, validation)
     assert [s.path for s in inputs.train] == train
@@ -60,7 +60,7 @@ def test_stores_that_belong_together_are_opened(world):
 
 
 @pytest.mark.parametrize("twin", ["b", "copy_of_b"])
-def test_validating_on_what_is_trained_on_is_refused_with_both_paths(world, twin):
+def test_validation_on_training_store_is_refused_with_both_paths(world, twin):
     train = [world.store("a", seed=1), world.store("b", seed=2)]
     validation = train[1] if twin == "b" else world.store("copy_of_b", seed=2)
     message = refused(world, train, validation)
@@ -68,7 +68,7 @@ def test_validating_on_what_is_trained_on_is_refused_with_both_paths(world, twin
     assert "--validation-share" in message
 
 
-def test_validating_on_one_of_several_pairs_that_are_trained_on_is_refused(world, tmp_path):
+def test_validation_on_one_of_several_training_pairs_is_refused(world, tmp_path):
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     pairs = [write_pair(tmp_path / name, [[first, 6, 0], [7, 8, 0]]) for name, first in (("a", 4), ("b", 5), ("c", 6))]
     for name, used in (("train", pairs[:2]), ("twin", pairs[1:2]), ("other", pairs[2:])):
@@ -80,7 +80,7 @@ def test_validating_on_one_of_several_pairs_that_are_trained_on_is_refused(world
     assert len(world.open([train], other).validation) == 2
 
 
-def test_training_twice_on_the_same_tokens_is_refused_for_weights(world):
+def test_same_store_twice_is_refused_in_favour_of_weights(world):
     a, b, copy = world.store("a", seed=1), world.store("b", seed=2), world.store("copy", seed=1)
     for second in (a, copy):
         message = refused(world, [a, b, second])
@@ -92,7 +92,7 @@ def test_training_twice_on_the_same_tokens_is_refused_for_weights(world):
     ("other", "name", "values"),
     [({"separator": 5}, "separator_id", "0 and 5"), ({"prefix": [7]}, "document_prefix", "[] and [7]")],
 )
-def test_stores_whose_documents_begin_or_end_otherwise_are_refused(world, other, name, values):
+def test_stores_with_different_document_borders_are_refused(world, other, name, values):
     a, b, c = world.store("a", seed=1), world.store("b", seed=2), world.store("c", seed=3, **other)
     for train, validation in (([a, c], None), ([a, b], c)):
         message = refused(world, train, validation)

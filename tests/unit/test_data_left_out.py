@@ -1,4 +1,4 @@
-"""What becomes no document is counted by reason, reported at the end and kept in the manifest."""
+"""Texts left out are counted by reason, logged at the end and recorded in the manifest."""
 
 import json
 import lzma
@@ -15,7 +15,7 @@ from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.errors import EXIT_DATA, EXIT_DONE, DataError
 from kdtrain.testing.ranks import load_file
-from kdtrain.testing.tiny_data import write_tokenizer
+from tests.support.tiny_data import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 INVALID = [
@@ -92,13 +92,13 @@ def test_everything_left_out_has_a_reason(tmp_path, tokenizer, capsys):
     assert run_script(script.main, [*words, str(tmp_path / "strict")]) == EXIT_DATA
     capsys.readouterr()
     assert run_script(script.main, [*words, str(tmp_path / "out"), "--skip-invalid"]) == EXIT_DONE
-    said = next(line for line in capsys.readouterr().out.splitlines() if "left out: " in line)
+    message = next(line for line in capsys.readouterr().out.splitlines() if "left out: " in line)
     counts = Counter(reason for _, reason, _ in INVALID)
     counts += Counter({"documents of invalid UTF-8": 1, "empty texts": 1, "texts of only white space": 1})
     counts += Counter({"empty files": 1, "files of only white space": 1})
     assert TokenStore.open(tmp_path / "out/train").manifest.left_out == counts
     counts += Counter({"files (.pdf)": 2, "files (broken links and the like)": 1})
-    assert sorted(said.partition("left out: ")[2].split(", ")) == sorted(
+    assert sorted(message.partition("left out: ")[2].split(", ")) == sorted(
         f"{n} {reason}" for reason, n in counts.items()
     )
     assert texts_of(tmp_path / "out/train") == ["kept"]
@@ -127,7 +127,7 @@ def test_parts_of_text_files_are_counted_too(tmp_path, content, marker, document
     assert found == counts
 
 
-def test_where_nothing_is_left_out_nothing_is_said_or_written(tmp_path, tokenizer, logged):
+def test_without_omissions_nothing_is_logged_or_recorded(tmp_path, tokenizer, logged):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n\n')
     made = prepare_corpus([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", PrepareSettings(workers=1))["train"]
     assert made.left_out == {}

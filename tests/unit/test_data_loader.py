@@ -12,7 +12,7 @@ from kdtrain.data.loader import StepLoader
 from kdtrain.data.order import BLOCK, STORE_SHIFT, BlendOrder, permute, schedule
 from kdtrain.data.packing import Packing
 from kdtrain.errors import DataError, StoreMismatch
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 SEQ = 8
 
@@ -50,12 +50,12 @@ def test_permute_is_a_bijection_that_moves_with_every_key(size):
         assert len(orders) == 5
 
 
-def test_permute_gives_one_index_what_it_gives_in_a_row():
+def test_permute_of_one_index_equals_permute_of_array():
     row = permute(np.arange(1000), 1000, 3, 1)
     assert [int(permute(i, 1000, 3, 1)[0]) for i in range(0, 1000, 37)] == row[::37].tolist()
 
 
-def test_a_permutation_leaves_no_trace_of_the_old_neighbours():
+def test_permutation_separates_neighbours():
     row = permute(np.arange(4096), 4096, 5).astype(np.float64)
     # correlation of 4096 independent pairs: standard deviation 1/64; 5 of them
     for lag in (1, 2, 64):
@@ -65,7 +65,7 @@ def test_a_permutation_leaves_no_trace_of_the_old_neighbours():
 
 
 @pytest.mark.parametrize("counts", [[1], [3, 1], [1, 1, 1], [700, 200, 100], [1, 997, 2, 13, 41]])
-def test_every_beginning_of_a_schedule_holds_its_shares(counts):
+def test_every_prefix_of_schedule_holds_shares(counts):
     stores, rank = schedule(np.array(counts))
     total = sum(counts)
     for store, count in enumerate(counts):
@@ -83,7 +83,7 @@ def test_an_epoch_visits_every_sequence_once_and_the_next_one_in_another_order()
     assert first != [BlendOrder([37], None, seed=4)[i] for i in range(37)]
 
 
-def test_stores_of_a_blend_run_through_their_own_epochs():
+def test_stores_of_blend_have_separate_epochs():
     blend = BlendOrder([11, 5], [3.0, 1.0], seed=3)
     drawn = [blend[i] for i in range(4 * 40)]
     for store, size in enumerate((11, 5)):
@@ -102,17 +102,17 @@ def test_shares_and_epochs_hold_across_the_schedules_repetition():
 
 
 @pytest.mark.parametrize("sizes", [(1000, 77), (60_000, 40_000)])
-def test_over_three_schedules_every_store_runs_through_whole_epochs(sizes, monkeypatch):
-    # 3 BLOCK permutations one by one would take 20 s; they are bijections (above), so the index asked for tells all
-    asked = []
+def test_over_three_schedules_every_store_completes_epochs(sizes, monkeypatch):
+    # 3 BLOCK permutations one by one would take 20 s; they are bijections (above), so their arguments suffice
+    calls = []
     monkeypatch.setattr(
-        order, "permute", lambda index, size, seed, store, epoch: asked.append((store, size, epoch, index)) or [index]
+        order, "permute", lambda index, size, seed, store, epoch: calls.append((store, size, epoch, index)) or [index]
     )
     blend = BlendOrder(sizes, [3.0, 1.0], seed=3)
     drawn = [blend[i] for i in range(3 * BLOCK)]
-    assert drawn == [(store, index) for store, _, _, index in asked]
+    assert drawn == [(store, index) for store, _, _, index in calls]
     for store, size in enumerate(sizes):
-        mine = [(epoch, index) for s, n, epoch, index in asked if s == store and n == size]
+        mine = [(epoch, index) for s, n, epoch, index in calls if s == store and n == size]
         assert mine == [divmod(place, size) for place in range(len(mine))]
         assert len(mine) == 3 * BLOCK * (3, 1)[store] // 4
 
@@ -132,7 +132,7 @@ def test_over_three_short_schedules_no_sequence_is_skipped_or_repeated(monkeypat
 
 
 @pytest.mark.parametrize(("sizes", "weights"), [((7, 30, 2), None), ((7, 30, 2), (1.0, 0.2, 3.0)), ((5,), None)])
-def test_the_announced_draws_and_passes_are_those_that_are_made(sizes, weights, monkeypatch):
+def test_predicted_draws_equal_actual_draws(sizes, weights, monkeypatch):
     monkeypatch.setattr(order, "BLOCK", 101)  # so that a few hundred draws are several schedules
     blend = BlendOrder(sizes, weights, seed=3)
     for total in (0, 1, 100, 101, 102, 517):
@@ -158,7 +158,7 @@ def test_without_weights_the_share_of_a_store_is_its_size():
     assert abs(sum(s == 0 for s, _ in drawn) - 300) <= 2
 
 
-def test_far_positions_cost_what_near_ones_cost_and_stay_in_range():
+def test_far_positions_take_constant_time_and_are_in_range():
     blend = BlendOrder([10**9, 3], [1.0, 1e-3], seed=1)
     for position in (10**12, 2**45 + 1):
         store, sequence = blend[position]
@@ -170,7 +170,7 @@ def test_far_positions_cost_what_near_ones_cost_and_stay_in_range():
 @pytest.mark.parametrize(
     ("sizes", "weights", "message"),
     [
-        ([5, 0], None, r"data.train\[1\] has not one complete sequence"),
+        ([5, 0], None, r"data.train\[1\] has no complete sequence"),
         ([5, 5], [1.0], "do not fit 2 stores"),
         ([5, 5], [1.0, 0.0], "one positive weight"),
         ([5, 5], [1.0, float("nan")], "one positive weight"),
@@ -208,7 +208,7 @@ def test_a_sample_id_names_store_and_sequence_and_its_tokens(stores):
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 2), (2, 3), (4, 1)])
 @pytest.mark.parametrize("prefix", [(), (7,)])
-def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(stores, prefetch, ranks, micro, prefix):
+def test_resumed_loader_returns_same_sequences_as_uninterrupted_one(stores, prefetch, ranks, micro, prefix):
     packing = Packing(SEQ, sequence_prefix=prefix)
     reference = samples(take(loader(stores, packing=packing), 9))
     first = loader(stores, prefetch=2, packing=packing)
@@ -231,7 +231,7 @@ def test_a_resumed_run_sees_what_the_uninterrupted_one_saw(stores, prefetch, ran
     started.close()
 
 
-def test_prefetching_does_not_move_the_position_that_is_saved(stores):
+def test_prefetching_does_not_change_saved_position(stores):
     ahead = loader(stores, prefetch=4)
     take(ahead, 3)
     assert ahead.state_dict()["sequences"] == 36
@@ -261,7 +261,7 @@ def test_another_order_is_refused_with_both_values(stores, change, name, values)
     loader(stores).check_state(state)
 
 
-def test_a_checkpoint_of_before_prefixes_had_none(stores):
+def test_state_without_prefix_means_no_prefix(stores):
     state = loader(stores).state_dict(24)
     del state["sequence_prefix"]
     loader(stores).load_state_dict(state)
@@ -284,7 +284,7 @@ def test_a_step_that_cannot_be_divided_is_refused(stores):
 
 
 class Failing:
-    """A store whose tokens cannot be read after some time, as on a disk that goes away."""
+    """A store whose tokens cannot be read after some time, as on a disk that fails."""
 
     def __init__(self, store, reads):
         self.manifest, self.num_tokens, self.path = store.manifest, store.num_tokens, store.path
@@ -301,7 +301,7 @@ class Failing:
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])
-def test_an_error_while_reading_ahead_reaches_the_loop_at_its_step(stores, prefetch):
+def test_prefetch_error_is_raised_at_its_step(stores, prefetch):
     broken = StepLoader(
         [Failing(stores[0], 2 * 4)],
         packing=Packing(SEQ),
@@ -316,7 +316,7 @@ def test_an_error_while_reading_ahead_reaches_the_loop_at_its_step(stores, prefe
     broken.close()
 
 
-def test_closing_ends_the_thread_and_reading_can_go_on(stores):
+def test_close_ends_thread_and_reading_can_continue(stores):
     before = threading.active_count()
     ahead = loader(stores, prefetch=2)
     seen = samples(take(ahead, 2))

@@ -1,4 +1,4 @@
-"""manifest.json decides what tokens mean: a changed field is refused, by name, before a model learns from it."""
+"""manifest.json: a changed field is refused by name when the store is opened or verified."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 from kdtrain.data.manifest import shards_fingerprint
 from kdtrain.data.token_store import TokenStore
 from kdtrain.errors import DataError
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 ZEROS = "0" * 64
 
@@ -44,7 +44,7 @@ def refused(store, *, when="open"):
         ("vocab_size", "257", "must be a whole number in [1, 2147483648)"),
         ("vocab_size", 0, "must be a whole number"),
         ("vocab_size", True, "must be a whole number"),
-        ("vocab_size", 1_000_000, "does not go with dtype 'uint16'"),
+        ("vocab_size", 1_000_000, "does not fit dtype 'uint16'"),
         ("separator_id", "x", "must be a whole number in [0, 257)"),
         ("separator_id", 257, "must be a whole number in [0, 257)"),
         ("separator_id", -1, "must be a whole number in [0, 257)"),
@@ -59,7 +59,7 @@ def refused(store, *, when="open"):
         ("tokenizer_fingerprint", ["a"], "must be a sha256"),
         ("source", 5, "must be a text"),
         ("dtype", ["uint16"], "must be one of"),
-        ("dtype", "int32", "does not go with dtype 'int32'"),
+        ("dtype", "int32", "does not fit dtype 'int32'"),
     ],
 )
 def test_a_field_of_the_wrong_type_or_range_is_refused_at_opening_by_name(store, name, value, why):
@@ -97,7 +97,7 @@ def test_shards_in_another_order_have_another_fingerprint_and_are_refused_with_t
     assert shards_fingerprint(shards[::-1]) != store.manifest.fingerprint
 
     def reverse(manifest):
-        """Rename the files too, so that only the fingerprint still tells."""
+        """Rename the files too, so that only the fingerprint differs."""
         names = [shard["name"] for shard in manifest["shards"]]
         for suffix in (".bin", ".idx"):
             content = [(store.path / (name + suffix)).read_bytes() for name in names]
@@ -114,7 +114,7 @@ def test_a_separator_that_does_not_end_the_documents_is_refused_at_opening(store
     assert "does not end with separator_id 3" in refused(store)
 
 
-def test_verify_looks_at_the_end_of_every_document(tmp_path):
+def test_verify_checks_end_of_every_document(tmp_path):
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     store = write_store(tmp_path / "store", [[5, 6], [7], [8, 9, 3]], tokenizer)
     store.verify()

@@ -49,7 +49,7 @@ def test_the_default_number_of_mapped_shards_fits_the_usual_limit_of_files():
     assert stores * files_per_shard * token_store.MAPPED_SHARDS < usual_limit
 
 
-def test_a_read_maps_only_the_shards_it_needs(folder, monkeypatch):
+def test_read_maps_only_needed_shards(folder, monkeypatch):
     store = TokenStore.open(folder)
     mapped = []
     original = token_store.map_shard
@@ -69,7 +69,7 @@ def test_views_of_a_shard_outlive_its_mapping(folder, monkeypatch):
     assert np.concatenate(views).tolist() == store.tokens(0, store.num_tokens).tolist()
 
 
-def test_opening_looks_at_no_more_of_many_indices_than_of_one(folder, monkeypatch):
+def test_open_checks_bounded_number_of_index_entries(folder, monkeypatch):
     looked = []
     monkeypatch.setattr(shards.MegatronIndex, "check", lambda self, path, *, probes: looked.append(probes))
     TokenStore.open(folder)

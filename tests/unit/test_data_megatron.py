@@ -1,4 +1,4 @@
-"""Megatron pairs made elsewhere: where documents begin and end is known from tokens, refused where it is not."""
+"""Megatron pairs made elsewhere: document borders are found in the tokens, and ambiguous pairs are refused."""
 
 import json
 from functools import partialmethod
@@ -17,7 +17,7 @@ from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, ConfigError, DataError
 from kdtrain.testing.ranks import load_file
-from kdtrain.testing.tiny_data import random_documents, write_pair, write_tokenizer
+from tests.support.tiny_data import random_documents, write_pair, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 BOS, EOS = 257, 258
@@ -70,10 +70,10 @@ def test_an_entry_with_separators_inside_is_refused_with_counts_or_split(tmp_pat
     pair = write_pair(tmp_path / "pair", [[5, 6, 0, 7, 0, 8, 9, 0], [10, 0]])
     words = ["--tokenizer", str(tokenizer), "--output", str(tmp_path / "out"), "--from-megatron", str(pair)]
     assert run_script(script.main, words) == EXIT_DATA
-    said = capsys.readouterr().err
-    assert "1 of 2 documents hold the separator <|endoftext|> (token 0) inside, 2 times" in said
+    message = capsys.readouterr().err
+    assert "1 of 2 documents hold the separator <|endoftext|> (token 0) inside, 2 times" in message
     for switch in ("--inner-separators split", "--inner-separators keep", "--documents-from stream"):
-        assert switch in said
+        assert switch in message
     assert run_script(script.main, [*words, "--inner-separators", "split"]) == EXIT_DONE
     assert documents_of(tmp_path / "out/train") == [[5, 6, 0], [7, 0], [8, 9, 0], [10, 0]]
     assert "4 documents, 10 tokens" in capsys.readouterr().out
@@ -81,7 +81,7 @@ def test_an_entry_with_separators_inside_is_refused_with_counts_or_split(tmp_pat
 
 
 @pytest.mark.parametrize("choice", ["index", "sequences"])
-def test_a_refusal_offers_only_options_that_decide_it(tmp_path, tokenizer, choice):
+def test_refusal_offers_only_options_that_resolve_it(tmp_path, tokenizer, choice):
     pair = write_pair(tmp_path / "pair", [[5, 6, 0, 7], [8, 0, 9], [10, 0]])
     everything = refusal(tmp_path, pair, tokenizer).splitlines()[-1]
     for option in ("--documents-from stream", "--documents-from index", "--inner-separators split"):
@@ -100,20 +100,20 @@ def test_a_refusal_offers_only_options_that_decide_it(tmp_path, tokenizer, choic
 @pytest.mark.parametrize("index", [None, [0]])
 def test_rows_cut_from_a_stream_are_refused_and_joined_on_request(tmp_path, tokenizer, logged, size, index):
     pair = write_pair(tmp_path / "pair", rows_of(STREAM, size), index)
-    said = refusal(tmp_path, pair, tokenizer)
-    assert "--documents-from stream" in said
+    message = refusal(tmp_path, pair, tokenizer)
+    assert "--documents-from stream" in message
     if size == 5 and index is None:
-        assert "2 of 4 documents hold the separator <|endoftext|> (token 0) inside, 2 times" in said
-        assert "3 of 4 documents do not end with the separator <|endoftext|> though others do" in said
+        assert "2 of 4 documents hold the separator <|endoftext|> (token 0) inside, 2 times" in message
+        assert "3 of 4 documents do not end with the separator <|endoftext|> though others do" in message
     assert imported(tmp_path, pair, tokenizer, documents_from="stream") == TEXTS
     assert f"4 documents of {-(-18 // size)} sequences (joined as one stream" in logged.text
-    assert "1 had no separator <|endoftext|> at the end and get one" in logged.text
+    assert "1 had no separator <|endoftext|> at the end; one is added to each" in logged.text
 
 
 def test_documents_cut_at_a_largest_size_are_refused_without_a_separator_inside_any_row(tmp_path, tokenizer):
     pair = write_pair(tmp_path / "pair", [[5, 6, 7], [8, 0], [9, 0], [10, 11, 12], [13, 14, 15], [16, 0]])
-    said = refusal(tmp_path, pair, tokenizer)
-    assert "3 of 6 documents do not end with the separator <|endoftext|> though others do" in said
+    message = refusal(tmp_path, pair, tokenizer)
+    assert "3 of 6 documents do not end with the separator <|endoftext|> though others do" in message
     texts = [[5, 6, 7, 8, 0], [9, 0], [10, 11, 12, 13, 14, 15, 16, 0]]
     assert imported(tmp_path, pair, tokenizer, documents_from="stream") == texts
     whole = imported(tmp_path, pair, tokenizer, "whole", documents_from="index")
@@ -125,8 +125,8 @@ def test_rows_of_one_size_without_any_separator_are_refused(tmp_path, tokenizer)
     assert "none ends with the separator <|endoftext|>, and all but the last have 5 tokens" in refusal(
         tmp_path, pair, tokenizer
     )
-    said = refusal(tmp_path, pair, tokenizer, documents_from="stream")
-    assert "no token of its 22 is the separator <|endoftext|> (token 0)" in said
+    message = refusal(tmp_path, pair, tokenizer, documents_from="stream")
+    assert "no token of its 22 is the separator <|endoftext|> (token 0)" in message
     assert len(imported(tmp_path, pair, tokenizer, documents_from="sequences")) == 5
 
 
@@ -135,7 +135,7 @@ def test_documents_of_a_pair_built_without_separators_get_one_each(tmp_path, tok
     assert imported(tmp_path, pair, tokenizer) == [[5, 6, 0], [7, 0], [8, 9, 10, 0]]
 
 
-def test_a_document_that_begins_with_bos_is_no_piece_of_the_one_before(tmp_path, with_bos):
+def test_document_with_bos_does_not_continue_previous_one(tmp_path, with_bos):
     rows = [[BOS, 5, 6, 0], [BOS, 7, 8], [BOS, 9, 0], [BOS, 10]]
     pair = write_pair(tmp_path / "pair", rows)
     assert imported(tmp_path, pair, with_bos) == [[*row, 0] if row[-1] else row for row in rows]
@@ -143,9 +143,7 @@ def test_a_document_that_begins_with_bos_is_no_piece_of_the_one_before(tmp_path,
     assert "2 of 4 documents do not end" in refusal(tmp_path, bare, with_bos)
 
 
-def test_a_special_token_that_begins_every_document_is_named_where_it_is_no_prefix(
-    tmp_path, tokenizer, with_bos, logged
-):
+def test_special_token_before_every_document_is_logged_if_not_prefix(tmp_path, tokenizer, with_bos, logged):
     pair = write_pair(tmp_path / "pair", [[BOS, 5, 0], [BOS, 6, 0]])
     line = "each begins with <bos> (token 257), which counts as text"
     assert imported(tmp_path, pair, tokenizer) == [[BOS, 5, 0], [BOS, 6, 0]]
@@ -155,24 +153,24 @@ def test_a_special_token_that_begins_every_document_is_named_where_it_is_no_pref
     assert line not in logged.text
 
 
-def test_a_pair_that_ends_documents_with_another_special_token_names_it(tmp_path, tokenizer):
+def test_other_special_token_at_document_ends_is_named(tmp_path, tokenizer):
     pair = write_pair(tmp_path / "pair", [[5, 6, EOS], [7, EOS]])
-    said = refusal(tmp_path, pair, tokenizer)
-    assert "every document ends with </s> (token 258), none with the separator <|endoftext|>" in said
-    assert "--separator '</s>'" in said
+    message = refusal(tmp_path, pair, tokenizer)
+    assert "every document ends with </s> (token 258), none with the separator <|endoftext|>" in message
+    assert "--separator '</s>'" in message
     assert imported(tmp_path, pair, tokenizer, separator="</s>") == [[5, 6, EOS], [7, EOS]]
     named = imported(tmp_path, pair, tokenizer, "named", separator="<|endoftext|>")
     assert named == [[5, 6, EOS, 0], [7, EOS, 0]]
 
 
-def test_a_pair_without_document_ends_is_called_so_and_taken_either_way_on_request(tmp_path, tokenizer):
-    # as MiniPLM's and LMOps' builders leave it: sequences are added, end_document is never called
+def test_pair_without_document_ends_is_refused_and_accepted_with_options(tmp_path, tokenizer):
+    # as written by MiniPLM's and LMOps' builders: sequences are added, end_document is never called
     pair = write_pair(tmp_path / "pair", [[5, 6, 0], [7, 8, 9, 0], [10, 0]], [0], "int32")
-    said = refusal(tmp_path, pair, tokenizer)
-    assert "no document was ever ended: its document index is [0] over 3 sequences" in said
-    assert "dtype" not in said
-    assert "--documents-from sequences" in said
-    assert "--documents-from stream" in said
+    message = refusal(tmp_path, pair, tokenizer)
+    assert "no document was ever ended: its document index is [0] over 3 sequences" in message
+    assert "dtype" not in message
+    assert "--documents-from sequences" in message
+    assert "--documents-from stream" in message
     for choice in ("sequences", "stream"):
         assert imported(tmp_path, pair, tokenizer, choice, documents_from=choice) == [[5, 6, 0], [7, 8, 9, 0], [10, 0]]
 
@@ -180,7 +178,7 @@ def test_a_pair_without_document_ends_is_called_so_and_taken_either_way_on_reque
 @pytest.mark.parametrize(
     ("index", "dtype", "reason"),
     [
-        ([0, 1, 2, 3], "float32", "its sequences are float32, which are no token ids"),
+        ([0, 1, 2, 3], "float32", "its sequences are float32, which are not token ids"),
         ([0, 2, 1, 3], "uint16", "its document index is not in order: entry 2 is 1, after 2"),
         ([0, 1, 2], "uint16", "its document index does not divide its 3 sequences: it ends with 2"),
         ([0, 1, 4], "uint16", "its document index does not divide its 3 sequences: it ends with 4"),
@@ -212,7 +210,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path, tokenizer, logged):
 
 
 def with_marks(documents, rng, bos):
-    """Documents as a builder may have left them: some with <bos>, some without the separator, some empty."""
+    """Documents as a builder may have written them: some with <bos>, some without the separator, some empty."""
     found = []
     for ids in documents:
         kind = int(rng.integers(0, 4))
@@ -224,9 +222,7 @@ def with_marks(documents, rng, bos):
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "int64"])
 @pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("block", [1, 50, 1 << 21])
-def test_a_copy_in_blocks_is_the_copy_document_by_document_byte_for_byte(
-    tmp_path, tokenizer, with_bos, monkeypatch, dtype, bos, block
-):
+def test_copy_in_blocks_equals_copy_by_documents(tmp_path, tokenizer, with_bos, monkeypatch, dtype, bos, block):
     monkeypatch.setattr(importing, "BLOCK_TOKENS", block)
     writer = token_store.TokenStoreWriter
     monkeypatch.setattr(writer, "__init__", partialmethod(writer.__init__, shard_tokens=300))
@@ -261,14 +257,14 @@ def test_options_of_pairs_and_of_text_are_not_mixed(tmp_path, tokenizer, script,
         with pytest.raises(ConfigError, match=f"{name} = 'x' is not known\n  fix: use one of "):
             import_megatron([tmp_path / "p"], tokenizer, tmp_path / "out", MegatronSettings(**{name: "x"}))
     both = MegatronSettings(documents_from="stream", inner_separators="keep")
-    with pytest.raises(ConfigError, match=r"'stream' does not go with inner_separators = 'keep'(.|\n)*fix: "):
+    with pytest.raises(ConfigError, match=r"'stream' cannot be used with inner_separators = 'keep'(.|\n)*fix: "):
         import_megatron([tmp_path / "p"], tokenizer, tmp_path / "out", both)
 
 
 def test_a_pair_that_is_named_twice_is_refused(tmp_path, tokenizer, monkeypatch):
     pair = write_pair(tmp_path / "pair", [[5, 0]])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="pair is named twice\n  why: every document would be there twice"):
+    with pytest.raises(ConfigError, match="pair is named twice\n  why: every document would occur twice"):
         import_megatron([pair, Path("pair")], tokenizer, tmp_path / "out", MegatronSettings())
 
 
@@ -282,7 +278,7 @@ def test_a_pair_that_is_named_twice_is_refused(tmp_path, tokenizer, monkeypatch)
         ("/", "the path of a .bin and its .idx without either suffix"),
     ],
 )
-def test_what_is_no_prefix_of_a_pair_is_refused_by_name(tmp_path, tokenizer, monkeypatch, name, fix):
+def test_path_that_is_not_a_pair_prefix_is_refused(tmp_path, tokenizer, monkeypatch, name, fix):
     write_pair(tmp_path / "v1.2", [[5, 6, 0]])
     monkeypatch.chdir(tmp_path)
     assert imported(tmp_path, Path("v1.2"), tokenizer, "good") == [[5, 6, 0]]

@@ -1,4 +1,4 @@
-"""Sequences cut from the token stream: boundaries worked out by hand, then against a slow definition."""
+"""Sequences cut from the token stream: manual examples, then comparison with a slow definition."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from kdtrain.data.loader import validation_batches
 from kdtrain.data.packing import Packing, num_sequences, pack
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,10 @@ def rows(packed):
     return [part.tolist() for part in packed]
 
 
-def test_labels_masks_and_positions_are_as_worked_out_by_hand(store):
+def test_labels_masks_and_positions_equal_manual_example(store):
     assert num_sequences(store, Packing(5)) == 2
     assert rows(pack(store, 0, Packing(5))) == [[5, 6, 7, 0, 8], [6, 7, 0, 8, 0], [1, 1, 1, 0, 1], [0, 1, 2, 3, 0]]
-    # begins with the last token of a document; the third document goes on behind the last label
+    # begins with the last token of a document; the third document continues after the last label
     assert rows(pack(store, 1, Packing(5))) == [
         [0, 9, 10, 11, 12],
         [9, 10, 11, 12, 13],
@@ -37,7 +37,7 @@ def test_labels_masks_and_positions_are_as_worked_out_by_hand(store):
     assert rows(pack(store, 2, Packing(5))) == [[13, 0, 14, 0, 0], [0, 14, 0, 0, 0], [1, 0, 1, 0, 0], [0, 1, 0, 1, 0]]
 
 
-def test_a_border_right_behind_the_last_input_takes_its_label_out(store):
+def test_border_after_last_input_masks_its_label(store):
     # the label of position 3 is the first token of the second document
     assert rows(pack(store, 0, Packing(4))) == [[5, 6, 7, 0], [6, 7, 0, 8], [1, 1, 1, 0], [0, 1, 2, 3]]
     # a document that begins exactly with the sequence
@@ -120,7 +120,7 @@ def test_validation_gives_each_rank_as_many_batches_of_the_same_shape(store, dp_
     assert sorted(seen) == wanted
 
 
-def test_validation_stops_after_max_tokens_but_never_before_one_sequence(store):
+def test_validation_stops_after_max_tokens_but_returns_one_sequence(store):
     def sequences(max_tokens):
         batches = validation_batches(store, packing=Packing(3), sequences_per_batch=1, max_tokens=max_tokens)
         return [int(b.sample_ids[0]) for b in batches]
@@ -131,7 +131,7 @@ def test_validation_stops_after_max_tokens_but_never_before_one_sequence(store):
     assert sequences(10**9) == [0, 1, 2, 3, 4]
 
 
-def test_a_batch_has_the_types_its_description_says(store):
+def test_batch_has_documented_dtypes(store):
     batch = next(validation_batches(store, packing=Packing(3), sequences_per_batch=2))
     kinds = [batch.input_ids.dtype, batch.labels.dtype, batch.position_ids.dtype, batch.sample_ids.dtype]
     assert kinds == [torch.int64] * 4

@@ -1,4 +1,4 @@
-"""From text files to stores: what is read, what is refused where, and that workers change nothing."""
+"""From text files to stores: what is read, what is refused, and independence of the number of workers."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.errors import EXIT_CONFIG, EXIT_DATA, EXIT_DONE, ConfigError, DataError
 from kdtrain.testing.ranks import load_file
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SERIAL = PrepareSettings(workers=1)
@@ -78,7 +78,7 @@ def test_files_are_found_by_name_folder_and_pattern_each_once(tmp_path):
             find_files([tmp_path / "x", tmp_path / missing])
 
 
-def test_a_byte_order_mark_is_not_text(tmp_path):
+def test_byte_order_mark_is_removed(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
     (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + json_lines("x"))
     assert list(read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"])) == ["hello", "x"]
@@ -104,25 +104,25 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
         ("a.jsonl", b'{"text": "half \\ud83d"}\n', "a.jsonl:1: character 5 is half a surrogate pair"),
         ("a.jsonl.xz", lzma.compress(json_lines("ok"))[:-9], "a.jsonl.xz: cannot be read"),
         ("a.jsonl.xz", b"not an archive", "a.jsonl.xz: cannot be read"),
-        ("a.txt.gz", gzip.compress(b"text" * 99)[:-4], "a.txt.gz: cannot be read"),
+        ("a.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-4], "a.txt.gz: cannot be read"),
         ("a.txt", b" \n", "no documents"),
         ("a.jsonl", b"", "no documents"),
     ],
 )
-def test_bad_input_ends_with_code_3_the_place_and_a_fix_and_leaves_nothing(
+def test_bad_input_exits_with_code_3_place_and_fix_and_writes_nothing(
     tmp_path, tokenizer, script, capsys, name, content, where
 ):
     (tmp_path / name).write_bytes(content)
     out = tmp_path / "out"
     words = ["--tokenizer", str(tokenizer), "--output", str(out), "--workers", "1", str(tmp_path / name)]
     assert run_script(script.main, words) == EXIT_DATA
-    said = capsys.readouterr().err
-    assert where in said
-    assert "fix:" in said
+    message = capsys.readouterr().err
+    assert where in message
+    assert "fix:" in message
     assert list(out.iterdir()) == []
 
 
-def test_only_the_mark_at_the_beginning_of_a_file_is_not_text(tmp_path):
+def test_byte_order_mark_is_removed_only_at_file_start(tmp_path):
     (tmp_path / "a.txt").write_text("\ufeff\ufeffone\n\ufefftwo\n%%\n\ufeffthree", encoding="utf-8")
     assert list(read_documents([tmp_path / "a.txt"])) == ["\ufeffone\n\ufefftwo\n%%\n\ufeffthree"]
     assert list(read_documents([tmp_path / "a.txt"], split_on="%%")) == ["\ufeffone\n\ufefftwo\n", "\ufeffthree"]
@@ -131,7 +131,7 @@ def test_only_the_mark_at_the_beginning_of_a_file_is_not_text(tmp_path):
         list(read_documents([tmp_path / "b.jsonl"]))
 
 
-def test_replacing_invalid_characters_is_a_choice(tmp_path, tokenizer):
+def test_invalid_characters_are_replaced_on_request(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_bytes(b"good \xff bad")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "half \\ud83d, whole \\ud83d\\ude42"}\n')
     prepare_corpus([tmp_path], tokenizer, tmp_path / "out", PrepareSettings(errors="replace", workers=1))
@@ -184,14 +184,14 @@ def test_the_stores_do_not_depend_on_the_number_of_workers(tmp_path, tokenizer, 
     assert held
 
 
-def test_bad_input_behind_many_good_documents_stops_the_workers_too(tmp_path, tokenizer):
+def test_bad_input_after_many_documents_stops_workers(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(json_lines(*["text"] * 1000) + b"{\n")
     with pytest.raises(DataError, match=r"a\.jsonl:1001"):
         prepare_corpus([tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", PrepareSettings(workers=2))
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_document_stays_on_its_side_whatever_else_is_in_the_corpus():
+def test_split_of_document_does_not_depend_on_corpus():
     texts = [f"document {n}" for n in range(4000)]
     sides = [is_validation(t, 0.05) for t in texts]
     # 4000 draws at 0.05: standard deviation 13.8; 5 of them
@@ -200,7 +200,7 @@ def test_a_document_stays_on_its_side_whatever_else_is_in_the_corpus():
     assert all(is_validation(t, 0.2) for t, side in zip(texts, sides, strict=True) if side)  # a larger share adds
 
 
-def test_an_empty_validation_store_leaves_no_train_store_either(tmp_path, tokenizer):
+def test_empty_validation_store_prevents_train_store(tmp_path, tokenizer):
     text = next(f"t{n}" for n in range(99) if not is_validation(f"t{n}", 0.5))
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(DataError, match="validation: no documents"):
@@ -257,7 +257,7 @@ def test_ids_of_a_foreign_pair_that_no_vocabulary_has_are_named(tmp_path, tokeni
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_multimodal_pair_is_called_what_it_is(tmp_path, tokenizer):
+def test_multimodal_pair_is_refused_by_kind(tmp_path, tokenizer):
     np.array([5, 6, 0, 7, 0], dtype=np.uint16).tofile(tmp_path / "foreign.bin")
     index = index_bytes(np.array([3, 2]), np.dtype(np.uint16))
     (tmp_path / "foreign.idx").write_bytes(index + bytes([0, 1]))
@@ -270,7 +270,7 @@ def test_a_multimodal_pair_is_called_what_it_is(tmp_path, tokenizer):
             import_megatron([tmp_path / "foreign"], tokenizer, tmp_path / "out")
 
 
-def test_the_demo_text_is_whole_and_listed_with_its_checksums():
+def test_demo_text_matches_listed_checksums():
     import hashlib
 
     demo = ROOT / "kdtrain/assets/demo"

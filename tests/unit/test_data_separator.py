@@ -1,4 +1,4 @@
-"""Which token ends a document: by the special tokens of published tokenizers, never the end of a turn."""
+"""The token that ends a document, for the special tokens of published tokenizers: not the end of a turn."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.errors import EXIT_CONFIG, ConfigError
 from kdtrain.testing.ranks import load_file
-from kdtrain.testing.tiny_data import write_tokenizer
+from tests.support.tiny_data import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DEEPSEEK_END = "<\uff5cend\u2581of\u2581sentence\uff5c>"
 
 
 def tokenizer_of(folder, special, eos, *, template=None, **files):
-    """A tokenizer with these special tokens and no <|endoftext|> of its own; files: more JSON beside it, by stem."""
+    """A tokenizer with these special tokens and no other <|endoftext|>; files: further JSON files, by stem."""
     write_tokenizer(folder, more=special)
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -56,7 +56,7 @@ def tokenizer_of(folder, special, eos, *, template=None, **files):
         (["[CLS]", "[SEP]"], "[SEP]", "[SEP]"),
     ],
 )
-def test_the_separator_is_the_document_end_and_not_the_turn_end(tmp_path, special, eos, end):
+def test_separator_is_document_end_not_turn_end(tmp_path, special, eos, end):
     folder = tokenizer_of(tmp_path, special, eos)
     found = choose_separator(folder)
     assert found.token == end
@@ -64,13 +64,13 @@ def test_the_separator_is_the_document_end_and_not_the_turn_end(tmp_path, specia
     assert choose_separator(folder, eos).token == eos  # a choice is a choice
 
 
-def test_a_token_that_the_chat_template_spells_ends_a_turn(tmp_path):
+def test_token_in_chat_template_ends_a_turn(tmp_path):
     template = "{% for m in messages %}{{ m.content }}<|stop|>{% endfor %}"
     special = ["</s>", "<|stop|>"]
     assert choose_separator(tokenizer_of(tmp_path / "plain", special, "<|stop|>")).token == "<|stop|>"
     found = choose_separator(tokenizer_of(tmp_path / "chat", special, "<|stop|>", template=template))
     assert found.token == "</s>"
-    assert found.why == "the document end; eos_token <|stop|> ends a turn (the chat template spells it)"
+    assert found.why == "the document end; eos_token <|stop|> ends a turn (it is in the chat template)"
     file = tokenizer_of(tmp_path / "file", special, "<|stop|>")
     (file / "chat_template.jinja").write_text(template)
     assert choose_separator(file).token == "</s>"
@@ -85,15 +85,15 @@ def test_a_document_end_of_any_name_is_found_where_the_model_lists_it(tmp_path, 
     assert choose_separator(folder).token == "<|done|>"
 
 
-def test_a_turn_end_alone_is_refused_and_taken_when_named(tmp_path, capsys):
+def test_turn_end_alone_is_refused_unless_named(tmp_path, capsys):
     folder = tokenizer_of(tmp_path / "tokenizer", ["<|im_end|>"], "<|im_end|>")
     (tmp_path / "a.txt").write_text("text")
     script = load_file(ROOT / "launch/prepare_corpus.py")
     words = ["--tokenizer", str(folder), "--output", str(tmp_path / "out"), "--workers", "1", str(tmp_path / "a.txt")]
     assert run_script(script.main, words) == EXIT_CONFIG
-    said = capsys.readouterr().err
-    assert "no token ends a document: eos_token '<|im_end|>' ends a turn (by its name)" in said
-    assert "--separator '<|im_end|>' takes the turn end" in said
+    message = capsys.readouterr().err
+    assert "no token ends a document: eos_token '<|im_end|>' ends a turn (by its name)" in message
+    assert "--separator '<|im_end|>' takes the turn end" in message
     assert run_script(script.main, [*words, "--separator", "<|im_end|>"]) == 0
     assert TokenStore.open(tmp_path / "out/train").manifest.separator_id == 257
 
@@ -108,7 +108,7 @@ def test_a_turn_end_alone_is_refused_and_taken_when_named(tmp_path, capsys):
         ("<|eot_id|>", "<|eot_id|> (token 258): named by --separator"),
     ],
 )
-def test_one_line_says_which_token_ends_documents_and_why(tmp_path, logged, name, line):
+def test_separator_and_reason_are_logged_in_one_line(tmp_path, logged, name, line):
     folder = tokenizer_of(tmp_path / "tokenizer", ["<|end_of_text|>", "<|eot_id|>"], "<|eot_id|>")
     (tmp_path / "a.txt").write_text("text")
     prepare_corpus([tmp_path / "a.txt"], folder, tmp_path / "out", PrepareSettings(workers=1, separator=name))
@@ -117,7 +117,7 @@ def test_one_line_says_which_token_ends_documents_and_why(tmp_path, logged, name
     assert store[0].tolist()[-1] == store.manifest.separator_id == (258 if name else 257)
 
 
-def test_what_was_named_comes_first_then_endoftext_then_eos(tmp_path):
+def test_named_separator_precedes_endoftext_and_eos(tmp_path):
     a = write_tokenizer(tmp_path / "a", more=["<|im_end|>"], eos="<|im_end|>")
     assert separator_id(a) == 0
     assert separator_id(a, "<|im_end|>") == 257

@@ -1,15 +1,15 @@
-"""Sequences that begin with a prefix: by hand, then every small case against a slow definition."""
+"""Sequences that begin with a prefix: manual examples, then every small case against a slow definition."""
 
 import numpy as np
 import pytest
 import torch
 
 from kdtrain.data.context import cut_sequences
-from kdtrain.data.documents import Documents
 from kdtrain.data.loader import validation_batches
 from kdtrain.data.packing import Packing, num_sequences, pack
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 B, C = 200, 201  # of the byte-level vocabulary; no document below holds them
 
@@ -23,12 +23,12 @@ def rows(packed):
     return [part.tolist() for part in packed]
 
 
-def test_the_prefix_begins_the_document_that_goes_on_and_no_token_is_predicted_twice(tmp_path, tokenizer):
+def test_prefix_joins_continued_document_and_no_token_is_predicted_twice(tmp_path, tokenizer):
     # stream: 5 6 7 0 | 8 0 | 9 10 11 12 13 0 | 14 0
     store = write_store(tmp_path / "store", [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14]], tokenizer)
     packing = Packing(6, sequence_prefix=(B,))
     assert num_sequences(store, packing) == 2
-    # a document begins with the sequence: it has no prefix, as none has; the prefix is by itself
+    # a document begins with the sequence: it has no prefix, like all others; the prefix is a separate document
     first = rows(pack(store, 0, packing))
     assert first == [[B, 5, 6, 7, 0, 8], [5, 6, 7, 0, 8, 0], [0, 1, 1, 1, 0, 1], [0, 0, 1, 2, 3, 0]]
     # the last token of a document: its label and that of the prefix do not count
@@ -39,7 +39,7 @@ def test_the_prefix_begins_the_document_that_goes_on_and_no_token_is_predicted_t
     assert third == [[B, 13, 0, 14, 0, 0], [13, 0, 14, 0, 0, 0], [0, 1, 0, 1, 0, 0], [0, 1, 2, 0, 1, 0]]
 
 
-def test_a_document_that_begins_with_the_sequence_does_not_see_its_prefix_twice(tmp_path, tokenizer):
+def test_document_that_begins_with_sequence_has_prefix_once(tmp_path, tokenizer):
     # stream: B 5 6 0 | B 7 8 9 0 | B 10 0
     store = write_store(tmp_path / "store", [[5, 6], [7, 8, 9], [10]], tokenizer, prefix=(B,))
     packing = Packing(5, sequence_prefix=(B,))
@@ -48,7 +48,7 @@ def test_a_document_that_begins_with_the_sequence_does_not_see_its_prefix_twice(
     assert rows(pack(store, 2, packing)) == [[B, 0, B, 10, 0], [0, B, 10, 0, 0], [0, 0, 1, 1, 0], [0, 1, 0, 1, 2]]
 
 
-def test_a_cut_inside_a_documents_own_prefix_is_mended_with_what_was_cut_off(tmp_path, tokenizer):
+def test_cut_inside_documents_prefix_is_completed(tmp_path, tokenizer):
     # stream: B C 5 0 | B C 6 7 0
     store = write_store(tmp_path / "store", [[5], [6, 7]], tokenizer, prefix=(B, C))
     packing = Packing(7, sequence_prefix=(B, C))
@@ -73,7 +73,7 @@ def test_without_resetting_positions_run_on_from_the_prefix(tmp_path, tokenizer)
 
 
 def reference(documents, own, packing, sequence):
-    """What a sequence is, token by token: (token, label, counts, position) of its S places.
+    """A sequence token by token: (token, label, counts, position) of its S positions.
 
     documents: with separators, without prefixes. own: the prefix of each.
     """
@@ -110,7 +110,7 @@ def reference(documents, own, packing, sequence):
 @pytest.mark.parametrize("reset", [True, False])
 @pytest.mark.parametrize("prefix", [(), (B,), (B, C), (B, B, C)])
 @pytest.mark.parametrize("own", ["none", "the same", "another"])
-def test_every_small_case_is_that_of_the_slow_definition(tmp_path, tokenizer, own, prefix, reset):
+def test_every_small_case_equals_slow_definition(tmp_path, tokenizer, own, prefix, reset):
     own = {"none": [], "the same": list(prefix), "another": [C, B]}[own]
     for seed in range(3):
         documents = random_documents(12, seed=seed, longest=(3, 7, 20)[seed])
@@ -136,7 +136,7 @@ def test_every_small_case_is_that_of_the_slow_definition(tmp_path, tokenizer, ow
 
 
 @pytest.mark.parametrize("prefix", [(B,), (B, C)])
-def test_attention_takes_the_prefix_as_a_part_of_the_document_that_goes_on(tmp_path, tokenizer, prefix):
+def test_attention_joins_prefix_and_continued_document(tmp_path, tokenizer, prefix):
     store = write_store(tmp_path / "store", random_documents(30, seed=4, longest=9), tokenizer, prefix=prefix)
     packing = Packing(11, sequence_prefix=prefix)
     for sequence in range(num_sequences(store, packing)):
@@ -161,7 +161,7 @@ def test_validation_predicts_every_label_once_whatever_the_prefix_and_the_ranks(
         assert total == sum(len(d) + 1 for d in documents)
 
 
-def test_max_tokens_of_an_evaluation_are_tokens_of_the_store(tmp_path, tokenizer):
+def test_max_tokens_counts_tokens_of_store(tmp_path, tokenizer):
     store = write_store(tmp_path / "store", random_documents(40, seed=1), tokenizer)
 
     def sequences(max_tokens):
@@ -171,7 +171,7 @@ def test_max_tokens_of_an_evaluation_are_tokens_of_the_store(tmp_path, tokenizer
     assert [sequences(n) for n in (1, 8, 15, 16, 80)] == [1, 1, 1, 2, 10]
 
 
-def test_parts_of_a_context_parallel_sequence_are_the_whole(tmp_path, tokenizer):
+def test_context_parallel_parts_cover_whole_sequence(tmp_path, tokenizer):
     store = write_store(tmp_path / "store", random_documents(40, seed=1), tokenizer, prefix=(B,))
     how = {"packing": Packing(12, sequence_prefix=(B,)), "sequences_per_batch": 3}
     whole = next(validation_batches(store, **how))

@@ -1,12 +1,12 @@
-"""Several documents in one text file, the separator in the text, tokens that no vocabulary has."""
+"""Several documents in one text file, the separator in the text, tokens outside the vocabulary."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kdtrain.config.cli import run_script
-from kdtrain.data import token_store
 from kdtrain.data.packing import Packing, pack
 from kdtrain.data.prepare import PrepareSettings, prepare_corpus
 from kdtrain.data.text import read_documents
@@ -14,7 +14,7 @@ from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.errors import EXIT_DONE, ConfigError, DataError
 from kdtrain.testing.ranks import load_file
-from kdtrain.testing.tiny_data import SEPARATOR, SEPARATOR_ID, write_store, write_tokenizer
+from tests.support.tiny_data import SEPARATOR, SEPARATOR_ID, write_store, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,7 +89,7 @@ def test_a_separator_inside_a_text_is_refused_and_cut_or_kept_on_request(tmp_pat
         prepared(tmp_path, tokenizer, "unknown", "x", text)
 
 
-def test_a_separator_at_the_end_of_a_text_is_the_one_of_its_document(tmp_path, tokenizer):
+def test_separator_at_end_of_text_is_not_repeated(tmp_path, tokenizer):
     documents, made = prepared(tmp_path, tokenizer, "out", None, f"one{SEPARATOR}")
     assert (documents, made.num_tokens, made.text_bytes) == (["one", "three"], 4 + 6, 3 + 5)
 
@@ -99,11 +99,11 @@ def test_a_text_without_tokens_is_left_out_and_counted(tmp_path, tokenizer):
     assert (documents, made.left_out) == (["three"], {"texts without tokens": 1})
 
 
-def test_train_appears_only_after_the_text_held_out_from_it(tmp_path, tokenizer, monkeypatch):
+def test_train_store_appears_after_validation_store(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(40)))
     there = []
-    rename = token_store.os.rename
-    monkeypatch.setattr(token_store.os, "rename", lambda a, b: (rename(a, b), there.append(Path(b).name)))
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: (rename(a, b), there.append(Path(b).name)))
     made = prepare_corpus(
         [tmp_path / "a.jsonl"], tokenizer, tmp_path / "out", PrepareSettings(validation_share=0.5, workers=1)
     )
@@ -131,7 +131,7 @@ def test_create_gives_the_writer_of_a_store(tmp_path, tokenizer):
     assert store.manifest.source == "by hand"
 
 
-def test_a_token_outside_the_vocabulary_is_named_before_it_reaches_a_model(tmp_path, tokenizer):
+def test_token_outside_vocabulary_is_refused_when_packed(tmp_path, tokenizer):
     store = write_store(tmp_path / "store", [[5, 6, 7, 8], [9, 10]], tokenizer)
     data = np.fromfile(store.path / "shard_00000.bin", dtype=np.uint16)
     data[5] = 40000

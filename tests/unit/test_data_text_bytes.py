@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from kdtrain.data.text_bytes import TextBytes
 from kdtrain.data.tokenizer import load_tokenizer
-from kdtrain.testing.tiny_data import write_tokenizer
+from tests.support.tiny_data import write_tokenizer
 
 CHARACTERS = ["a", "\u00e9", "\u4e2d\u6587", "\U0001f642", " the", "\n"]
 
@@ -61,7 +61,7 @@ def test_looked_up_equals_decoded(tmp_path, kind, by_table, prefix):
         assert found == sum(len(text.encode()) for text in texts), documents
 
 
-def test_text_and_only_text_counts(tmp_path):
+def test_only_text_is_counted(tmp_path):
     tokenizer = load_tokenizer(write_tokenizer(tmp_path))
     texts = ["na\u00efve \U0001f642", "", "two"]
     documents = [[0, *tokenizer.encode(text).ids, 0] for text in texts]

@@ -1,4 +1,4 @@
-"""Token stores: the bytes on disk, and what a damaged or half-written store is met with."""
+"""Token stores: the bytes on disk, and refusal of damaged or unfinished stores."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from kdtrain.data import token_store
 from kdtrain.data.megatron_index import read_index
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
 from kdtrain.errors import EXIT_DATA, ConfigError, DataError
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 
@@ -111,7 +111,7 @@ def test_a_file_cut_anywhere_is_refused_at_opening_and_named(store, file):
         assert "fix:" in str(caught.value)
         if file.startswith("shard"):
             assert f"{length} bytes" in str(caught.value)
-            assert f"says {len(whole)}" in str(caught.value)
+            assert f", {len(whole)} " in str(caught.value)
     (store.path / file).unlink()
     with pytest.raises(DataError, match=file.replace(".", r"\.")):
         TokenStore.open(store.path)
@@ -128,7 +128,7 @@ def test_verify_names_the_shard_with_one_flipped_bit(tmp_path, tokenizer, file):
         store.verify()
 
 
-def test_verify_meets_an_exchanged_tokenizer(tmp_path, store):
+def test_verify_detects_exchanged_tokenizer(tmp_path, store):
     shutil.copy(write_tokenizer(tmp_path / "other", lowercase=True) / "tokenizer.json", store.path / "tokenizer")
     with pytest.raises(DataError, match="is not the tokenizer that made the tokens"):
         TokenStore.open(store.path).verify()
@@ -159,7 +159,7 @@ def test_a_sequence_of_negative_size_is_refused_even_if_pointers_agree_with_it(t
         read_index(path).check(path)
 
 
-def test_an_index_of_something_else_is_refused(tmp_path):
+def test_index_of_another_format_is_refused(tmp_path):
     path = tmp_path / "x.idx"
     path.write_bytes(b"PK\x03\x04" + bytes(60))
     with pytest.raises(DataError, match="not a Megatron index"):
@@ -181,14 +181,14 @@ def test_an_index_of_something_else_is_refused(tmp_path):
         ({"shards": [{"name": "x"}]}, "is damaged"),
     ],
 )
-def test_a_manifest_that_says_something_else_is_refused(store, change, message):
+def test_inconsistent_manifest_is_refused(store, change, message):
     file = store.path / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(DataError, match=message):
         TokenStore.open(store.path)
 
 
-def test_a_folder_that_is_no_store_is_refused_with_a_way_out(tmp_path, tokenizer):
+def test_folder_without_manifest_is_refused_with_fix(tmp_path, tokenizer):
     with pytest.raises(DataError, match=r"no manifest\.json\n  fix: make one with launch/prepare_corpus\.py") as caught:
         TokenStore.open(tmp_path / "missing")
     assert caught.value.exit_code == EXIT_DATA
@@ -226,7 +226,7 @@ def test_a_store_appears_only_when_committed(tmp_path, tokenizer, monkeypatch):
 
     with TokenStoreWriter(tmp_path / "left", tokenizer, 0, source="") as writer:
         writer.add([1, 2], 2)
-        writer.finish()
+        writer.write_all()
     assert list(tmp_path.iterdir()) == []
     for step in ("fsync", "rename"):
         with monkeypatch.context() as patch:
@@ -237,7 +237,7 @@ def test_a_store_appears_only_when_committed(tmp_path, tokenizer, monkeypatch):
     assert len(write_store(tmp_path / "full", DOCUMENTS, tokenizer)) == 3
 
 
-def test_tokens_are_on_disk_before_the_manifest_that_vouches_for_them(tmp_path, tokenizer, monkeypatch):
+def test_tokens_are_flushed_before_manifest(tmp_path, tokenizer, monkeypatch):
     synced, fsync = [], os.fsync
 
     def noting(descriptor):
@@ -277,7 +277,7 @@ with TokenStoreWriter(sys.argv[1], sys.argv[2], 0, source="x") as writer:
 """
 
 
-def test_a_writer_killed_at_any_step_leaves_no_store_or_a_whole_one(tmp_path, tokenizer):
+def test_writer_killed_at_any_step_leaves_complete_store_or_none(tmp_path, tokenizer):
     seen = []
     for survived in (0, 1, 2, 5, 6, 7, 99):
         folder = tmp_path / str(survived) / "store"

@@ -6,7 +6,7 @@ import pytest
 
 from kdtrain.data.tokenizer import fingerprint, load_tokenizer, trained_ids, vocab_size
 from kdtrain.errors import ConfigError, DataError
-from kdtrain.testing.tiny_data import write_tokenizer
+from tests.support.tiny_data import write_tokenizer
 
 
 def edit(folder, change):
@@ -17,7 +17,7 @@ def edit(folder, change):
     return folder
 
 
-def test_the_fingerprint_ignores_layout_and_what_never_changes_ids(tmp_path):
+def test_fingerprint_ignores_formatting_and_settings_without_effect_on_ids(tmp_path):
     a, b = write_tokenizer(tmp_path / "a"), write_tokenizer(tmp_path / "b")
     edit(
         b,
@@ -43,12 +43,12 @@ def test_the_fingerprint_reads_merges_written_in_either_way(tmp_path):
         lambda t: t["model"].update(byte_fallback=True),
     ],
 )
-def test_the_fingerprint_changes_with_whatever_changes_ids(tmp_path, change):
+def test_fingerprint_changes_with_settings_that_change_ids(tmp_path, change):
     a = write_tokenizer(tmp_path / "a")
     assert fingerprint(a) != fingerprint(edit(write_tokenizer(tmp_path / "b"), change))
 
 
-def test_the_size_counts_to_the_largest_id(tmp_path):
+def test_size_is_largest_id_plus_one(tmp_path):
     assert vocab_size(write_tokenizer(tmp_path / "a")) == 257
     assert vocab_size(write_tokenizer(tmp_path / "b", more=["<x>", "<y>"])) == 259
 
@@ -57,7 +57,7 @@ def test_trained_ids_leave_out_added_tokens_wherever_they_are(tmp_path):
     assert trained_ids(write_tokenizer(tmp_path / "a", more=["<x>"])) == set(range(1, 257))
 
 
-def test_texts_are_neither_cut_nor_filled_up_by_what_the_file_keeps_for_a_models_inputs(tmp_path):
+def test_truncation_and_padding_of_file_are_ignored(tmp_path):
     plain, kept = write_tokenizer(tmp_path / "plain"), write_tokenizer(tmp_path / "kept")
     cut = {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     fill = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
@@ -72,10 +72,15 @@ def test_texts_are_neither_cut_nor_filled_up_by_what_the_file_keeps_for_a_models
 @pytest.mark.parametrize(
     "content",
     [
-        "{", "[]", "{}", '{"model": {"type": "BPE", "vocab": 3}}', '{"model": {}}',
-        pytest.param(f'{{"model": {"9" * 5000}}}', id="digits"), pytest.param("[" * 100_000, id="nesting"),
+        "{",
+        "[]",
+        "{}",
+        '{"model": {"type": "BPE", "vocab": 3}}',
+        '{"model": {}}',
+        pytest.param(f'{{"model": {"9" * 5000}}}', id="digits"),
+        pytest.param("[" * 100_000, id="nesting"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match=r"tokenizer\.json .*\n  fix: "):

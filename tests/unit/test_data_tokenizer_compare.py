@@ -1,4 +1,4 @@
-"""Two tokenizers: the same, the same but for some added tokens, or of another vocabulary."""
+"""Two tokenizers: equal, equal except for some added tokens, or with another vocabulary."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.data.tokenizer_compare import Comparison, compare_tokenizers
-from kdtrain.testing.tiny_data import write_tokenizer
+from tests.support.tiny_data import write_tokenizer
 
 
 def edit(folder, change):
@@ -17,7 +17,7 @@ def edit(folder, change):
     return folder
 
 
-def test_the_same_tokenizer_written_otherwise_is_no_difference(tmp_path):
+def test_same_tokenizer_in_other_formatting_is_equal(tmp_path):
     a, b = write_tokenizer(tmp_path / "a"), write_tokenizer(tmp_path / "b")
     cut = {"max_length": 9, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
     edit(b, lambda t: t.update(truncation=cut))
@@ -44,7 +44,7 @@ def test_a_difference_far_into_a_probe_is_shown_and_not_cut_off(tmp_path):
     assert "300" in shown_c
 
 
-def test_a_token_of_the_trained_vocabulary_that_only_one_has_is_a_difference(tmp_path):
+def test_unshared_trained_token_is_a_difference(tmp_path):
     a = write_tokenizer(tmp_path / "a")
     b = edit(write_tokenizer(tmp_path / "b"), lambda t: t["model"]["vocab"].update({"\u0120\u0120\u0120": 257}))
     assert compare_tokenizers(a, b).difference == "token '\u0120\u0120\u0120' with id 257 is in only one of them"
@@ -65,7 +65,7 @@ def test_an_added_token_with_another_name_is_not_shared(tmp_path):
     assert compare_tokenizers(a, b) == Comparison(None, {257: ("<reserved>", "<tool>")})
 
 
-def test_a_lacking_name_of_the_special_probe_is_no_other_rule(tmp_path):
+def test_missing_token_of_special_probe_is_no_difference(tmp_path):
     a, b = write_tokenizer(tmp_path / "a"), write_tokenizer(tmp_path / "b", more=["<|im_start|>"])
     assert compare_tokenizers(a, b) == Comparison(None, {257: (None, "<|im_start|>")})
 

@@ -7,7 +7,6 @@ torch's `fake` ones, which complete every collective at once.
 import json
 import traceback
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,33 +15,32 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kdtrain.config.schema import DistillObjective
-from kdtrain.data.batch import Batch
+from kdtrain.batch import Batch
+from kdtrain.config.schema import DistillObjective, GuardSection
 from kdtrain.data.context import cut_sequences
-from kdtrain.data.documents import Documents
-from kdtrain.dist import collectives
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed import collectives
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
+from kdtrain.documents import Documents
 from kdtrain.engine.zero import StepResult
 from kdtrain.evaluation.validation import Validation
 from kdtrain.models import context
 from kdtrain.models.backbone import call_with_head
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
-from kdtrain.objectives.base import HeadLayout
 from kdtrain.objectives.distill import Distill
 from kdtrain.objectives.pretrain import Pretrain
 from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.resharding import TeacherResharding
 from kdtrain.teacher.side_stream import SideStream
-from kdtrain.teacher.spread import Spread
+from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.telemetry.metrics import Metrics
-from kdtrain.testing.ranks import load_file
-from kdtrain.training.guards import Guards, poisoned
+from kdtrain.training.guards import Guards, nan_if_nonfinite
+from tests.support.tiny_trainer import tiny_trainer
 
 aten = torch.ops.aten
 META = torch.device("meta")
 VOCAB, SEQ_LEN = 299, 8
-HELPERS = Path(__file__).with_name("test_trainer_guards.py")
 
 
 def batches(count=3, rows=3):
@@ -144,7 +142,7 @@ def student_step(student, batch, teacher=None):
     settings = DistillObjective(divergence="skew_kl", temperature=2.0, kd_weight=0.7, skew=0.3)
     objective = Pretrain(run, layout) if teacher is None else Distill(run, teacher, settings, layout, z_loss=1e-3)
     out = objective(batch, measure=teacher is not None)
-    poisoned(out.loss_sum).backward()
+    nan_if_nonfinite(out.loss_sum).backward()
     return out
 
 
@@ -206,7 +204,7 @@ def test_replicas_that_share_a_teacher_read_at_the_beginning_of_a_step_alone(tmp
         return [Documents.cat([batch.documents] * self.num_replicas) for batch in batches]
 
     with monkeypatch.context() as patch:
-        patch.setattr(Spread, "gather_documents", gathered)
+        patch.setattr(TeacherResharding, "gather_documents", gathered)
         teacher.begin_step(step)
     with NoWaiting():
         for batch in step:
@@ -270,10 +268,10 @@ class Engine:
 def test_a_trainer_reads_no_value_of_a_micro_batch(tmp_path, no_autocast):
     """Not for the global number of tokens, and not to keep losses and metrics for the next report."""
     student = backbone_of(tmp_path, "llama", trainable=True)
-    trainer = load_file(HELPERS).trainer(tmp_path, 3)
+    trainer = tiny_trainer(tmp_path, 3)
     trainer.device = META
     trainer.engine = Engine(student)
-    trainer.guards = Guards(trainer.cfg.guard, Mesh(), META, trainer.progress)
+    trainer.guards = Guards(GuardSection(), Mesh(), META, trainer.progress)
     layout = HeadLayout(student.shard, None, 1 << 20, "torch")
     trainer.objective = Pretrain(lambda batch, head_fn: call_with_head(student, batch, head_fn), layout)
     trainer.loader = iter([batches(2), batches(2, rows=1)])
@@ -282,12 +280,12 @@ def test_a_trainer_reads_no_value_of_a_micro_batch(tmp_path, no_autocast):
         with NoWaiting():
             step = trainer._next_micro_batches()
             assert {batch.input_ids.device for batch in step} == {META}
-            assert trainer._agree(step) == (2.0 * rows * SEQ_LEN, False)
+            assert trainer.sync_step_state(step) == (2.0 * rows * SEQ_LEN, False)
             assert trainer._optimizer_step(step, 2.0 * rows * SEQ_LEN, metrics, True, False)[0].applied
         with pytest.raises(RuntimeError, match="meta"):
             metrics.reduce()
     with pytest.raises(RuntimeError, match="meta"):
-        trainer.guards.look_at_losses()
+        trainer.guards.check_losses()
 
 
 class Reads(TorchDispatchMode):

@@ -59,9 +59,13 @@ def test_what_is_copied_before_the_installation_is_enough_for_its_first_import(t
     assert "-c 'import torch, deepspeed, transformers, kdtrain, kdtrain_kernels'" in script
     done = subprocess.run(
         [sys.executable, "-c", "import kdtrain, kdtrain_kernels"],
-        cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{tmp_path}/kernels"}, capture_output=True, text=True,
-        timeout=100, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{tmp_path}:{tmp_path}/kernels"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -92,9 +96,14 @@ def test_building_the_gpu_image_ends_where_its_flash_attn_cannot_be_imported():
     (line,) = (rest for word, rest in stage("gpu") if word == "RUN" and "flash_obstacle" in rest)
     words = shlex.split(line)
     done = subprocess.run(
-        [sys.executable, *words[1:]], cwd=ROOT, env={"PYTHONPATH": f"{ROOT}"}, capture_output=True, text=True,
-        timeout=100, check=False,
-    )  # fmt: skip
+        [sys.executable, *words[1:]],
+        cwd=ROOT,
+        env={"PYTHONPATH": f"{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
     obstacle = flash_obstacle("flash_attention_2")
     assert (done.returncode, done.stderr.strip()) == ((0, "") if obstacle is None else (1, obstacle))
     assert stage("gpu").index(("RUN", line)) > stage("gpu").index(("COPY", "--chown=kdtrain . ."))

@@ -2,33 +2,31 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from kdtrain.config.schema import RunConfig
+from kdtrain.config.schema import OptimSection, ScheduleSection
 from kdtrain.engine.optim import build_adamw, learning_rate, parameter_groups
 
 PEAK, TOTAL, WARMUP = 2.0, 1000, 100
 
 
-def configuration(shape, **schedule):
-    cfg = RunConfig()
-    cfg.optim.lr, cfg.train.total_tokens = PEAK, TOTAL
-    cfg.schedule.shape, cfg.schedule.warmup_tokens, cfg.schedule.min_lr_ratio = shape, WARMUP, 0.25
-    for key, value in schedule.items():
-        setattr(cfg.schedule, key, value)
-    return cfg
+def rate_of(shape, **schedule):
+    """The learning rate as a function of tokens."""
+    section = ScheduleSection(**{"shape": shape, "warmup_tokens": WARMUP, "min_lr_ratio": 0.25, **schedule})
+    return partial(learning_rate, schedule=section, peak=PEAK, total_tokens=TOTAL)
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "wsd", "constant"])
 def test_every_schedule_warms_up_linearly_to_the_peak(shape):
-    cfg = configuration(shape)
-    assert learning_rate(0, cfg) == 0.0
-    assert learning_rate(1, cfg) == pytest.approx(PEAK / WARMUP)
-    assert learning_rate(WARMUP // 2, cfg) == pytest.approx(PEAK / 2)
-    assert learning_rate(WARMUP, cfg) == PEAK
+    rate = rate_of(shape)
+    assert rate(0) == 0.0
+    assert rate(1) == pytest.approx(PEAK / WARMUP)
+    assert rate(WARMUP // 2) == pytest.approx(PEAK / 2)
+    assert rate(WARMUP) == PEAK
 
 
 @pytest.mark.parametrize(
@@ -39,42 +37,41 @@ def test_every_schedule_warms_up_linearly_to_the_peak(shape):
         ("cosine", 1000, 0.25),
         ("linear", 325, 0.25 + 0.75 * 0.75),
         ("linear", 1000, 0.25),
-        ("wsd", 900, 1.0),  # the last tenth decays when nothing is said
+        ("wsd", 900, 1.0),  # the last tenth decays by default
         ("wsd", 950, 0.25 + 0.75 * 0.5),
         ("wsd", 1000, 0.25),
         ("constant", 1000, 1.0),
     ],
 )
 def test_a_schedule_is_where_its_formula_says(shape, tokens, share):
-    assert learning_rate(tokens, configuration(shape)) == pytest.approx(PEAK * share)
+    assert rate_of(shape)(tokens) == pytest.approx(PEAK * share)
 
 
 def test_wsd_decays_over_decay_tokens():
-    cfg = configuration("wsd", decay_tokens=400)
-    assert learning_rate(600, cfg) == PEAK
-    assert learning_rate(700, cfg) == pytest.approx(PEAK * (0.25 + 0.75 * 0.75))
-    assert learning_rate(1000, configuration("wsd", decay_tokens=0)) == PEAK
+    rate = rate_of("wsd", decay_tokens=400)
+    assert rate(600) == PEAK
+    assert rate(700) == pytest.approx(PEAK * (0.25 + 0.75 * 0.75))
+    assert rate_of("wsd", decay_tokens=0)(1000) == PEAK
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "wsd", "constant"])
 def test_a_warm_up_over_the_whole_run_ends_at_the_peak(shape):
-    cfg = configuration(shape, warmup_tokens=TOTAL)
-    cfg.schedule.decay_tokens = 0 if shape == "wsd" else None
-    assert learning_rate(TOTAL, cfg) == PEAK
+    rate = rate_of(shape, warmup_tokens=TOTAL, decay_tokens=0 if shape == "wsd" else None)
+    assert rate(TOTAL) == PEAK
 
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "wsd"])
 def test_a_rate_never_rises_after_the_warm_up_nor_falls_below_its_floor(shape):
-    cfg = configuration(shape)
-    rates = [learning_rate(tokens, cfg) for tokens in range(WARMUP, TOTAL + 300)]
+    rate = rate_of(shape)
+    rates = [rate(tokens) for tokens in range(WARMUP, TOTAL + 300)]
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates))
     assert min(rates) == pytest.approx(PEAK * 0.25)  # also past the end: the last step may overshoot total_tokens
 
 
 def test_a_run_that_is_all_warm_up_ends_at_the_peak_rate():
-    cfg = configuration("cosine", warmup_tokens=TOTAL)
-    assert learning_rate(TOTAL - 1, cfg) == pytest.approx(PEAK * 0.999)
-    assert learning_rate(TOTAL, configuration("constant", warmup_tokens=TOTAL)) == PEAK
+    rate = rate_of("cosine", warmup_tokens=TOTAL)
+    assert rate(TOTAL - 1) == pytest.approx(PEAK * 0.999)
+    assert rate_of("constant", warmup_tokens=TOTAL)(TOTAL) == PEAK
 
 
 def named_parameters():
@@ -105,11 +102,10 @@ def test_a_parameter_group_has_one_dtype_and_bfloat16_comes_first():
 
 
 def test_adamw_takes_its_settings_from_the_configuration():
-    cfg = RunConfig()
-    cfg.optim.betas, cfg.optim.eps, cfg.optim.weight_decay = (0.8, 0.7), 1e-3, 0.2
-    adam = build_adamw(named_parameters().items(), cfg.optim, torch.device("cpu"))
+    section = OptimSection(betas=(0.8, 0.7), eps=1e-3, weight_decay=0.2)
+    adam = build_adamw(named_parameters().items(), section, torch.device("cpu"))
     for group, decay in zip(adam.param_groups, (0.2, 0.0), strict=True):
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.7), 1e-3, decay)
         assert not group["fused"]
-    on_host = build_adamw(named_parameters().items(), cfg.optim, torch.device("cpu"), offload=True)
+    on_host = build_adamw(named_parameters().items(), section, torch.device("cpu"), offload=True)
     assert all(group["fused"] for group in on_host.param_groups)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = "NCCL_LAUNCH_ORDER_IMPLICIT"
 
 
-def test_nccl_keeps_the_order_of_calls_unless_the_user_says_otherwise(logged):
+def test_nccl_launch_order_is_set_unless_user_has_set_it(logged):
     fresh, chosen = {}, {ORDER: "0"}
     order_nccl_launches(fresh)
     order_nccl_launches(chosen)
@@ -27,11 +27,11 @@ def test_nccl_keeps_the_order_of_calls_unless_the_user_says_otherwise(logged):
 
 
 class Joined(Exception):
-    """Raised where the process group would be made."""
+    """Raised instead of making the process group."""
 
 
 def joins(monkeypatch, *, cuda):
-    """What the environment says at the moment when a rank makes its process group."""
+    """The environment at the moment when a rank makes its process group."""
     seen = {}
 
     def init_process_group(backend, **_):
@@ -53,7 +53,7 @@ def joins(monkeypatch, *, cuda):
     return seen
 
 
-def test_the_order_is_set_before_the_first_communicator_and_on_cuda_alone(monkeypatch):
+def test_launch_order_is_set_before_first_communicator_and_only_on_cuda(monkeypatch):
     seen = joins(monkeypatch, cuda=True)
     assert (seen["backend"], seen[ORDER]) == ("nccl", "1")
     seen = joins(monkeypatch, cuda=False)
@@ -85,7 +85,7 @@ except RuntimeError as error:
 """
 
 
-def test_the_switch_reaches_torch_which_then_refuses_what_it_cannot_do_twice_alike():
+def test_deterministic_setting_makes_torch_refuse_other_operations():
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", DETERMINISTIC], env=env, capture_output=True, text=True, timeout=120, check=False
@@ -112,5 +112,5 @@ TORCHRUN = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}
         (CORES, [CORES] * 2, {"OMP_NUM_THREADS": "1"}, None),
     ],
 )
-def test_a_rank_takes_its_part_of_the_cores_unless_the_user_chose(mine, masks, environ, threads):
+def test_threads_are_part_of_cores_unless_set_by_user(mine, masks, environ, threads):
     assert host_threads(mine, masks, environ) == threads

@@ -1,18 +1,18 @@
-"""The numbers an evaluation reports, against whole float64 log-softmax of stock models, in one process."""
+"""Metrics of an evaluation against the float64 log-softmax of stock models, in one process."""
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.evaluation.validation import EVAL_METRICS, Validation
 from kdtrain.models.backbone import call_with_head
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
-from kdtrain.objectives.base import HeadLayout
 from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.signal_loss import HeadLayout
 from kdtrain.telemetry.metrics import UNITS
-from kdtrain.testing.validation_reference import favour_tokens, reference_means, uneven_batches
+from tests.support.validation_reference import favour_tokens, reference_means, uneven_batches
 
 VOCAB = 450
 SHAPES = ((2, 9), (1, 1), (3, 10), (2, 0))
@@ -54,26 +54,30 @@ def run(models, batches, *, with_teacher=True):
     return validation.run(batches, torch.device("cpu"))
 
 
-def test_every_metric_is_the_mean_over_valid_tokens_of_all_batches(models):
+def test_metrics_are_means_over_valid_tokens_of_all_batches(models):
     batches = uneven_batches(VOCAB, SHAPES)
     counts = [int(batch.num_valid_tokens()) for batch in batches]
     assert counts == [16, 1, 24, 0]
-    want = reference_means(models[1], models[2], batches, VOCAB)
-    assert set(want) == set(EVAL_METRICS) <= set(UNITS)
-    assert len({round(value, 3) for value in want.values()}) == len(want), "two metrics could be taken for each other"
-    assert run(models, batches) == pytest.approx(want, rel=2e-5)
+    expected = reference_means(models[1], models[2], batches, VOCAB)
+    assert set(expected) == set(EVAL_METRICS) <= set(UNITS)
+    assert len({round(value, 3) for value in expected.values()}) == len(expected), (
+        "two metrics could be taken for each other"
+    )
+    assert run(models, batches) == pytest.approx(expected, rel=2e-5)
     of_batches = [reference_means(models[1], models[2], [batch], VOCAB) for batch in batches[:3]]
-    for name, value in want.items():
+    for name, value in expected.items():
         assert sum(m[name] for m in of_batches) / 3 != pytest.approx(value, rel=1e-3), f"{name}: blind to weighting"
 
 
-def test_without_a_teacher_only_the_student_is_measured(models):
+def test_validation_without_a_teacher_measures_the_student_only(models):
     batches = uneven_batches(VOCAB, SHAPES)
-    want = reference_means(models[1], models[2], batches, VOCAB)
-    assert run(models, batches, with_teacher=False) == pytest.approx({"eval/val_nll": want["eval/val_nll"]}, rel=2e-5)
+    expected = reference_means(models[1], models[2], batches, VOCAB)
+    assert run(models, batches, with_teacher=False) == pytest.approx(
+        {"eval/val_nll": expected["eval/val_nll"]}, rel=2e-5
+    )
 
 
-def test_no_valid_token_at_all_is_nan_not_zero(models):
+def test_validation_without_valid_tokens_is_nan(models):
     means = run(models, uneven_batches(VOCAB, ((2, 0),)))
     assert set(means) == set(EVAL_METRICS)
     assert all(value != value for value in means.values())

@@ -1,4 +1,4 @@
-"""An export holds the rows of the run's softmax, the student's own tokenizer files, and no mark of absent code."""
+"""An export holds the rows of the run's softmax and the student's tokenizer files, and names no code it lacks."""
 
 import json
 
@@ -7,13 +7,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
+from kdtrain.jobs.export_hf import _generation_text, write_model_files
 from kdtrain.models.export import export_hf
 from kdtrain.models.load import ModelSpec, build_config, load_backbone
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_data import write_tokenizer
-from kdtrain.training.export import MODEL_FOLDER, _generation_text, write_model_files
+from kdtrain.training.run_files import MODEL
+from tests.support.tiny_data import write_tokenizer
 
 ROWS, TOKENS = 304, 300
 GEMMA3N = {
@@ -50,7 +51,7 @@ def stock(settings, **changes):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("vocab_size", [TOKENS, ROWS])
-def test_an_export_computes_the_softmax_over_the_runs_ids_alone(tmp_path, kind, vocab_size):
+def test_export_computes_the_softmax_over_the_ids_of_the_run(tmp_path, kind, vocab_size):
     model = stock(KINDS[kind])
     out = export_hf(
         model.named_parameters(), model.config, tmp_path / "out", dtype=torch.float32, vocab_size=vocab_size
@@ -59,13 +60,13 @@ def test_an_export_computes_the_softmax_over_the_runs_ids_alone(tmp_path, kind, 
     assert exported.config.vocab_size == exported.get_output_embeddings().weight.shape[0] == vocab_size
     ids = torch.randint(0, TOKENS, (2, 9))
     with torch.no_grad():
-        wanted, found = model(input_ids=ids).logits[..., :vocab_size], exported(input_ids=ids).logits
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+        expected, found = model(input_ids=ids).logits[..., :vocab_size], exported(input_ids=ids).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         sampled = exported.generate(ids, max_new_tokens=20, do_sample=True, temperature=5.0, pad_token_id=0)
     assert int(sampled.max()) < vocab_size
 
 
-def test_an_export_without_padded_rows_stays_bit_for_bit(tmp_path):
+def test_export_without_padded_rows_keeps_its_bits(tmp_path):
     model = stock(KINDS["untied"], eos_token_id=7)
     one, two = (
         export_hf(model.named_parameters(), model.config, tmp_path / name, vocab_size=size)
@@ -77,7 +78,7 @@ def test_an_export_without_padded_rows_stays_bit_for_bit(tmp_path):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
 
 
-def test_the_export_is_read_again_as_a_student_and_beside_a_model_of_more_rows(tmp_path):
+def test_export_can_be_loaded_as_a_student(tmp_path):
     model = stock(KINDS["untied"])
     out = export_hf(model.named_parameters(), model.config, tmp_path / "out", dtype=torch.float32, vocab_size=TOKENS)
     spec = ModelSpec(weights=str(out), dtype="float32")
@@ -87,7 +88,7 @@ def test_the_export_is_read_again_as_a_student_and_beside_a_model_of_more_rows(t
         assert not again.lm_head_shard.weight[TOKENS:].any()
 
 
-def test_special_ids_past_the_exported_rows_are_left_out(tmp_path):
+def test_special_ids_without_a_row_are_left_out(tmp_path):
     model = stock(KINDS["untied"], pad_token_id=ROWS - 1, eos_token_id=[9, TOKENS + 1], bos_token_id=TOKENS)
     out = export_hf(model.named_parameters(), model.config, tmp_path / "out", vocab_size=TOKENS)
     config = AutoConfig.from_pretrained(out)
@@ -97,7 +98,7 @@ def test_special_ids_past_the_exported_rows_are_left_out(tmp_path):
     assert (whole.pad_token_id, whole.eos_token_id, whole.bos_token_id) == (ROWS - 1, [9, TOKENS + 1], TOKENS)
 
 
-def test_a_tokenizers_special_tokens_without_a_row_are_left_out_of_a_new_model(tmp_path):
+def test_new_model_leaves_out_special_tokens_without_a_row(tmp_path):
     write_tokenizer(tmp_path / "tokenizer", more=["<s>", "<pad>"])
     names = {"eos_token": "<|endoftext|>", "bos_token": "<s>", "pad_token": "<pad>"}
     (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(names))
@@ -110,7 +111,7 @@ def test_a_tokenizers_special_tokens_without_a_row_are_left_out_of_a_new_model(t
     AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_a_student_from_weights_keeps_its_own_tokenizer_files_and_the_teachers_are_removed(tmp_path):
+def test_student_from_weights_keeps_its_own_tokenizer_files(tmp_path):
     """A base student under an instruct teacher of one vocabulary, the corpus prepared with the teacher's tokenizer."""
     teacher, student = tmp_path / "store/tokenizer", tmp_path / "student"
     for folder, eos in ((teacher, "<|im_end|>"), (student, "<|endoftext|>")):
@@ -120,29 +121,27 @@ def test_a_student_from_weights_keeps_its_own_tokenizer_files_and_the_teachers_a
     run = tmp_path / "run"
     run.mkdir()
     write_model_files(run, teacher, None)
-    assert (run / MODEL_FOLDER / "chat_template.jinja").is_file()
+    assert (run / MODEL / "chat_template.jinja").is_file()
     write_model_files(run, teacher, str(student))
-    kept = {path.name: path.read_bytes() for path in (run / MODEL_FOLDER).iterdir()}
+    kept = {path.name: path.read_bytes() for path in (run / MODEL).iterdir()}
     assert kept == {path.name: path.read_bytes() for path in student.iterdir()}
     model = stock(KINDS["untied"], vocab_size=258)
-    out = export_hf(
-        model.named_parameters(), model.config, tmp_path / "out", tokenizer_dir=run / MODEL_FOLDER, vocab_size=258
-    )
+    out = export_hf(model.named_parameters(), model.config, tmp_path / "out", tokenizer_dir=run / MODEL, vocab_size=258)
     tokenizer = AutoTokenizer.from_pretrained(out)
     assert (tokenizer.eos_token, tokenizer.chat_template) == ("<|endoftext|>", None)
     assert AutoConfig.from_pretrained(out).eos_token_id == 0
 
 
-def test_a_student_folder_without_tokenizer_json_gets_the_tokenizer_of_the_data(tmp_path):
+def test_student_folder_without_tokenizer_json_gets_the_tokenizer_of_the_data(tmp_path):
     store = write_tokenizer(tmp_path / "store", eos="<|endoftext|>")
     (tmp_path / "student").mkdir()
     (tmp_path / "student/generation_config.json").write_text(json.dumps({"eos_token_id": 0}))
     write_model_files(tmp_path, store, str(tmp_path / "student"))
-    names = {path.name for path in (tmp_path / MODEL_FOLDER).iterdir()}
+    names = {path.name for path in (tmp_path / MODEL).iterdir()}
     assert names == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 
 
-def test_files_that_would_spoil_the_export_are_refused_before_the_training(tmp_path):
+def test_files_that_break_the_export_are_refused_before_training(tmp_path):
     store = write_tokenizer(tmp_path / "store", eos="<|endoftext|>")
     (tmp_path / "student").mkdir()
     (tmp_path / "student/generation_config.json").write_text("{")
@@ -151,7 +150,7 @@ def test_files_that_would_spoil_the_export_are_refused_before_the_training(tmp_p
 
 
 @pytest.mark.parametrize(("eos", "kept"), [([0, 301], [0]), (301, None), (0, 0)])
-def test_a_generation_config_loses_ids_without_a_row_and_nothing_else(tmp_path, eos, kept):
+def test_generation_config_loses_only_ids_without_a_row(tmp_path, eos, kept):
     text = json.dumps({"eos_token_id": eos, "temperature": 0.6})
     (tmp_path / "generation_config.json").write_text(text)
     found = _generation_text(tmp_path / "generation_config.json", TOKENS)
@@ -159,7 +158,7 @@ def test_a_generation_config_loses_ids_without_a_row_and_nothing_else(tmp_path, 
     assert (found == text) == (eos == kept)
 
 
-def test_an_export_loads_with_trust_remote_code_though_its_source_named_code(tmp_path):
+def test_export_of_a_model_with_code_loads_with_trust_remote_code(tmp_path):
     source, written = tmp_path / "source", stock(KINDS["untied"], vocab_size=258)
     written.save_pretrained(source)
     config = json.loads((source / "config.json").read_text())

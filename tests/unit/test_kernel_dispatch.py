@@ -1,4 +1,4 @@
-"""Which kernels run: a launch before triton is taken. CUDA devices are named, never touched."""
+"""Choice of kernels: triton is used only after a test launch. CUDA devices are named but not used."""
 
 import importlib.util
 import logging
@@ -14,7 +14,8 @@ from kdtrain_kernels.dispatch import CapturingError, choice, row_kernels
 from kdtrain_kernels.sparse_dispatch import sparse_kernels
 
 from kdtrain.errors import ConfigError
-from kdtrain.training.build import check_kernels
+from kdtrain.jobs.build.models import check_kernels
+from tests.support.loss_cases import loss_of, random_case
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU, OTHER_GPU = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
@@ -65,22 +66,22 @@ def test_auto_takes_triton_after_one_launch_per_device(caplog):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_auto_takes_torch_where_a_launch_fails_and_warns_once(caplog, error):
+def test_auto_falls_back_to_torch_if_a_launch_fails_and_warns_once(caplog, error):
     probe = Launches(error)
     for _ in range(3):
         assert row_kernels("auto", GPU, probe=probe) is torch_rows
     assert probe.devices == [GPU]
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    said = record.getMessage()
-    assert said.startswith(
+    message = record.getMessage()
+    assert message.startswith(
         f"row kernels on cuda: torch, because a launch on cuda:0 fails with {type(error).__name__}: "
     )
-    assert said.endswith(str(error).partition("\n")[0])
+    assert message.endswith(str(error).partition("\n")[0])
 
 
 @needs_triton
-def test_triton_that_cannot_launch_is_refused_with_the_reason():
+def test_explicit_triton_is_refused_with_the_reason_if_a_launch_fails():
     probe = Launches(RuntimeError("Failed to find C compiler."))
     with pytest.raises(
         ValueError, match=r"not available for cuda: a launch on cuda:0 fails .* C compiler\.; choose torch"
@@ -96,7 +97,7 @@ def test_triton_that_cannot_launch_is_refused_with_the_reason():
 
 
 @needs_triton
-def test_nothing_is_concluded_from_a_launch_inside_a_capture():
+def test_launch_inside_a_capture_is_not_cached_as_a_result():
     probe = Launches(CapturingError("captured"))
     for backend in ("auto", "triton"):
         with pytest.raises(CapturingError, match="captured"):
@@ -106,17 +107,27 @@ def test_nothing_is_concluded_from_a_launch_inside_a_capture():
 
 
 @needs_triton
+def test_explicit_triton_without_a_device_or_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a CUDA device, or TRITON_INTERPRET=1"):
+        row_kernels("triton", CPU)
+    with pytest.raises(ValueError, match="choose torch"):
+        loss_of(random_case(3, 11), backend="triton")
+
+
+@needs_triton
 def test_float64_and_cpus_take_torch_without_a_launch(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     probe = Launches()
     assert choice(CPU, probe=probe) == ("torch", "the device is not CUDA")
+    assert row_kernels("auto", CPU) is torch_rows
     assert choice(GPU, torch.float64, probe) == ("torch", "it works on float32 logits, not torch.float64")
     assert sparse_kernels("auto", CPU, torch.float32).__name__ == "kdtrain_kernels.sparse_rows"
     assert probe.devices == []
 
 
 @needs_triton
-def test_the_launch_of_one_row_runs_in_the_interpreter_and_sees_a_wrong_answer():
+def test_launch_of_one_row_runs_in_the_interpreter_and_detects_a_wrong_result():
     script = (
         "import torch\n"
         "from kdtrain_kernels.dispatch import launch_one_row\n"
@@ -144,7 +155,7 @@ def test_the_launch_of_one_row_runs_in_the_interpreter_and_sees_a_wrong_answer()
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine where a launch must fail")
-def test_the_launch_of_one_row_fails_without_a_device():
+def test_launch_of_one_row_fails_without_a_device():
     """The real probe, uninterpreted, on a machine without a driver: the reason is one of triton's or torch's."""
     script = "import torch\nfrom kdtrain_kernels.dispatch import choice\nprint(*choice(torch.device('cuda', 0)))\n"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT / "kernels")}

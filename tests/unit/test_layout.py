@@ -186,9 +186,17 @@ def test_hugging_face_kernels_is_not_shadowed_by_our_folder(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_LLAMA],
         cwd=ROOT,
-        env={"PATH": "", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-             "PYTHONPATH": f"{ROOT}:{tmp_path / 'site'}"},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        env={
+            "PATH": "",
+            "HOME": str(tmp_path),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}:{tmp_path / 'site'}",
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["True", str(stub / "__init__.py")]

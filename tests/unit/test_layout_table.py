@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdtrain.testing import layout_oracle
+from tests.support import layout_oracle
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

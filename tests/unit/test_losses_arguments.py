@@ -1,13 +1,13 @@
-"""Arguments of the streamed losses that do not fit: each is refused by name, value and rule."""
+"""Invalid arguments of the streamed losses: each is refused by name, value and rule."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_cross_entropy
-from kdtrain.testing.loss_cases import loss_of, random_case
+from tests.support.loss_cases import loss_of, random_case
 
 BAD = {
     "unknown divergence": ({"divergence": "kl"}, r"divergence = 'kl' is unknown; choose one of forward_kl"),
@@ -84,7 +84,7 @@ def test_bad_input_is_refused_by_name_value_and_rule(what):
         loss_of(case, **changes)
 
 
-def test_cross_entropy_refuses_in_its_own_arguments_names():
+def test_errors_of_cross_entropy_use_its_argument_names():
     shard = VocabShard.of(101, multiple=1)
     hidden, head, labels, weight = torch.zeros(9, 16), torch.zeros(101, 16), torch.arange(9), torch.ones(9)
     with pytest.raises(ValueError, match=r"hidden has shape \(9,\)"):

@@ -8,9 +8,9 @@ from kdtrain_kernels import divergence_spec, row_kernels
 from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.torch_rows import LogitMap, RowWeights
 
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
-from kdtrain.testing.loss_cases import naive_answer, random_case, relative_error, streamed_answer
+from tests.support.loss_cases import naive_answer, random_case, relative_error, streamed_answer
 
 ROWS = row_kernels("torch", torch.device("cpu"))
 
@@ -21,9 +21,17 @@ def call(case, op, *, hidden, head, **extra):
     if op == "ce":
         return linear_cross_entropy(hidden, head, case.labels, weight=case.ce_weight, **shared)
     return linear_kd_loss(
-        hidden, head, case.hidden_t, case.head_t, case.labels, divergence=case.divergence,
-        kd_weight=case.kd_weight, ce_weight=case.ce_weight, **case.parameters, **shared,
-    )  # fmt: skip
+        hidden,
+        head,
+        case.hidden_t,
+        case.head_t,
+        case.labels,
+        divergence=case.divergence,
+        kd_weight=case.kd_weight,
+        ce_weight=case.ce_weight,
+        **case.parameters,
+        **shared,
+    )
 
 
 def leaves(case):
@@ -74,7 +82,7 @@ def test_z_weight_zero_changes_no_bit(op):
 
 
 @pytest.mark.parametrize("op", ["ce", "kd"])
-def test_main_grad_takes_the_heads_gradient_on_top_of_what_it_holds(op):
+def test_main_grad_accumulates_the_gradient_of_the_head(op):
     case = random_case(37, 101)
     hidden, head = leaves(case)
     call(case, op, hidden=hidden, head=head).loss.backward()
@@ -86,7 +94,7 @@ def test_main_grad_takes_the_heads_gradient_on_top_of_what_it_holds(op):
     torch.testing.assert_close(main_grad - 1.0, head.weight.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_main_grad_keeps_float32_under_bfloat16():
+def test_main_grad_stays_in_float32_under_bfloat16():
     case = random_case(37, 101, dtype=torch.bfloat16)
     hidden, head = leaves(case)
     main_grad = torch.zeros(head.weight.shape)
@@ -103,7 +111,7 @@ def test_main_grad_allows_one_backward():
         loss.backward()
 
 
-def test_main_grad_refuses_a_scaled_loss_and_a_buffer_that_does_not_fit():
+def test_main_grad_refuses_a_scaled_loss_and_a_mismatched_buffer():
     case = random_case(9, 101)
     hidden, head = leaves(case)
     loss = call(case, "ce", hidden=hidden, head=head, main_grad=torch.zeros_like(head.weight)).loss
@@ -113,13 +121,13 @@ def test_main_grad_refuses_a_scaled_loss_and_a_buffer_that_does_not_fit():
         with pytest.raises(ValueError, match=r"main_grad is \(101, \d+\) .*, need \(101, 16\) torch.float32"):
             call(case, "ce", hidden=hidden, head=head, main_grad=buffer)
     frozen = HeadShard(head.weight.detach())
-    with pytest.raises(ValueError, match="no gradient of the head is wanted"):
+    with pytest.raises(ValueError, match="the head requires no gradient"):
         call(case, "ce", hidden=hidden, head=frozen, main_grad=torch.zeros_like(frozen.weight))
 
 
 @pytest.mark.parametrize("columns", [101, 1, 0])
 @pytest.mark.parametrize("kernel", ["row", "forward_kl", "jsd"])
-def test_a_gradient_rounded_in_place_is_the_exact_one_rounded(columns, kernel):
+def test_gradient_rounded_in_place_equals_the_rounded_gradient(columns, kernel):
     rng = torch.Generator().manual_seed(2)
     answers = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -152,25 +160,25 @@ def test_a_gradient_rounded_in_place_is_the_exact_one_rounded(columns, kernel):
 
 
 @pytest.mark.parametrize(("tokens", "depth"), [(0, 2), (1, 2), (8, 1), (30, 1), (30, 2), (33, 3)])
-def test_chunks_are_finished_in_order_and_never_share_a_slot(tokens, depth):
+def test_chunks_complete_in_order_and_never_share_a_slot(tokens, depth):
     seen, slots = [], {}
 
-    def begin(chunk, slot):
+    def issue(chunk, slot):
         assert slot not in slots, "this slot is in use"
         slots[slot] = chunk
         return slot
 
-    def finish(chunk, slot):
+    def complete(chunk, slot):
         assert slots.pop(slot) == chunk
         seen.append((chunk.start, chunk.stop))
 
-    stream.in_turns(tokens, 8, depth, begin, finish)
+    stream.run_pipelined(tokens, 8, depth, issue, complete)
     assert seen == [(first, min(first + 8, tokens)) for first in range(0, tokens, 8)]
     assert not slots
 
 
 @pytest.mark.parametrize("name", sorted(reference.DIVERGENCES))
-def test_bfloat16_keeps_the_gradient_of_models_that_are_almost_equal(name):
+def test_bfloat16_gradient_is_accurate_for_nearly_equal_models(name):
     """At a KL of 0.01 nats logits in bfloat16 would cost 14 to 30 percent of the gradient; float32 slabs cost none."""
     rng = torch.Generator().manual_seed(7)
     case = random_case(37, 1000, divergence=name, dtype=torch.bfloat16, widths=(64, 64))

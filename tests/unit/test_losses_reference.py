@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kdtrain.dist.vocab import HeadShard
+from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import matrix, reference
 
 torch.manual_seed(0)
@@ -31,13 +31,13 @@ def test_a_divergence_is_zero_for_equal_models_and_positive_otherwise(name):
 
 
 @pytest.mark.parametrize("name", reference.DIVERGENCES)
-def test_a_common_offset_of_a_models_logits_changes_nothing(name):
+def test_common_offset_of_logits_changes_nothing(name):
     divergence = reference.DIVERGENCES[name]
     moved = divergence(STUDENT + 7.0, TEACHER - 3.0, temperature=1.5)
     torch.testing.assert_close(moved, divergence(STUDENT, TEACHER, temperature=1.5), rtol=1e-12, atol=1e-13)
 
 
-def test_forward_kl_of_a_two_token_example_is_what_a_pocket_calculator_says():
+def test_two_token_example_matches_hand_computed_values():
     p = torch.tensor([[0.75, 0.25]], dtype=torch.float64)
     q = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
     expected = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
@@ -51,7 +51,7 @@ def test_forward_kl_of_a_two_token_example_is_what_a_pocket_calculator_says():
 
 
 @pytest.mark.parametrize(("share", "limit"), [(1e-7, "forward_kl"), (1 - 1e-7, "reverse_kl")])
-def test_normalised_jsd_tends_to_the_two_kls_and_equals_them_at_the_ends(share, limit):
+def test_normalised_jsd_tends_to_both_kls_and_equals_them_at_the_ends(share, limit):
     expected = KL[limit](STUDENT, TEACHER)
     torch.testing.assert_close(reference.jsd(STUDENT, TEACHER, teacher_share=share), expected, rtol=1e-5, atol=1e-7)
     assert torch.equal(reference.jsd(STUDENT, TEACHER, teacher_share=float(round(share))), expected)
@@ -63,7 +63,7 @@ def test_jsd_with_equal_shares_is_symmetric():
 
 @pytest.mark.parametrize(("alpha", "beta", "limit"), [(1.0, 0.0, "forward_kl"), (0.0, 1.0, "reverse_kl")])
 @pytest.mark.parametrize("distance", [0.0, 1e-6])
-def test_alpha_beta_tends_to_the_two_kls_and_equals_them_at_the_ends(alpha, beta, limit, distance):
+def test_alpha_beta_tends_to_both_kls_and_equals_them_at_the_ends(alpha, beta, limit, distance):
     near = reference.alpha_beta(
         STUDENT, TEACHER, ab_alpha=abs(alpha - distance), ab_beta=abs(beta - distance), temperature=2.0
     )
@@ -75,7 +75,7 @@ def test_logit_mse_is_the_mean_over_the_vocabulary_of_the_centred_difference():
     torch.testing.assert_close(reference.logit_mse(STUDENT, TEACHER), gap.var(dim=-1, unbiased=False))
 
 
-def test_total_loss_carries_the_square_of_the_temperature_on_the_divergence_alone():
+def test_total_loss_applies_temperature_squared_to_the_divergence_only():
     labels = torch.tensor([3, -100, 0, 10, 5])
     kd_weight = torch.tensor([1.0, 2.0, 0.0, 0.5, 1.0])
     ce_weight = torch.tensor([1.0, 0.0, 3.0, 0.5, 0.0])
@@ -94,7 +94,7 @@ def test_head_logits_apply_bias_then_scale_then_cap_and_drop_padding_rows():
     torch.testing.assert_close(reference.head_logits(hidden, head, 7), expected[:, :7])
 
 
-def test_every_cell_of_the_matrix_is_declared_and_refusals_say_why():
+def test_every_cell_of_the_matrix_is_declared_and_refusals_give_the_reason():
     assert set(matrix.MATRIX) == {(d, t) for d in reference.DIVERGENCES for t in matrix.TARGETS}
     assert matrix.require("jsd", "dense").kind == "exact"
     with pytest.raises(ValueError, match="'jsd' on target = 'score' is refused: one number per sequence"):

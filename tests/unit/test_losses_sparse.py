@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import (
     SparseTarget,
     linear_cross_entropy,
@@ -17,8 +17,8 @@ from kdtrain.losses import (
     sparse_reference,
     stream,
 )
-from kdtrain.testing.loss_cases import identity_case, random_case, relative_error, streamed_answer
-from kdtrain.testing.sparse_cases import (
+from tests.support.loss_cases import identity_case, random_case, relative_error, streamed_answer
+from tests.support.sparse_cases import (
     SCHEMES,
     SparseCase,
     naive_sparse_answer,
@@ -36,13 +36,13 @@ GRADIENTS = ("grad_hidden", "grad_weight", "grad_bias")
 NORMALISED = [cell for cell in CELLS if cell[0] != "truncated"]
 
 
-def test_the_tests_below_cover_every_cell_that_may_be_entered():
+def test_schemes_cover_every_permitted_cell():
     declared = {cell for cell, value in matrix.MATRIX.items() if value.kind in ("unbiased", "lower_bound", "biased")}
     assert {(name, scheme) for scheme, name in CELLS if scheme != "truncated"} == declared
 
 
 @pytest.mark.parametrize(("scheme", "name"), CELLS)
-def test_loss_and_gradients_are_the_references(scheme, name):
+def test_loss_and_gradients_match_the_reference(scheme, name):
     for vocab, chunk, temperature, properties in [(101, 8, 1.0, True), (1000, 37, 2.0, False), (101, 999, 0.7, True)]:
         for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
             case = sparse_case(
@@ -57,7 +57,7 @@ def test_loss_and_gradients_are_the_references(scheme, name):
 
 
 @pytest.mark.parametrize(("scheme", "name"), CELLS)
-def test_values_per_token_are_the_references(scheme, name):
+def test_values_per_token_match_the_reference(scheme, name):
     case = sparse_case(37, 101, scheme, divergence=name, dtype=torch.float64, properties=True, temperature=2.0)
     parts = streamed_sparse_answer(case)[0].parts
     base = case.base
@@ -76,7 +76,7 @@ def test_values_per_token_are_the_references(scheme, name):
 
 @pytest.mark.parametrize(("scheme", "name"), NORMALISED)
 @pytest.mark.parametrize("offset", [0.0, 80.0])
-def test_rows_of_d_logits_are_right_to_1e_6_and_sum_to_zero(scheme, name, offset):
+def test_rows_of_d_logits_match_to_1e_6_and_sum_to_zero(scheme, name, offset):
     rng = torch.Generator().manual_seed(1)
     student = 3 * torch.randn(37, 101, generator=rng) + offset
     teacher = student + 0.7 * torch.randn(37, 101, generator=rng) - 1.5 * offset
@@ -97,8 +97,8 @@ def test_rows_of_d_logits_are_right_to_1e_6_and_sum_to_zero(scheme, name, offset
 
 @pytest.mark.parametrize("log_tail", [-16.0, -23.0, -60.0])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
-def test_a_tiny_tail_keeps_its_digits_in_float32(name, log_tail):
-    """1 - sum q would lose everything below 1e-7."""
+def test_tiny_tail_is_accurate_in_float32(name, log_tail):
+    """1 - sum q would lose all precision below 1e-7."""
     student = torch.tensor([[12.0, 11.0, log_tail, log_tail - 1.0, log_tail + 0.5]])
     weights = torch.tensor([[0.5, 0.5]])
     record = SparseTarget(torch.tensor([[1, 0]]), weights, torch.tensor([log_tail]), torch.zeros(1), torch.zeros(1))
@@ -119,7 +119,7 @@ def whole_record(logits, temperature):
 
 @pytest.mark.parametrize("name", matrix.F_DIVERGENCES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_record_of_the_whole_vocabulary_is_the_dense_loss(name, temperature):
+def test_record_of_the_whole_vocabulary_equals_the_dense_loss(name, temperature):
     base = random_case(37, 101, divergence=name, dtype=torch.float64, properties=True, temperature=temperature)
     teacher = reference.head_logits(base.hidden_t, base.head_t, 101)
     dense, _ = streamed_answer(base)
@@ -131,7 +131,7 @@ def test_a_record_of_the_whole_vocabulary_is_the_dense_loss(name, temperature):
 
 
 @pytest.mark.parametrize("name", matrix.F_DIVERGENCES)
-def test_a_lower_bound_is_below_the_divergence_and_rises_with_the_ids_kept(name):
+def test_lower_bound_is_below_the_divergence_and_increases_with_the_ids_kept(name):
     base = random_case(37, 101, divergence=name, dtype=torch.float64, temperature=2.0)
     teacher = reference.head_logits(base.hidden_t, base.head_t, 101)
     ids = teacher.argsort(1, descending=True)
@@ -148,7 +148,7 @@ def test_a_lower_bound_is_below_the_divergence_and_rises_with_the_ids_kept(name)
 
 
 @pytest.mark.parametrize("name", matrix.F_DIVERGENCES)
-def test_a_record_of_the_student_itself_gives_no_gradient_beyond_its_own_rounding(name):
+def test_record_of_the_student_itself_gives_a_zero_gradient_up_to_rounding(name):
     case = sparse_case(37, 1000, "top_k_tail", divergence=name, dtype=torch.float64, properties=True, temperature=2.0)
     base = replace(case.base, ce_weight=torch.zeros(37), kd_weight=torch.ones(37))
     logits = reference.head_logits(base.hidden_s, base.head_s, 1000)
@@ -156,7 +156,7 @@ def test_a_record_of_the_student_itself_gives_no_gradient_beyond_its_own_roundin
     got, _ = streamed_sparse_answer(SparseCase(base, rounded))
     other, _ = streamed_sparse_answer(replace(case, base=base))
     assert 0 <= got.parts.kd.min() <= got.parts.kd.max() < 1e-6
-    if name == "tvd":  # its slope is a sign: rounding alone decides on it
+    if name == "tvd":  # its slope is a sign, determined by rounding
         return
     assert got.grad_hidden.norm() < 1e-6 * other.grad_hidden.norm()
     p = (logits / 2.0).softmax(-1)
@@ -168,7 +168,7 @@ def test_a_record_of_the_student_itself_gives_no_gradient_beyond_its_own_roundin
     assert got.grad_hidden.norm() < 1e-13 * other.grad_hidden.norm()
 
 
-def test_weights_of_a_sampled_record_give_the_dense_gradient_on_average():
+def test_sampled_records_give_the_dense_gradient_on_average():
     """E[gradient] over 4000 records of 8 draws against the dense one, in units of its standard error."""
     student, teacher = torch.randn(2, 1, 20, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     copies = 4000
@@ -187,7 +187,7 @@ def test_weights_of_a_sampled_record_give_the_dense_gradient_on_average():
         assert samples.std(0).min() > 1e-3, "nothing was random"
 
 
-def test_logits_outside_the_ids_get_no_gradient_when_both_models_are_renormalised():
+def test_renormalised_models_have_no_gradient_outside_the_ids():
     case = sparse_case(9, 101, "conditional", dtype=torch.float64, temperature=2.0)
     eye = torch.randn(9, 101, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     base = replace(identity_case(eye, eye, case.base), ce_weight=torch.zeros(9), kd_weight=torch.ones(9))
@@ -205,7 +205,7 @@ def test_logits_outside_the_ids_get_no_gradient_when_both_models_are_renormalise
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_kd_weight_zero_is_cross_entropy_whatever_the_record_holds(scheme, temperature):
+def test_kd_weight_zero_is_cross_entropy_for_any_record(scheme, temperature):
     case = sparse_case(37, 1000, scheme, properties=True, dtype=torch.float64, temperature=temperature)
     nonsense = replace(case.target, weights=torch.full_like(case.target.weights, float("nan")))
     base = replace(case.base, kd_weight=torch.zeros(37))
@@ -220,7 +220,7 @@ def test_kd_weight_zero_is_cross_entropy_whatever_the_record_holds(scheme, tempe
     torch.testing.assert_close(got.grad_weight, head.weight.grad, rtol=1e-10, atol=1e-13)
 
 
-def test_weights_one_zero_and_zero_one_each_give_their_own_gradient_with_temperature_squared():
+def test_kd_and_ce_terms_alone_have_their_own_gradients_with_temperature_squared():
     case = sparse_case(9, 101, "top_k_tail", divergence="jsd", dtype=torch.float64, temperature=3.0)
     x = torch.randn(9, 101, generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
     kd = sparse_reference.sparse_kd(x, case.target, divergence="jsd", temperature=3.0)
@@ -234,7 +234,7 @@ def test_weights_one_zero_and_zero_one_each_give_their_own_gradient_with_tempera
         torch.testing.assert_close(got.grad_hidden, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_the_order_of_slots_and_empty_ones_among_them_change_nothing():
+def test_order_of_slots_and_empty_slots_change_nothing():
     case = sparse_case(37, 101, "top_k_tail", divergence="skew_kl", dtype=torch.float64)
     order = torch.rand(37, 17, generator=torch.Generator().manual_seed(8)).argsort(1)
     ids = torch.nn.functional.pad(case.target.ids, (0, 5), value=-1).gather(1, order)
@@ -245,7 +245,7 @@ def test_the_order_of_slots_and_empty_ones_among_them_change_nothing():
     torch.testing.assert_close(got.grad_hidden, expected.grad_hidden, rtol=1e-11, atol=1e-13)
 
 
-def test_limits_of_parameters_are_the_plain_divergences():
+def test_parameters_at_their_limits_give_the_plain_divergences():
     for name, parameters, plain in [
         ("jsd", {"teacher_share": 0.0}, "forward_kl"),
         ("jsd", {"teacher_share": 1.0}, "reverse_kl"),
@@ -262,20 +262,27 @@ def test_limits_of_parameters_are_the_plain_divergences():
         assert relative_error(got.grad_hidden, expected.grad_hidden) < 1e-10
 
 
-def test_tied_heads_and_a_frozen_trunk_get_their_gradients():
+def test_gradients_with_tied_heads_and_with_a_frozen_trunk():
     case = sparse_case(9, 101, "top_k_tail", dtype=torch.float64)
     shard = VocabShard.of(101, multiple=1)
     weight = case.base.head_s.weight.clone().requires_grad_()
     tokens = torch.arange(9) * 7
     shared = {
-        "kd_weight": case.base.kd_weight, "ce_weight": case.base.ce_weight, "shard": shard, "slab_bytes": 8 * 2048 * 3
-    }  # fmt: skip
+        "kd_weight": case.base.kd_weight,
+        "ce_weight": case.base.ce_weight,
+        "shard": shard,
+        "slab_bytes": 8 * 2048 * 3,
+    }
     linear_sparse_kd_loss(weight[tokens], weight, case.target, case.base.labels, **shared).loss.backward()
     naive = case.base.head_s.weight.clone().requires_grad_()
     sparse_reference.sparse_total_loss(
-        naive[tokens] @ naive.T, case.target, case.base.labels, temperature=1.0,
-        kd_weight=case.base.kd_weight, ce_weight=case.base.ce_weight,
-    ).backward()  # fmt: skip
+        naive[tokens] @ naive.T,
+        case.target,
+        case.base.labels,
+        temperature=1.0,
+        kd_weight=case.base.kd_weight,
+        ce_weight=case.base.ce_weight,
+    ).backward()
     torch.testing.assert_close(weight.grad, naive.grad, rtol=1e-10, atol=1e-12)
 
     head = case.base.head_s.weight.clone().requires_grad_()
@@ -297,14 +304,21 @@ def test_z_loss_and_main_grad_work_as_in_the_dense_loss():
     base, buffer = case.base, torch.ones(101, 16, dtype=torch.float64)
     head = replace(base.head_s, weight=base.head_s.weight.clone().requires_grad_())
     linear_sparse_kd_loss(
-        base.hidden_s, head, case.target, base.labels, temperature=2.0, kd_weight=base.kd_weight,
-        ce_weight=base.ce_weight, shard=VocabShard.of(101, multiple=1), main_grad=buffer,
-    ).loss.backward()  # fmt: skip
+        base.hidden_s,
+        head,
+        case.target,
+        base.labels,
+        temperature=2.0,
+        kd_weight=base.kd_weight,
+        ce_weight=base.ce_weight,
+        shard=VocabShard.of(101, multiple=1),
+        main_grad=buffer,
+    ).loss.backward()
     assert head.weight.grad is None
     torch.testing.assert_close(buffer - 1.0, plain.grad_weight, rtol=1e-9, atol=1e-11)
 
 
-def test_bfloat16_inputs_lose_no_more_than_their_own_rounding():
+def test_bfloat16_error_is_one_rounding_of_the_gradient():
     for scheme, name in (("top_k_tail", "reverse_kl"), ("sampled", "forward_kl"), ("conditional", "jsd")):
         case = sparse_case(37, 1000, scheme, divergence=name, dtype=torch.bfloat16, widths=(64, 64))
         expected, (got, _) = naive_sparse_answer(case), streamed_sparse_answer(case)
@@ -315,7 +329,7 @@ def test_bfloat16_inputs_lose_no_more_than_their_own_rounding():
             assert relative_error(getattr(got, which), getattr(expected, which)) < 2**-9
 
 
-def test_tokens_masked_by_an_infinite_bias_change_nothing():
+def test_ids_masked_by_an_infinite_bias_change_nothing():
     case = sparse_case(11, 101, "top_k_tail", divergence="jsd", dtype=torch.float64, temperature=2.0)
     weights = case.base.head_s.weight
     bias = torch.zeros(101, dtype=torch.float64)
@@ -334,16 +348,22 @@ def test_tokens_masked_by_an_infinite_bias_change_nothing():
     assert kept.grad_hidden.isfinite().all()
 
 
-def test_no_grad_gives_the_same_bits_and_an_empty_batch_is_fine():
+def test_no_grad_gives_the_same_bits_and_empty_batches_work():
     case = sparse_case(19, 101, "top_k_tail", divergence="jsd", temperature=2.0)
     with_grad = streamed_sparse_answer(case)[0].parts
     base, shard = case.base, VocabShard.of(101, multiple=1)
     shared = {"divergence": "jsd", "temperature": 2.0, "shard": shard}
     with torch.no_grad():
         parts = linear_sparse_kd_loss(
-            base.hidden_s.clone().requires_grad_(), base.head_s, case.target, base.labels, kd_weight=base.kd_weight,
-            ce_weight=base.ce_weight, slab_bytes=stream.bytes_per_token(shard, None, torch.float32) * 8, **shared,
-        )  # fmt: skip
+            base.hidden_s.clone().requires_grad_(),
+            base.head_s,
+            case.target,
+            base.labels,
+            kd_weight=base.kd_weight,
+            ce_weight=base.ce_weight,
+            slab_bytes=stream.bytes_per_token(shard, None, torch.float32) * 8,
+            **shared,
+        )
     assert not parts.loss.requires_grad
     assert torch.equal(parts.loss, with_grad.loss.detach())
     assert torch.equal(parts.kd, with_grad.kd)
@@ -355,7 +375,7 @@ def test_no_grad_gives_the_same_bits_and_an_empty_batch_is_fine():
     assert float(parts.loss) == 0.0
 
 
-def test_draws_of_one_id_are_merged_and_their_weights_added():
+def test_draws_of_the_same_id_are_merged_and_their_weights_added():
     ids = torch.tensor([[5, 2, 5, -1, 2, 5], [-1, -1, -1, -1, -1, -1], [4, 3, 2, 1, 0, 9]], dtype=torch.int32)
     weights = torch.tensor([[0.1, 0.2, 0.3, 0.0, 0.25, 0.15], [0.0] * 6, [0.5, 0.1, 0.1, 0.1, 0.1, 0.1]])
     kept, summed = merge_duplicates(ids, weights)

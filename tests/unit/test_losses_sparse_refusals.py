@@ -1,4 +1,4 @@
-"""What the sparse loss refuses, by name, value and rule; and the cells of the matrix that it refuses with a reason."""
+"""Refusals of the sparse loss by name, value and rule; and refused cells of the matrix with their reason."""
 
 from dataclasses import replace
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from kdtrain_kernels import sparse_dispatch, sparse_rows
 
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_sparse_kd_loss, matrix, reference
-from kdtrain.testing.sparse_cases import sparse_case
+from tests.support.sparse_cases import sparse_case
 
 GOOD = sparse_case(9, 101, "top_k_tail")
 SAMPLED = sparse_case(9, 101, "sampled").target
@@ -76,7 +76,7 @@ BAD = {
     "unbiased with a tail": (record(unbiased=True), r"target.unbiased = True with a log_tail"),
     "id too large": (record(ids=changed(IDS, (3, 1), 101)), r"need be in \[0, 101\), or -1; token 3 has \["),
     "id too small": (record(ids=changed(IDS, (3, 1), -2)), r"need be in \[0, 101\), or -1; token 3 has \["),
-    "id twice": (record(ids=TWICE), r"target.ids hold an id twice; merge_duplicates puts them together; token 2 has"),
+    "id twice": (record(ids=TWICE), r"target.ids hold an id twice; merge_duplicates merges them; token 2 has"),
     "negative weight": (record(weights=changed(WEIGHTS, (1, 0), -0.1)), r"need be finite, >= 0, .*; token 1 has"),
     "nan weight": (record(weights=changed(WEIGHTS, (1, 0), float("nan"))), r"need be finite, >= 0, .*; token 1 has"),
     "weight of an empty slot": (
@@ -108,7 +108,7 @@ BAD = {
     ),
     "alpha-beta": (
         {"divergence": "alpha_beta", "allow_biased": True},
-        r"'alpha_beta' on target = 'top_k_tail' is refused: it is no f-divergence",
+        r"'alpha_beta' on target = 'top_k_tail' is refused: it is not an f-divergence",
     ),
     "logits": (
         {"divergence": "logit_mse", "allow_biased": True},
@@ -130,7 +130,7 @@ def test_weights_without_a_tail_need_not_sum_to_one():
     assert short.kd.isfinite().all()
 
 
-def test_records_of_tokens_that_do_not_count_may_hold_anything_but_bad_ids():
+def test_records_of_tokens_with_weight_zero_may_hold_anything_but_bad_ids():
     off = changed(torch.ones(9), 3, 0.0)
     unsound = record(weights=changed(WEIGHTS, 3, float("nan")), log_tail=changed(TAIL, 3, float("nan")))
     head = GOOD.base.head_s.weight.clone().requires_grad_()
@@ -143,7 +143,7 @@ def test_records_of_tokens_that_do_not_count_may_hold_anything_but_bad_ids():
     assert torch.equal(head.grad, sound.grad)
 
 
-def test_cells_of_the_matrix_say_what_they_are_worth_and_why():
+def test_cells_of_the_matrix_have_their_kind_and_reason():
     kinds = {cell: value.kind for cell, value in matrix.MATRIX.items()}
     assert kinds["forward_kl", "sampled"] == "unbiased"
     assert [d for d in reference.DIVERGENCES if kinds[d, "top_k_tail"] == "lower_bound"] == list(matrix.F_DIVERGENCES)

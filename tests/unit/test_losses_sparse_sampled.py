@@ -1,16 +1,16 @@
-"""Records as a teacher makes them: each estimator is taken for what it is, and draws average to the truth."""
+"""Records made by a teacher: each estimator gets the right kind of loss, and draws are unbiased."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import reference
 from kdtrain.losses.sparse_targets import target_kind
 from kdtrain.teacher.sampling import sample_targets
-from kdtrain.testing.loss_cases import identity_case, random_case, relative_error
-from kdtrain.testing.sparse_cases import SparseCase, naive_sparse_answer, streamed_sparse_answer
+from tests.support.loss_cases import identity_case, random_case, relative_error
+from tests.support.sparse_cases import SparseCase, naive_sparse_answer, streamed_sparse_answer
 
 ESTIMATORS = {
     "top_k": ({}, "top_k"),
@@ -25,14 +25,22 @@ ESTIMATORS = {
 def sampled(hidden, head, vocab_size, estimator, temperature):
     count = torch.arange(len(hidden))
     return sample_targets(
-        hidden, head, estimator=estimator, k=8, seed=3, sample_ids=count, positions=count, temperature=temperature,
-        shard=VocabShard.of(vocab_size, multiple=1), **ESTIMATORS[estimator][0],
-    )  # fmt: skip
+        hidden,
+        head,
+        estimator=estimator,
+        k=8,
+        seed=3,
+        sample_ids=count,
+        positions=count,
+        temperature=temperature,
+        shard=VocabShard.of(vocab_size, multiple=1),
+        **ESTIMATORS[estimator][0],
+    )
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_record_of_every_estimator_gives_the_references_gradient(estimator, temperature):
+def test_records_of_every_estimator_match_the_gradient_of_the_reference(estimator, temperature):
     base = random_case(37, 101, properties=True, dtype=torch.float64, temperature=temperature)
     target = sampled(base.hidden_t, base.head_t, 101, estimator, temperature)
     assert target_kind(target) == ESTIMATORS[estimator][1]
@@ -45,7 +53,7 @@ def test_a_record_of_every_estimator_gives_the_references_gradient(estimator, te
 
 @pytest.mark.parametrize("estimator", [name for name, (_, kind) in ESTIMATORS.items() if kind == "sampled"])
 def test_draws_give_the_dense_value_and_gradient_on_average(estimator):
-    """Over 3000 tokens that differ in their draws alone, in units of the mean's standard error."""
+    """Over 3000 tokens that differ in their draws only, in units of the mean's standard error."""
     copies, temperature = 3000, 2.0
     student, teacher = 2 * torch.randn(2, 1, 24, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     base = identity_case(student.repeat(copies, 1), teacher.repeat(copies, 1), random_case(copies, 24, temperature=2.0))

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models import attention, attention_probe
 from kdtrain.models.attention import FLASH, ONE_MASK, common_name, resolve_attention
@@ -64,14 +64,14 @@ def batch_of(positions=POSITIONS):
 @pytest.mark.parametrize("name", sorted(TINY))
 @pytest.mark.parametrize("implementation", ["packed", *FLASH, ONE_MASK])
 @pytest.mark.parametrize("packed", [True, False])
-def test_a_rotary_transformer_can_use_all(name, implementation, packed):
+def test_rotary_transformer_can_use_every_implementation(name, implementation, packed):
     settings = tiny_config(name)
     assert obstacle(settings.pop("model_type"), implementation, packed=packed, **settings) is None
 
 
 @pytest.mark.parametrize("name", ["stablelm", "nemotron"])
 @pytest.mark.parametrize("implementation", FLASH)
-def test_layers_that_drop_keyword_arguments_lose_the_boundaries(name, implementation):
+def test_layers_that_drop_keyword_arguments_are_detected(name, implementation):
     settings = {**COMMON, "head_dim": 8} if name == "nemotron" else COMMON
     assert "document boundaries do not reach" in obstacle(name, implementation, **settings)
     assert obstacle(name, implementation, packed=False, **settings) is None, "without documents nothing is lost"
@@ -80,20 +80,22 @@ def test_layers_that_drop_keyword_arguments_lose_the_boundaries(name, implementa
 
 
 @pytest.mark.parametrize("name", ["gpt_neo", "falcon", "gptj"])
-def test_flash_classes_of_an_architectures_own_are_not_used(name):
+def test_custom_flash_classes_of_an_architecture_are_not_used(name):
     import transformers.models as models
 
     code = getattr(getattr(models, name), f"modeling_{name}")
     own = any("FlashAttention2" in kind for kind in vars(code))
-    assert own == (name != "gptj" or not AutoModelForCausalLM._model_mapping[
-        type(AutoConfig.for_model(name))]._can_set_attn_implementation())  # fmt: skip
+    assert own == (
+        name != "gptj"
+        or not AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(name))]._can_set_attn_implementation()
+    )
     for implementation in ("packed", *FLASH):
         found = obstacle(name, implementation)
         assert ("chooses its attention code by itself" in found) if own else found is None
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "granite_swa", "granitemoe_swa", "flint", "mimo_v2_flash"])
-def test_an_implementation_that_transformers_would_replace_is_not_used(name):
+def test_implementation_that_transformers_would_replace_is_not_used(name):
     kind = AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(name))]
     listed = kind._compatible_flash_implementations
     assert "flash_attention_2" not in listed
@@ -113,7 +115,7 @@ def _as(kind, facts):
     return model
 
 
-def test_sinks_need_an_implementation_that_takes_them():
+def test_sinks_need_an_implementation_that_supports_them():
     settings = {**COMMON, "head_dim": 8}
     model = on_meta("granite_swa", **settings)
     assert attention_obstacle(model, "it", "flash_attention_4") is None
@@ -133,7 +135,7 @@ def test_sinks_need_an_implementation_that_takes_them():
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_the_stand_in_computes_what_masked_attention_computes(window, scaling):
+def test_flash_stand_in_matches_masked_attention(window, scaling):
     torch.manual_seed(0)
     query, key, value = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 6)
     module = torch.nn.Module()
@@ -147,15 +149,21 @@ def test_the_stand_in_computes_what_masked_attention_computes(window, scaling):
 
     def found(**more):
         return flash_stand_in(
-            module, query, key, value, implementation="flash_attention_2", scaling=scaling, sliding_window=window,
+            module,
+            query,
+            key,
+            value,
+            implementation="flash_attention_2",
+            scaling=scaling,
+            sliding_window=window,
             **more,
-        )[0]  # fmt: skip
+        )[0]
 
     torch.testing.assert_close(found(**boundaries, max_length_k=8), want)
     assert (found(**boundaries) - want).abs().max() > 0.01, "three of the four are not enough"
 
 
-def test_a_layer_that_skips_the_interface_is_noticed(monkeypatch):
+def test_layer_that_bypasses_the_attention_interface_is_detected(monkeypatch):
     """A class that looks its attention up, but not in every layer."""
     from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -171,7 +179,7 @@ def test_a_layer_that_skips_the_interface_is_noticed(monkeypatch):
     assert found == "LlamaAttention does not call the attention that the config names"
 
 
-def test_the_heads_of_the_model_count_and_not_those_of_the_copy():
+def test_head_width_is_the_models_and_not_the_copys():
     model = on_meta("gemma4_text")
     assert head_width(model) == 512
     found = attention_obstacle(model, "it", "flash_attention_2")
@@ -181,25 +189,25 @@ def test_the_heads_of_the_model_count_and_not_those_of_the_copy():
     assert "264 wide" not in str(obstacle("llama", "packed", **{**COMMON, "head_dim": 264}))
 
 
-def test_rules_of_a_class_of_its_own_are_not_guessed():
+def test_custom_flash_rules_of_a_class_are_refused():
     assert "rules of its own" in obstacle("hrm_text", "flash_attention_2", **COMMON)
 
 
 @pytest.fixture
 def installed(monkeypatch):
-    """As if the packages of flash-attention were there."""
+    """Pretend that the packages of flash-attention are installed."""
     monkeypatch.setattr(attention, "flash_obstacle", lambda name: None)
 
 
 @pytest.mark.parametrize(("name", "chosen"), [("llama", "flash_attention_2"), ("stablelm", "sdpa")])
-def test_what_auto_takes_on_a_gpu_is_decided_without_one(installed, name, chosen):
+def test_choice_of_auto_for_a_gpu_is_made_without_one(installed, name, chosen):
     measured = partial(attention_obstacle, on_meta(name, **COMMON), name)
     found, reason = resolve_attention("auto", device_type="cuda", dtype="bfloat16", measured=measured)
     assert found == chosen
     assert name == "llama" or "document boundaries do not reach StableLmAttention" in reason
 
 
-def test_the_check_refuses_flash_attention_that_would_join_documents(tmp_path, installed):
+def test_check_refuses_flash_attention_that_joins_documents(tmp_path, installed):
     spec = spec_of(tmp_path, "stablelm", attention="flash_attention_2", dtype="bfloat16")
     with pytest.raises(ConfigError, match="'flash_attention_2' cannot be used: document boundaries do not reach"):
         check_architecture(spec, 99, Mesh())
@@ -207,7 +215,7 @@ def test_the_check_refuses_flash_attention_that_would_join_documents(tmp_path, i
     check_architecture(spec_of(tmp_path, attention="flash_attention_2", dtype="bfloat16"), 99, Mesh())
 
 
-def test_the_check_knows_that_auto_will_be_flash_attention(tmp_path, installed):
+def test_check_resolves_auto_to_flash_attention(tmp_path, installed):
     spec = spec_of(tmp_path, dtype="bfloat16")
     assert check_architecture(spec, 99, Mesh()).implementation == "flash_attention_2"
     assert load(spec).implementation == "packed"
@@ -220,7 +228,7 @@ def test_auto_on_a_cpu(tmp_path, packed, name):
         assert backbone.attention == backbone.config._attn_implementation == name
 
 
-def test_sdpa_beside_packed_documents_means_one_mask_for_all_layers(tmp_path):
+def test_sdpa_with_packed_documents_uses_one_mask_for_all_layers(tmp_path):
     backbone = load(spec_of(tmp_path, attention="sdpa"))
     assert backbone.config._attn_implementation == ONE_MASK
     assert backbone.attention == common_name(ONE_MASK) == "sdpa"
@@ -256,7 +264,7 @@ def _hidden_and_masks(backbone):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_additive_mask_is_the_bool_mask_to_the_last_bit(dtype):
+def test_additive_mask_gives_the_bits_of_the_bool_mask(dtype):
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 4, 12, 8, dtype=dtype) for _ in range(3))
     mask = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 1, 12, 12)
@@ -266,7 +274,7 @@ def test_an_additive_mask_is_the_bool_mask_to_the_last_bit(dtype):
 
 
 @pytest.mark.parametrize("settings", [{}, {"model_type": "gemma3_text", "head_dim": 8, **WINDOW}])
-def test_one_mask_gives_what_sdpa_gives(tmp_path, settings):
+def test_one_mask_matches_sdpa(tmp_path, settings):
     backbone = load(spec_of(tmp_path, attention="sdpa", **settings))
     with torch.no_grad():
         found = backbone.hidden_states(batch_of())
@@ -275,7 +283,7 @@ def test_one_mask_gives_what_sdpa_gives(tmp_path, settings):
 
 
 @pytest.mark.parametrize("attention", ["packed", "sdpa"])
-def test_no_name_of_ours_is_written_into_an_export(tmp_path, attention):
+def test_export_contains_no_implementation_name_of_kdtrain(tmp_path, attention):
     backbone = load(spec_of(tmp_path / "model", attention=attention))
     shapes = backbone.full_shapes()
     state = {name: param[: shapes[name][0]] for name, param in backbone.hf_parameters()}
@@ -288,13 +296,13 @@ def test_no_name_of_ours_is_written_into_an_export(tmp_path, attention):
     assert "attn_implementation" not in backbone.config.to_json_string(use_diff=False)
 
 
-def test_what_transformers_makes_of_a_name_is_compared_with_it():
+def test_implementation_set_by_transformers_is_verified():
     with pytest.raises(ConfigError, match=r"it: attention = 'packed' cannot be set: transformers sets 'sdpa' instead"):
         set_attention(on_meta("falcon", **COMMON), "packed", "it")
 
 
 @pytest.mark.parametrize("error", [ImportError("no such kernel"), ValueError("not here")])
-def test_what_transformers_refuses_is_refused(monkeypatch, error):
+def test_implementation_that_transformers_rejects_is_refused(monkeypatch, error):
     model = on_meta("llama", **COMMON)
 
     def refuse(self, name, **settings):
@@ -306,7 +314,7 @@ def test_what_transformers_refuses_is_refused(monkeypatch, error):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_masks_beyond_what_torch_can_count_are_refused_before_a_gpu_is_there(tmp_path):
+def test_masks_beyond_32_bit_offsets_are_refused_without_a_gpu(tmp_path):
     for name in ("llama", "stablelm"):
         spec = spec_of(tmp_path, name, attention="sdpa", seq_len=46341)
         with pytest.raises(ConfigError, match=r"'sdpa' cannot be used: sequences of 46341 tokens with a mask"):

@@ -12,12 +12,12 @@ def obstacle(implementation, **changes):
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa", "packed", "flash_attention_2", "flash_attention_3"])
-def test_usual_sizes_are_no_obstacle(name):
+def test_usual_sizes_are_accepted(name):
     assert obstacle(name) is None
     assert obstacle(name, packed=False, seq_len=32768, sequences=1) is None
 
 
-def test_masked_sdpa_stops_where_s_squared_leaves_32_bits():
+def test_masked_sdpa_is_refused_where_s_squared_exceeds_32_bits():
     assert obstacle("sdpa", seq_len=46340, sequences=1, heads=8) is None
     assert "46340" in obstacle("sdpa", seq_len=46341, sequences=1, heads=8)
     assert obstacle("sdpa", seq_len=46341, sequences=1, heads=8, packed=False) is None  # no mask
@@ -25,7 +25,7 @@ def test_masked_sdpa_stops_where_s_squared_leaves_32_bits():
     assert obstacle("packed", seq_len=46341, sequences=1, heads=8) is None
 
 
-def test_flash_stops_where_its_buffer_leaves_32_bits():
+def test_flash_is_refused_where_its_buffer_exceeds_32_bits():
     assert obstacle("sdpa", packed=False, seq_len=65408, sequences=8) is None
     assert "gradients" in obstacle("sdpa", packed=False, seq_len=65409, sequences=8)  # rounded up to 65536
     assert "gradients" in obstacle("flash_attention_2", seq_len=65536, sequences=8)
@@ -36,14 +36,14 @@ def test_flash_stops_where_its_buffer_leaves_32_bits():
     assert obstacle("packed", seq_len=2**19, sequences=1, heads=42, head_width=80) is None
 
 
-def test_sequences_stop_at_the_grid():
+def test_sequences_are_limited_by_the_grid_axis():
     tiny = {"packed": False, "seq_len": 1, "heads": 1, "head_width": 8}
     assert obstacle("sdpa", sequences=65535, **tiny) is None
     assert "65535" in obstacle("sdpa", sequences=65536, **tiny)
     assert obstacle("packed", sequences=65536, **tiny) is None
 
 
-def test_calls_are_cut_below_the_reported_failure():
+def test_calls_are_split_below_the_reported_failure():
     # Dao-AILab/flash-attention 2260: 8300 sequences of one token, 16 heads of 128
     assert not flash_fits(8300, 8300, 16, 128)
     assert flash_fits(4000, 4000, 16, 128)

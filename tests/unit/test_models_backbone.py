@@ -1,4 +1,4 @@
-"""Backbone in one process: equal to the stock model, blind across documents, exact about its head."""
+"""Backbone in one process: equal to the stock model, separates documents, exact head."""
 
 import dataclasses
 
@@ -7,14 +7,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import generic
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.backbone import Backbone, call_with_head
 from kdtrain.models.tiny import TINY, tiny_config
-from kdtrain.parallel import plan_cuts, shard_model
+from kdtrain.parallel import plan_shards, shard_model
 
 OTHERS = {
     "cohere": {"logit_scale": 0.25},
@@ -35,7 +35,7 @@ def stock(name, **changes):
 
 def backbone_of(model, vocab_size=101):
     shard = VocabShard.of(vocab_size, total_rows=101)
-    cuts = plan_cuts(model, 1, shard.rows)
+    cuts = plan_shards(model, 1, shard.rows)
     return Backbone(shard_model(model, Mesh(), shard), shard, cuts)
 
 
@@ -64,7 +64,7 @@ def test_head_shard_and_hidden_states_give_the_logits_of_the_stock_model(name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3"])
 @torch.no_grad()
-def test_a_packed_document_gets_the_hidden_states_it_gets_alone(name):
+def test_packed_document_has_the_hidden_states_of_the_document_alone(name):
     backbone = backbone_of(stock(name))
     ids = random_ids(1, 12)
     packed = backbone.hidden_states(batch_of(ids, torch.tensor([[*range(5), *range(1), *range(6)]])))
@@ -82,7 +82,7 @@ def test_document_boundaries_are_found_in_every_row():
     assert boundaries.tolist() == [0, 3, 4, 6, 8, 12]
 
 
-def test_flash_attention_is_told_the_document_boundaries():
+def test_flash_attention_receives_the_document_boundaries():
     backbone = backbone_of(stock("llama"))
     backbone.config._attn_implementation_internal = "flash_attention_2"
     batch = batch_of(random_ids(1, 6), torch.tensor([[0, 1, 0, 1, 2, 0]]))
@@ -107,7 +107,7 @@ def test_names_and_shapes_are_those_of_the_stock_model_with_tied_weights_once():
         )
 
 
-def test_rope_frequencies_survive_a_cast_of_the_whole_model():
+def test_rope_frequencies_stay_float32_after_a_cast_of_the_model():
     backbone = backbone_of(stock("llama"))
     before = backbone.model.model.rotary_emb.inv_freq.clone()
     backbone.to(torch.bfloat16)
@@ -115,7 +115,7 @@ def test_rope_frequencies_survive_a_cast_of_the_whole_model():
     assert backbone.lm_head_shard.weight.dtype == torch.bfloat16
 
 
-def test_a_head_whose_weight_was_taken_away_says_so():
+def test_head_without_its_weight_under_zero3_is_refused():
     backbone = backbone_of(stock("llama"))
     backbone.lm_head_module.weight.data = torch.empty(0)  # what ZeRO-3 does
     with pytest.raises(ParallelError, match="head_fn"):
@@ -129,7 +129,7 @@ class Answer:
     detached: torch.Tensor
 
 
-def test_only_plain_tensors_with_gradients_pass_module_borders():
+def test_only_plain_tensors_with_gradients_leave_modules():
     backbone = backbone_of(stock("llama"))
     passed = []
     backbone.lm_head_module.register_forward_hook(lambda module, args, output: passed.append(output))
@@ -148,7 +148,7 @@ def test_only_plain_tensors_with_gradients_pass_module_borders():
     assert call_with_head(backbone, batch_of(random_ids()), lambda hidden, head: hidden.shape[0]) == 34
 
 
-def test_a_model_that_keeps_a_cache_is_refused(monkeypatch):
+def test_model_that_returns_a_cache_is_refused(monkeypatch):
     backbone = backbone_of(stock("llama"))
     base = backbone.model.base_model
 
@@ -156,19 +156,19 @@ def test_a_model_that_keeps_a_cache_is_refused(monkeypatch):
         return type(base).forward(base, **{**arguments, "use_cache": True})
 
     monkeypatch.setattr(base, "forward", with_cache)
-    with pytest.raises(ConfigError, match="keeps a cache although"):
+    with pytest.raises(ConfigError, match="returns a cache although use_cache is False"):
         backbone.hidden_states(batch_of(random_ids()))
 
 
-def test_looking_for_a_cache_warns_of_no_old_name(monkeypatch):
-    said = []
-    monkeypatch.setattr(generic.logger, "warning_once", lambda message, *_: said.append(message))
+def test_cache_lookup_triggers_no_deprecation_warning(monkeypatch):
+    messages = []
+    monkeypatch.setattr(generic.logger, "warning_once", lambda message, *_: messages.append(message))
     backbone_of(stock("llama")).hidden_states(batch_of(random_ids()))
-    assert said == []
+    assert messages == []
 
 
 @pytest.mark.parametrize("bad", [-1, 99, 101, 127, 128])
-def test_an_id_that_is_no_token_is_an_error_not_a_zero_vector(bad):
+def test_id_outside_the_vocabulary_is_an_error(bad):
     """The model has 101 rows, padded to 128, of which the tokenizer uses 99."""
     backbone = backbone_of(stock("llama"), vocab_size=99)
     ids = torch.tensor([[1, bad, 98]])

@@ -17,7 +17,7 @@ from kdtrain.models.flops import (
 
 
 def without(*names):
-    """What measuring says of an architecture that cannot use `names`."""
+    """The measurement of an architecture that cannot use `names`."""
     return lambda name: f"no {name} here" if name in names else None
 
 
@@ -30,13 +30,13 @@ def auto(device="cuda", dtype="bfloat16", **how):
     return resolve_attention("auto", device_type=device, dtype=dtype, **how)
 
 
-def test_auto_means_attention_without_a_mask_on_a_cpu_and_says_why():
+def test_auto_takes_packed_attention_on_a_cpu_with_the_reason():
     choice, reason = auto("cpu", "float32")
     assert choice == "packed"
     assert reason == "auto: flash_attention_2 needs a CUDA device, this is cpu"
 
 
-def test_auto_takes_the_first_that_the_architecture_can_use(installed):
+def test_auto_takes_the_first_implementation_that_the_architecture_supports(installed):
     assert auto() == ("flash_attention_2", "auto: flash-attn can be imported and the device is CUDA")
     assert auto(dtype="float32")[0] == "packed"
     assert auto(measured=without("flash_attention_2"))[0] == "packed"
@@ -45,19 +45,19 @@ def test_auto_takes_the_first_that_the_architecture_can_use(installed):
     assert auto(measured=without("flash_attention_2", "packed", "sdpa"))[0] == "eager"
 
 
-def test_sdpa_goes_before_ours_where_it_needs_no_mask(installed):
+def test_sdpa_precedes_packed_where_it_needs_no_mask(installed):
     assert auto("cpu", packed=False)[0] == "sdpa"
     assert auto("cpu", packed=False, measured=without("sdpa"))[0] == "packed"
     assert auto(packed=False)[0] == "flash_attention_2"
 
 
-def test_nothing_is_measured_that_is_not_needed():
-    asked = []
-    resolve_attention("auto", device_type="cpu", dtype="float32", measured=asked.append)
-    assert asked == ["packed"]
+def test_only_needed_implementations_are_measured():
+    measured = []
+    resolve_attention("auto", device_type="cpu", dtype="float32", measured=measured.append)
+    assert measured == ["packed"]
 
 
-def test_auto_does_not_flee_from_a_mask_that_is_too_large_to_a_larger_one():
+def test_auto_does_not_fall_back_to_eager_if_the_mask_is_too_large():
     size = without("sdpa")
     assert auto("cpu", size=size)[0] == "packed"
     with pytest.raises(ConfigError, match=r"finds no implementation(.|\n)*    eager: no sdpa here\n(.|\n)*seq_len"):
@@ -66,17 +66,20 @@ def test_auto_does_not_flee_from_a_mask_that_is_too_large_to_a_larger_one():
 
 
 @pytest.mark.parametrize("name", ["sdpa", "packed", "flash_attention_2", "flash_attention_4"])
-def test_an_explicit_choice_that_the_architecture_cannot_use_is_refused_with_what_was_measured(installed, name):
+def test_explicit_choice_is_refused_with_the_measurement(installed, name):
     for how in ({"measured": without(name)}, {"size": without(name)}):
         with pytest.raises(ConfigError, match=f"attention = '{name}' cannot be used: no {name} here"):
             resolve_attention(name, device_type="cuda", dtype="bfloat16", **how)
-    assert resolve_attention(name, device_type="cuda", dtype="bfloat16", measured=without("x")) == (name, "asked for")
+    assert resolve_attention(name, device_type="cuda", dtype="bfloat16", measured=without("x")) == (
+        name,
+        "explicit setting",
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "least"), [("flash_attention_2", 8), ("flash_attention_3", 8), ("flash_attention_4", 9)]
 )
-def test_kernels_for_newer_gpus_are_not_taken_on_older_ones(installed, name, least):
+def test_kernels_for_newer_gpus_are_not_used_on_older_ones(installed, name, least):
     def resolved(wanted, major):
         return resolve_attention(wanted, device_type="cuda", dtype="bfloat16", capability=(major, 0))[0]
 
@@ -95,20 +98,24 @@ def test_kernels_for_newer_gpus_are_not_taken_on_older_ones(installed, name, lea
         ("flash", "cuda", "bfloat16", "not known"),
     ],
 )
-def test_an_explicit_choice_that_cannot_work_is_an_error(wanted, device, dtype, match):
+def test_explicit_choice_that_cannot_work_is_an_error(wanted, device, dtype, match):
     with pytest.raises(ConfigError, match=match):
         resolve_attention(wanted, device_type=device, dtype=dtype)
 
 
-def test_an_explicit_choice_that_works_is_taken():
-    assert resolve_attention("eager", device_type="cpu", dtype="float32") == ("eager", "asked for")
+def test_explicit_choice_that_works_is_used():
+    assert resolve_attention("eager", device_type="cpu", dtype="float32") == ("eager", "explicit setting")
 
 
 def config_of(*, tied):
     return SimpleNamespace(
-        vocab_size=1000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, head_dim=16,
+        vocab_size=1000,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        head_dim=16,
         tie_word_embeddings=tied,
-    )  # fmt: skip
+    )
 
 
 def test_flops_count_the_head_once_and_attention_by_length():

@@ -1,4 +1,4 @@
-"""A model whose language model is a part of it is refused by that name, and its text part, saved alone, is read."""
+"""A multimodal model is refused by its kind, and its text part, saved alone, is loaded."""
 
 import json
 import re
@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models.composite import refuse_composite
 from kdtrain.models.load import ModelSpec, build_config, load_backbone, model_rows
@@ -39,7 +39,7 @@ def refused(folder, work):
         ({"model_type": "qwen2_5_omni", "thinker_config": {}}, "thinker_config", None),
     ],
 )
-def test_a_text_and_image_model_is_refused_by_its_kind(tmp_path, settings, part, text_type):
+def test_text_and_image_model_is_refused_by_its_kind(tmp_path, settings, part, text_type):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     for work in (lambda spec: model_rows(spec, 9), lambda spec: build_config(spec, 9)):
         message = refused(tmp_path, work)
@@ -50,7 +50,7 @@ def test_a_text_and_image_model_is_refused_by_its_kind(tmp_path, settings, part,
         assert "use a model of text alone" in message
 
 
-def test_no_causal_model_of_text_is_taken_for_a_part():
+def test_no_causal_text_model_is_refused_as_a_part():
     """Every class that transformers lists for causal language models, but those with a text part of their own."""
     refused_types = set()
     for config in AutoModelForCausalLM._model_mapping:
@@ -65,7 +65,7 @@ def test_no_causal_model_of_text_is_taken_for_a_part():
 
 
 @pytest.mark.parametrize(("kind", "vision"), [("gemma3", "siglip_vision_model"), ("mistral3", "pixtral")])
-def test_the_documented_recipe_saves_a_text_part_that_is_read_exactly(tmp_path, kind, vision):
+def test_documented_recipe_saves_a_text_part_that_loads_exactly(tmp_path, kind, vision):
     # with a soft-cap the larger Gemma 3 class, which does not apply it, would compute other logits
     text = {
         "gemma3": tiny_config("gemma3", final_logit_softcapping=None),

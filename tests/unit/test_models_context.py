@@ -1,4 +1,4 @@
-"""Which models may run on parts of their sequences, and what their attention is told: measured, never assumed."""
+"""Which models may run on parts of their sequences, and what their attention receives, by measurement."""
 
 import json
 
@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.context import ARGUMENT, Context, use_context, whole_sequences
@@ -45,7 +45,7 @@ def hidden(model, **more):
     ],
     ids=lambda value: value if isinstance(value, str) else value["model_type"],
 )
-def test_over_one_rank_our_attention_is_the_models_own(attention, config):
+def test_context_attention_over_one_rank_matches_the_stock_model(attention, config):
     model = stock(attention, **config)
     want = hidden(model)
     use_context(model, Mesh(), "it")
@@ -65,18 +65,21 @@ def test_rotary_transformers_pass(name):
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({**TINY["llama"], "model_type": "mamba"}, "tokens see others outside of attention"),
-        ({**TINY["llama"], "model_type": "bloom", "n_head": 4, "n_layer": 2}, "tokens see others outside of attention"),
+        ({**TINY["llama"], "model_type": "mamba"}, "tokens depend on others outside of attention"),
+        (
+            {**TINY["llama"], "model_type": "bloom", "n_head": 4, "n_layer": 2},
+            "tokens depend on others outside of attention",
+        ),
         (
             {**TINY["llama"], "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
-            "tokens see others outside of attention",
+            "tokens depend on others outside of attention",
         ),
         ({**TINY["llama"], "model_type": "opt"}, "its attention is not causal attention within documents"),
         ({**TINY["llama"], "model_type": "stablelm"}, "does not pass its keyword arguments on to attention"),
     ],
     ids=["mamba", "bloom", "lfm2", "opt", "stablelm"],
 )
-def test_a_model_that_cannot_be_cut_by_tokens_is_refused(config, words):
+def test_model_that_cannot_be_sharded_by_tokens_is_refused(config, words):
     attention = "eager" if config["model_type"] in ("mamba", "bloom") else "sdpa"
     with pytest.raises(ConfigError, match=words) as refused:
         check_context(stock(attention, **config), "it")
@@ -98,14 +101,14 @@ def test_heads_are_counted_on_every_tp_rank():
     use_context(stock(**TINY["smollm"]), Mesh(world_size=3, cp_size=3), "model 'm'")
 
 
-def test_loading_asks_all_of_it(tmp_path):
+def test_loading_runs_all_context_checks(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({**TINY["llama"], "model_type": "bloom", "n_head": 4, "n_layer": 2})
     )
     spec = ModelSpec(architecture=str(tmp_path), dtype="float32")
-    with pytest.raises(ConfigError, match=r"parallel\.cp > 1, but tokens see others"):
+    with pytest.raises(ConfigError, match=r"parallel\.cp > 1, but tokens depend on others"):
         load_backbone(spec, Mesh(world_size=2, cp_size=2), vocab_size=101, trainable=False, packed=False)
-    with pytest.raises(ConfigError, match=r"parallel\.cp > 1, but tokens see others"):
+    with pytest.raises(ConfigError, match=r"parallel\.cp > 1, but tokens depend on others"):
         check_architecture(spec, 101, Mesh(world_size=2, cp_size=2), packed=False)
     check_architecture(spec, 101, Mesh(world_size=2), packed=False)
     named = ModelSpec(architecture="smollm2-135m", dtype="float32")
@@ -114,7 +117,7 @@ def test_loading_asks_all_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["s_aux", "position_bias"])
-def test_arguments_made_for_other_heads_are_refused(name):
+def test_arguments_for_other_heads_are_refused(name):
     model = stock(**TINY["llama"])
     use_context(model, Mesh(), "it")
     context = {ARGUMENT: Context(None, POSITIONS, Documents.of(POSITIONS))}
@@ -126,8 +129,8 @@ def test_arguments_made_for_other_heads_are_refused(name):
         hidden(model)
 
 
-def test_flash_attention_is_told_the_whole_sequences(monkeypatch):
-    """No such package here: what our function hands to the stock one is looked at instead."""
+def test_flash_attention_receives_boundaries_of_whole_sequences(monkeypatch):
+    """The package is not installed, so the arguments passed to the stock function are checked instead."""
     calls = []
 
     def flash(module, query, key, value, attention_mask, **settings):

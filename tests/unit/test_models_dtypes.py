@@ -1,4 +1,4 @@
-"""Every tensor in the dtype in which transformers has it: loaded, exported, counted, and not quantised."""
+"""Every tensor has the dtype that transformers gives it: loaded, exported, counted, and not quantised."""
 
 import json
 
@@ -7,22 +7,23 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import RunConfig
-from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
+from kdtrain.jobs.build.models import model_specs
+from kdtrain.jobs.check import print_check
+from kdtrain.jobs.header import memory_inputs
+from kdtrain.jobs.inputs import open_inputs
+from kdtrain.jobs.sequence_prefix import prefix_choice
 from kdtrain.models.dtypes import listed_in_float32, stock_dtypes
 from kdtrain.models.export import export_hf
-from kdtrain.models.load import ModelSpec, load_backbone, model_facts, parameters_on_meta
+from kdtrain.models.load import ModelSpec, load_backbone, model_info, parameters_on_meta
 from kdtrain.models.quantize import quantizable_layers
 from kdtrain.models.tiny import tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
-from kdtrain.training import build
-from kdtrain.training.describe import print_check
-from kdtrain.training.estimate import ModelSize, estimate_memory
-from kdtrain.training.inputs import open_inputs
-from kdtrain.training.sequence_prefix import prefix_choice
+from kdtrain.planning.estimate import ModelSize, estimate_memory
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 HYBRID = tiny_config(
     "olmo2",
@@ -77,7 +78,7 @@ def on_meta(config):
 
 
 @pytest.mark.parametrize("kind", DENSE)
-def test_parameters_buffers_and_hidden_states_are_those_of_from_pretrained(tmp_path, kind):
+def test_parameters_buffers_and_hidden_states_match_from_pretrained(tmp_path, kind):
     write(tmp_path, DENSE[kind])
     spec = ModelSpec(weights=str(tmp_path), dtype="bfloat16")
     backbone = load_backbone(spec, Mesh(), vocab_size=101, trainable=False, packed=False)
@@ -96,7 +97,7 @@ def test_parameters_buffers_and_hidden_states_are_those_of_from_pretrained(tmp_p
     assert torch.equal(mine, hidden)
 
 
-def test_what_a_class_creates_in_float32_stays_so_whether_listed_or_not(tmp_path):
+def test_tensors_created_in_float32_stay_in_float32_listed_or_not(tmp_path):
     write(tmp_path, HYBRID)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     want = {name: tensor.dtype for name, tensor in tensors(model).items()}
@@ -128,23 +129,23 @@ def test_an_export_in_bfloat16_keeps_float32_where_transformers_does(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe", "mixtral"])
-def test_what_stays_in_float32_is_counted_with_four_bytes(tmp_path, kind):
+def test_float32_tensors_are_counted_with_four_bytes(tmp_path, kind):
     write_mixture(tmp_path, kind, packed=True)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     wide = {name: param.numel() for name, param in stock.named_parameters() if param.dtype == torch.float32}
-    facts = model_facts(ModelSpec(weights=str(tmp_path), dtype="bfloat16"), 99, trainable=False)
-    assert (set(facts.float32), facts.num_float32_parameters) == (set(wide), sum(wide.values()))
-    assert model_facts(ModelSpec(weights=str(tmp_path), dtype="float32"), 99, trainable=False).float32 == ()
-    size = ModelSize(facts.num_parameters, 32, 2, 99, 0, facts.num_float32_parameters)
+    info = model_info(ModelSpec(weights=str(tmp_path), dtype="bfloat16"), 99, trainable=False)
+    assert (set(info.float32), info.num_float32_parameters) == (set(wide), sum(wide.values()))
+    assert model_info(ModelSpec(weights=str(tmp_path), dtype="float32"), 99, trainable=False).float32 == ()
+    size = ModelSize(info.num_parameters, 32, 2, 99, 0, info.num_float32_parameters)
     assert size.weight_bytes("bfloat16") == sum(param.nbytes for param in stock.parameters())
-    assert size.weight_bytes("float32") == 4 * facts.num_parameters
-    cfg = RunConfig()
+    assert size.weight_bytes("float32") == 4 * info.num_parameters
+    inputs = memory_inputs(RunConfig())
     student = ModelSize(1000, 32, 2, 99)
-    found = estimate_memory(cfg, student, size, dp_size=1, on_cuda=True, student_attention="sdpa")
+    found = estimate_memory(inputs, student, size, dp_size=1, on_cuda=True, student_attention="sdpa")
     assert found.parts["teacher"] == size.weight_bytes("bfloat16")
 
 
-def test_a_layer_that_stays_in_float32_is_not_quantised_either():
+def test_layer_kept_in_float32_is_not_quantised():
     model = on_meta(tiny_config("qwen3"))
     whole = quantizable_layers(model, "int8")
     assert listed_in_float32(model) is None
@@ -154,7 +155,7 @@ def test_a_layer_that_stays_in_float32_is_not_quantised_either():
     assert out == {"model.layers.1.self_attn.o_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"}
 
 
-def test_the_check_refuses_stage_3_for_a_student_that_keeps_float32_beside_bfloat16(tmp_path):
+def test_check_refuses_stage_3_for_a_bfloat16_student_with_float32_tensors(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**HYBRID, "vocab_size": 300}))
     write_store(tmp_path / "store", random_documents(40, seed=1), write_tokenizer(tmp_path / "tokenizer"))
     cfg = RunConfig()
@@ -162,7 +163,7 @@ def test_the_check_refuses_stage_3_for_a_student_that_keeps_float32_beside_bfloa
     cfg.data.train, cfg.train.total_tokens, cfg.data.reset_positions = [str(tmp_path / "store")], 2048, False
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 2, 64
     cfg.run.output_dir, cfg.run.name = str(tmp_path / "runs"), "x"
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     with pytest.raises(ConfigError, match=r"zero.stage = 3 (.|\n)*A_log'(.|\n)*set zero.stage=2"):
         print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1)
     for stage, dtype in ((2, "bfloat16"), (3, "float32")):

@@ -1,4 +1,4 @@
-"""Mixtures of experts in one process: both forms of folders, what is read of them, and what is refused."""
+"""Mixtures of experts in one process: both forms of folders, which tensors are read, and what is refused."""
 
 import json
 
@@ -8,20 +8,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import MergeModulelist, Transpose, WeightConverter
 
-from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.experts import TEACHERS, PerExpert, group_experts, num_experts_of
 from kdtrain.models.flops import forward_flops_per_token
 from kdtrain.models.head import load_head
-from kdtrain.models.load import ModelSpec, build_config, load_backbone, model_facts, parameters_on_meta
+from kdtrain.models.load import ModelSpec, build_config, load_backbone, model_info, parameters_on_meta
 from kdtrain.models.probe import measure
 from kdtrain.models.safetensors_reader import SafetensorsFolder
 from kdtrain.models.shrink import COUNTS, tiny_settings
 from kdtrain.models.tiny_mixtures import MIXTURES, mixture_config, write_mixture
-from kdtrain.parallel.experts import expert_cuts, expert_modules
-from kdtrain.parallel.plan import plan_cuts, read_plan
+from kdtrain.parallel.experts import expert_modules, expert_specs
+from kdtrain.parallel.plan import plan_shards, read_plan
 
 PUBLISHED_PACKED = ("gpt_oss", "granitemoe", "granitemoeshared")
 
@@ -36,9 +36,11 @@ def load(folder, kind="", **changes):
 
 def stock(folder, like, dtype):
     return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=like.attention,
+        folder,
+        dtype=dtype,
+        attn_implementation=like.attention,
         experts_implementation=like.config._experts_implementation,
-    ).eval()  # fmt: skip
+    ).eval()
 
 
 def on_meta(kind, **changes):
@@ -47,14 +49,14 @@ def on_meta(kind, **changes):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings))
 
 
-def test_the_list_of_teachers_is_the_list_of_what_is_tested_here():
+def test_supported_mixtures_are_those_tested_here():
     assert sorted(TEACHERS) == sorted(MIXTURES)
 
 
 @pytest.mark.parametrize(
     ("kind", "packed"), [(kind, False) for kind in TEACHERS] + [(kind, True) for kind in TEACHERS[:7]]
 )
-def test_a_mixture_is_what_transformers_makes_of_its_folder(tmp_path, kind, packed):
+def test_mixture_matches_from_pretrained(tmp_path, kind, packed):
     write_mixture(tmp_path, kind, packed=packed)
     names = {name for file in tmp_path.glob("*.safetensors") for name in load_file(file)}
     assert any(".experts.3." in name for name in names) is (not packed and kind not in PUBLISHED_PACKED)
@@ -85,7 +87,7 @@ def test_any_slice_of_a_packed_parameter_is_read_from_slices_of_the_files(tmp_pa
             before = files.elements_read
             found = files.read(name, shape, dim, start, stop)
             assert torch.equal(found, want.narrow(dim, start, stop - start)), (dim, start, stop)
-            assert files.elements_read - before == found.numel(), "more was read than asked for"
+            assert files.elements_read - before == found.numel(), "more was read than requested"
 
 
 def test_a_folder_that_lacks_experts_is_refused(tmp_path):
@@ -104,17 +106,18 @@ def test_a_folder_that_lacks_experts_is_refused(tmp_path):
             load(tmp_path / folder)
 
 
-def test_a_rule_that_does_more_than_stacking_is_refused():
+def test_conversion_rule_that_does_more_than_stacking_is_refused():
     rule = WeightConverter(
-        source_patterns=[".experts.*.w2.weight"], target_patterns=".experts.down_proj",
+        source_patterns=[".experts.*.w2.weight"],
+        target_patterns=".experts.down_proj",
         operations=[MergeModulelist(dim=0), Transpose(1, 2)],
-    )  # fmt: skip
+    )
     named = [("model.layers.0.mlp.experts.down_proj", ".experts.*.w2.weight", ("a", "b"))]
     with pytest.raises(ConfigError, match=r"experts.down_proj' would be made .*MergeModulelist(.|\n)*save_original"):
         group_experts(named, [rule])
 
 
-def test_experts_are_ordered_by_number_and_ten_comes_after_nine(tmp_path):
+def test_experts_are_ordered_by_number(tmp_path):
     model = write_mixture(tmp_path, "qwen3_moe", packed=False)
     with SafetensorsFolder(tmp_path, model) as files:
         grouped = files.grouped["model.layers.0.mlp.experts.down_proj"]
@@ -132,40 +135,40 @@ def test_a_mixture_is_refused_as_student_and_allowed_as_teacher(tmp_path, kind):
     assert num_experts_of(build_config(spec, 99, trainable=False))
 
 
-def test_a_mixture_that_nobody_has_compared_is_refused_as_teacher_too(tmp_path):
+def test_untested_mixture_is_refused_as_teacher(tmp_path):
     settings = {**mixture_config("mixtral"), "model_type": "ernie4_5_moe"}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match=r"ernie4_5_moe(.|\n)*only mixtral, qwen2_moe, .* compared with transformers"):
         build_config(ModelSpec(architecture=str(tmp_path)), 99, trainable=False)
 
 
-def test_only_active_experts_cost_flops_and_all_cost_memory(tmp_path):
+def test_flops_count_active_experts_and_memory_counts_all(tmp_path):
     model = write_mixture(tmp_path, "qwen3_moe", packed=False)
     backbone = load(tmp_path)
     experts = sum(p.numel() for _, module in expert_modules(model) for p in module.parameters())
     assert backbone.num_parameters() == sum(p.numel() for p in model.parameters())
-    assert backbone.num_parameters() - backbone.facts().num_active_parameters == experts * 9 // 12  # 3 of 12 are taken
+    assert backbone.num_parameters() - backbone.info().num_active_parameters == experts * 9 // 12  # 3 of 12 are taken
     spec = ModelSpec(weights=str(tmp_path), dtype="float32")
-    facts = model_facts(spec, 99, trainable=False)
-    assert (facts.num_parameters, facts.num_expert_parameters) == (backbone.num_parameters(), experts)
+    info = model_info(spec, 99, trainable=False)
+    assert (info.num_parameters, info.num_expert_parameters) == (backbone.num_parameters(), experts)
     full, active = (
         forward_flops_per_token(model.config, number, 16)
-        for number in (backbone.num_parameters(), backbone.facts().num_active_parameters)
+        for number in (backbone.num_parameters(), backbone.info().num_active_parameters)
     )
     assert full - active == 2 * experts * 9 // 12
 
 
-def test_the_head_alone_is_read_beside_experts_and_knows_their_sizes(tmp_path):
+def test_head_alone_is_read_from_a_mixture_with_the_sizes_of_its_experts(tmp_path):
     write_mixture(tmp_path, "qwen3_moe", packed=False)
     whole = load(tmp_path)
     head = load_head(ModelSpec(weights=str(tmp_path), dtype="float32"), VocabShard.of(99, 0, 2, total_rows=101))
     assert head.elements_read == 101 * 32
-    found, want = head.facts, whole.facts()
+    found, want = head.info, whole.info()
     assert (found.num_parameters, found.num_active_parameters) == (want.num_parameters, want.num_active_parameters)
 
 
 @pytest.mark.parametrize("kind", TEACHERS[:7])
-def test_a_published_size_is_probed_on_a_copy_with_few_experts(kind):
+def test_published_size_is_probed_on_a_copy_with_few_experts(kind):
     config = AutoConfig.for_model(kind)
     smallest = next(iter(tiny_settings(config, 4)))[1]
     counts = [value for key, value in smallest.items() if key in COUNTS]
@@ -179,10 +182,10 @@ def test_a_published_size_is_probed_on_a_copy_with_few_experts(kind):
     assert (found.leak < 1e-4) is (kind != "gpt_oss")
 
 
-def test_experts_are_cut_where_a_gpu_wants_it_and_shared_experts_with_them():
-    cuts = plan_cuts(on_meta("qwen3_moe"), 4, 128)
+def test_experts_and_shared_experts_are_sharded_at_16_byte_units():
+    cuts = plan_shards(on_meta("qwen3_moe"), 4, 128)
     name = "model.layers.0.mlp.experts."
-    assert cuts[name + "down_proj"].pieces == ((0, 16), (16, 24), (24, 32), (32, 40))
+    assert cuts[name + "down_proj"].shards == ((0, 16), (16, 24), (24, 32), (32, 40))
     assert cuts[name + "gate_up_proj"].ranges(1) == ((16, 24), (56, 64)), "a gate and its counterpart"
     assert "model.layers.0.mlp.gate.weight" not in cuts, "routers are replicated"
     blocks = {block.name for block in read_plan(on_meta("qwen2_moe")).blocks}
@@ -191,8 +194,8 @@ def test_experts_are_cut_where_a_gpu_wants_it_and_shared_experts_with_them():
     assert shared == {"model.layers.0.mlp", "model.layers.1.mlp.shared_experts"}
 
 
-def test_experts_that_cannot_be_cut_say_why():
+def test_experts_that_cannot_be_sharded_are_refused_with_the_reason():
     with pytest.raises(ParallelError, match=r"down_proj_bias(.|\n)*once per rank(.|\n)*teacher.layout=plain"):
-        expert_cuts(on_meta("gpt_oss"), 2)
+        expert_specs(on_meta("gpt_oss"), 2)
     with pytest.raises(ParallelError, match=r"48 ranks is more than the 44 intermediate features"):
-        expert_cuts(on_meta("mixtral"), 48)
+        expert_specs(on_meta("mixtral"), 48)

@@ -31,9 +31,13 @@ FIELDS = {
 
 def llama():
     settings = tiny_config(
-        "smollm", vocab_size=len(TOKENS), hidden_size=96, intermediate_size=128, num_attention_heads=6,
+        "smollm",
+        vocab_size=len(TOKENS),
+        hidden_size=96,
+        intermediate_size=128,
+        num_attention_heads=6,
         tie_word_embeddings=True,
-    )  # fmt: skip
+    )
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(1)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -67,10 +71,16 @@ def write_gguf(path, model, *, quantised=False):
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = {
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-    }  # fmt: skip
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     tensors = {"token_embd": model.model.embed_tokens.weight, "output_norm": model.model.norm.weight}
     for index, layer in enumerate(model.model.layers):
@@ -92,7 +102,7 @@ def write_gguf(path, model, *, quantised=False):
 
 
 @torch.no_grad()
-def test_an_imported_model_gives_the_logits_of_the_original(tmp_path):
+def test_imported_model_has_the_logits_of_the_original(tmp_path):
     model = llama()
     write_gguf(tmp_path / "m.gguf", model)
     done = import_gguf(tmp_path / "m.gguf", tmp_path / "out", dtype=torch.float32)
@@ -105,7 +115,7 @@ def test_an_imported_model_gives_the_logits_of_the_original(tmp_path):
     assert "quantization" not in (tmp_path / "out" / "config.json").read_text()
 
 
-def test_quantised_tensors_are_expanded_and_the_model_card_says_so(tmp_path):
+def test_quantised_tensors_are_expanded_and_the_model_card_states_it(tmp_path):
     model = llama()
     write_gguf(tmp_path / "m.gguf", model, quantised=True)
     digest = hashlib.sha256((tmp_path / "m.gguf").read_bytes()).hexdigest()
@@ -120,7 +130,7 @@ def test_quantised_tensors_are_expanded_and_the_model_card_says_so(tmp_path):
     assert "<|endoftext|> (id 0)" in card
 
 
-def test_digits_stand_alone_and_text_survives_in_both_tokenizer_loaders(tmp_path):
+def test_digits_are_split_and_text_round_trips_in_both_tokenizer_loaders(tmp_path):
     write_gguf(tmp_path / "m.gguf", llama())
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     exact = build_tokenizer(FIELDS)
@@ -137,7 +147,7 @@ def test_digits_stand_alone_and_text_survives_in_both_tokenizer_loaders(tmp_path
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-def test_a_qwen2_tokenizer_splits_as_its_own_class_does():
+def test_qwen2_tokenizer_splits_like_its_own_class():
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     tokenizer = build_tokenizer({**FIELDS, "pre": "qwen2"})
@@ -146,7 +156,7 @@ def test_a_qwen2_tokenizer_splits_as_its_own_class_does():
 
 
 @pytest.mark.parametrize("pre", ["smollm", "qwen2"])
-def test_user_defined_tokens_are_one_id_and_survive_where_special_ones_are_skipped(pre):
+def test_user_defined_tokens_are_one_id_and_kept_when_special_ones_are_skipped(pre):
     tokens = [*TOKENS, "<think>"]
     tokenizer = build_tokenizer({**FIELDS, "pre": pre, "tokens": tokens, "token_type": [*FIELDS["token_type"], 4]})
     ids = tokenizer.encode("a<think>b<|im_end|>").ids
@@ -156,7 +166,7 @@ def test_user_defined_tokens_are_one_id_and_survive_where_special_ones_are_skipp
     assert (added.special, added.normalized) == (False, False)
 
 
-def test_a_tokenizer_whose_rules_are_not_known_is_refused():
+def test_tokenizer_with_unknown_rules_is_refused():
     with pytest.raises(ConfigError, match="pre-tokenizer 'llama-bpe'"):
         build_tokenizer({**FIELDS, "pre": "llama-bpe"})
     with pytest.raises(ConfigError, match="tokenizer model 'llama'"):

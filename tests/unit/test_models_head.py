@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.head import load_head
 from kdtrain.models.load import ModelSpec, load_backbone
@@ -35,7 +35,7 @@ def save(folder, settings, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_shard_of_a_head_is_that_of_the_whole_model(name, dtype, tmp_path):
+def test_every_shard_of_a_head_matches_the_whole_model(name, dtype, tmp_path):
     model = save(tmp_path, MODELS[name])
     spec = ModelSpec(weights=str(tmp_path), dtype=dtype, attention="sdpa")
     whole = load_backbone(spec, Mesh(), vocab_size=VOCAB, total_rows=512, trainable=False)
@@ -51,7 +51,7 @@ def test_every_shard_of_a_head_is_that_of_the_whole_model(name, dtype, tmp_path)
         assert not loaded.head.weight.requires_grad
         real = max(0, min(shard.stop, 307) - shard.start)
         assert loaded.elements_read == real * (head.weight.shape[1] + (head.bias is not None))
-        assert loaded.facts.num_parameters == whole.num_parameters() == sum(p.numel() for p in model.parameters())
+        assert loaded.info.num_parameters == whole.num_parameters() == sum(p.numel() for p in model.parameters())
     assert any(real for real in head.weight.abs().sum(1)), "a head of zeros would compare nothing"
 
 

@@ -1,4 +1,4 @@
-"""Loading and exporting in one process: what is read, in which dtype, and what is said when it cannot work."""
+"""Loading and exporting in one process: what is read, in which dtype, and the errors."""
 
 import json
 import os
@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import kdtrain.models
-from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError, ParallelError
 from kdtrain.models.architectures import ARCHITECTURES, read_architecture
-from kdtrain.models.export import export_hf, recover_folder, replacing_folder
+from kdtrain.models.export import export_hf
 from kdtrain.models.load import ModelSpec, build_config, load_backbone, model_rows, parameters_on_meta
 from kdtrain.models.tiny import TINY, tiny_config
+from kdtrain.stores.folders import recover_folder, replacing_folder
 
 
 def write_folder(folder, name="llama", *, shard_size="1GB", **changes):
@@ -87,7 +88,7 @@ def test_weights_take_the_dtype_and_rope_frequencies_stay_float32(tmp_path):
     assert not backbone.training
 
 
-def test_room_can_be_made_for_the_rows_of_another_model(tmp_path):
+def test_total_rows_may_exceed_the_models_own(tmp_path):
     write_folder(tmp_path)
     backbone = load(tmp_path, total_rows=300)
     assert backbone.lm_head_shard.weight.shape[0] == backbone.shard.rows == 384
@@ -142,7 +143,7 @@ def test_a_folder_without_config_is_refused(tmp_path):
     refuse(r"no config\.json", ModelSpec(weights=str(tmp_path)))
 
 
-def test_a_head_that_the_config_ties_away_must_equal_the_embedding(tmp_path, monkeypatch):
+def test_stored_head_of_a_tied_model_must_equal_the_embedding(tmp_path, monkeypatch):
     monkeypatch.setattr("kdtrain.models.weight_files.COMPARED_ROWS", 8)
     model = write_folder(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -246,7 +247,7 @@ def test_every_named_architecture_can_be_built(name):
         assert 5e6 < sum(param.numel() for param in model.parameters()) < 6e6
 
 
-def test_public_names_are_there_and_others_are_not():
+def test_only_public_names_are_exported():
     assert kdtrain.models.load_backbone is load_backbone
     assert kdtrain.models.Backbone.__name__ == "Backbone"
     with pytest.raises(AttributeError, match="nothing"):
@@ -255,7 +256,7 @@ def test_public_names_are_there_and_others_are_not():
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_an_export_is_a_folder_that_transformers_reads_alike(tmp_path, name, tied):
+def test_export_gives_the_same_model_in_transformers(tmp_path, name, tied):
     model = write_folder(tmp_path / "source", name, tie_word_embeddings=tied)
     (tmp_path / "source" / "tokenizer.json").write_text("{}")
     backbone = load(tmp_path / "source")
@@ -292,7 +293,7 @@ def test_two_exports_of_equal_weights_are_equal_byte_for_byte(tmp_path):
     assert len(header["__metadata__"]) == 1  # of several keys safetensors 0.8 writes a random order
 
 
-def test_an_export_that_does_not_fit_leaves_nothing_behind(tmp_path):
+def test_failed_export_leaves_nothing_behind(tmp_path):
     model = write_folder(tmp_path / "source")
     state = dict(model.named_parameters())
     with pytest.raises(ConfigError, match=r"missing, first \['lm_head\.weight'"):
@@ -322,7 +323,7 @@ def test_a_failure_while_writing_keeps_the_old_folder(tmp_path):
 KILLED = """
 import os, sys
 from pathlib import Path
-from kdtrain.models.export import replacing_folder
+from kdtrain.stores.folders import replacing_folder
 folder, at = Path(sys.argv[1]), int(sys.argv[2])
 real, calls = os.rename, []
 def rename(a, b):
@@ -335,6 +336,7 @@ with replacing_folder(folder) as temporary:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_kill_while_a_folder_is_replaced_loses_nothing(tmp_path, at):
     folder = tmp_path / "out"
@@ -351,7 +353,7 @@ def test_a_kill_while_a_folder_is_replaced_loses_nothing(tmp_path, at):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "new"]
 
 
-def test_a_folder_that_another_process_is_writing_is_left_alone(tmp_path):
+def test_folder_written_by_another_process_is_not_touched(tmp_path):
     theirs = tmp_path / f".out.writing.{os.getppid()}"
     theirs.mkdir()
     (tmp_path / ".out.writing.notes").mkdir()

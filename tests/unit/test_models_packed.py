@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kdtrain.models.packed import attend_documents, by_document
 from kdtrain.models.packed_sdpa import LARGE_BLOCK, SMALL_BLOCK
 from kdtrain.models.packed_written import Written
-from kdtrain.testing.packed_cases import CUTS, TOLERANCE, backward, compare, inputs, packing_of
+from tests.support.packed_cases import CUTS, TOLERANCE, backward, compare, inputs, packing_of
 
 SETTINGS = {
     "plain": {},
@@ -28,14 +28,14 @@ SETTINGS = {
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("cut", CUTS)
-def test_forward_and_gradients_are_the_definitions(cut, settings, dtype):
+def test_forward_and_gradients_match_the_definition(cut, settings, dtype):
     packing = packing_of(CUTS[cut])
     compare(packing, inputs(packing, dtype=dtype), **settings)
 
 
 @pytest.mark.parametrize("heads", [(4, 4, 16, 16), (4, 1, 16, 16), (8, 2, 16, 16), (4, 2, 24, 16), (4, 4, 8, 20)])
 @pytest.mark.parametrize("settings", [{}, {"sliding_window": 7}, {"softcap": 2.0}], ids=str)
-def test_any_heads_and_widths(heads, settings):
+def test_all_head_counts_and_widths_match_the_definition(heads, settings):
     for cut in ("rows differ", "many tiny", "one per row"):
         packing = packing_of(CUTS[cut])
         heads_q, heads_kv, width, value_width = heads
@@ -44,7 +44,7 @@ def test_any_heads_and_widths(heads, settings):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_random_cuts(seed):
+def test_random_documents_match_the_definition(seed):
     rng = torch.Generator().manual_seed(seed)
     seq_len, rows = int(torch.randint(1, 900, (1,), generator=rng)), []
     for _ in range(1 + seed % 3):
@@ -60,12 +60,12 @@ def test_random_cuts(seed):
 
 @pytest.mark.parametrize("window", [2, 255, 300, 600, 1100])
 @pytest.mark.parametrize("length", [2 * SMALL_BLOCK + 1, 1111, 1300])
-def test_long_documents_in_blocks_of_a_window(length, window):
+def test_long_documents_with_a_window_match_the_definition(length, window):
     packing = packing_of([[length, 1400 - length]])
     compare(packing, inputs(packing, heads=2, kv_heads=1, width=8), sliding_window=window)
 
 
-def test_blocks_are_hit_exactly_and_off_by_one():
+def test_lengths_at_and_next_to_block_borders_match_the_definition():
     window = 20
     for blocks in (0, 1, 2):
         for more in (-1, 0, 1):
@@ -75,7 +75,7 @@ def test_blocks_are_hit_exactly_and_off_by_one():
     assert LARGE_BLOCK > SMALL_BLOCK
 
 
-def test_written_blocks_of_any_size_give_the_same():
+def test_block_size_of_written_attention_changes_nothing():
     packing = packing_of([[50, 3, 3, 44]])
     tensors = inputs(packing)
     for most in (1, 500, 7000):
@@ -89,7 +89,7 @@ def test_written_blocks_of_any_size_give_the_same():
             compare(packing, tensors, function, sliding_window=window)
 
 
-def test_a_row_that_is_one_document_is_what_plain_sdpa_computes_to_the_bit():
+def test_single_document_rows_have_the_bits_of_plain_sdpa():
     packing = packing_of([[130], [130]])
     tensors = inputs(packing)
 
@@ -101,7 +101,7 @@ def test_a_row_that_is_one_document_is_what_plain_sdpa_computes_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
 
 
-def test_documents_do_not_touch_each_other_even_with_nan():
+def test_nan_in_one_document_does_not_reach_another():
     packing = packing_of([[3, 4, 2, 5, 1, 6], [21]])
     tensors = inputs(packing)
     clean = backward(attend_documents, tensors, packing, {})
@@ -118,7 +118,7 @@ def test_documents_do_not_touch_each_other_even_with_nan():
         assert torch.equal(a[1], b[1]), name
 
 
-def test_dropout_drops_what_it_should_and_keeps_the_mean():
+def test_dropout_has_its_rate_and_keeps_the_mean():
     packing = packing_of([[64, 200]])
     q, k, _ = inputs(packing, heads=2, kv_heads=2)
     ones = torch.ones(1, 2, 264, 4)

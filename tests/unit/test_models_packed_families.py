@@ -6,17 +6,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
+from kdtrain.documents import Documents
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.context import Context
 from kdtrain.models.load import enable_activation_checkpointing
 from kdtrain.models.packed_layout import PackedDocuments
 from kdtrain.models.tiny import TINY, tiny_config
 from kdtrain.models.tiny_mixtures import MIXTURES, mixture_config
-from kdtrain.parallel import plan_cuts, shard_model
+from kdtrain.parallel import plan_shards, shard_model
 
 OTHERS = {
     "gemma2": {"head_dim": 8, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8, "sliding_window": 7},
@@ -29,7 +29,7 @@ EAGER = {"gemma2", "gpt_oss", "mimo_v2_flash"}
 
 QUIET = {"phimoe": {"router_jitter_noise": 0.0}}
 LEAKS = {"gpt_oss"}
-"""Stock models that let documents of a sequence see each other: their documents are run one by one instead."""
+"""Stock models that join the documents of a sequence: their documents are run one by one instead."""
 
 LENGTHS = [[21, 1, 18], [40], [3, 2, 1, 4, 9, 1, 1, 5, 14]]
 FAMILIES = [*sorted(TINY), *OTHERS, *sorted(MIXTURES)]
@@ -73,7 +73,7 @@ def step(model, attention, *, recompute=False, alone=False):
     if recompute:
         enable_activation_checkpointing(model)
     shard = VocabShard.of(101, total_rows=101)
-    cuts = plan_cuts(model, 1, shard.rows)
+    cuts = plan_shards(model, 1, shard.rows)
     backbone = Backbone(shard_model(model, Mesh(), shard), shard, cuts)
     hidden = torch.cat([backbone.hidden_states(batch) for batch in batches(alone)])
     (hidden * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5))).sum().backward()
@@ -81,7 +81,7 @@ def step(model, attention, *, recompute=False, alone=False):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_hidden_states_and_gradients_are_those_of_the_masked_path(name):
+def test_hidden_states_and_gradients_match_the_masked_path(name):
     model = stock(name)
     want, want_grads = step(model, None, alone=name in LEAKS)
     for recompute in (False, True):
@@ -97,7 +97,7 @@ def test_hidden_states_and_gradients_are_those_of_the_masked_path(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-def test_the_comparison_sees_documents_that_are_not_apart(name, monkeypatch):
+def test_comparison_detects_joined_documents(name, monkeypatch):
     model = stock(name)
     want, _ = step(model, None, alone=name in LEAKS)
     rows = PackedDocuments(Documents.of(torch.arange(40).expand(3, -1)))
@@ -106,7 +106,7 @@ def test_the_comparison_sees_documents_that_are_not_apart(name, monkeypatch):
     assert (found - want).abs().max() > 1e-3
 
 
-def test_stock_gpt_oss_lets_documents_see_each_other_and_packed_does_not():
+def test_stock_gpt_oss_joins_documents_and_packed_does_not():
     model = stock("gpt_oss")
     want, _ = step(model, None, alone=True)
     assert (step(model, None)[0] - want).abs().max() > 1e-3

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kdtrain.data.documents import Documents
+from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
 from kdtrain.models import packed
 from kdtrain.models.context import ARGUMENT, Context, _View, packed_attention
 from kdtrain.models.packed import attend_documents, by_varlen, plan
 from kdtrain.models.packed_layout import SHORT, WASTE, Layout, Run
 from kdtrain.models.packed_sdpa import repeated
-from kdtrain.testing.live_bytes import LiveBytes
-from kdtrain.testing.packed_cases import CUTS, backward, compare, definition, inputs, packing_of
+from tests.support.live_bytes import LiveBytes
+from tests.support.packed_cases import CUTS, backward, compare, definition, inputs, packing_of
 
 
 def test_layout_bounds_padding_and_keeps_every_token_once():
@@ -40,7 +40,7 @@ def test_equal_and_long_documents_are_not_gathered():
 
 
 def varlen_by_definition(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    """What torch documents of varlen_attn, from its own arguments; demands what its kernel demands."""
+    """A stand-in that implements torch's documentation of varlen_attn and checks the requirements of its kernel."""
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert cu_q is cu_k
     assert query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
@@ -70,7 +70,7 @@ def varlen_of_torch_2_11(query, key, value, cu_q, cu_k, max_q, max_k, *, return_
 @pytest.mark.parametrize("heads", [(4, 2, 16, 16), (4, 4, 12, 20), (2, 1, 20, 8)])
 @pytest.mark.parametrize("window", [None, 1, 6])
 @pytest.mark.parametrize("cut", ["one token each", "rows differ", "many tiny"])
-def test_the_variable_length_call_is_given_what_it_documents(cut, window, heads, call):
+def test_variable_length_call_receives_documented_arguments(cut, window, heads, call):
     packing = packing_of(CUTS[cut])
     heads_q, heads_kv, width, value_width = heads
     tensors = inputs(packing, heads=heads_q, kv_heads=heads_kv, width=width, value_width=value_width)
@@ -85,7 +85,7 @@ def test_the_variable_length_call_is_given_what_it_documents(cut, window, heads,
 
 
 @pytest.mark.parametrize("settings", [{}, {"sliding_window": 6}, {"sliding_window": 500, "scaling": 0.7}], ids=str)
-def test_attention_hands_its_settings_to_the_variable_length_call(settings, monkeypatch):
+def test_attention_passes_its_settings_to_the_variable_length_call(settings, monkeypatch):
     packing = packing_of(CUTS["rows differ"])
     calls = []
 
@@ -99,12 +99,12 @@ def test_attention_hands_its_settings_to_the_variable_length_call(settings, monk
     assert calls[0] == ((5, 0) if settings.get("sliding_window") == 6 else (-1, 0))
 
 
-def test_this_torch_has_the_variable_length_call_and_takes_our_arguments():
+def test_installed_torch_has_the_variable_length_call_with_our_arguments():
     assert packed.HAS_VARLEN
     assert "the device is cpu" in packed.varlen_obstacle(torch.device("cpu"))
     packing = packing_of(CUTS["rows differ"])
     tokens = [x.detach().transpose(1, 2).flatten(0, 1).bfloat16() for x in inputs(packing)]
-    # its arguments are parsed and dispatched before the missing kernel is noticed
+    # its arguments are parsed and dispatched before the missing kernel raises
     with pytest.raises(RuntimeError, match=r"_flash_attention_forward|CPU"):
         by_varlen(tokens, packing, scale=0.1, window=None)
 
@@ -130,13 +130,13 @@ USUAL = dict(
         ({"device_type": "cpu", "written": True}, "written", "soft-capped"),
     ],
 )
-def test_the_way_and_its_reason(changes, way, words):
+def test_chosen_way_and_its_reason(changes, way, words):
     found, reason = plan(**{**USUAL, **changes})
     assert found == way
     assert words in reason
 
 
-def test_calls_are_cut_where_kernels_cannot_count(monkeypatch):
+def test_calls_are_split_at_kernel_limits(monkeypatch):
     packing = packing_of(CUTS["equal"])
     tensors = inputs(packing)
     whole = backward(attend_documents, tensors, packing, {})
@@ -155,7 +155,7 @@ def test_calls_are_cut_where_kernels_cannot_count(monkeypatch):
 
 @pytest.mark.parametrize("settings", [{}, {"sliding_window": 40}, {"softcap": 2.0}, {"dropout": 0.1}], ids=str)
 @pytest.mark.parametrize("cut", ["long and tiny", "one per row"])
-def test_another_device_than_the_cpu_gets_tensors_of_the_right_shape(cut, settings):
+def test_meta_device_gets_tensors_of_the_right_shape(cut, settings):
     # torch's meta device computes shapes alone, by the lines that CUDA takes where there is no variable-length call
     packing = packing_of(CUTS[cut])
     tensors = [x.detach().to("meta").requires_grad_() for x in inputs(packing, value_width=20)]
@@ -172,7 +172,7 @@ def test_heads_are_repeated_as_groups_are():
     assert repeated(kv, 2)[0, :, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_what_one_layer_made_serves_the_next():
+def test_layout_is_built_once_for_all_layers():
     packing = packing_of(CUTS["long and tiny"])
     cpu = torch.device("cpu")
     assert packing.layout(cpu) is packing.layout(cpu)
@@ -224,7 +224,7 @@ def test_memory_is_linear_in_the_sequence(case):
     assert large < 2 * 4 * 4096 * 4096, "as much as one matrix of all logits"
 
 
-def test_the_definition_is_seen_to_be_quadratic():
+def test_memory_of_the_definition_is_quadratic():
     small, large = (peak_of(definition, seq_len, document=64) for seq_len in (1024, 2048))
     assert large > 3.5 * small
 
@@ -242,18 +242,18 @@ def refused(module=None, mask=None, packing_context=True, key_length=12, **setti
     return text
 
 
-def test_what_it_does_not_compute_is_refused_by_name():
+def test_unsupported_arguments_are_refused_by_name():
     assert "Linear passes a mask of its own" in refused(mask=torch.zeros(1))
     assert "does not pass its keyword arguments on" in refused(packing_context=False)
     assert "passes position_bias" in refused(position_bias=torch.zeros(1))
     assert "passes head_mask, sinks" in refused(sinks=torch.zeros(2), head_mask=torch.zeros(2), position_ids=1)
-    assert "passes tokens that see what follows them" in refused(is_causal=False)
+    assert "passes non-causal queries" in refused(is_causal=False)
     assert "passes 12 queries and 7 keys" in refused(key_length=7)
-    assert "SimpleNamespace passes tokens that see" in refused(module=SimpleNamespace(is_causal=False))
+    assert "SimpleNamespace passes non-causal queries" in refused(module=SimpleNamespace(is_causal=False))
     assert "Linear passes indices" in refused(module=_View(torch.nn.Linear(1, 1)), indices=torch.zeros(1))
 
 
-def test_what_changes_nothing_is_let_through():
+def test_arguments_without_effect_are_accepted():
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     context = Context(None, positions, Documents.of(positions))
     q, k, v = torch.randn(3, 1, 2, 5, 4).unbind()

@@ -1,4 +1,5 @@
-"""A sequence longer than a model's positions is refused before a run, and one longer than it was made for is named."""
+"""A sequence longer than a model's positions is refused before a run; one beyond its trained length causes a
+warning."""
 
 import json
 
@@ -8,12 +9,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdtrain.config.cli import parse
 from kdtrain.errors import ConfigError
+from kdtrain.jobs.eval_model import run_evaluation
+from kdtrain.jobs.train import run_training
 from kdtrain.models.load import ModelSpec, parameters_on_meta
 from kdtrain.models.positions import check_positions, positions_of
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_data import random_documents, write_store
-from kdtrain.testing.tiny_run import write_run
-from kdtrain.training.run import run_evaluation, run_training
+from tests.support.tiny_data import random_documents, write_store
+from tests.support.tiny_run import write_run
 
 OPT = {"word_embed_proj_dim": 32, "ffn_dim": 44}
 LEFT_OUT = ("model_type", "intermediate_size", "max_position_embeddings")
@@ -27,7 +29,7 @@ ENDING = {
     "opt": ({**OPT, "max_position_embeddings": 40}, 40),  # 42 rows: the first two are no positions
     "biogpt": ({"max_position_embeddings": 40}, 40),
     "bert": ({"max_position_embeddings": 40, "is_decoder": True}, 40),
-    "mpt": ({"max_seq_len": 40, "d_model": 32, "n_layers": 2}, 40),  # ALiBi from a table, whatever position_ids say
+    "mpt": ({"max_seq_len": 40, "d_model": 32, "n_layers": 2}, 40),  # ALiBi from a table, independent of position_ids
 }
 """model_type -> (settings, positions)"""
 
@@ -45,7 +47,7 @@ def on_meta(model_type, **settings):
 
 
 @pytest.mark.parametrize("model_type", ENDING)
-def test_tables_of_positions_end_where_they_are_measured_to_end(model_type):
+def test_end_of_position_tables_is_measured(model_type):
     settings, size = ENDING[model_type]
     model = on_meta(model_type, **settings)
     assert positions_of(model, "it", size).end is None
@@ -54,7 +56,7 @@ def test_tables_of_positions_end_where_they_are_measured_to_end(model_type):
 
 
 @pytest.mark.parametrize("model_type", ENDLESS)
-def test_what_has_no_end_is_only_declared(model_type):
+def test_positions_without_an_end_are_only_declared(model_type):
     settings = ENDLESS[model_type]
     found = positions_of(on_meta(model_type, **settings), "it", 3000)
     assert found.end is None
@@ -62,7 +64,7 @@ def test_what_has_no_end_is_only_declared(model_type):
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "yarn"])
-def test_a_limit_that_rotary_settings_share_is_no_end(rope):
+def test_limit_in_rotary_settings_is_no_end(rope):
     more = {"original_max_position_embeddings": 10} if rope == "yarn" else {}
     parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 4.0, **more}
     assert positions_of(on_meta("llama", max_position_embeddings=40, rope_parameters=parameters), "it", 300).end is None
@@ -79,7 +81,7 @@ def request(path, *words, check=True):
 
 @pytest.mark.parametrize("check", [True, False])
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_either_model_without_positions_is_refused_before_a_run_and_by_its_check(tmp_path, role, check):
+def test_model_with_too_few_positions_is_refused_by_run_and_check(tmp_path, role, check):
     models = {"student": LONG, "teacher": LONG, role: GPT2}
     path = write_run(tmp_path, steps=2, **models)
     words = ["data.seq_len=32", "data.sequences_per_micro_batch=2"]
@@ -103,7 +105,7 @@ def test_sequences_as_long_as_the_table_pass(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("role", ["student", "teacher", "student and teacher"])
-def test_rotary_positions_past_what_a_model_was_made_for_are_warned_of_once_with_both_numbers(tmp_path, capsys, role):
+def test_rotary_model_beyond_its_trained_length_warns_once_with_both_numbers(tmp_path, capsys, role):
     models = {"student": LONG, "teacher": LONG, **dict.fromkeys(role.split(" and "), SHORT)}
     path = write_run(tmp_path, steps=2, **models)
     assert run_training(request(path, "data.seq_len=32", "data.sequences_per_micro_batch=2")) == 0
@@ -115,7 +117,7 @@ def test_rotary_positions_past_what_a_model_was_made_for_are_warned_of_once_with
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_an_evaluation_refuses_it_too(tmp_path, check):
+def test_evaluation_refuses_too_few_positions(tmp_path, check):
     path = write_run(tmp_path, steps=2, student=LONG, teacher=GPT2)
     folder, store = tmp_path / "teacher", tmp_path / "held_out"
     write_store(store, random_documents(9, seed=1), folder)
@@ -124,7 +126,7 @@ def test_an_evaluation_refuses_it_too(tmp_path, check):
         run_evaluation(request(path, *words, "data.sequences_per_micro_batch=2", check=check))
 
 
-def test_torchs_random_state_is_left_alone(tmp_path):
+def test_random_state_of_torch_is_unchanged(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LONG))
     before = torch.get_rng_state()
     check_positions(ModelSpec(architecture=str(tmp_path)), "student", vocab_size=101, seq_len=64, trainable=True)

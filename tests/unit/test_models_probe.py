@@ -1,4 +1,5 @@
-"""What kdtrain takes for granted of an architecture is measured on a tiny copy, and refused with the measurement."""
+"""kdtrain's assumptions about an architecture are measured on a tiny copy; violations are refused with the
+measurement."""
 
 import json
 import time
@@ -7,29 +8,34 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kdtrain.batch import Batch
 from kdtrain.config.schema import RunConfig
-from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError, ParallelError
+from kdtrain.jobs.build.models import model_specs
+from kdtrain.jobs.check import print_check
+from kdtrain.jobs.inputs import open_inputs
+from kdtrain.jobs.sequence_prefix import prefix_choice
 from kdtrain.models import probe
 from kdtrain.models.architectures import ARCHITECTURES
 from kdtrain.models.load import ModelSpec, build_config, check_architecture, load_backbone, parameters_on_meta
 from kdtrain.models.probe import check_model, measure
 from kdtrain.models.shrink import tiny_settings
 from kdtrain.models.tiny import TINY, save_random, tiny_config
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
-from kdtrain.training import build
-from kdtrain.training.describe import print_check
-from kdtrain.training.inputs import open_inputs
-from kdtrain.training.sequence_prefix import prefix_choice
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 COMMON = {key: value for key, value in tiny_config("llama").items() if key != "model_type"}
 README = {
-    "llama": {}, "qwen2": {}, "qwen3": {}, "gpt_neox": {}, "mistral": {"sliding_window": None},
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gpt_neox": {},
+    "mistral": {"sliding_window": None},
     "gemma2": {"sliding_window": 16, "final_logit_softcapping": 4.0},
     "gemma3_text": {"sliding_window": 16, "final_logit_softcapping": 5.0},
-    "cohere": {"logit_scale": 0.25}, "granite": {"logits_scaling": 8.0, "embedding_multiplier": 3.0},
-}  # fmt: skip
+    "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 8.0, "embedding_multiplier": 3.0},
+}
 """Every architecture that the README names (SmolLM is a Llama)."""
 
 LEAKY = {
@@ -81,12 +87,12 @@ def test_every_tiny_architecture_passes(name):
 
 
 @pytest.mark.parametrize("name", LEAKY)
-def test_documents_that_see_each_other_are_refused_only_if_packed_apart(tmp_path, name):
+def test_joined_documents_are_refused_only_if_positions_reset(tmp_path, name):
     spec = folder_of(tmp_path, name, **{**COMMON, **LEAKY[name]})
     match = rf"'{name}'(.|\n)*states of the second by [\d.e-]+(.|\n)*reset_positions=false"
     with pytest.raises(ConfigError, match=match):
         load(spec)
-    # What the probe says of the copy is true of the model.
+    # The result for the copy holds for the model.
     backbone = load(spec, packed=False)
     ids = torch.randint(5, 100, (1, 12), generator=torch.Generator().manual_seed(1))
     other = torch.cat([ids[:, :5] - 4, ids[:, 5:]], 1)
@@ -98,13 +104,13 @@ def test_documents_that_see_each_other_are_refused_only_if_packed_apart(tmp_path
     assert (one[5:] - two[5:]).abs().max() > 1e-4
 
 
-def test_a_check_before_the_run_finds_it_too(tmp_path):
+def test_joined_documents_are_refused_by_the_check(tmp_path):
     cfg = RunConfig()
     cfg.student.architecture = folder_of(tmp_path, "opt", **{**COMMON, **LEAKY["opt"]}).architecture
     write_store(tmp_path / "store", random_documents(4, seed=1), write_tokenizer(tmp_path / "tokenizer"))
     cfg.data.train, cfg.train.total_tokens = [str(tmp_path / "store")], 2048
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 2, 64
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     with pytest.raises(ConfigError, match="'opt', which does not separate documents"):
         print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=1)
     cfg.data.reset_positions = False
@@ -116,11 +122,11 @@ def test_a_check_before_the_run_finds_it_too(tmp_path):
     [
         ("llama", {}, {"tp": 16}, "parallel.tp = 16 is more than the 8 query heads"),
         ("llama", {"attention_dropout": 0.1}, {"tp": 2}, "ranks would draw different masks"),
-        ("olmo2", {}, {"tp": 2, "sequence": True}, "every cut layer must be in a block that gathers the tokens"),
+        ("olmo2", {}, {"tp": 2, "sequence": True}, "every sharded layer must be in a block that gathers the tokens"),
         ("gpt2", {}, {"tp": 8}, "parallel.tp = 8 is more than the 4 key/value groups"),
     ],
 )
-def test_what_cannot_be_cut_is_found_by_the_check(tmp_path, kind, changes, settings, message):
+def test_model_that_cannot_be_sharded_is_refused_by_the_check(tmp_path, kind, changes, settings, message):
     path = tmp_path / "student.json"
     path.write_text(json.dumps(tiny_config(kind, **changes)))
     spec, tp = ModelSpec(architecture=str(path), dtype="float32"), settings["tp"]
@@ -132,22 +138,22 @@ def test_what_cannot_be_cut_is_found_by_the_check(tmp_path, kind, changes, setti
         check_architecture(spec, 101, Mesh(world_size=tp, tp_size=tp), sequence=sequence)
 
 
-def test_a_model_that_cannot_be_cut_is_named_and_of_a_teacher_the_setting(tmp_path):
+def test_refusal_names_the_model_and_the_setting_of_a_teacher(tmp_path):
     path = tmp_path / "model.json"
     path.write_text(json.dumps(tiny_config("llama")))
     spec, mesh = ModelSpec(architecture=str(path), dtype="float32"), Mesh(world_size=16, tp_size=16)
     for trainable in (True, False):
         with pytest.raises(ParallelError) as refused:
             check_architecture(spec, 101, mesh, trainable=trainable)
-        said = f"architecture {str(path)!r}: parallel.tp = 16 is more than the 8 query heads"
-        assert str(refused.value).startswith(said)
+        message = f"architecture {str(path)!r}: parallel.tp = 16 is more than the 8 query heads"
+        assert str(refused.value).startswith(message)
         assert str(refused.value).endswith("teacher.tp ranks, parallel.tp of them by default") == (not trainable)
 
 
 @pytest.mark.parametrize(
     ("student", "teacher"), [({"tp": 2}, {}), ({}, {"layout": "tp", "tp": 2}), ({}, {"layout": "dedicated", "tp": 2})]
 )
-def test_the_check_cuts_both_models_as_the_run_would(tmp_path, student, teacher):
+def test_check_shards_both_models_like_the_run(tmp_path, student, teacher):
     folders = {}
     for name in ("student", "teacher"):
         folders[name] = write_tokenizer(tmp_path / name, eos="<|endoftext|>")
@@ -158,7 +164,7 @@ def test_the_check_cuts_both_models_as_the_run_would(tmp_path, student, teacher)
     cfg.student.architecture, cfg.teacher.weights = str(folders["student"]), str(folders["teacher"])
     cfg.data.train, cfg.train.total_tokens, cfg.data.reset_positions = [str(tmp_path / "store")], 2048, False
     cfg.data.seq_len, cfg.data.sequences_per_micro_batch, cfg.data.tokens_per_step = 16, 2, 64
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=2)
     for section, values in ((cfg.parallel, student), (cfg.teacher, teacher)):
         for key, value in values.items():
@@ -167,7 +173,7 @@ def test_the_check_cuts_both_models_as_the_run_would(tmp_path, student, teacher)
         print_check(cfg, inputs, prefix_choice(cfg, inputs), world_size=2)
 
 
-def test_a_model_that_sees_the_future_is_refused_however_documents_are_packed(tmp_path):
+def test_non_causal_model_is_refused_with_and_without_packing(tmp_path):
     spec = folder_of(tmp_path, "bert", **COMMON)
     with pytest.raises(ConfigError, match=r"'bert', whose tokens see later tokens(.|\n)*is_decoder"):
         load(spec, packed=False)
@@ -191,7 +197,7 @@ def test_logits_scaled_another_way_are_refused_from_weights_too(tmp_path, source
     load(folder_of(tmp_path, "hyperclovax", **{**settings, "logits_scaling": 1.0}))
 
 
-def test_the_probe_leaves_the_random_state_alone_and_runs_once_for_each_config(monkeypatch):
+def test_probe_keeps_the_random_state_and_runs_once_per_config(monkeypatch):
     config = AutoConfig.for_model("llama", **{**COMMON, "rms_norm_eps": 1.25e-6})
     before = torch.get_rng_state()
     first = measure(on_meta(config), "llama")
@@ -200,7 +206,7 @@ def test_the_probe_leaves_the_random_state_alone_and_runs_once_for_each_config(m
     assert measure(on_meta(config), "llama") is first
 
 
-def test_one_layer_of_each_kind_survives_however_deep_the_first_one_is():
+def test_copy_keeps_one_layer_of_each_kind_at_any_depth():
     kinds = ["sliding_attention"] * 5 + ["full_attention"]
     config = AutoConfig.for_model("gemma3_text", num_hidden_layers=12, layer_types=kinds * 2)
     smallest = next(iter(tiny_settings(config, 2)))[1]
@@ -209,8 +215,8 @@ def test_one_layer_of_each_kind_survives_however_deep_the_first_one_is():
     assert config.num_hidden_layers == 12
 
 
-def test_a_kind_of_layer_that_comes_late_without_a_list_is_probed_too():
-    """Jamba says by period where attention is; its first two layers are recurrent, so they alone are found leaky."""
+def test_late_kind_of_layer_without_a_list_is_probed():
+    """Jamba places attention by period; its first two layers are recurrent, and a copy with only these leaks."""
     config = AutoConfig.for_model(
         "jamba", **COMMON, num_experts=1, attn_layer_period=4, attn_layer_offset=2, use_mamba_kernels=False
     )
@@ -219,7 +225,7 @@ def test_a_kind_of_layer_that_comes_late_without_a_list_is_probed_too():
     assert measure(model, "jamba").leak > 0.01
 
 
-def test_a_config_of_which_no_copy_can_run_is_refused_with_what_was_tried():
+def test_config_without_a_runnable_copy_is_refused_with_the_attempts():
     model = on_meta(AutoConfig.for_model("llama", **COMMON))
     model.config.hidden_act = "nosuch"
     with pytest.raises(ConfigError, match=r"no tiny copy can be run\n.*with fewer heads .*hidden_size=.*'nosuch'"):
@@ -229,11 +235,14 @@ def test_a_config_of_which_no_copy_can_run_is_refused_with_what_was_tried():
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("mixtral", {"num_local_experts": 4}), ("qwen3_moe", {"num_experts": 4}), ("dbrx", {}),
-        ("deepseek_v3", {"n_routed_experts": 8}), ("ernie4_5_moe", {"moe_num_experts": 4}),
+        ("mixtral", {"num_local_experts": 4}),
+        ("qwen3_moe", {"num_experts": 4}),
+        ("dbrx", {}),
+        ("deepseek_v3", {"n_routed_experts": 8}),
+        ("ernie4_5_moe", {"moe_num_experts": 4}),
     ],
-)  # fmt: skip
-def test_a_mixture_of_experts_is_refused_for_what_is_missing(tmp_path, name, settings):
+)
+def test_mixture_as_student_is_refused_with_the_missing_features(tmp_path, name, settings):
     spec = folder_of(tmp_path, name, **settings)
     with pytest.raises(ConfigError, match=r"mixture of experts(.|\n)*router losses(.|\n)*packed experts"):
         build_config(spec, 101)
@@ -249,7 +258,7 @@ def test_a_dense_config_with_keys_about_experts_is_not_refused(tmp_path):
     assert build_config(folder_of(tmp_path, "qwen3", **COMMON), 101).model_type == "qwen3"
 
 
-def test_a_copy_is_counted_before_it_is_built_and_refused_if_it_is_too_large(monkeypatch):
+def test_too_large_copy_is_refused_before_it_is_built(monkeypatch):
     """LongCat-Flash keeps all its experts at full width: the smallest copy has more than a billion parameters."""
     made = []
     monkeypatch.setattr(torch, "randn_like", lambda param, **_: made.append(param.numel()) or torch.zeros_like(param))
@@ -260,7 +269,7 @@ def test_a_copy_is_counted_before_it_is_built_and_refused_if_it_is_too_large(mon
     assert time.monotonic() - start < 60
 
 
-def test_the_smallest_copy_is_all_that_must_be_small(monkeypatch):
+def test_only_the_smallest_copy_must_be_small(monkeypatch):
     monkeypatch.setattr(probe, "LARGEST_COPY", 60_000)
     check_model(on_meta(AutoConfig.for_model("llama")), "llama")
     monkeypatch.setattr(probe, "LARGEST_COPY", 1)
@@ -269,7 +278,7 @@ def test_the_smallest_copy_is_all_that_must_be_small(monkeypatch):
         check_model(on_meta(AutoConfig.for_model("llama")), "llama")
 
 
-def test_settings_of_layers_by_number_go_with_the_layers_that_a_copy_keeps():
+def test_per_layer_settings_follow_the_layers_of_a_copy():
     """Gemma 4's full-attention layers have wider heads, by a table whose keys were past the copy's last layer."""
     config = AutoConfig.for_model("gemma4_text")
     smallest = next(iter(tiny_settings(config, 2)))[1]

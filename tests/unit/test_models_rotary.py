@@ -1,4 +1,4 @@
-"""Rotary embeddings that depend on length: a packed document is what the stock model makes of that document alone."""
+"""Length-dependent rotary embeddings: a packed document equals the stock model on that document alone."""
 
 import copy
 import json
@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
-from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError
 from kdtrain.models import rotary
 from kdtrain.models.export import export_hf
@@ -33,10 +33,13 @@ def dynamic(**more):
 
 def longrope(pairs, **more):
     return {
-        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": ORIGINAL,
-        "short_factor": [1.0 + 0.1 * i for i in range(pairs)], "long_factor": [2.0 + 3 * i for i in range(pairs)],
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": ORIGINAL,
+        "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
+        "long_factor": [2.0 + 3 * i for i in range(pairs)],
         **more,
-    }  # fmt: skip
+    }
 
 
 def config_of(name, rope, **changes):
@@ -50,28 +53,40 @@ KINDS = {
     "llama longrope": config_of("llama", longrope(4, factor=4.0), head_dim=8),
     # as Phi-3.5 and Phi-4-mini are published
     "phi3 longrope": tiny_config(
-        "phi3", rope_theta=1e4, max_position_embeddings=4 * ORIGINAL, original_max_position_embeddings=ORIGINAL,
+        "phi3",
+        rope_theta=1e4,
+        max_position_embeddings=4 * ORIGINAL,
+        original_max_position_embeddings=ORIGINAL,
         rope_scaling={"type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [2.0, 5.0]},
     ),
     "gpt_neox dynamic": config_of("gpt_neox", dynamic(partial_rotary_factor=0.5), num_attention_heads=2),
     "olmo2 dynamic": config_of("olmo2", dynamic(), head_dim=8),
     "cohere dynamic": {**config_of("llama", dynamic(), head_dim=8), "model_type": "cohere"},
     "gemma3 dynamic": config_of(
-        "gemma3", {"full_attention": dynamic(), "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
-        sliding_window=6, layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=None,
+        "gemma3",
+        {"full_attention": dynamic(), "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        final_logit_softcapping=None,
     ),
     "gemma3 longrope": config_of(
-        "gemma3", {"full_attention": longrope(4, factor=4.0), "sliding_attention": dynamic()},
-        sliding_window=6, layer_types=["sliding_attention", "full_attention"], final_logit_softcapping=None,
+        "gemma3",
+        {"full_attention": longrope(4, factor=4.0), "sliding_attention": dynamic()},
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        final_logit_softcapping=None,
     ),
     "minicpm3 longrope": {
-        **config_of("llama", longrope(4, factor=4.0)), **LATENT, "model_type": "minicpm3", "num_key_value_heads": 8,
+        **config_of("llama", longrope(4, factor=4.0)),
+        **LATENT,
+        "model_type": "minicpm3",
+        "num_key_value_heads": 8,
     },
     "phimoe longrope": {
         **config_of("llama", longrope(2, factor=4.0, short_mscale=1.1, long_mscale=1.3), **MIXTURE),
         "model_type": "phimoe",
     },
-}  # fmt: skip
+}
 """One of each way in which stock code computes or carries these types."""
 
 TRAINABLE = [name for name in KINDS if not name.startswith("phimoe")]
@@ -106,7 +121,7 @@ def weights_of(width):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_packed_document_is_what_the_stock_model_makes_of_it_alone(tmp_path, name):
+def test_packed_document_matches_the_stock_model_on_it_alone(tmp_path, name):
     folder, trains = folder_of(tmp_path, KINDS[name]), name in TRAINABLE
     stock, backbone, batch = stock_of(folder), load(folder, trainable=trains), batch_of()
     alone = []
@@ -122,7 +137,7 @@ def test_a_packed_document_is_what_the_stock_model_makes_of_it_alone(tmp_path, n
     torch.testing.assert_close(hidden, want, rtol=1e-4, atol=1e-5)
     packed_by_stock = stock.base_model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-    ).last_hidden_state  # fmt: skip
+    ).last_hidden_state
     assert (packed_by_stock.flatten(0, 1) - want).abs().max() > 1e-2, "the lengths do not matter here"
     if not trains:
         return
@@ -139,7 +154,7 @@ def test_a_packed_document_is_what_the_stock_model_makes_of_it_alone(tmp_path, n
 
 
 @pytest.mark.parametrize("name", ["phi3 longrope", "llama dynamic"])
-def test_neighbours_micro_batches_and_limits_of_a_forward_pass_change_nothing(tmp_path, name):
+def test_neighbours_micro_batches_and_token_limits_change_nothing(tmp_path, name):
     backbone, batch = load(folder_of(tmp_path, KINDS[name]), trainable=False), batch_of()
     with torch.no_grad():
         whole = backbone.hidden_states(batch).view(5, 24, -1)
@@ -155,7 +170,7 @@ def test_neighbours_micro_batches_and_limits_of_a_forward_pass_change_nothing(tm
 
 
 @pytest.mark.parametrize("name", ["phi3 longrope", "llama dynamic"])
-def test_documents_that_run_on_are_as_long_as_the_sequence(tmp_path, name):
+def test_documents_without_restart_are_as_long_as_the_sequence(tmp_path, name):
     folder, batch = folder_of(tmp_path, KINDS[name]), batch_of([(24,), (24,)])
     backbone = load(folder, trainable=False, packed=False)
     with torch.no_grad():
@@ -171,7 +186,7 @@ def test_tables_stay_in_float32_in_a_model_in_bfloat16(tmp_path, name):
         narrow.hidden_states(batch)
         (found,) = [module for module in narrow.modules() if isinstance(module, DocumentRotary)]
         kinds = ("full_attention",) if name.startswith("gemma3") else ()
-        for length in (5, ORIGINAL, 24):  # wide embeddings would show what a table in bfloat16 has lost
+        for length in (5, ORIGINAL, 24):  # wide embeddings show the error of a table in bfloat16
             positions = torch.arange(length)[None]
             want = type(found.stock)(narrow.config)(torch.zeros(1), positions, *kinds)
             for table, right in zip(found(torch.zeros(1), positions, *kinds), want, strict=True):
@@ -180,7 +195,7 @@ def test_tables_stay_in_float32_in_a_model_in_bfloat16(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["phi3 longrope", "llama dynamic", "gemma3 longrope"])
-def test_the_exported_config_and_weights_are_the_models_own(tmp_path, name):
+def test_exported_config_and_weights_are_unchanged(tmp_path, name):
     folder = folder_of(tmp_path / "model", KINDS[name])
     backbone, shapes = load(folder), load(folder).full_shapes()
     state = {key: param[: shapes[key][0]] for key, param in backbone.hf_parameters()}
@@ -192,25 +207,25 @@ def test_the_exported_config_and_weights_are_the_models_own(tmp_path, name):
         assert torch.equal(stock_of(tmp_path / "export")(ids).logits, stock_of(folder)(ids).logits)
 
 
-def test_it_is_said_at_start_and_only_of_such_models(tmp_path, caplog):
+def test_length_dependence_is_logged_only_for_such_models(tmp_path, caplog):
     logging.getLogger("kdtrain").propagate = True
     for name, kind in (("phi3 longrope", "longrope"), ("llama dynamic", "dynamic"), ("llama", None)):
         (tmp_path / "config.json").write_text(json.dumps(KINDS.get(name, TINY["llama"])))
         caplog.clear()
         with caplog.at_level(logging.INFO, logger="kdtrain"):
             check_architecture(ModelSpec(architecture=str(tmp_path)), 101, Mesh())
-        said = [text for text in caplog.messages if "rotary" in text]
-        assert len(said) == (kind is not None)
-        assert not said or (f"of the type {kind}" in said[0] and "of its own length" in said[0])
+        messages = [text for text in caplog.messages if "rotary" in text]
+        assert len(messages) == (kind is not None)
+        assert not messages or (f"of the type {kind}" in messages[0] and "of its own length" in messages[0])
 
 
-def test_lengths_are_those_of_documents_in_every_row():
+def test_lengths_of_documents_are_found_in_every_row():
     positions = batch_of([(5, 19), (24,), (1, 20, 3)]).position_ids
     assert document_lengths(positions).tolist() == [[5] * 5 + [19] * 19, [24] * 24, [1] + [20] * 20 + [3] * 3]
 
 
 @pytest.mark.parametrize("name", ["phi3 longrope", "llama dynamic"])
-def test_an_unknown_type_that_depends_on_length_is_refused_with_the_measurement(tmp_path, monkeypatch, name):
+def test_unknown_length_dependent_type_is_refused_with_the_measurement(tmp_path, monkeypatch, name):
     (tmp_path / "config.json").write_text(json.dumps(KINDS[name]))
     spec = ModelSpec(architecture=str(tmp_path), dtype="float32")
     monkeypatch.setattr(rotary, "LENGTH_DEPENDENT", ())
@@ -235,26 +250,31 @@ def test_a_model_that_cannot_be_packed_may_depend_on_the_length_of_its_one_docum
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "yarn", "llama3"])
-def test_other_types_are_left_alone(tmp_path, kind):
+def test_other_rope_types_are_unchanged(tmp_path, kind):
     rope = {
-        "default": {}, "linear": {"factor": 4.0}, "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
+        "default": {},
+        "linear": {"factor": 4.0},
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 32},
         "llama3": {
-            "factor": 4.0, "original_max_position_embeddings": 32, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
         },
-    }[kind]  # fmt: skip
+    }[kind]
     config = tiny_config("llama", rope_parameters={"rope_type": kind, "rope_theta": 1e4, **rope})
     backbone = load(folder_of(tmp_path, config))
     assert not any(isinstance(module, DocumentRotary) for module in backbone.modules())
 
 
-def test_a_model_that_declares_such_a_type_and_computes_none_is_refused_by_name(tmp_path):
+def test_model_that_declares_a_rope_type_without_a_module_is_refused(tmp_path):
     rope = {"type": "dynamic", "factor": 2.0}
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("gpt2", rope_scaling=rope)))
     with pytest.raises(ConfigError, match=r"declares rotary.*type dynamic, and GPT2LMHeadModel has no module"):
         check_architecture(ModelSpec(architecture=str(tmp_path)), 101, Mesh())
 
 
-def test_a_module_in_two_places_is_replaced_in_both_by_one():
+def test_shared_module_is_replaced_by_one_shared_replacement():
     model = AutoModelForCausalLM.from_config(
         AutoConfig.for_model(**KINDS["gpt_neox dynamic"]), attn_implementation="sdpa"
     )

@@ -1,4 +1,4 @@
-"""An export says where text begins and ends: by the tokenizer for a new model, by its source for a continued one."""
+"""Special ids of an export: from the tokenizer for a new model, from the source for a continued one."""
 
 import json
 from types import SimpleNamespace
@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from kdtrain.data.tokenizer import TOKENIZER_FILES
 from kdtrain.errors import ConfigError
+from kdtrain.files import TOKENIZER_FILES
+from kdtrain.jobs import export_hf as export
 from kdtrain.models.export import export_hf, tokenizer_files
 from kdtrain.models.special_tokens import special_token_ids
 from kdtrain.models.tiny import tiny_config
-from kdtrain.testing.tiny_data import write_tokenizer
-from kdtrain.training import export
+from tests.support.tiny_data import write_tokenizer
 
 MORE = ("<s>", "<|im_end|>", "<pad>")
 BOS, END, PAD = 257, 258, 259
@@ -35,12 +35,15 @@ def model(**ids):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def test_a_new_model_takes_its_ends_from_the_tokenizer(tmp_path):
+def test_new_model_takes_special_ids_from_the_tokenizer(tmp_path):
     new = model()
     out = export_hf(
-        dict(new.named_parameters()), new.config, tmp_path / "out", dtype=torch.float32,
+        dict(new.named_parameters()),
+        new.config,
+        tmp_path / "out",
+        dtype=torch.float32,
         tokenizer_dir=tokenizer(tmp_path / "tokenizer"),
-    )  # fmt: skip
+    )
     config = AutoConfig.from_pretrained(out)
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (BOS, END, PAD)
     assert new.config.eos_token_id is None, "the caller's config was changed"
@@ -54,7 +57,7 @@ def test_a_new_model_takes_its_ends_from_the_tokenizer(tmp_path):
     assert AutoTokenizer.from_pretrained(out).eos_token_id == END
 
 
-def test_a_model_that_names_its_ends_keeps_them(tmp_path):
+def test_model_with_special_ids_keeps_them(tmp_path):
     old = model(eos_token_id=9)
     out = export_hf(
         dict(old.named_parameters()), old.config, tmp_path / "out", tokenizer_dir=tokenizer(tmp_path / "tokenizer")
@@ -64,7 +67,7 @@ def test_a_model_that_names_its_ends_keeps_them(tmp_path):
     assert GenerationConfig.from_pretrained(out).eos_token_id == 9
 
 
-def test_a_padding_that_has_another_role_is_left_out_and_an_unknown_token_too(tmp_path, caplog):
+def test_padding_with_another_role_and_unknown_tokens_are_dropped(tmp_path, caplog):
     folder = tokenizer(tmp_path / "t", pad_token="<|endoftext|>", bos_token="<nosuch>")
     with caplog.at_level("WARNING", logger="kdtrain"):
         assert special_token_ids(folder) == ({"eos_token_id": END}, [END, 0])

@@ -1,4 +1,4 @@
-"""Configs that transformers writes but does not take back as they are, and configs of which it builds no model."""
+"""Configs that transformers writes but cannot read back, and configs that it rejects."""
 
 import json
 import math
@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.export import export_hf
 from kdtrain.models.head import load_head
-from kdtrain.models.load import ModelSpec, load_backbone, model_facts
+from kdtrain.models.load import ModelSpec, load_backbone, model_info
 from kdtrain.models.positions import check_positions
 from kdtrain.models.stock import stock_settings
 from kdtrain.models.tiny import save_random, tiny_config
-from kdtrain.testing.model_folders import check_and_load, edit_json
+from tests.support.model_folders import check_and_load, edit_json
 
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 8}
 INFINITE = {
@@ -30,7 +30,7 @@ INFINITE = {
 
 @pytest.mark.parametrize("model_type", INFINITE)
 def test_a_config_with_an_infinite_number_is_read_and_exported(tmp_path, model_type):
-    """config.json and checkpoints keep the number as an object, which transformers' own classes refuse."""
+    """config.json and checkpoints keep the number as an object, which transformers' own classes reject."""
     config = AutoConfig.for_model(
         model_type, vocab_size=101, hidden_size=32, num_hidden_layers=2, intermediate_size=44, **INFINITE[model_type]
     )
@@ -66,14 +66,14 @@ def test_only_the_three_numbers_that_json_lacks_are_decoded():
     ],
     ids=str,
 )
-def test_settings_of_which_transformers_builds_no_model_are_refused_with_the_folder_and_the_reason(tmp_path, settings):
+def test_settings_rejected_by_transformers_are_refused_with_folder_and_reason(tmp_path, settings):
     """It fails on them with bare assertions, attribute, key and arithmetic errors, mostly once it makes layers."""
     save_random(tmp_path, tiny_config("llama"))
     edit_json(tmp_path / "config.json", **settings)
     spec = ModelSpec(weights=str(tmp_path), dtype="float32")
     for work in (
         lambda: check_positions(spec, "student", vocab_size=99, seq_len=8, trainable=True),
-        lambda: model_facts(spec, 99),
+        lambda: model_info(spec, 99),
         lambda: check_and_load(tmp_path),
         lambda: load_head(spec, VocabShard.of(99)),
     ):

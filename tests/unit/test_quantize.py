@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 
 from kdtrain.config.schema import RunConfig
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import EXIT_CONFIG, ConfigError
+from kdtrain.jobs.build.models import Models
+from kdtrain.jobs.quantized import quantize_teacher
 from kdtrain.losses.reference import forward_kl
 from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
 from kdtrain.models.quantize import quantize_decoder_, require_torchao
 from kdtrain.models.tiny import tiny_config
 from kdtrain.models.tiny_mixtures import mixture_config
-from kdtrain.objectives.base import HeadLayout
 from kdtrain.teacher.online import OnlineTeacher
-from kdtrain.testing.validation_reference import uneven_batches
-from kdtrain.training.build import Models
-from kdtrain.training.quantized import quantize_teacher
+from kdtrain.teacher.signal_loss import HeadLayout
+from tests.support.validation_reference import uneven_batches
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
 VOCAB = 299

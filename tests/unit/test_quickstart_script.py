@@ -49,9 +49,14 @@ def tools(tmp_path):
 def run(tree, *words, path, **env):
     return subprocess.run(
         [SHELL, "launch/quickstart.sh", *words],
-        cwd=tree, env={"PATH": str(path), "HOME": str(tree)} | env,
-        capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False,
-    )  # fmt: skip
+        cwd=tree,
+        env={"PATH": str(path), "HOME": str(tree)} | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
 
 
 def pretend_installed(tree):
@@ -59,8 +64,12 @@ def pretend_installed(tree):
     executable(tree / ".venv/bin/python", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     seen = subprocess.run(
         [SHELL, "-c", '(cat constraints-cpu.txt setup.py && printf "%s" "$PWD") | cksum'],
-        cwd=tree, capture_output=True, text=True, check=True, timeout=20,
-    )  # fmt: skip
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
     (tree / ".venv/.kdtrain").write_text(seen.stdout)
 
 
@@ -163,9 +172,12 @@ def test_an_interruption_reaches_pip_itself(tree, tools):
     (tools / "cp").symlink_to(shutil.which("cp"))
     script = subprocess.Popen(
         [SHELL, "launch/quickstart.sh", "install"],
-        cwd=tree, env={"PATH": str(tools), "HOME": str(tree), "KDTRAIN_FREE_KB": "99999999"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+        cwd=tree,
+        env={"PATH": str(tools), "HOME": str(tree), "KDTRAIN_FREE_KB": "99999999"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+    )
     try:
         wait_for(lambda: (marks / "pid").exists() and (marks / "pid").read_text().strip())
         pid = int((marks / "pid").read_text())
@@ -195,11 +207,21 @@ def test_an_up_to_date_environment_is_left_alone_and_a_changed_pin_is_noticed(tr
     assert "no Python" in done.stderr, "it began to install again"
 
 
-def test_test_passes_its_words_and_its_exit_code_through(tree, tools):
+@pytest.mark.parametrize(
+    ("words", "workers", "arguments"),
+    [
+        (("-k", "two words"), "2", "-k two words"),
+        (("slow", "-x"), "2", "-m slow -x"),
+        ((), "5", ""),
+    ],
+)
+def test_test_command_chooses_the_tier_and_passes_words_and_exit_code(tree, tools, words, workers, arguments):
     pretend_installed(tree)
     executable(tree / ".venv/bin/python", '#!/bin/sh\necho "called: $*"\nexit 5\n')
-    done = run(tree, "test", "-k", "two words", path=tools)
-    assert done.stdout.splitlines()[-1] == "called: -m pytest -k two words"
+    chosen = {} if workers == "2" else {"KDTRAIN_TEST_WORKERS": workers}
+    done = run(tree, "test", *words, path=tools, **chosen)
+    how = f"-n {workers} --dist loadfile --no-loadscope-reorder"
+    assert done.stdout.splitlines()[-1] == f"called: -m pytest {how} {arguments}".rstrip()
     assert done.returncode == 5
 
 
@@ -228,8 +250,9 @@ NOTE = (
 def demo(tree):
     """A tree whose stages are one-line scripts; the teacher is there already."""
     pretend_installed(tree)
-    for name in ("import_gguf", "prepare_corpus", "demo_report"):
-        (tree / f"launch/{name}.py").write_text(NOTE)
+    (tree / "examples").mkdir()
+    for script in ("launch/import_gguf.py", "launch/prepare_corpus.py", "examples/demo_report.py"):
+        (tree / script).write_text(NOTE)
     (tree / "kdtrain/assets/demo").mkdir(parents=True)
     (tree / "kdtrain/models").mkdir()
     (tree / "kdtrain/data").mkdir()
@@ -239,19 +262,21 @@ def demo(tree):
     (tree / "configs/demo").mkdir(parents=True)
     for name in ("distill_cpu", "pretrain_cpu"):
         (tree / f"configs/demo/{name}.yaml").write_text(f"# {name}\n")
-    executable(
-        tree / ".venv/bin/deepspeed",
-        "#!/bin/sh\n"
-        'while [ "${1#launch}" = "$1" ]; do shift; done\n'
-        'echo "deepspeed $*" >>calls\n'
-        "[ ! -f fail ] || exit 75\n"
-        'for word; do case $word in run.name=*) mkdir -p ".quickstart/runs/${word#run.name=}" ;; esac; done\n',
+    (tree / "launch/local_ranks.py").write_text(
+        "import os, sys\n"
+        "open('calls', 'a').write('local_ranks ' + ' '.join(sys.argv[1:]) + '\\n')\n"
+        "if os.path.exists('fail'):\n"
+        "    sys.exit(75)\n"
+        "os.makedirs('.quickstart/runs/' + sys.argv[-1].removeprefix('run.name='), exist_ok=True)\n"
     )
     (tree / ".quickstart").mkdir()
     key = subprocess.run(
         [SHELL, "-c", "cat launch/import_gguf.py kdtrain/models/import_gguf.py | cksum | tr ' ' '-'"],
-        cwd=tree, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     sha = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
     (tree / ".quickstart/teacher.done").write_text(f"{key.stdout.strip()}-{sha}\n")
     return tree
@@ -261,7 +286,7 @@ def calls(tree):
     """Names of the stages called since the last look."""
     lines = (tree / "calls").read_text().splitlines() if (tree / "calls").exists() else []
     (tree / "calls").unlink(missing_ok=True)
-    return [line.split()[0] if not line.startswith("deepspeed") else line.split()[-1] for line in lines]
+    return [line.split()[0] if not line.startswith("local_ranks") else line.split()[-1] for line in lines]
 
 
 ALL = ["prepare_corpus.py", "run.name=distill", "run.name=pretrain", "demo_report.py"]

@@ -1,4 +1,4 @@
-"""Where a run goes on from: by what its folder holds and what run.resume says. Real checkpoints of two numbers."""
+"""The checkpoint that a run starts from, by run.resume and its folder, with real checkpoints of two numbers."""
 
 import copy
 import shutil
@@ -6,21 +6,23 @@ import shutil
 import pytest
 import torch
 
+from kdtrain.config.load import as_dict
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.tokenizer import load_tokenizer
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
 from kdtrain.engine.slices import Fragment
 from kdtrain.errors import CheckpointError, ConfigError, StoreMismatch
-from kdtrain.testing.tiny_data import write_store, write_tokenizer
+from kdtrain.jobs.inputs import Inputs
+from kdtrain.jobs.resume import find_resume_point
+from kdtrain.jobs.sequence_prefix import PrefixChoice
+from kdtrain.jobs.start import find_start, kept_prefix
 from kdtrain.training.cadence import Cadence
-from kdtrain.training.inputs import Inputs
+from kdtrain.training.config_changes import config_changes
 from kdtrain.training.progress import Progress
-from kdtrain.training.resume import config_changes, find_resume_point, saved_config
-from kdtrain.training.sequence_prefix import PrefixChoice
-from kdtrain.training.start import find_start, kept_prefix
 from kdtrain.training.trainer import step_seed
+from tests.support.tiny_data import write_store, write_tokenizer
 
 
 def write(run, step, origin=None, **more):
@@ -42,7 +44,7 @@ def resume(run, how="auto", stage=None):
     return find_resume_point(cfg, run)
 
 
-def test_auto_takes_the_newest_good_checkpoint_or_starts_afresh(tmp_path):
+def test_auto_takes_the_newest_complete_checkpoint_or_none(tmp_path):
     assert resume(tmp_path) is None
     old, new = write(tmp_path, 2), write(tmp_path, 6)
     assert resume(tmp_path).path == new
@@ -51,21 +53,21 @@ def test_auto_takes_the_newest_good_checkpoint_or_starts_afresh(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["auto", "never", "path"])
-def test_a_folder_with_nothing_but_damaged_checkpoints_is_never_a_fresh_start(tmp_path, how):
+def test_folder_with_only_damaged_checkpoints_is_refused(tmp_path, how):
     elsewhere = write(tmp_path / "other", 1)
     damage(write(tmp_path / "run", 2))
     with pytest.raises(CheckpointError, match=r"holds checkpoints, and none of them is complete(.|\n)*fix: "):
         resume(tmp_path / "run", elsewhere if how == "path" else how)
 
 
-def test_never_refuses_a_folder_with_checkpoints(tmp_path):
+def test_resume_never_refuses_a_folder_with_checkpoints(tmp_path):
     assert resume(tmp_path, "never") is None
     write(tmp_path, 2)
     with pytest.raises(ConfigError, match=r"exists, but run.resume = never"):
         resume(tmp_path, "never")
 
 
-def test_a_path_starts_a_run_and_the_same_command_then_continues_it(tmp_path):
+def test_path_starts_a_run_and_the_same_command_resumes_it(tmp_path):
     source = write(tmp_path / "source", 5)
     for named in (source, tmp_path / "source"):
         found = resume(tmp_path / "run", named)
@@ -78,7 +80,7 @@ def test_a_path_starts_a_run_and_the_same_command_then_continues_it(tmp_path):
 
 
 @pytest.mark.parametrize("what_happened", ["it went on", "it is gone"])
-def test_the_same_command_continues_whatever_became_of_where_it_began(tmp_path, what_happened):
+def test_same_command_resumes_after_its_origin_was_removed_or_moved_on(tmp_path, what_happened):
     source, run = write(tmp_path / "source", 5), tmp_path / "run"
     named = tmp_path / "source" if what_happened == "it went on" else source
     own = write(run, 6, resume(run, named).origin)
@@ -90,14 +92,17 @@ def test_the_same_command_continues_whatever_became_of_where_it_began(tmp_path, 
 
 
 @pytest.mark.parametrize("how", ["auto", "never"])
-def test_a_stage_begins_at_a_checkpoint_and_the_same_command_then_resumes_the_stage(how, tmp_path):
+def test_stage_starts_at_a_checkpoint_and_the_same_command_resumes_it(how, tmp_path):
     source = write(tmp_path / "source", 5, {"path": "before"})
     for named in (source, tmp_path / "source"):
         found = resume(tmp_path / "run", how, named)
         assert (found.path, found.is_stage) == (source.resolve(), True)
         assert {key: found.origin[key] for key in ("is_stage", "step", "tokens_seen", "origin")} == {
-            "is_stage": True, "step": 5, "tokens_seen": 50, "origin": {"path": "before"},
-        }  # fmt: skip
+            "is_stage": True,
+            "step": 5,
+            "tokens_seen": 50,
+            "origin": {"path": "before"},
+        }
     own = write(tmp_path / "run", 1, found.origin)
     shutil.rmtree(tmp_path / "source")
     again = resume(tmp_path / "run", "auto", tmp_path / "source")
@@ -107,7 +112,7 @@ def test_a_stage_begins_at_a_checkpoint_and_the_same_command_then_resumes_the_st
         resume(tmp_path / "run", "never", tmp_path / "source")
 
 
-def test_a_folder_that_did_not_begin_as_this_stage_is_refused_with_both(tmp_path):
+def test_run_folder_of_another_origin_than_the_stage_is_refused(tmp_path):
     source, own = write(tmp_path / "source", 5), write(tmp_path / "run", 9)
     with pytest.raises(
         ConfigError, match=r"run.continue_from = .* \(step 5\), but this run folder holds .*step_000009"
@@ -127,7 +132,7 @@ def test_a_folder_that_did_not_begin_as_this_stage_is_refused_with_both(tmp_path
         resume(tmp_path / "new", stage=tmp_path)
 
 
-def test_a_stage_on_tokens_of_another_tokenizer_is_refused(tmp_path):
+def test_stage_on_another_tokenizer_is_refused(tmp_path):
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
     other = write_tokenizer(tmp_path / "other", lowercase=True)
     source = write(tmp_path / "source", 5)
@@ -148,9 +153,7 @@ def test_a_stage_on_tokens_of_another_tokenizer_is_refused(tmp_path):
     ("configured", "model", "kept"),
     [(None, None, (7,)), (None, "student", (7,)), (None, "teacher", None), ((), None, None), ((9,), "teacher", None)],
 )
-def test_a_stage_keeps_the_sequence_prefix_unless_a_teacher_is_measured_or_one_is_named(
-    tmp_path, configured, model, kept
-):
+def test_stage_keeps_the_prefix_without_a_teacher_or_an_explicit_prefix(tmp_path, configured, model, kept):
     source = write(tmp_path / "source", 5, loader={"sequence_prefix": [7]})
     choice = PrefixChoice(configured, (), model, load_tokenizer(write_tokenizer(tmp_path / "tokenizer")))
     stage = resume(tmp_path / "run", stage=source)
@@ -159,7 +162,7 @@ def test_a_stage_keeps_the_sequence_prefix_unless_a_teacher_is_measured_or_one_i
     assert kept_prefix(None, choice) is None
 
 
-def test_a_path_that_is_not_where_this_run_began_is_refused_with_both(tmp_path):
+def test_path_that_is_not_the_origin_of_the_run_is_refused(tmp_path):
     source, own = write(tmp_path / "source", 5), write(tmp_path / "run", 9)
     with pytest.raises(
         ConfigError, match=r"\(step 5\), but this run folder holds .*step_000009\n.*from scratch(.|\n)*fix: "
@@ -168,24 +171,24 @@ def test_a_path_that_is_not_where_this_run_began_is_refused_with_both(tmp_path):
     assert resume(tmp_path / "run", own).path == own
 
 
-def test_an_older_step_of_the_same_run_is_refused_while_newer_ones_stay_and_starts_another_run(tmp_path):
+def test_older_checkpoint_of_the_same_run_is_refused_but_starts_another_run(tmp_path):
     older, newest = write(tmp_path / "run", 3), write(tmp_path / "run", 9)
     with pytest.raises(
         ConfigError,
-        match=r"older checkpoint of this very run, whose newest is .*step_000009(.|\n)*fix: to go back to step 3",
+        match=r"older checkpoint of this run, whose newest is .*step_000009(.|\n)*fix: to go back to step 3",
     ):
         resume(tmp_path / "run", older)
     assert resume(tmp_path / "run").path == newest
     assert resume(tmp_path / "back", older).path == older.resolve()
 
 
-def test_a_path_without_a_checkpoint_is_refused(tmp_path):
+def test_path_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no complete checkpoint there"):
         resume(tmp_path / "run", tmp_path)
 
 
-def test_only_settings_that_change_what_is_learned_are_told():
-    before = saved_config(RunConfig())
+def test_config_changes_lists_only_settings_that_change_the_result():
+    before = as_dict(RunConfig())
     after = copy.deepcopy(before)
     after["parallel"]["tp"] = 8
     after["run"]["name"] = "another"
@@ -201,15 +204,13 @@ def test_only_settings_that_change_what_is_learned_are_told():
     ]
 
 
-def test_another_step_size_still_ends_at_the_total_number_of_tokens():
-    cfg = RunConfig()
-    cfg.train.total_tokens, cfg.data.tokens_per_step = 4096, 512
-    assert Cadence(cfg).last_step == 8
-    assert Cadence(cfg, Progress(step=8, tokens_seen=2048)).last_step == 12, "8 steps of 256 tokens, then 4 of 512"
-    assert Cadence(cfg, Progress(step=16, tokens_seen=4096)).last_step == 16
+def test_cadence_with_another_step_size_ends_at_total_tokens():
+    assert Cadence(4096, 512).last_step == 8
+    assert Cadence(4096, 512, Progress(step=8, tokens_seen=2048)).last_step == 12, "8 steps of 256, then 4 of 512"
+    assert Cadence(4096, 512, Progress(step=16, tokens_seen=4096)).last_step == 16
 
 
-def test_seeds_of_steps_and_ranks_are_fixed_and_distinct():
+def test_step_seeds_are_fixed_and_distinct():
     seeds = {step_seed(seed, step, rank) for seed in (1, 2) for step in range(50) for rank in range(4)}
     assert len(seeds) == 2 * 50 * 4
     assert step_seed(1, 7, 0) == 13606954069298225912

@@ -9,11 +9,11 @@ import torch
 from kdtrain_kernels import topk_rows
 from kdtrain_kernels.blocks import Scratch
 
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.teacher import sampling
 from kdtrain.teacher.estimators import ESTIMATORS, UNBIASED, WITH_TAIL
 from kdtrain.teacher.sampling import sample_targets
-from kdtrain.testing.topk_cases import LargestTensor, dense_weights, random_teacher, slab_bytes_for, whole_logits
+from tests.support.topk_cases import LargestTensor, dense_weights, random_teacher, slab_bytes_for, whole_logits
 
 SETTINGS = {"top_k_samples": {"tail_samples": 4}, "top_p_k": {"top_p": 0.6}}
 INF = float("inf")
@@ -82,7 +82,7 @@ def threshold(p, k):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("k", [2, 12, 64])
-def test_adaptive_threshold_keeps_what_is_above_tau0_and_draws_the_rest_with_weight_tau0(k, temperature):
+def test_adaptive_threshold_keeps_ids_above_tau0_and_draws_others_with_weight_tau0(k, temperature):
     hidden, head = random_teacher(37, 300, dtype=torch.float64)
     got = sample(hidden, head, "adaptive_threshold", k, temperature=temperature)
     weights = dense_weights(got, 300)
@@ -101,7 +101,7 @@ def test_adaptive_threshold_keeps_what_is_above_tau0_and_draws_the_rest_with_wei
     assert drawn_somewhere
 
 
-def test_what_is_kept_is_what_float64_says():
+def test_kept_ids_and_weights_equal_float64():
     hidden, head = random_teacher(37, 300, dtype=torch.float64, properties=True)
     p, order = whole_logits(hidden, head).softmax(1).sort(dim=1, descending=True)
     got = {name: sample(hidden, head, name, 12) for name in ESTIMATORS}
@@ -147,7 +147,7 @@ def test_label_log_prob_and_entropy_are_those_of_the_whole_vocabulary(estimator,
     assert not sample(hidden, head, estimator, 6).label_log_prob.any(), "0 without labels"
 
 
-def test_masked_ids_are_never_listed_and_a_distribution_of_few_ids_is_kept_whole():
+def test_masked_ids_are_never_listed_and_small_supports_are_kept_whole():
     hidden, head = random_teacher(37, 300, dtype=torch.float64)
     allowed = torch.tensor([3, 77, 78, 150, 299])
     bias = torch.full((300,), -INF, dtype=torch.float64)
@@ -161,7 +161,7 @@ def test_masked_ids_are_never_listed_and_a_distribution_of_few_ids_is_kept_whole
             torch.testing.assert_close(dense_weights(got, 300), p, rtol=1e-10, atol=1e-15)
 
 
-def test_a_tail_far_below_the_range_of_float32_is_drawn_from_as_any_other():
+def test_a_tail_below_the_range_of_float32_is_drawn_from():
     logits = torch.randn(200, generator=torch.Generator().manual_seed(0))
     for offset in (0.0, 500.0):
         x = logits.clone()
@@ -176,7 +176,7 @@ def test_a_tail_far_below_the_range_of_float32_is_drawn_from_as_any_other():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("offset", [0.0, 1 - 2.0**-53])
 @pytest.mark.parametrize("estimator", UNBIASED)
-def test_the_first_and_the_last_offset_lose_no_draw(monkeypatch, estimator, offset, dtype):
+def test_no_draw_is_lost_at_the_first_and_the_last_offset(monkeypatch, estimator, offset, dtype):
     monkeypatch.setattr(sampling, "uniform", lambda seed, ids, positions: ids.double() * 0 + offset)
     hidden, head = random_teacher(37, 300, dtype=dtype)
     got = sample(hidden, head, estimator, 12)
@@ -184,7 +184,7 @@ def test_the_first_and_the_last_offset_lose_no_draw(monkeypatch, estimator, offs
 
 
 @pytest.mark.parametrize("n", [3, 32, 70, 100])
-def test_a_draw_beyond_the_end_takes_the_last_column_that_can_be_drawn(n):
+def test_a_draw_beyond_the_end_takes_the_last_possible_column(n):
     slab = torch.randn(4, n, generator=torch.Generator().manual_seed(0))
     slab[1, n // 2 :] = slab[2, 1:] = slab[3, :-1] = -INF
     peak = slab.double().amax(1)
@@ -202,7 +202,7 @@ DISTRIBUTIONS = {"peaked": 3.0, "flat": 0.5}
 
 
 def distribution(shape, vocab=64):
-    """[V] float64 logits; float64 also in the teacher, so that p is what it says."""
+    """[V] float64 logits; float64, so that the teacher's p has no rounding error to speak of."""
     rng = torch.Generator().manual_seed(5)
     return torch.randn(vocab, generator=rng, dtype=torch.float64) * DISTRIBUTIONS[shape]
 
@@ -216,17 +216,17 @@ def test_the_expectation_of_the_weights_is_the_distribution(estimator, shape):
     p = logits.softmax(0)
     weights = dense_weights(sample(*repeated(logits, times), estimator, 8), 64)
     error = (weights.mean(0) - p).abs()
-    # an estimator's own spread, but for an id that was (almost) never drawn that of one draw in all
+    # the standard error of the estimator; ids that were almost never drawn are compared with one draw in all
     standard_error = (weights.std(0) / math.sqrt(times)).clamp(min=1e-12)
     rare = (weights > 0).sum(0) < 10
     assert (error[~rare] <= 4.8 * standard_error[~rare] + 1e-12).all()
     assert (error[rare] <= 20 * weights.max() / times).all()
     assert standard_error.max() < 2e-3
     biased = dense_weights(sample(*repeated(logits, 1), "top_k", 8), 64)[0]
-    assert (biased - p).abs().max() > 5 * error.max(), "the test could not tell a biased estimator"
+    assert (biased - p).abs().max() > 5 * error.max(), "the test could not detect a biased estimator"
 
 
-def test_seeds_samples_and_positions_each_average_out():
+def test_weights_are_unbiased_over_seeds_samples_and_positions():
     logits = distribution("flat")
     p = logits.softmax(0)
     zero = torch.zeros(1, dtype=torch.int64)
@@ -274,7 +274,7 @@ def test_on_a_peaked_distribution_the_error_is_far_below_that_of_independent_dra
 
 
 @pytest.mark.parametrize("estimator", UNBIASED)
-def test_a_tokens_draws_depend_on_its_name_alone(estimator):
+def test_draws_depend_only_on_seed_sample_id_and_position(estimator):
     hidden, head = random_teacher(37, 300, dtype=torch.float64)
     ids, positions = torch.arange(37) * 1000003, torch.arange(37) % 7
     shard = VocabShard.of(300, multiple=1)
@@ -300,7 +300,7 @@ def test_a_tokens_draws_depend_on_its_name_alone(estimator):
         assert (changed.ids != whole.ids).any(1).float().mean() > 0.5, other
 
 
-def test_float32_logits_move_a_draw_seldom():
+def test_float32_logits_rarely_change_a_draw():
     hidden, head = random_teacher(200, 1000)
     in_32 = sample(hidden, head, "adaptive_threshold", 32)
     in_64 = sample(hidden.double(), head.weight.double(), "adaptive_threshold", 32)
@@ -308,7 +308,7 @@ def test_float32_logits_move_a_draw_seldom():
 
 
 @pytest.mark.parametrize("poison", [float("nan"), INF])
-def test_bad_logits_are_refused_naming_the_first_token(poison):
+def test_bad_logits_are_refused_with_the_first_token(poison):
     hidden, head = random_teacher(37, 101)
     hidden[23, 5] = hidden[30, 2] = poison
     head.weight.abs_()
@@ -350,7 +350,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED, ids=[f"{i}-{'-'.join(c)}" for i, (c, _) in enumerate(REFUSED)])
-def test_arguments_that_do_not_fit_are_refused_by_name(change, message):
+def test_invalid_arguments_are_refused_by_name(change, message):
     hidden, head = random_teacher(2, 101)
     arguments = {
         "hidden_t": hidden,

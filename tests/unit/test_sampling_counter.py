@@ -1,4 +1,4 @@
-"""Counter-based random numbers: as documented, uniform, and unrelated to one another."""
+"""Counter-based random numbers: as documented, uniform and uncorrelated."""
 
 import math
 import re
@@ -24,7 +24,7 @@ def reference_uniform(seed, sample_id, position, draw):
     return (state >> 11) / 2**53
 
 
-def test_the_counter_is_splitmix64_and_as_documented():
+def test_the_counter_is_splitmix64_as_documented():
     # the first output of SplitMix64 seeded with 1234567, as published with the algorithm
     assert int(mix64(torch.tensor(1234567) + GOLDEN)) == 6457827717110365317
     names = [(0, 0), (1, 0), (0, 1), (2**62, 2**40), (-1, 5), (123456789, 4095)]
@@ -35,7 +35,7 @@ def test_the_counter_is_splitmix64_and_as_documented():
             assert uniform(seed, ids, positions, draw).tolist() == expected
 
 
-def test_counted_numbers_are_uniform_and_unrelated_to_their_neighbours():
+def test_counter_numbers_are_uniform_and_uncorrelated_with_their_neighbours():
     ids = torch.arange(1000)[:, None].expand(-1, 100).flatten()
     positions = torch.arange(100).repeat(1000)
     u = uniform(3, ids, positions)

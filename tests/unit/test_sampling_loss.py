@@ -1,15 +1,15 @@
-"""Sparse targets drawn from a teacher, in the loss that takes them: against the loss on the whole teacher."""
+"""The sparse loss with sampled targets against the dense loss with the whole teacher."""
 
 import math
 
 import pytest
 import torch
 
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_kd_loss, linear_sparse_kd_loss
 from kdtrain.teacher.estimators import ESTIMATORS, UNBIASED, WITH_TAIL
 from kdtrain.teacher.sampling import sample_targets
-from kdtrain.testing.topk_cases import random_teacher
+from tests.support.topk_cases import random_teacher
 
 VOCAB, TEMPERATURE = 60, 2.0
 SETTINGS = {"top_k_samples": {"tail_samples": 3}, "top_p_k": {"top_p": 1.0}}
@@ -52,7 +52,7 @@ def answer(loss, hidden, head, *teacher, **common):
 
 
 @pytest.mark.parametrize("estimator", ["top_k", "top_k_tail", "top_p_k", "adaptive_threshold"])
-def test_a_record_of_the_whole_vocabulary_gives_the_dense_loss_and_gradients(estimator):
+def test_a_target_of_the_whole_vocabulary_gives_the_dense_loss_and_gradients(estimator):
     hidden, head, hidden_t, head_t, common = problem(37)
     target = sampled(hidden_t, head_t, estimator, VOCAB)
     dense = answer(linear_kd_loss, hidden, head, hidden_t, head_t, **common)
@@ -96,7 +96,7 @@ def test_the_expectation_of_loss_and_gradients_is_the_dense_one(estimator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_the_loss_takes_every_record_as_it_comes(estimator, dtype):
+def test_the_loss_accepts_targets_of_every_estimator(estimator, dtype):
     hidden, head, hidden_t, head_t, common = problem(37, dtype)
     target = sampled(hidden_t, head_t, estimator, 10)
     assert target.unbiased == (estimator in UNBIASED)

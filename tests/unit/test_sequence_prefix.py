@@ -1,4 +1,4 @@
-"""data.sequence_prefix: auto measures and takes the better, an explicit worse choice is refused, both with numbers."""
+"""data.sequence_prefix: auto measures and takes the better prefix; a worse explicit one is refused with numbers."""
 
 import json
 import math
@@ -14,16 +14,18 @@ from kdtrain.config.schema import RunConfig
 from kdtrain.data.packing import Packing
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import ConfigError, DataError, StoreMismatch
+from kdtrain.jobs import sequence_prefix
+from kdtrain.jobs.build.models import build_models, model_specs
+from kdtrain.jobs.eval_model import run_evaluation
+from kdtrain.jobs.export_hf import exported_prefix
+from kdtrain.jobs.inputs import open_inputs
+from kdtrain.jobs.sequence_prefix import decide_prefix, measure_prefixes, nll_function, prefix_choice
+from kdtrain.jobs.train import run_training
 from kdtrain.models.tiny import save_random, tiny_config
-from kdtrain.testing.bos_models import BOS, EOS, VOCAB, write_bos_run, write_counting_store
-from kdtrain.testing.tiny_data import random_documents, write_store, write_tokenizer
-from kdtrain.training import build, sequence_prefix
-from kdtrain.training.export import exported_prefix
-from kdtrain.training.inputs import open_inputs
-from kdtrain.training.run import run_evaluation, run_training
-from kdtrain.training.sequence_prefix import decide_prefix, measure_prefixes, nll_function, prefix_choice
+from tests.support.bos_models import BOS, EOS, VOCAB, write_bos_run, write_counting_store
+from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -41,8 +43,8 @@ def configured(world, *words):
 
 def decide(world, *words):
     cfg = configured(world, *words)
-    inputs = open_inputs(cfg, build.specs(cfg))
-    models = build.build_models(cfg, inputs, Mesh(), CPU, trainable=True)
+    inputs = open_inputs(cfg, model_specs(cfg))
+    models = build_models(cfg, inputs, Mesh(), CPU, trainable=True)
     return decide_prefix(cfg, prefix_choice(cfg, inputs), inputs, models, Mesh(), CPU)
 
 
@@ -68,7 +70,7 @@ def expected(world, name, prefix, seq_len=16):
 
 
 @pytest.mark.parametrize(("name", "better"), [("needs", (BOS,)), ("hates", ())])
-def test_auto_takes_the_better_and_says_so_with_both_numbers(world, logged, name, better):
+def test_auto_takes_the_better_prefix_and_logs_both_numbers(world, logged, name, better):
     assert decide(world, f"teacher.weights={world / name}") == better
     (line,) = [m for m in logged.messages if m.startswith("prefix ")]
     (without, count), (with_bos, same) = (expected(world, name, prefix) for prefix in ((), (BOS,)))
@@ -82,10 +84,10 @@ def test_auto_takes_the_better_and_says_so_with_both_numbers(world, logged, name
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 200])
-def test_the_numbers_do_not_depend_on_the_micro_batch(world, size):
+def test_measured_numbers_do_not_depend_on_the_micro_batch(world, size):
     cfg = configured(world, f"data.sequences_per_micro_batch={size}")
-    inputs = open_inputs(cfg, build.specs(cfg))
-    models = build.build_models(cfg, inputs, Mesh(), CPU, trainable=True)
+    inputs = open_inputs(cfg, model_specs(cfg))
+    models = build_models(cfg, inputs, Mesh(), CPU, trainable=True)
     found = measure_prefixes(nll_function(models), [(), (BOS,)], inputs.train, cfg, Mesh(), CPU)
     for prefix in ((), (BOS,)):
         nll, count = expected(world, "needs", prefix)
@@ -97,7 +99,7 @@ def test_the_numbers_do_not_depend_on_the_micro_batch(world, size):
     ("teacher", "value", "best"),
     [("needs", "none", "'<bos>' (id 257)"), ("hates", "<bos>", "no prefix"), ("needs", "<eos>", "'<bos>' (id 257)")],
 )
-def test_an_explicit_choice_that_is_worse_is_refused_with_numbers_unless_allowed(world, logged, teacher, value, best):
+def test_worse_explicit_prefix_is_refused_with_numbers_unless_allowed(world, logged, teacher, value, best):
     words = (f"teacher.weights={world / teacher}", f"data.sequence_prefix={value}")
     with pytest.raises(ConfigError) as caught:
         decide(world, *words)
@@ -112,11 +114,11 @@ def test_an_explicit_choice_that_is_worse_is_refused_with_numbers_unless_allowed
 
 
 @pytest.mark.parametrize(("teacher", "value", "ids"), [("needs", "<bos>", (BOS,)), ("hates", "none", ())])
-def test_an_explicit_choice_that_is_right_is_kept(world, teacher, value, ids):
+def test_best_explicit_prefix_is_kept(world, teacher, value, ids):
     assert decide(world, f"teacher.weights={world / teacher}", f"data.sequence_prefix={value}") == ids
 
 
-def test_without_a_teacher_the_student_that_begins_with_weights_is_measured(world, logged):
+def test_student_from_weights_is_measured_without_a_teacher(world, logged):
     student = ("student.architecture=null", f"student.weights={world / 'needs'}")
     alone = ("teacher.weights=null", "objective.name=pretrain")
     assert decide(world, *alone, *student) == (BOS,)
@@ -130,13 +132,16 @@ def test_without_a_teacher_the_student_that_begins_with_weights_is_measured(worl
     ]
 
 
-def test_measuring_a_student_leaves_it_in_training_mode(world):
+def test_measured_student_stays_in_training_mode(world):
     cfg = configured(
-        world, "teacher.weights=null", "objective.name=pretrain", "student.architecture=null",
+        world,
+        "teacher.weights=null",
+        "objective.name=pretrain",
+        "student.architecture=null",
         f"student.weights={world / 'needs'}",
-    )  # fmt: skip
-    inputs = open_inputs(cfg, build.specs(cfg))
-    models = build.build_models(cfg, inputs, Mesh(), CPU, trainable=True)
+    )
+    inputs = open_inputs(cfg, model_specs(cfg))
+    models = build_models(cfg, inputs, Mesh(), CPU, trainable=True)
     assert models.student.training
     decide_prefix(cfg, prefix_choice(cfg, inputs), inputs, models, Mesh(), CPU)
     assert models.student.training
@@ -152,9 +157,7 @@ def plain_teacher(world, tmp_path):
     return teacher
 
 
-def test_where_nothing_begins_texts_nothing_is_measured_or_mentioned(
-    world, plain_teacher, tmp_path, logged, monkeypatch
-):
+def test_tokenizer_without_a_prefix_needs_no_measurement(world, plain_teacher, tmp_path, logged, monkeypatch):
     write_store(tmp_path / "plain", random_documents(40, seed=5), plain_teacher)
     monkeypatch.setattr(sequence_prefix, "measure_prefixes", lambda *_: pytest.fail("was measured"))
     words = [f"teacher.weights={plain_teacher}", f"data.train=[{tmp_path / 'plain'}]", "data.validation=null"]
@@ -162,12 +165,12 @@ def test_where_nothing_begins_texts_nothing_is_measured_or_mentioned(
     assert not [m for m in logged.messages if m.startswith("prefix ")]
 
 
-def test_what_begins_the_documents_is_measured_where_the_tokenizer_puts_nothing(world, plain_teacher, logged):
+def test_document_prefix_is_measured_if_the_tokenizer_has_none(world, plain_teacher, logged):
     assert decide(world, f"teacher.weights={plain_teacher}") == (BOS,)
     assert any(m.startswith("prefix   '<bos>' (id 257): teacher's nll ") for m in logged.messages)
 
 
-def test_a_corpus_whose_sequences_all_begin_documents_has_nothing_to_measure(world, tmp_path, logged):
+def test_corpus_without_cut_documents_is_not_measured(world, tmp_path, logged):
     documents = [[*range(1, 14)] for _ in range(20)]  # with <bos> and separator as long as a sequence behind its prefix
     store = write_store(tmp_path / "store", documents, world / "needs", prefix=(BOS,))
     assert store.num_tokens == 20 * 15
@@ -175,15 +178,15 @@ def test_a_corpus_whose_sequences_all_begin_documents_has_nothing_to_measure(wor
     assert logged.messages[-1] == "prefix   no prefix: no sequence of data.train begins inside a document"
 
 
-def test_a_small_corpus_is_measured_on_what_there_is(world, tmp_path, logged):
+def test_small_corpus_is_measured_on_fewer_sequences(world, tmp_path, logged):
     store = write_counting_store(tmp_path / "store", world / "needs", count=4)
     assert decide(world, f"data.train=[{store.path}]") == (BOS,)
     assert int(logged.messages[-1].split(" sequences that begin")[0].split()[-1]) < 64
 
 
-def test_every_data_rank_takes_its_share_and_none_twice(world):
+def test_data_ranks_measure_disjoint_shares(world):
     cfg = configured(world)
-    (store,) = open_inputs(cfg, build.specs(cfg)).train
+    (store,) = open_inputs(cfg, model_specs(cfg)).train
     packing = Packing(16, True, (BOS,))
     places = sequence_prefix.sequences_inside([store], packing, None, 1)
     assert len(places) == 64
@@ -209,9 +212,9 @@ def test_every_data_rank_takes_its_share_and_none_twice(world):
         assert all(without == with_bos for without, with_bos in labels)
 
 
-def test_data_that_cannot_be_read_are_an_error_of_all_ranks(world, monkeypatch):
+def test_unreadable_data_is_an_error_on_all_ranks(world, monkeypatch):
     cfg = configured(world)
-    inputs = open_inputs(cfg, build.specs(cfg))
+    inputs = open_inputs(cfg, model_specs(cfg))
     monkeypatch.setattr(sequence_prefix, "gather_objects", lambda text, group: [text, "the other rank's disk"])
     with pytest.raises(DataError, match="the other rank's disk"):
         measure_prefixes(lambda batch: pytest.fail("measured"), [(), (BOS,)], inputs.train, cfg, Mesh(), CPU)
@@ -219,10 +222,10 @@ def test_data_that_cannot_be_read_are_an_error_of_all_ranks(world, monkeypatch):
 
 def choice(world, *words):
     cfg = configured(world, *words)
-    return prefix_choice(cfg, open_inputs(cfg, build.specs(cfg)))
+    return prefix_choice(cfg, open_inputs(cfg, model_specs(cfg)))
 
 
-def test_check_says_what_a_run_will_decide(world):
+def test_check_line_states_what_a_run_will_decide(world):
     rivals = "no prefix, '<bos>' (id 257)"
     assert choice(world).line() == f"auto: a new run measures the teacher with {rivals} and takes the better"
     assert choice(world, "data.sequence_prefix=none").line() == (
@@ -233,7 +236,7 @@ def test_check_says_what_a_run_will_decide(world):
     assert choice(world, *alone, "data.sequence_prefix=<eos>").line() == "'<eos>' (id 258)"
 
 
-def test_check_prints_it_and_refuses_what_a_run_would(world, capsys, monkeypatch):
+def test_check_prints_the_prefix_and_refuses_what_a_run_refuses(world, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     words = [str(world / "run.yaml"), "--check"]
     assert run_training(parse(words, "")) == 0
@@ -246,12 +249,12 @@ def test_check_prints_it_and_refuses_what_a_run_would(world, capsys, monkeypatch
     assert f"\nprefix   '<eos>' (id 258): {rivals}, '<eos>' (id 258) and refuses" in capsys.readouterr().out
 
 
-def test_a_token_that_the_tokenizer_has_not_is_refused_by_name(world):
+def test_prefix_token_that_the_tokenizer_lacks_is_refused_by_name(world):
     with pytest.raises(ConfigError, match=r"data.sequence_prefix = <s>: .*tokenizer has no such token\n  fix: "):
         choice(world, "data.sequence_prefix=<s>")
 
 
-def test_a_prefix_that_the_stores_do_not_know_is_refused_unless_one_is_chosen(world, monkeypatch):
+def test_prefix_that_the_stores_lack_is_refused_unless_another_is_configured(world, monkeypatch):
     monkeypatch.setattr(sequence_prefix, "document_prefix", lambda folder: [BOS, VOCAB])
     with pytest.raises(StoreMismatch, match=r"puts the id 259 before sequences: the softmax of the run has 259 ids"):
         choice(world)
@@ -261,15 +264,13 @@ def test_a_prefix_that_the_stores_do_not_know_is_refused_unless_one_is_chosen(wo
         choice(world)
 
 
-def test_a_prefix_without_a_row_or_with_another_meaning_is_refused_by_the_check_and_the_run(
-    world, tmp_path, monkeypatch
-):
+def test_prefix_without_a_row_or_of_another_token_is_refused_by_check_and_run(world, tmp_path, monkeypatch):
     folder = tmp_path / "teacher"
     shutil.copytree(world / "needs", folder)
     words = [f"teacher.weights={folder}", "run.name=b", "data.sequence_prefix=<eos>"]
-    told = json.loads((folder / "tokenizer.json").read_text())
-    next(token for token in told["added_tokens"] if token["content"] == "<eos>")["content"] = "<tool>"
-    (folder / "tokenizer.json").write_text(json.dumps(told))
+    settings = json.loads((folder / "tokenizer.json").read_text())
+    next(token for token in settings["added_tokens"] if token["content"] == "<eos>")["content"] = "<tool>"
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
     with pytest.raises(StoreMismatch, match=rf"sequence_prefix = <eos> puts the id {EOS} .* calls it '<tool>'\n  why"):
         choice(world, *words)
     (folder / "tokenizer.json").write_text((world / "needs/tokenizer.json").read_text())
@@ -296,17 +297,17 @@ def test_a_prefix_without_a_row_or_with_another_meaning_is_refused_by_the_check_
         ((), math.nan, 3.0, None),
     ],
 )
-def test_the_limit_is_a_twentieth_of_a_nat(world, configured, without, with_bos, taken):
+def test_explicit_prefix_may_be_worse_by_less_than_a_twentieth_of_a_nat(world, configured, without, with_bos, taken):
     found = sequence_prefix.Measured({(): without, (BOS,): with_bos}, 10, 2)
     choice = sequence_prefix.PrefixChoice(configured, (BOS,), "teacher", load_tokenizer(world / "needs"))
     if taken is not None:
-        assert sequence_prefix._judged(RunConfig(), choice, found) == taken
+        assert sequence_prefix._choose(RunConfig(), choice, found) == taken
         return
     with pytest.raises(ConfigError, match=rf"{without:.3f} with no prefix, {with_bos:.3f} with '<bos>'"):
-        sequence_prefix._judged(RunConfig(), choice, found)
+        sequence_prefix._choose(RunConfig(), choice, found)
 
 
-def test_an_exports_note_says_what_its_run_began_sequences_with(tmp_path):
+def test_export_records_the_prefix_of_its_run(tmp_path):
     assert exported_prefix(tmp_path) is None
     for note, prefix in (({"step": 3, "sequence_prefix": [BOS]}, (BOS,)), ({"step": 3}, ())):  # of before: none
         (tmp_path / "kdtrain.json").write_text(json.dumps(note))

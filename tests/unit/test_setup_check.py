@@ -1,4 +1,4 @@
-"""The check of a machine: its table on one process, what it makes of faults, and two ranks through the launcher."""
+"""check_setup: its table in one process, rows of faults, and two ranks under the launcher."""
 
 import os
 import re
@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from kdtrain.config.schema import RunConfig
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import KdtrainError
-from kdtrain.training import setup_check, setup_probes
-from kdtrain.training.setup_probes import Row
+from kdtrain.jobs.check_setup import checks as setup_check
+from kdtrain.jobs.check_setup import probes as setup_probes
+from kdtrain.jobs.check_setup.probes import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -34,16 +35,24 @@ def table(text):
     return {row[0]: tuple(row[1:]) for row in rows if len(row) == 3 and row[1] in ("ok", "FAIL", "warn", "-")}
 
 
+@pytest.mark.slow
 @pytest.mark.deepspeed
-def test_two_ranks_under_the_launcher_try_every_axis_and_leave_nothing_behind(tmp_path):
+def test_two_launched_ranks_check_every_axis_and_leave_no_files(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     done = launch(
-        Path(sys.executable).with_name("deepspeed"), "--num_accelerators", 2, "--master_port", port,
-        ROOT / "launch/check_setup.py", ROOT / "configs/demo/distill_cpu.yaml", "parallel.tp=2",
-        f"run.output_dir={tmp_path}/runs", NCCL_DEBUG="WARN",
-    )  # fmt: skip
+        Path(sys.executable).with_name("deepspeed"),
+        "--num_accelerators",
+        2,
+        "--master_port",
+        port,
+        ROOT / "launch/check_setup.py",
+        ROOT / "configs/demo/distill_cpu.yaml",
+        "parallel.tp=2",
+        f"run.output_dir={tmp_path}/runs",
+        NCCL_DEBUG="WARN",
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = table(done.stdout)
     assert found["ranks"] == ("-", f"2 on 1 hosts: {socket.gethostname()}")
@@ -63,7 +72,7 @@ def test_two_ranks_under_the_launcher_try_every_axis_and_leave_nothing_behind(tm
 
 
 @pytest.mark.deepspeed
-def test_a_backend_that_the_run_asks_for_and_is_not_there_fails_with_1(tmp_path):
+def test_missing_backend_of_the_run_fails_with_exit_code_1(tmp_path):
     done = launch(ROOT / "launch/check_setup.py", "train.kernels=triton", f"run.output_dir={tmp_path}")
     assert done.returncode == 1, done.stdout + done.stderr
     result, why = table(done.stdout)["kernels triton"]
@@ -71,7 +80,7 @@ def test_a_backend_that_the_run_asks_for_and_is_not_there_fails_with_1(tmp_path)
     assert "1 of 30 checks failed" in done.stdout
 
 
-def test_help_and_mistakes_need_no_torch():
+def test_help_and_configuration_errors_need_no_torch():
     done = launch(ROOT / "launch/check_setup.py", "--help")
     assert (done.returncode, done.stdout.startswith("Check versions, devices, kernels")) == (0, True)
     done = launch(ROOT / "launch/check_setup.py", "parallel.tpp=2")
@@ -80,11 +89,13 @@ def test_help_and_mistakes_need_no_torch():
 
 
 @pytest.mark.parametrize("spoil", ["hidden", "head"])
-def test_a_kernel_with_a_wrong_gradient_is_a_failed_row(monkeypatch, spoil):
+def test_kernel_with_a_wrong_gradient_is_a_failed_row(monkeypatch, spoil):
     good = setup_probes.kernel_rows(Mesh(), CPU, "auto")
     assert [(row.check, row.result) for row in good] == [
-        ("kernels torch float32", "ok"), ("kernels torch bfloat16", "ok"), ("kernels triton", "-"),
-    ]  # fmt: skip
+        ("kernels torch float32", "ok"),
+        ("kernels torch bfloat16", "ok"),
+        ("kernels triton", "-"),
+    ]
     real = setup_probes.linear_kd_loss
 
     def wrong(hidden, head, *given, **settings):
@@ -99,7 +110,7 @@ def test_a_kernel_with_a_wrong_gradient_is_a_failed_row(monkeypatch, spoil):
     assert re.match(r"over tp 1: \w+ is off by ", bad[0].found)
 
 
-def test_a_kernel_that_breaks_is_a_failed_row_and_not_a_traceback(monkeypatch):
+def test_kernel_that_raises_is_a_failed_row(monkeypatch):
     def broken(*given, **settings):
         raise RuntimeError("no compiler\nand a long story")
 
@@ -108,27 +119,31 @@ def test_a_kernel_that_breaks_is_a_failed_row_and_not_a_traceback(monkeypatch):
     assert rows[0] == Row("kernels torch", "FAIL", "RuntimeError: no compiler")
 
 
-def test_a_loss_that_is_not_finite_is_infinitely_wrong():
+def test_error_of_a_nonfinite_loss_is_infinite():
     assert setup_probes._relative(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0]).double()) == float("inf")
     assert setup_probes._relative(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]).double()) == 0.25
 
 
 @pytest.mark.deepspeed
-def test_an_attention_that_cannot_be_had_fails_and_a_setting_of_tf32_warns(tmp_path):
+def test_unavailable_attention_fails_and_tf32_warns(tmp_path):
     done = launch(
-        ROOT / "launch/check_setup.py", "student.attention=flash_attention_4", "student.dtype=bfloat16",
-        f"run.output_dir={tmp_path}", TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1",
-    )  # fmt: skip
+        ROOT / "launch/check_setup.py",
+        "student.attention=flash_attention_4",
+        "student.dtype=bfloat16",
+        f"run.output_dir={tmp_path}",
+        TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1",
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     found = table(done.stdout)
     assert found["attention student"] == (
-        "FAIL", "attention = 'flash_attention_4' cannot be used: flash_attention_4 needs a CUDA device, this is cpu"
-    )  # fmt: skip
+        "FAIL",
+        "attention = 'flash_attention_4' cannot be used: flash_attention_4 needs a CUDA device, this is cpu",
+    )
     assert found["float32 products"][0] == "warn"
     assert "1 of 31 checks failed, 1 warning" in done.stdout
 
 
-def test_ranks_that_found_the_same_share_a_line_and_versions_must_agree():
+def test_equal_findings_share_a_line_and_different_versions_fail():
     one = [Row("version torch", "ok", "2.13"), Row("device", "-", "cpu"), Row("disk", "ok", "70 GiB")]
     other = [Row("version torch", "ok", "2.12"), Row("device", "-", "cpu"), Row("disk", "FAIL", "read-only")]
     assert setup_check.merge([one, one, other], ["a", "a", "b"]) == [
@@ -141,11 +156,17 @@ def test_ranks_that_found_the_same_share_a_line_and_versions_must_agree():
     ]
 
 
-def test_ranks_that_would_choose_otherwise_are_named():
-    one = [Row("attention auto bfloat16", "-", "flash_attention_2"), Row("nccl settings", "-", "none set"),
-           Row("threads", "ok", "8 per rank")]  # fmt: skip
-    other = [Row("attention auto bfloat16", "-", "sdpa"), Row("nccl settings", "ok", "NCCL_DEBUG=INFO"),
-             Row("threads", "ok", "4 per rank")]  # fmt: skip
+def test_ranks_with_other_choices_are_named():
+    one = [
+        Row("attention auto bfloat16", "-", "flash_attention_2"),
+        Row("nccl settings", "-", "none set"),
+        Row("threads", "ok", "8 per rank"),
+    ]
+    other = [
+        Row("attention auto bfloat16", "-", "sdpa"),
+        Row("nccl settings", "ok", "NCCL_DEBUG=INFO"),
+        Row("threads", "ok", "4 per rank"),
+    ]
     ranks = [one, other, one, one, other]
     assert setup_check.merge(ranks, ["a"] * 5)[1:] == [
         Row("attention auto bfloat16", "FAIL", "flash_attention_2   [ranks 0, 2-3]"),
@@ -157,7 +178,7 @@ def test_ranks_that_would_choose_otherwise_are_named():
     ]
 
 
-def test_the_last_line_counts_failures_and_warnings():
+def test_last_line_counts_failures_and_warnings():
     ok, warned, failed = (Row("a", result, "") for result in ("ok", "warn", "FAIL"))
     assert setup_check.verdict([ok]) == "setup    every check passed"
     assert setup_check.verdict([ok, warned]) == "setup    every check passed, 1 warning"
@@ -165,12 +186,12 @@ def test_the_last_line_counts_failures_and_warnings():
     assert setup_check.verdict([failed, warned, warned]) == "1 of 3 checks failed, 2 warnings"
 
 
-def test_many_hosts_are_cut_short():
+def test_long_list_of_hosts_is_shortened():
     rows = setup_check.merge([[]] * 10, [f"h{n}" for n in range(10)])
     assert rows == [Row("ranks", "-", "10 on 10 hosts: h0, h1, h2, h3, h4, h5, h6, h7 and 2 more")]
 
 
-def test_a_folder_that_cannot_be_written_is_a_failed_row(tmp_path, monkeypatch):
+def test_unwritable_folder_is_a_failed_row(tmp_path, monkeypatch):
     def refuse(**given):
         raise PermissionError(13, "Permission denied")
 
@@ -179,16 +200,14 @@ def test_a_folder_that_cannot_be_written_is_a_failed_row(tmp_path, monkeypatch):
     assert row == Row("disk", "FAIL", f"{tmp_path}: Permission denied; set run.output_dir to a folder you may write")
 
 
-def test_a_first_host_that_no_name_service_knows_is_told_before_anybody_waits(monkeypatch):
+def test_unresolvable_master_address_is_an_error_before_joining(monkeypatch):
     def unknown(host, port):
         raise socket.gaierror(-2, "Name or service not known")
 
-    setup_check._find_others(None)
+    setup_check._check_master(None)
     monkeypatch.setattr(setup_check.socket, "getaddrinfo", unknown)
-    with pytest.raises(
-        KdtrainError, match=r"does not know the host MASTER_ADDR = gpu7: Name or (.|\n)*fix: "
-    ) as caught:
-        setup_check._find_others("gpu7")
+    with pytest.raises(KdtrainError, match=r"cannot resolve MASTER_ADDR = gpu7: Name or (.|\n)*fix: ") as caught:
+        setup_check._check_master("gpu7")
     assert caught.value.exit_code == 1
 
 
@@ -196,7 +215,7 @@ def test_a_first_host_that_no_name_service_knows_is_told_before_anybody_waits(mo
     ("name", "operation"),
     [("all-reduce", "reduce_sum_"), ("all-gather", "gather_ranks"), ("all-to-all", "exchange_ranks")],
 )
-def test_a_collective_with_wrong_numbers_is_a_failed_row(monkeypatch, name, operation):
+def test_collective_with_wrong_numbers_is_a_failed_row(monkeypatch, name, operation):
     """A group of two whose other rank is played by arithmetic: what this rank 0 sends and what rank 1 would."""
     monkeypatch.setattr(setup_probes, "CPU_BYTES", 4096)
     monkeypatch.setattr(setup_probes, "group_size", lambda group: 2 if group == "two" else 1)
@@ -217,13 +236,13 @@ def test_a_collective_with_wrong_numbers_is_a_failed_row(monkeypatch, name, oper
     assert {row.result for row in rows.values()} == {"ok", "-"}
 
 
-def test_collectives_are_tried_along_the_runs_axes_where_the_job_has_them():
+def test_collectives_are_checked_along_the_axes_of_the_run():
     cfg = RunConfig()
     cfg.parallel.tp, cfg.parallel.cp = 2, 2
     assert setup_check.axes(cfg, 8) == setup_check.axes(cfg, 6) == (2, 2), "Mesh.build refuses what does not divide"
     cfg.teacher.layout = "dedicated"
     assert setup_check.axes(cfg, 8) == (2, 2)
     assert setup_check.axes(cfg, 6) == (1, 1)
-    told = [setup_check.mesh_row(cfg, Mesh(world_size=n, tp_size=tp, cp_size=tp)).found for n, tp in ((8, 2), (6, 1))]
-    assert told[0] == "dp 2 x cp 2 x tp 2; all ranks as one world, without the teacher's messages"
-    assert told[1].startswith("dp 6 x cp 1 x tp 1; parallel.tp = 2 x parallel.cp = 2 divide the student's ranks only; ")
+    rows = [setup_check.mesh_row(cfg, Mesh(world_size=n, tp_size=tp, cp_size=tp)).found for n, tp in ((8, 2), (6, 1))]
+    assert rows[0] == "dp 2 x cp 2 x tp 2; all ranks as one world, without the teacher's messages"
+    assert rows[1].startswith("dp 6 x cp 1 x tp 1; parallel.tp = 2 x parallel.cp = 2 divide the student's ranks only; ")

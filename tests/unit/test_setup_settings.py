@@ -1,4 +1,4 @@
-"""Rows about what a machine's settings make of a run: each good, and each spoilt."""
+"""Rows of check_setup about settings of a machine, each with a good and a bad setting."""
 
 import shutil
 import sys
@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from kdtrain.config.schema import RunConfig
-from kdtrain.dist.mesh import Mesh
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.jobs.check_setup import settings as setup_settings
+from kdtrain.jobs.check_setup.probes import Row
+from kdtrain.jobs.check_setup.settings import Share, compiler_row, float32_row, nccl_files, nccl_row, threads_row
 from kdtrain.telemetry.environment import settings
-from kdtrain.training import setup_settings
-from kdtrain.training.setup_probes import Row
-from kdtrain.training.setup_settings import Share, compiler_row, float32_row, nccl_files, nccl_row, threads_row
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TWO_AXES = Mesh(world_size=4, tp_size=2)
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
-def test_a_compiler_is_taken_by_name_or_found_and_builds_against_pythons_headers():
+def test_compiler_of_CC_or_PATH_builds_with_python_headers():
     environ = {"PATH": str(Path(shutil.which("gcc")).parent)}
     found = compiler_row(CUDA, environ)
     assert found.check == "compiler"
@@ -33,17 +33,21 @@ def test_a_compiler_is_taken_by_name_or_found_and_builds_against_pythons_headers
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
-def test_a_compiler_without_pythons_headers_is_no_compiler_for_triton(tmp_path, monkeypatch):
+def test_compiler_without_python_headers_warns(tmp_path, monkeypatch):
     """As where python3-dev is not installed. The line must be the same on every rank: no temporary folder in it."""
     monkeypatch.setattr(setup_settings.sysconfig, "get_paths", lambda **given: {"include": str(tmp_path)})
     rows = {compiler_row(CUDA, {"CC": "gcc"}) for _ in range(2)}
     assert rows == {
-        Row("compiler", "warn", "gcc cannot build with Python's headers: fatal error: Python.h: No such file or "
-            "directory; Triton compiles a launcher for each kernel")
-    }  # fmt: skip
+        Row(
+            "compiler",
+            "warn",
+            "gcc cannot build with Python's headers: fatal error: Python.h: No such file or "
+            "directory; Triton compiles a launcher for each kernel",
+        )
+    }
 
 
-def test_no_compiler_is_a_warning_where_triton_would_run_and_nothing_on_a_cpu(tmp_path):
+def test_missing_compiler_warns_on_cuda_only(tmp_path):
     row = compiler_row(CUDA, {"PATH": str(tmp_path)})
     assert row == Row(
         "compiler", "warn", "none: neither CC nor gcc nor clang; Triton compiles a launcher for each kernel"
@@ -55,11 +59,14 @@ def test_no_compiler_is_a_warning_where_triton_would_run_and_nothing_on_a_cpu(tm
     assert (failing.result, "cannot build" in failing.found) == ("warn", True)
 
 
-def test_rows_of_attention_say_what_is_installed_and_what_auto_takes():
+def test_attention_rows_show_packages_and_the_choice_of_auto():
     cfg = RunConfig()
     rows = {row.check: row for row in setup_settings.attention_rows(cfg, CPU)}
-    assert list(rows) == [*(f"attention flash_attention_{n}" for n in (2, 3, 4)), "attention auto bfloat16",
-                          "attention auto float32"]  # fmt: skip
+    assert list(rows) == [
+        *(f"attention flash_attention_{n}" for n in (2, 3, 4)),
+        "attention auto bfloat16",
+        "attention auto float32",
+    ]
     assert rows["attention auto float32"] == Row(
         "attention auto float32", "-", "packed: flash_attention_2 needs a CUDA device, this is cpu"
     )
@@ -67,7 +74,7 @@ def test_rows_of_attention_say_what_is_installed_and_what_auto_takes():
     assert on_cuda["attention auto float32"].found == "packed: flash_attention_2 needs bfloat16, this is float32"
 
 
-def test_a_package_that_is_installed_but_of_no_use_is_a_warning(monkeypatch):
+def test_installed_package_that_cannot_be_used_warns(monkeypatch):
     monkeypatch.setattr(setup_settings, "attention_packages", lambda: [("flash_attention_2", "2.8.3 is broken")])
     monkeypatch.setattr(setup_settings, "installed_version", lambda name: "2.8.3")
     row, *_ = setup_settings.attention_rows(RunConfig(), CPU)
@@ -77,18 +84,19 @@ def test_a_package_that_is_installed_but_of_no_use_is_a_warning(monkeypatch):
     assert row == Row("attention flash_attention_2", "ok", "2.8.3")
 
 
-def test_an_attention_of_the_run_passes_or_fails():
+def test_explicit_attention_passes_or_fails():
     cfg = RunConfig()
     cfg.student.attention, cfg.teacher.attention, cfg.teacher.dtype = "eager", "flash_attention_2", "float32"
     *_, student, teacher = setup_settings.attention_rows(cfg, CUDA)
-    assert student == Row("attention student", "ok", f"eager in {cfg.student.dtype}, as asked for")
+    assert student == Row("attention student", "ok", f"eager in {cfg.student.dtype}, as configured")
     assert teacher == Row(
-        "attention teacher", "FAIL",
+        "attention teacher",
+        "FAIL",
         "attention = 'flash_attention_2' cannot be used: flash_attention_2 needs bfloat16, this is float32",
-    )  # fmt: skip
+    )
 
 
-def test_settings_of_nccl_are_listed_and_only_those():
+def test_nccl_row_lists_only_settings_of_nccl():
     found = settings({"TORCH_NCCL_BLOCKING_WAIT": "1", "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "8", "KEY": "secret"})
     listed = "NCCL_DEBUG=INFO, TORCH_NCCL_BLOCKING_WAIT=1"
     assert nccl_row(TWO_AXES, found, None) == Row("nccl settings", "-", f"{listed}; no CUDA device")
@@ -96,25 +104,25 @@ def test_settings_of_nccl_are_listed_and_only_those():
 
 
 @pytest.mark.parametrize(
-    ("value", "version", "mesh", "result", "says"),
+    ("value", "version", "mesh", "result", "part"),
     [
         (None, "2.29.7", TWO_AXES, "warn", "IMPLICIT is off: collectives of two axes may wait for each other"),
         ("0", "2.29.7", TWO_AXES, "warn", "IMPLICIT is off: "),
         ("yes", "2.29.7", TWO_AXES, "warn", "IMPLICIT is off: "),
-        ("1", "2.25.1", TWO_AXES, "warn", "NCCL 2.25.1 does not know NCCL_LAUNCH_ORDER_IMPLICIT: "),
+        ("1", "2.25.1", TWO_AXES, "warn", "NCCL 2.25.1 does not have NCCL_LAUNCH_ORDER_IMPLICIT: "),
         (None, "2.29.7", Mesh(world_size=4), "-", "IMPLICIT is off"),
         ("1", "2.26.2", TWO_AXES, "ok", "NCCL_LAUNCH_ORDER_IMPLICIT=1; collectives start in the order of the host"),
     ],
 )
-def test_the_order_of_collectives_is_judged_by_setting_version_and_axes(value, version, mesh, result, says):
+def test_launch_order_row_by_setting_version_and_axes(value, version, mesh, result, part):
     found = {} if value is None else {"NCCL_LAUNCH_ORDER_IMPLICIT": value}
     row = nccl_row(mesh, found, version)
     assert row.result == result
-    assert says in row.found
-    assert result != "-" or row.found.endswith(says)
+    assert part in row.found
+    assert result != "-" or row.found.endswith(part)
 
 
-def test_files_of_nccl_are_read_as_nccl_reads_them(tmp_path):
+def test_nccl_files_are_read_as_by_nccl(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_text("# NCCL_A=comment\nNCCL_A=1\nNCCL_A=2\nno setting\nNCCL_B=x=y\n")
     second.write_text("NCCL_A=3\nNCCL_C=4\n")
@@ -123,7 +131,7 @@ def test_files_of_nccl_are_read_as_nccl_reads_them(tmp_path):
     assert nccl_files({"NCCL_CONF_FILE": str(tmp_path / "none")}, files) == {"NCCL_A": "3", "NCCL_C": "4"}
 
 
-def test_the_environment_comes_before_files_of_nccl(tmp_path):
+def test_environment_overrides_nccl_files(tmp_path):
     (tmp_path / "conf").write_text("NCCL_DEBUG=INFO\nNCCL_IB_HCA=mlx5\n")
     environ = {"NCCL_CONF_FILE": str(tmp_path / "conf"), "NCCL_DEBUG": "WARN"}
     alone = Share("a", 1, frozenset({0}))
@@ -132,13 +140,13 @@ def test_the_environment_comes_before_files_of_nccl(tmp_path):
     assert "NCCL_DEBUG=WARN, NCCL_IB_HCA=mlx5" in found
 
 
-def test_products_of_float32_are_exact_here():
+def test_float32_products_are_exact_on_the_cpu():
     assert float32_row(CPU, {}) == Row(
         "float32 products", "ok", "exact (torch's precision is highest, convolutions may use TF32)"
     )
 
 
-def test_products_of_factors_rounded_to_tf32_are_seen(monkeypatch):
+def test_products_rounded_to_tf32_are_detected(monkeypatch):
     """As a tensor core makes them: 13 bits fewer, to the nearest, and sums in float32."""
     exact = torch.Tensor.__matmul__
 
@@ -162,7 +170,7 @@ def test_products_of_factors_rounded_to_tf32_are_seen(monkeypatch):
         ("high", {"NVIDIA_TF32_OVERRIDE": "0", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}, "ok"),
     ],
 )
-def test_settings_that_only_a_cuda_device_obeys_warn_on_a_cpu(precision, environ, result):
+def test_tf32_settings_warn_on_a_cpu_too(precision, environ, result):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -180,7 +188,7 @@ def shares(threads, *masks, host="a"):
 
 
 @pytest.mark.parametrize(
-    ("threads", "masks", "result", "says"),
+    ("threads", "masks", "result", "part"),
     [
         (4, [range(8)] * 2, "ok", "4 per rank (OMP_NUM_THREADS: not set), 2 ranks on 8 CPUs"),
         (8, [range(8)] * 2, "warn", "2 ranks on 8 CPUs: too many; set OMP_NUM_THREADS=4"),
@@ -190,15 +198,15 @@ def shares(threads, *masks, host="a"):
         (1, [range(8)] * 2, "ok", "2 ranks on 8 CPUs"),
     ],
 )
-def test_threads_are_counted_among_the_ranks_that_share_cpus(threads, masks, result, says):
+def test_threads_row_counts_the_ranks_that_share_cpus(threads, masks, result, part):
     here, elsewhere = shares(threads, *masks), shares(64, range(8), range(8), host="b")
     row = threads_row(here[0], [*here, *elsewhere], {}, offload=False)
     assert row.result == result
-    assert says in row.found
+    assert part in row.found
 
 
 @pytest.mark.parametrize(
-    ("threads", "masks", "environ", "result", "says"),
+    ("threads", "masks", "environ", "result", "part"),
     [
         (1, [range(8)] * 2, {"OMP_NUM_THREADS": "1"}, "warn", "one core steps the offloaded optimizer; set OMP_NUM_"),
         (1, [range(8)] * 2, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, "ok", "the offloaded step: 4"),
@@ -208,16 +216,14 @@ def test_threads_are_counted_among_the_ranks_that_share_cpus(threads, masks, res
         (2, [range(8)] * 2, {"OMP_NUM_THREADS": "2"}, "ok", "2 ranks on 8 CPUs; the offloaded step: 2"),
     ],
 )
-def test_the_step_of_an_offloaded_optimizer_is_judged_by_the_threads_that_it_will_take(
-    threads, masks, environ, result, says
-):
+def test_threads_row_of_an_offloaded_optimizer(threads, masks, environ, result, part):
     here = shares(threads, *masks)
     row = threads_row(here[0], [*here, *shares(1, range(8), host="b")], environ, offload=True)
     assert row.result == result
-    assert says in row.found
+    assert part in row.found
 
 
-def test_a_rank_knows_its_own_share():
+def test_share_of_this_rank():
     mine = Share.of_this_rank("a")
     assert mine.threads == torch.get_num_threads()
     assert mine.cpus
@@ -225,7 +231,7 @@ def test_a_rank_knows_its_own_share():
     assert f"(OMP_NUM_THREADS: 3), 1 rank on {len(mine.cpus)} CPUs" in row.found
 
 
-def test_the_kernels_that_auto_takes_are_named_with_the_reason(monkeypatch):
+def test_kernels_row_names_the_choice_of_auto_and_its_reason(monkeypatch):
     assert setup_settings.kernels_row(CPU) == Row("kernels auto", "-", "torch: the device is not CUDA")
     monkeypatch.setattr(setup_settings, "choice", lambda device: ("torch", f"a launch on {device} fails"))
     rows = {setup_settings.kernels_row(torch.device("cuda", index)) for index in range(2)}

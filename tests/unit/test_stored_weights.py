@@ -1,4 +1,4 @@
-"""What the tensors of a folder are: quantised, without a place, without a head, under a base model's names.
+"""Tensors of a folder: quantised, unused, without a head, or under a base model's names.
 
 Every folder is both checked (as --check does) and loaded, and must fare alike; what is loaded must be the model that
 transformers makes of the folder.
@@ -8,16 +8,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from kdtrain.data.batch import Batch
-from kdtrain.dist.mesh import Mesh
-from kdtrain.dist.vocab import VocabShard
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.distributed.vocab import VocabShard
 from kdtrain.errors import ConfigError
 from kdtrain.models.head import load_head
 from kdtrain.models.load import ModelSpec
 from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
-from kdtrain.parallel.pieces import merge_state_dict
-from kdtrain.testing.model_folders import check_and_load, edit_json, edit_tensors
+from kdtrain.parallel.shard_tensors import merge_state_dict
+from tests.support.model_folders import check_and_load, edit_json, edit_tensors
 
 LLAMA = tiny_config("llama")
 OPT = {
@@ -102,17 +102,17 @@ def to_bitsandbytes(tensors):
     ],
 )
 @pytest.mark.parametrize("trainable", [False, True])
-def test_weights_that_are_stored_quantised_are_refused_without_a_mark_in_config_json(tmp_path, change, says, trainable):
+def test_quantised_weights_are_refused_without_a_mark_in_config_json(tmp_path, change, says, trainable):
     save_random(tmp_path, LLAMA)
     edit_tensors(tmp_path, change)
     refuse(tmp_path, f"is quantised: tensor {says}", trainable=trainable)
 
 
 @pytest.mark.parametrize("mark", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
-def test_a_mark_beside_the_weights_is_named_and_alone_is_refused_unless_allowed(tmp_path, mark):
+def test_quantisation_file_beside_the_weights_is_refused_unless_allowed(tmp_path, mark):
     save_random(tmp_path, LLAMA)
     (tmp_path / mark).write_text("{}")
-    refuse(tmp_path, rf"is quantised: {mark}, of (NVIDIA ModelOpt|GPTQ|AWQ), says so(.|\n)*allow_unused_weights=true")
+    refuse(tmp_path, rf"is quantised: it has {mark}, of (NVIDIA ModelOpt|GPTQ|AWQ)(.|\n)*allow_unused_weights=true")
     equals_stock(tmp_path, allow_unused_weights=True)
     edit_tensors(tmp_path, to_float8)
     for allowed in (False, True):
@@ -120,7 +120,7 @@ def test_a_mark_beside_the_weights_is_named_and_alone_is_refused_unless_allowed(
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
-def test_a_mark_in_config_json_is_refused(tmp_path, key):
+def test_quantisation_in_config_json_is_refused(tmp_path, key):
     save_random(tmp_path, LLAMA)
     edit_json(tmp_path / "config.json", **{key: {"quant_method": "compressed-tensors"}})
     refuse(tmp_path, f"is quantised: its config.json has {key}")
@@ -141,7 +141,7 @@ def test_quantised_experts_buffers_and_heads_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_ordinary_dtypes_are_read_as_the_numbers_they_are(tmp_path, dtype):
+def test_ordinary_dtypes_are_read_exactly(tmp_path, dtype):
     save_random(tmp_path, LLAMA)
     edit_tensors(tmp_path, lambda t: t.update({name: tensor.to(dtype) for name, tensor in t.items()}))
     equals_stock(tmp_path)
@@ -159,7 +159,7 @@ def test_tensors_without_a_place_are_refused_unless_allowed(tmp_path, name):
     equals_stock(tmp_path, allow_unused_weights=True)
 
 
-def test_what_older_releases_saved_beside_the_weights_is_harmless(tmp_path):
+def test_tensors_of_older_releases_are_ignored(tmp_path):
     save_random(tmp_path / "gpt2", tiny_config("gpt2", tie_word_embeddings=True), base=True)
     mask = torch.ones(1, 1, 128, 128).tril()
     edit_tensors(
@@ -174,7 +174,7 @@ def test_what_older_releases_saved_beside_the_weights_is_harmless(tmp_path):
     refuse(tmp_path / "llama", r"'model\.layers\.0\.self_attn\.bias' of .* has no place")
 
 
-def test_what_the_class_says_it_leaves_out_is_harmless(tmp_path):
+def test_tensors_that_the_class_ignores_are_ignored(tmp_path):
     write_mixture(tmp_path / "sharded", "deepseek_v3", packed=False).save_pretrained(tmp_path / "one")
     mtp = "model.layers.61."
     edit_tensors(
@@ -200,13 +200,13 @@ def test_a_base_model_with_a_tied_head_is_loaded_under_its_own_names(tmp_path, s
     save_random(tmp_path, settings, base=True, shard_size=shard_size)
     if shard_size == "1GB":
         edit_tensors(tmp_path, lambda tensors: tensors[name])  # published without the prefix
-    if settings["model_type"] == "gemma3_text":  # its soft-cap is the head's own business
+    if settings["model_type"] == "gemma3_text":  # its soft-cap belongs to the head
         check_and_load(tmp_path, packed=packed)
     else:
         equals_stock(tmp_path, packed=packed)
 
 
-def test_every_rank_reads_its_slices_alone_of_a_base_model(tmp_path):
+def test_every_rank_reads_only_its_slices_of_a_base_model(tmp_path):
     save_random(tmp_path, tiny_config("gpt2", tie_word_embeddings=True), base=True)
     whole = check_and_load(tmp_path)
     ranks = [check_and_load(tmp_path, mesh=Mesh(world_size=2, rank=rank, tp_size=2)) for rank in (0, 1)]
@@ -226,7 +226,7 @@ def test_a_base_model_without_its_head_is_refused_for_that_reason(tmp_path):
     equals_stock(tmp_path)
 
 
-def test_experts_of_a_base_model_are_stacked_too(tmp_path):
+def test_experts_of_a_base_model_are_stacked(tmp_path):
     model = write_mixture(tmp_path / "whole", "qwen3_moe", packed=False, tie_word_embeddings=True)
     model.base_model.save_pretrained(tmp_path / "base", save_original_format=True)
     edit_tensors(tmp_path / "base", lambda tensors: tensors["layers.0.mlp.experts.3.up_proj.weight"])
@@ -235,13 +235,13 @@ def test_experts_of_a_base_model_are_stacked_too(tmp_path):
         assert torch.equal(mine, theirs), name
 
 
-def test_of_a_tied_pair_the_files_may_keep_either(tmp_path):
+def test_files_may_keep_either_name_of_a_tied_pair(tmp_path):
     save_random(tmp_path, tiny_config("llama", tie_word_embeddings=True))
     edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}))
     equals_stock(tmp_path)
 
 
-def test_a_missing_tensor_is_refused_with_what_has_no_place_instead(tmp_path):
+def test_missing_tensor_is_refused_with_the_unused_ones(tmp_path):
     save_random(tmp_path, LLAMA)
     edit_tensors(tmp_path, lambda t: t.update({"model.norm.gain": t.pop("model.norm.weight")}))
     refuse(

@@ -1,18 +1,18 @@
-"""When the teacher runs, and on how many tokens at once; what it answers does not depend on it."""
+"""Overlap and token limits of an online teacher change when it runs, but not its hidden states."""
 
 import json
 
 import pytest
 import torch
 
-from kdtrain.data.batch import Batch
-from kdtrain.data.documents import Documents
-from kdtrain.dist.mesh import Mesh
+from kdtrain.batch import Batch
+from kdtrain.distributed.mesh import Mesh
+from kdtrain.documents import Documents
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
 from kdtrain.teacher.online import OnlineTeacher
 from kdtrain.teacher.side_stream import SideStream
-from kdtrain.testing.validation_reference import uneven_batches
+from tests.support.validation_reference import uneven_batches
 
 CPU = torch.device("cpu")
 VOCAB, SEQ_LEN = 299, 8
@@ -39,7 +39,7 @@ def teacher_of(backbone, log, **settings):
 
 
 def learn(teacher, micro_batches, log):
-    """A step's calls in the trainer's order; the hidden states of each micro-batch."""
+    """The trainer's calls of a step; returns the hidden states of each micro-batch."""
     found = []
     teacher.begin_step(micro_batches)
     for batch in micro_batches:
@@ -55,7 +55,7 @@ def numbered(micro_batches):
     ]
 
 
-def test_with_overlap_the_next_micro_batch_is_begun_before_the_student_takes_the_present_one(backbone):
+def test_with_overlap_the_next_micro_batch_starts_before_the_student_trains_on_the_present_one(backbone):
     steps = [numbered(batches(4)) for _ in range(2)]
     log, plain_log = [], []
     ahead = teacher_of(backbone, log, side=SideStream(CPU))
@@ -71,7 +71,7 @@ def test_with_overlap_the_next_micro_batch_is_begun_before_the_student_takes_the
     assert [entry[:2] for entry in plain_log] == [(who, i) for i in range(4) for who in ("teacher", "student")] * 2
 
 
-def test_overlap_disturbs_neither_a_validation_nor_a_step_that_was_given_up(backbone):
+def test_overlap_is_independent_of_validation_and_of_an_abandoned_step(backbone):
     log = []
     teacher = teacher_of(backbone, log, side=SideStream(CPU))
     step, other = numbered(batches(3)), batches(1, sequences=2)[0]
@@ -81,7 +81,7 @@ def test_overlap_disturbs_neither_a_validation_nor_a_step_that_was_given_up(back
     assert torch.equal(teacher.signal(other).hidden_states, alone)
     assert torch.equal(teacher.signal(step[0]).hidden_states, backbone.hidden_states(step[0]))
     log.clear()
-    learn(teacher, step, log)  # the former step was left after its first micro-batch
+    learn(teacher, step, log)  # the earlier step was abandoned after its first micro-batch
     assert [entry[1] for entry in log if entry[0] == "teacher"] == [0, 1, 2]
 
 
@@ -105,36 +105,36 @@ def test_a_limit_on_tokens_splits_passes_by_sequences_and_changes_nothing(backbo
         assert float((got - want).norm() / want.norm()) < 1e-6
 
 
-def test_an_answer_of_a_side_stream_is_that_of_its_work():
+def test_a_side_stream_on_the_cpu_runs_work_at_once():
     value = torch.arange(4.0)
-    finish = SideStream(CPU).start(lambda: value * 2, [value])
+    take = SideStream(CPU).start(lambda: value * 2, [value])
     value.zero_()
-    assert finish().tolist() == [0, 2, 4, 6], "on the CPU work is done when it is started"
+    assert take().tolist() == [0, 2, 4, 6], "on the CPU the work runs in start()"
 
 
-def test_a_side_stream_is_given_all_memory_that_its_work_reads(backbone):
-    """What it is not given could be taken for something else while the work reads it."""
-    given = []
+def test_a_side_stream_records_all_tensors_that_its_work_reads(backbone):
+    """The allocator could reuse the memory of other tensors while the work reads them."""
+    recorded = []
 
     class Side:
         def start(self, work, inputs):
-            given.extend(inputs)
-            answer = work()
-            return lambda: answer
+            recorded.extend(inputs)
+            result = work()
+            return lambda: result
 
     batch = batches(1)[0]
     batch = Batch(*batch.tensors(), Documents.of(batch.position_ids))
     teacher = OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh(), side=Side())
     teacher.begin_step([batch])
-    wanted = [batch.input_ids, batch.position_ids, batch.documents.offsets]
-    assert all(any(values is other for other in given) for values in wanted)
+    needed = [batch.input_ids, batch.position_ids, batch.documents.offsets]
+    assert all(any(values is other for other in recorded) for values in needed)
     assert torch.equal(teacher.signal(batch).hidden_states, backbone.hidden_states(batch))
 
 
-def test_an_answer_is_never_that_of_an_earlier_batch_in_the_same_place(backbone):
-    """Batches that are dropped leave their ids to later ones."""
+def test_a_batch_with_the_id_of_an_earlier_one_gets_its_own_result(backbone):
+    """Python reuses the id() of a deleted batch."""
     teacher = OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh(), together=True)
     for _ in range(20):
-        teacher.begin_step(batches(2))  # taken by nobody
+        teacher.begin_step(batches(2))  # never taken
         later = batches(1, sequences=2)[0]
         assert teacher.signal(later).hidden_states.shape[0] == later.num_tokens

@@ -24,7 +24,7 @@ RECORD = {
 }
 
 
-def test_step_line_has_fixed_columns_whatever_the_order_of_the_record():
+def test_step_line_has_fixed_columns_for_any_order_of_the_record():
     line = (
         "step   10/480  loss 10.4410  kd 9.9312  ce 10.9508  gnorm 5.02  lr 3.00e-06  tok/s 88.1k  rss 1.1G  eta 33h39m"
     )
@@ -43,7 +43,7 @@ def test_every_pair_is_found_by_splitting_at_two_spaces():
     assert dict(p.split(" ") for p in pairs)["lr"] == "3.00e-06"
 
 
-def test_on_a_gpu_the_device_memory_is_shown_instead():
+def test_step_line_shows_device_memory_on_a_gpu():
     line = format_step(RECORD | {"memory/peak_allocated_gib": 43.8}, 480)
     assert "mem 43.8G" in line
     assert "rss" not in line
@@ -56,10 +56,18 @@ def test_eval_line_names_its_step():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (412, "412"), (999.7, "1.00k"), (88123, "88.1k"), (999_960, "1.00M"), (1.25e6, "1.25M"),
-     (float("nan"), "nan"), (float("inf"), "inf")],
-)  # fmt: skip
-def test_rates_have_three_digits_and_a_prefix(value, text):
+    [
+        (0, "0"),
+        (412, "412"),
+        (999.7, "1.00k"),
+        (88123, "88.1k"),
+        (999_960, "1.00M"),
+        (1.25e6, "1.25M"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_rates_have_three_digits_and_an_si_prefix(value, text):
     assert format_rate(value) == text
 
 
@@ -75,7 +83,7 @@ def test_rates_have_three_digits_and_a_prefix(value, text):
         (float("nan"), "-"),
     ],
 )
-def test_durations_read_like_a_clock(seconds, text):
+def test_durations_are_formatted_in_hours_minutes_seconds(seconds, text):
     assert format_duration(seconds) == text
 
 
@@ -94,7 +102,7 @@ def test_table_aligns_text_left_and_numbers_right():
 
 
 @pytest.mark.parametrize("rows", [[], [{"a": 1}, {"b": 1}]])
-def test_table_refuses_rows_that_do_not_fit(rows):
+def test_table_refuses_rows_with_different_keys(rows):
     with pytest.raises(ValueError, match="row"):
         format_table(rows)
 
@@ -104,7 +112,7 @@ class _Terminal(io.StringIO):
         return True
 
 
-def test_colours_only_on_a_terminal_that_wants_them(monkeypatch):
+def test_colours_only_on_a_terminal_without_NO_COLOR(monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     assert wants_colour(_Terminal())
@@ -123,7 +131,7 @@ LOGGER.warning("watch out")
 """
 
 
-def test_files_and_pipes_hold_plain_text(tmp_path):
+def test_files_and_pipes_get_plain_text(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", PRINT_A_STEP, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True
     )
@@ -131,7 +139,7 @@ def test_files_and_pipes_hold_plain_text(tmp_path):
     assert (tmp_path / "console.log").read_text() == done.stdout
 
 
-def test_a_terminal_gets_colours_and_its_log_file_does_not(tmp_path, monkeypatch):
+def test_terminal_gets_colours_and_the_log_file_does_not(tmp_path, monkeypatch):
     from kdtrain.log import setup_logging
 
     monkeypatch.delenv("NO_COLOR", raising=False)

@@ -17,7 +17,7 @@ def write_run(path, steps, resume_step=0):
     sink.close()
 
 
-def test_a_record_is_readable_as_soon_as_it_is_written(tmp_path):
+def test_record_can_be_read_after_write(tmp_path):
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
     sink.write(record(1, **{"loss/ce": 2.5}))
@@ -25,21 +25,21 @@ def test_a_record_is_readable_as_soon_as_it_is_written(tmp_path):
     sink.close()
 
 
-def test_resuming_drops_what_will_be_done_again_and_each_step_is_there_once(tmp_path):
+def test_resume_drops_records_of_steps_that_will_be_repeated(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_run(path, [0, 5, 10, 15])
     write_run(path, [15, 20], resume_step=10)
     assert [r["data/step"] for r in read_records(path)] == [0, 5, 10, 15, 20]
 
 
-def test_several_records_of_the_resumed_step_survive(tmp_path):
+def test_resume_keeps_all_records_of_the_resumed_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_run(path, [10, 10, 11])  # a step line and an evaluation of step 10
     write_run(path, [11], resume_step=10)
     assert [r["data/step"] for r in read_records(path)] == [10, 10, 11]
 
 
-def test_a_run_that_starts_anew_puts_an_older_ones_records_aside(tmp_path):
+def test_run_from_scratch_renames_an_existing_file(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_run(path, [0, 1, 2])
     write_run(path, [0])
@@ -47,7 +47,7 @@ def test_a_run_that_starts_anew_puts_an_older_ones_records_aside(tmp_path):
     assert [r["data/step"] for r in read_records(tmp_path / "metrics.jsonl.before")] == [0, 1, 2]
 
 
-def test_a_kill_at_any_byte_leaves_the_records_before_it(tmp_path):
+def test_file_cut_at_any_byte_keeps_the_complete_records(tmp_path):
     whole = tmp_path / "metrics.jsonl"
     write_run(whole, [1, 2, 3])
     content = whole.read_bytes()
@@ -61,7 +61,7 @@ def test_a_kill_at_any_byte_leaves_the_records_before_it(tmp_path):
         assert len(read_records(path)) == expected + 1, cut
 
 
-def test_a_damaged_line_is_named_by_number(tmp_path):
+def test_damaged_line_is_named_by_number(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_run(path, [1, 2])
     path.write_bytes(path.read_bytes().replace(b'{"data/step": 1', b'{"data/step" 1'))
@@ -69,14 +69,14 @@ def test_a_damaged_line_is_named_by_number(tmp_path):
         JsonlSink(path, resume_step=1)
 
 
-def test_a_line_without_a_step_is_refused(tmp_path):
+def test_line_without_a_step_is_refused(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"loss/ce": 1.0}\n')
     with pytest.raises(DataError, match="without data/step"):
         read_records(path)
 
 
-def test_numbers_that_are_not_finite_become_null_so_that_any_json_reader_works(tmp_path):
+def test_nonfinite_numbers_become_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     sink = JsonlSink(path)
     sink.write(record(1, **{"loss/ce": float("nan"), "optim/grad_norm": float("inf")}))
@@ -86,7 +86,7 @@ def test_numbers_that_are_not_finite_become_null_so_that_any_json_reader_works(t
     assert found["optim/grad_norm"] is None
 
 
-def test_a_record_without_a_step_is_not_written(tmp_path):
+def test_record_without_a_step_is_not_written(tmp_path):
     sink = JsonlSink(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="data/step"):
         sink.write({"loss/ce": 1.0})
@@ -94,7 +94,7 @@ def test_a_record_without_a_step_is_not_written(tmp_path):
     assert read_records(tmp_path / "metrics.jsonl") == []
 
 
-def test_an_unwritable_place_is_one_clear_message(tmp_path):
+def test_unwritable_folder_is_a_configuration_error(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ConfigError, match=r"cannot write .*metrics\.jsonl(.|\n)*fix: choose another run\.output_dir"):
         JsonlSink(tmp_path / "file" / "metrics.jsonl")

@@ -11,14 +11,14 @@ from kdtrain.telemetry.metrics import UNITS, Metrics
 CPU = torch.device("cpu")
 
 
-def test_mean_weighs_every_token_alike_not_every_batch():
+def test_mean_weights_tokens_not_batches():
     metrics = Metrics(device=CPU)
     metrics.add("loss/ce", torch.tensor(30.0), torch.tensor(10))
     metrics.add("loss/ce", torch.tensor(7.0), 1)
     assert metrics.reduce() == {"loss/ce": pytest.approx(37 / 11)}
 
 
-def test_reduce_starts_again_at_zero_and_nothing_gives_nothing():
+def test_reduce_resets_the_sums():
     metrics = Metrics(device=CPU)
     metrics.add("loss/ce", 1.0, 1)
     metrics.reduce()
@@ -27,7 +27,7 @@ def test_reduce_starts_again_at_zero_and_nothing_gives_nothing():
     assert metrics.reduce() == {"loss/ce": 5.0}
 
 
-def test_no_token_at_all_is_nan_not_zero():
+def test_mean_without_tokens_is_nan():
     metrics = Metrics(device=CPU)
     metrics.add("loss/ce", 0.0, 0)
     assert math.isnan(metrics.reduce()["loss/ce"])
@@ -41,14 +41,14 @@ def test_sums_are_kept_in_float64():
     assert metrics.reduce()["loss/ce"] - 2.0**30 == pytest.approx(0.1, rel=1e-4)
 
 
-def test_added_numbers_keep_no_graph_alive():
+def test_added_tensors_are_detached():
     metrics = Metrics(device=CPU)
     weight = torch.ones((), requires_grad=True)
     metrics.add("loss/ce", weight * 2, 1)
     assert not any(t.requires_grad for t in metrics._sums.values())
 
 
-def test_state_restored_elsewhere_reports_the_same():
+def test_restored_state_gives_the_same_means():
     metrics, resumed = Metrics(device=CPU), Metrics(device=CPU)
     for total, count in ((0.1, 3), (0.2, 5), (0.7, 2)):
         metrics.add("loss/ce", total, count)
@@ -58,12 +58,12 @@ def test_state_restored_elsewhere_reports_the_same():
     assert metrics.reduce() == resumed.reduce()
 
 
-def test_every_name_an_objective_or_a_column_uses_has_a_unit():
+def test_every_metric_and_column_has_a_unit():
     names = {*PER_TOKEN_METRICS, *(c[0] for c in (*STEP_COLUMNS, *EVAL_COLUMNS)), *memory_record()}
     assert names <= set(UNITS), sorted(names - set(UNITS))
 
 
-def test_peak_memory_grows_by_what_is_touched():
+def test_peak_memory_grows_with_touched_memory():
     before = peak_host_bytes()
     block = torch.ones(max(before, 1 << 26), dtype=torch.uint8)
     assert peak_host_bytes() >= before + len(block) // 2

@@ -14,7 +14,7 @@ import pytest
 from kdtrain.config.schema import WandbSection
 from kdtrain.errors import ConfigError
 from kdtrain.telemetry.wandb_sink import WandbSink
-from kdtrain.testing.wandb_server import WandbServer
+from tests.support.wandb_server import WandbServer
 
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
 needs_wandb = pytest.mark.skipif(not HAS_WANDB, reason="wandb is not installed")
@@ -28,7 +28,7 @@ def inspect(folder, *options):
     return done.stdout
 
 
-def test_off_needs_no_package_and_writes_nothing(tmp_path):
+def test_mode_off_needs_no_package_and_writes_nothing(tmp_path):
     sink = WandbSink(WandbSection(mode="off"), tmp_path, name="a", config={})
     sink.write({"data/step": 1, "loss/ce": 1.0})
     sink.close()
@@ -36,7 +36,7 @@ def test_off_needs_no_package_and_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_package_is_a_configuration_error_with_a_fix(tmp_path, monkeypatch):
+def test_missing_package_is_a_configuration_error(tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
     with pytest.raises(ConfigError, match=r"log\.wandb\.mode = offline(.|\n)*fix: pip install wandb") as caught:
@@ -125,42 +125,45 @@ def uploaded(server, folder):
 
 
 @needs_wandb
-def test_two_steps_a_resume_and_two_more_are_one_curve_of_four_steps_on_disk_and_on_a_server(tmp_path):
+def test_resumed_run_is_one_history_on_disk_and_on_a_server(tmp_path):
     run_part(tmp_path, 0)
-    said = run_part(tmp_path, 2)
+    output = run_part(tmp_path, 2)
     first, second = parts_of(tmp_path)
     assert [history(first), history(second)] == [[row(1), row(2)], [row(3), row(4)]]
-    commands = set(re.findall("`(wandb sync .*)`", said))
-    assert commands == {f"wandb sync {first} {second}"}, said
-    assert said.count("in 2 parts that belong into one command") == 2, "at the start, and at the end"
+    commands = set(re.findall("`(wandb sync .*)`", output))
+    assert commands == {f"wandb sync {first} {second}"}, output
+    assert output.count("in 2 parts that belong into one command") == 2, "at the start, and at the end"
     with WandbServer() as server:
         sync(tmp_path, server, commands.pop())
         assert uploaded(server, tmp_path) == [row(1), row(2), row(3), row(4)]
         assert server.offsets == [0, 2]
 
 
+@pytest.mark.slow
 @needs_wandb
-def test_what_a_killed_process_reported_and_wandb_lost_is_sent_by_the_resumed_run(tmp_path):
+def test_resumed_run_sends_records_that_a_killed_process_lost(tmp_path):
     run_part(tmp_path, 0, "kill")
     [killed] = parts_of(tmp_path)
     assert len(history(killed)) < 2, "wandb keeps a row until the next step begins"
-    said = run_part(tmp_path, 2)
+    output = run_part(tmp_path, 2)
     rows = [row for part in parts_of(tmp_path) for row in history(part)]
     assert rows == [row(1), row(2), row(3), row(4)]
     with WandbServer() as server:
-        sync(tmp_path, server, re.findall("`(wandb sync .*)`", said)[-1])
+        sync(tmp_path, server, re.findall("`(wandb sync .*)`", output)[-1])
         assert uploaded(server, tmp_path) == rows
 
 
+@pytest.mark.slow
 @needs_wandb
-def test_steps_that_a_resumed_run_repeats_are_not_sent_twice(tmp_path):
+def test_repeated_steps_of_a_resumed_run_are_sent_once(tmp_path):
     run_part(tmp_path, 0)
     run_part(tmp_path, 1)  # went back to step 1, does 2 again, and 3
     assert [history(part) for part in parts_of(tmp_path)] == [[row(1), row(2)], [row(3)]]
 
 
+@pytest.mark.slow
 @needs_wandb
-def test_a_run_that_starts_anew_in_its_folder_is_a_new_wandb_run(tmp_path):
+def test_run_from_scratch_is_a_new_wandb_run(tmp_path):
     run_part(tmp_path, 0, "kill")
     former = (tmp_path / "wandb_run_id.txt").read_text()
     run_part(tmp_path, 0)
@@ -169,8 +172,9 @@ def test_a_run_that_starts_anew_in_its_folder_is_a_new_wandb_run(tmp_path):
     assert history(parts_of(tmp_path)[-1]) == [row(1), row(2)]
 
 
+@pytest.mark.slow
 @needs_wandb
-def test_an_online_run_that_goes_on_sends_what_its_server_has_not(tmp_path):
+def test_resumed_online_run_sends_missing_records(tmp_path):
     with WandbServer() as server:
         online = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}
         run_part(tmp_path, 0, "kill", mode="online", **online)
@@ -181,7 +185,7 @@ def test_an_online_run_that_goes_on_sends_what_its_server_has_not(tmp_path):
 
 
 @needs_wandb
-def test_an_offline_run_reads_back_as_wandb_shows_it(tmp_path):
+def test_offline_run_reads_back_with_wandbs_reader(tmp_path):
     settings = WandbSection(mode="offline", project="kdtrain-test")
     sink = WandbSink(settings, tmp_path, name="my-run", config={"optim": {"lr": 0.5}})
     run_id = sink.run_id
@@ -216,7 +220,7 @@ sink.close()
 
 
 def start_online(folder, key):
-    """A process of its own, with a server address that nobody listens on: wandb keeps its settings per process."""
+    """A process of its own, with a server address without a listener: wandb keeps its settings per process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -230,19 +234,24 @@ def start_online(folder, key):
     }
     return subprocess.run(
         [sys.executable, "-c", START_ONLINE, str(folder)],
-        check=False, capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL, env=env,
-    )  # fmt: skip
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        stdin=subprocess.DEVNULL,
+        env=env,
+    )
 
 
 @needs_wandb
-def test_online_without_a_key_is_a_configuration_error(tmp_path):
+def test_online_mode_without_a_key_is_a_configuration_error(tmp_path):
     done = start_online(tmp_path, key="")
     assert "refused: log.wandb.mode = online" in done.stderr, done.stderr
     assert "fix: wandb login" in done.stderr
 
 
 @needs_wandb
-def test_a_server_out_of_reach_is_a_warning_and_the_run_is_recorded_offline(tmp_path):
+def test_unreachable_server_warns_and_records_offline(tmp_path):
     done = start_online(tmp_path, key="0" * 40)
     assert done.returncode == 0, done.stderr
     assert "wandb's server cannot be reached" in done.stdout

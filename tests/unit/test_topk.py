@@ -10,15 +10,15 @@ from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.topk_dispatch import TRITON_MAX_K, topk_kernels
 from kdtrain_kernels.topk_rows import NO_ID, order_keys, split_keys, topk_merge, topk_select
 
-from kdtrain.dist.vocab import HeadShard, VocabShard
+from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.teacher.topk import linear_topk
-from kdtrain.testing.topk_cases import LargestTensor, assert_same_topk, random_teacher, slab_bytes_for, whole_logits
+from tests.support.topk_cases import LargestTensor, assert_same_topk, random_teacher, slab_bytes_for, whole_logits
 
 INF = float("inf")
 
 
 def rows(n, seed=0):
-    """[rows, n] logits that try the order: ties, constants, masked ids, signed zeros, a peak, clusters, infinities."""
+    """[rows, n] logits with ties, constants, masked ids, signed zeros, a peak, clusters and infinities."""
     rng = torch.Generator().manual_seed(seed)
     x = torch.randn(12, n, generator=rng)
     x[1] = x[1].round()
@@ -36,7 +36,7 @@ def rows(n, seed=0):
 
 
 def padded(x, garbage):
-    """The same numbers in rows that are further apart, with garbage between them."""
+    """The same numbers with a larger row stride and garbage between the rows."""
     memory = torch.full((x.shape[0], x.shape[1] + 7), garbage, dtype=x.dtype)
     memory[:, : x.shape[1]] = x
     return memory[:, : x.shape[1]]
@@ -44,7 +44,7 @@ def padded(x, garbage):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 3), (5, 9), (101, 1), (640, 20), (1000, 64), (4099, 33), (5000, 1)])
-def test_selection_is_a_stable_descending_sort_whatever_the_row(n, k, dtype):
+def test_selection_is_a_stable_descending_sort_of_any_row(n, k, dtype):
     x = rows(n).to(dtype)
     slab = padded(x, float("nan"))
     got = topk_select(slab, k, (1.0,), entropy=False, scratch=Scratch.of(slab))
@@ -54,10 +54,10 @@ def test_selection_is_a_stable_descending_sort_whatever_the_row(n, k, dtype):
     assert torch.equal(got.values, values[:, :k])
     assert not got.values.signbit()[got.values == 0].any(), "a zero kept its sign"
     assert not got.stats[:, 0].any()
-    assert torch.equal(slab, x.scatter(1, order[:, :k], -INF)), "listed entries are masked, nothing else is touched"
+    assert torch.equal(slab, x.scatter(1, order[:, :k], -INF)), "only listed entries are masked"
 
 
-def test_tail_sums_at_any_temperature_have_the_digits_of_the_tail_itself():
+def test_tail_sums_are_accurate_relative_to_the_tail_at_any_temperature():
     x = rows(1000)[[0, 1, 2, 4, 6, 9]]
     for k in (1, 64, 999, 1000):
         slab = x.clone()
@@ -77,7 +77,7 @@ def test_tail_sums_at_any_temperature_have_the_digits_of_the_tail_itself():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_merging_the_parts_of_a_vocabulary_is_selecting_from_the_whole(dtype):
+def test_merged_parts_of_a_vocabulary_equal_a_selection_from_the_whole(dtype):
     x = rows(300)[[0, 1, 2, 4, 6, 9]].to(dtype)
     k, temperatures = 20, (2.0, 1.0)
 
@@ -114,10 +114,10 @@ def test_keys_keep_values_ids_and_their_order():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("chunk", [8, 37, 1000])
 @pytest.mark.parametrize(("vocab", "k"), [(101, 1), (101, 100), (101, 101), (1000, 9), (2600, 64)])
-def test_ties_of_a_real_head_come_in_the_order_of_ids(vocab, k, chunk, dtype):
+def test_equal_logits_of_a_head_are_in_the_order_of_ids(vocab, k, chunk, dtype):
     hidden, head = random_teacher(37, vocab, dtype=dtype, integers=True)
     logits = whole_logits(hidden, head)
-    assert k < 3 or (logits.topk(k).values.diff(dim=1) == 0).any(), "no ties to speak of"
+    assert k < 3 or (logits.topk(k).values.diff(dim=1) == 0).any(), "the logits must have ties"
     shard = VocabShard.of(vocab, multiple=1)
     got = linear_topk(
         hidden,
@@ -156,7 +156,7 @@ def test_half_precision_is_multiplied_in_float32():
     assert_same_topk(got, whole_logits(hidden, head), 5, (1.0,), 3e-6)
 
 
-def test_a_row_of_masked_ids_only_is_listed_in_order_with_no_mass():
+def test_a_row_of_only_masked_ids_is_listed_in_order_with_no_mass():
     hidden = torch.zeros(2, 3)
     head = HeadShard(torch.zeros(50, 3), torch.full((50,), -INF))
     got = linear_topk(hidden, head, 4, shard=VocabShard.of(50, multiple=1))
@@ -172,7 +172,7 @@ def test_no_tokens_give_empty_results():
     assert got.log_tail.shape == (0, 1)
 
 
-def test_results_carry_no_gradient_and_leave_inputs_alone():
+def test_results_have_no_gradient_and_inputs_are_unchanged():
     hidden, head = random_teacher(5, 60)
     hidden.requires_grad_()
     before = hidden.detach().clone(), head.weight.clone()
@@ -195,7 +195,7 @@ def test_no_tensor_is_larger_than_the_slab_or_the_results_at_any_number_of_token
 
 
 @pytest.mark.parametrize("poison", [float("nan"), INF])
-def test_bad_logits_are_refused_naming_the_first_token(poison):
+def test_bad_logits_are_refused_with_the_first_token(poison):
     hidden, head = random_teacher(37, 101)
     hidden[23, 5] = hidden[30, 2] = poison
     head.weight.abs_()
@@ -205,7 +205,7 @@ def test_bad_logits_are_refused_naming_the_first_token(poison):
 
 
 @pytest.mark.parametrize("n", [40, 4000])
-def test_not_a_number_anywhere_in_a_row_sets_its_flag(n):
+def test_nan_anywhere_in_a_row_sets_its_flag(n):
     for place in (0, n // 2, n - 1):
         for value in (float("nan"), -float("nan"), INF):
             slab = torch.randn(3, n)
@@ -235,15 +235,15 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("change", "message"), REFUSED, ids=[next(iter(c)) + str(i) for i, (c, _) in enumerate(REFUSED)]
 )
-def test_arguments_that_do_not_fit_are_refused_by_name(change, message):
+def test_invalid_arguments_are_refused_by_name(change, message):
     hidden, head = random_teacher(2, 101)
     arguments = {"hidden_t": hidden, "head_t": head, "k": 4, "shard": VocabShard.of(101, multiple=1), **change}
     with pytest.raises(ValueError, match=re.escape(message)):
         linear_topk(**arguments)
 
 
-def test_auto_takes_torch_where_triton_has_no_form_and_an_explicit_choice_is_refused(monkeypatch, caplog):
-    """As if the dense row kernels of a device were another backend's."""
+def test_auto_uses_torch_where_triton_has_no_kernel_and_explicit_triton_is_refused(monkeypatch, caplog):
+    """With the row kernels of a device replaced by none."""
     cpu = torch.device("cpu")
     assert topk_kernels("auto", cpu, torch.float32, 5) is topk_rows
     monkeypatch.setattr(topk_dispatch, "row_kernels", lambda backend, device, work: None)

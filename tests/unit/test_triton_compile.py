@@ -1,4 +1,4 @@
-"""The triton row kernels compile for GPUs that are not here, and their machine code is what was meant."""
+"""The triton row kernels compile for GPUs that are not present, and their machine code has the intended form."""
 
 import importlib.util
 import json
@@ -18,16 +18,17 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """What the short run of the benchmark says of each kernel, compiled anew: [{variant, target, registers, ...}]."""
+    """Results of the short run of the script for each kernel, compiled anew: [{variant, target, registers, ...}]."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "benchmarks/triton_sass.py", "--quick"]
+    command = [sys.executable, "proofs/triton_sass.py", "--quick"]
     done = subprocess.run(command, check=False, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_every_target(compiled):
     for name in ("row_stats, T", "pair_grad jsd, T, bf16"):
         assert {row["target"] for row in compiled if row["variant"] == name} == TARGETS
@@ -35,13 +36,15 @@ def test_kernels_compile_for_every_target(compiled):
     assert kernels == {"first_argmax", "row_stats", "coupling", "pair_measure", "row_grad", "pair_sums", "pair_grad"}
 
 
+@pytest.mark.slow
 def test_no_kernel_spills_registers_and_several_programs_fit_a_multiprocessor(compiled):
     for row in compiled:
         assert row["spills"] == 0, row
         assert row["registers"] <= 128, row  # at least 2 programs of 256 threads
 
 
-def test_slabs_are_read_and_written_in_wide_pieces(compiled):
+@pytest.mark.slow
+def test_slabs_are_read_and_written_16_bytes_at_a_time(compiled):
     for row in compiled:
         per_slab = 2 if row["target"].startswith("sm") else 1  # 8 columns a thread; half as many, wider waves on AMD
         slabs = 1 if row["variant"].startswith(("row", "first")) else 2
@@ -50,7 +53,8 @@ def test_slabs_are_read_and_written_in_wide_pieces(compiled):
             assert row["wide_stores"] >= 1, row
 
 
-def test_a_gradient_rounded_in_place_meets_its_barrier_with_no_load_in_flight(compiled):
+@pytest.mark.slow
+def test_no_load_is_in_flight_at_the_barrier_of_in_place_rounding(compiled):
     narrow = [row for row in compiled if "bf16" in row["variant"]]
     assert len(narrow) >= 5
     for row in narrow:
@@ -58,21 +62,23 @@ def test_a_gradient_rounded_in_place_meets_its_barrier_with_no_load_in_flight(co
         assert row["in_flight"] == 0, row
 
 
-def test_no_kernel_leaves_the_fusion_of_products_and_sums_to_the_release(compiled):
+@pytest.mark.slow
+def test_fusion_of_products_and_sums_is_disabled_in_every_kernel(compiled):
     assert {row["fusion"] for row in compiled} == {False}
 
 
 def run(script, tmp_path):
-    """What a script with the benchmark as `t` prints, compiling anew."""
+    """Output of a script that imports proofs/triton_sass.py as `t`, compiling anew."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT / "kernels")])
+    env["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("proofs", "benchmarks", "kernels"))
     env["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "-c", "import triton_sass as t\n" + script]
     done = subprocess.run(command, check=True, env=env, capture_output=True, text=True, timeout=120)
     return done.stdout.strip()
 
 
-def test_without_a_promise_about_the_stride_loads_would_be_narrow(compiled, tmp_path):
+@pytest.mark.slow
+def test_loads_are_narrow_without_the_stride_assumption(compiled, tmp_path):
     """The gate above can fail: the same kernel without the divisibility of its stride."""
     script = (
         "t.DIVISIBLE = ()\n"
@@ -81,7 +87,7 @@ def test_without_a_promise_about_the_stride_loads_would_be_narrow(compiled, tmp_
     assert run(script, tmp_path) == "0"
 
 
-def test_at_a_plain_barrier_loads_would_be_in_flight(tmp_path):
+def test_loads_are_in_flight_at_a_plain_barrier(tmp_path):
     """The gate above can fail: the same kernel with tl.debug_barrier() alone, on an NVIDIA and an AMD target."""
     script = (
         "variant = next(v for v in t.variants() if v.name == 'row_grad, cap, bf16')\n"
@@ -125,6 +131,6 @@ def test_waits_are_read_from_the_scoreboards_of_an_instruction(code, most):
     assert in_flight_nvidia("".join(instruction(*line) for line in code)) == most
 
 
-def test_machine_code_of_another_form_is_no_proof():
+def test_unknown_form_of_machine_code_is_an_error():
     with pytest.raises(ValueError, match="has cuobjdump's output changed"):
         in_flight_nvidia("BAR.SYNC 0x0")

@@ -1,4 +1,4 @@
-"""Every kernel is launched through one door, which leaves no option of the compiler to a release's default."""
+"""Every kernel is launched by one function, which sets every compiler option explicitly."""
 
 import ast
 import importlib.util
@@ -23,7 +23,7 @@ class Kernel:
         return lambda *arguments, **named: self.launches.append((grid, arguments, named))
 
 
-def test_a_launch_names_every_option_of_the_compiler():
+def test_launch_sets_every_compiler_option():
     from kdtrain_kernels.triton.device import launch
 
     kernel, slab = Kernel(), torch.zeros(3, 128)
@@ -48,7 +48,7 @@ def test_kernels_are_launched_in_one_place_only():
     found = {path.name: launches(path.read_text()) for path in FOLDER.glob("*.py")}
     assert len(found) >= 8
     assert {name: len(lines) for name, lines in found.items() if lines} == {"device.py": 1}
-    assert launches("kernel[(3,)](x)") == [1]  # what is looked for would be found
+    assert launches("kernel[(3,)](x)") == [1]  # a launch is detected
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
-"""The triton row kernels in triton's interpreter against their torch twins, and a whole loss against float64.
+"""The triton row kernels in triton's interpreter against `torch_rows`, and whole losses against float64.
 
-Ranks of a pool of their own run the checks: TRITON_INTERPRET must be set before triton is imported. Each takes half
-of the cases; the loss at tp 2 takes both.
+A separate pool of two ranks runs the checks, because TRITON_INTERPRET must be set before triton is imported. Each rank
+runs half of the cases; the loss at tp 2 runs all of them on both.
 """
 
 import ctypes
@@ -16,9 +16,17 @@ from kdtrain_kernels import blocks, divergence_spec, row_kernels, torch_rows
 from kdtrain_kernels.blocks import Scratch, front_of_rows
 from kdtrain_kernels.torch_rows import LogitMap, RowWeights, merge_pair_stats
 
-from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
-from kdtrain.testing.loss_cases import naive_answer, random_case, reference_fields, relative_error, streamed_answer
+from kdtrain.losses import linear_cross_entropy, reference, stream
 from kdtrain.testing.ranks import RankPool
+from tests.support.loss_cases import naive_answer, random_case, reference_fields, relative_error, streamed_answer
+from tests.support.row_cases import (
+    assert_rows_close,
+    labels_of,
+    logits_of,
+    slab_of,
+    truncated_to_bfloat16,
+    weights_of,
+)
 
 pytestmark = [
     pytest.mark.dist,
@@ -36,8 +44,6 @@ VARIANTS = [(name, {}) for name in reference.DIVERGENCES] + [
 MAPS = [LogitMap(), LogitMap(0.8, 9.0), LogitMap(1.5, None)]
 COLUMNS = (0, 1, 101, 200)
 BLOCK = 128
-ROW_LABELS = torch.tensor([0, -1, 2, 5, -1])
-"""Rows of a case: a label that exists, none, two that exist if there are columns enough, none."""
 
 
 @pytest.fixture(scope="module")
@@ -48,92 +54,47 @@ def interpreters():
 
 
 def _triton_rows():
-    """The kernels with small blocks, so that 200 columns are two of them, the last one cut off."""
+    """The kernels with small blocks, so that 200 columns need two blocks, the last one partial."""
     rows = row_kernels("triton", torch.device("cpu"))
     for name in rows.LAUNCHES:
         rows.LAUNCHES[name] = rows.Launch(BLOCK, 1)
     return rows
 
 
-def _slab(values):
-    """[C, n] with rows a multiple of 128 apart and NaN between: it must be neither used nor multiplied by 0."""
-    columns = values.shape[1]
-    memory = torch.full((values.shape[0], max(1, -(-columns // 128)) * 128), torch.nan)
-    memory[:, :columns] = values
-    return memory[:, :columns]
-
-
-def _logits(columns, *, masked=False, cap=None, seed=0):
-    """Both models' logits of five rows: close, far apart, and with columns that both or only one of them masks."""
-    rng = torch.Generator().manual_seed(seed)
-    student = 3 * torch.randn(len(ROW_LABELS), columns, generator=rng)
-    teacher = student + torch.tensor([0.01, 1.0, 1.0, 3.0, 1.0])[:, None] * torch.randn(student.shape, generator=rng)
-    if cap is not None:
-        student = cap * torch.tanh(student / cap)
-    if masked and columns > 1:
-        for logits in (student, teacher):
-            logits[:, columns // 2] = -torch.inf
-            logits[3, 1:] = -torch.inf
-        teacher[4, -1] = -1e9
-    return student, teacher + 20.0
-
-
-def _weights(labels):
-    """Rows without divergence, without cross-entropy, with both, and with z-loss."""
-    kd = torch.tensor([1.0, 0.0, 0.7, 2.0, 0.5], dtype=torch.float64)
-    ce = torch.tensor([0.0, 1.0, 0.6, 1.5, 0.5], dtype=torch.float64)
-    return RowWeights(kd, ce, labels, ce + torch.tensor([0.0, 0.0, 0.1, 0.0, 0.2], dtype=torch.float64))
-
-
-def _labels(columns):
-    return torch.where(columns > ROW_LABELS, ROW_LABELS, -1)
-
-
-def _assert_close(got, expected, tolerance=1e-6, floor=1.0):
-    """By row: |got - expected| against the row's largest number, at least `floor`."""
-    assert got.shape == expected.shape
-    assert got.dtype == expected.dtype
-    got, expected = got.double().reshape(len(got), -1), expected.double().reshape(len(got), -1)
-    torch.testing.assert_close(*(x.where(~x.isfinite(), 0.0) for x in (got, expected)), equal_nan=True)
-    gap = (got - expected).where(got.isfinite(), 0.0).abs()
-    size = expected.where(expected.isfinite(), 0.0).abs()
-    if gap.shape[1]:
-        assert (gap.amax(1) <= tolerance * size.amax(1).clamp(min=floor)).all(), (gap.amax(1), size.amax(1))
-
-
-def _cut_off(values):
-    """bfloat16 by leaving out bits: the interpreter rounds toward 0 where devices round to the nearest."""
-    return (values.contiguous().view(torch.int32) & -65536).view(torch.float32).bfloat16()
-
-
 def _totals(twin, student, teacher, labels, temperature, spec):
-    """What all ranks together know, as the torch twin has it."""
+    """The totals over all ranks, computed by `twin`."""
     scratch = Scratch.of(student)
     stats = twin.pair_stats(student, teacher, labels, temperature, spec=spec, scratch=scratch)
     totals = merge_pair_stats(stats[None], temperature, spec)
     if spec.two_rounds:
-        parts = twin.pair_round2(student, _slab(teacher), totals, temperature, spec=spec, scratch=scratch)
+        parts = twin.pair_round2(student, slab_of(teacher), totals, temperature, spec=spec, scratch=scratch)
         totals = replace(totals, z=parts[:, 0])
     return totals
 
 
 def _compare_pair(rows, spec, columns, temperature, logit_map, masked):
-    student, teacher = _logits(columns, masked=masked, cap=logit_map.softcap)
-    labels = _labels(columns)
-    settings = {"spec": spec, "scratch": Scratch.of(_slab(student))}
-    totals = _totals(torch_rows, _slab(student), _slab(teacher), labels, temperature, spec)
+    student, teacher = logits_of(columns, masked=masked, cap=logit_map.softcap)
+    labels = labels_of(columns)
+    settings = {"spec": spec, "scratch": Scratch.of(slab_of(student))}
+    totals = _totals(torch_rows, slab_of(student), slab_of(teacher), labels, temperature, spec)
     answers = []
     for twin in (torch_rows, rows):
-        slabs = _slab(student), _slab(teacher)
+        slabs = slab_of(student), slab_of(teacher)
         first = twin.pair_round2 if spec.two_rounds else twin.pair_value
         parts = first(*slabs, totals, temperature, **settings)
         value, operand = twin.pair_grad(
-            *slabs, totals, _weights(labels), temperature, **settings, logit_map=logit_map, operand_dtype=torch.float32
+            *slabs,
+            totals,
+            weights_of(labels),
+            temperature,
+            **settings,
+            logit_map=logit_map,
+            operand_dtype=torch.float32,
         )
         assert operand.data_ptr() == slabs[0].data_ptr()
         answers.append((parts, value, operand))
     for got, expected in zip(answers[1], answers[0], strict=True):
-        _assert_close(got, expected, 5e-6, floor=0.1)
+        assert_rows_close(got, expected, 5e-6, floor=0.1)
 
 
 def _check_divergences(rank, world_size):
@@ -151,7 +112,7 @@ def _check_divergences(rank, world_size):
     return done
 
 
-def test_every_divergences_sums_and_gradient_are_the_torch_twins(interpreters):
+def test_sums_and_gradients_of_every_divergence_match_torch_rows(interpreters):
     assert sum(interpreters.run(_check_divergences)) == len(VARIANTS)
 
 
@@ -159,50 +120,42 @@ def _check_stats(rank, world_size):
     rows = _triton_rows()
     for columns in COLUMNS[rank::world_size]:
         for name, temperature, masked in [("reverse_kl", 1.0, True), ("reverse_kl", 2.0, True), ("jsd", 2.0, False)]:
-            student, teacher = map(_slab, _logits(columns, masked=masked))
+            student, teacher = map(slab_of, logits_of(columns, masked=masked))
             if columns > 1:
-                student[4] = -torch.inf  # a row in which this rank has nothing
+                student[4] = -torch.inf  # a row without any unmasked column on this rank
             settings = {"spec": divergence_spec(name, 300), "scratch": Scratch.of(student)}
-            args = student, teacher, _labels(columns), temperature
+            args = student, teacher, labels_of(columns), temperature
             got, expected = rows.pair_stats(*args, **settings), torch_rows.pair_stats(*args, **settings)
             for column in range(torch_rows.PAIR_STATS):
-                _assert_close(got[:, column : column + 1], expected[:, column : column + 1])
-            one = student, _labels(columns), temperature, settings["scratch"]
+                assert_rows_close(got[:, column : column + 1], expected[:, column : column + 1])
+            one = student, labels_of(columns), temperature, settings["scratch"]
             assert torch.equal(rows.row_stats(*one), got[:, : torch_rows.ROW_STATS])
             expected = torch_rows.first_argmax(student, settings["scratch"])
             assert torch.equal(rows.first_argmax(student, settings["scratch"]), expected)
+    tied = slab_of(torch.zeros(3, 200))
+    tied[1, 150], tied[1, 70], tied[2, 130:] = 2.0, 2.0, 1.0
+    assert rows.first_argmax(tied, Scratch.of(tied))[:, 1].tolist() == [0.0, 70.0, 130.0]
 
 
-def test_statistics_are_the_torch_twins_with_masked_columns_masked_rows_and_no_columns(interpreters):
+def test_statistics_match_torch_rows_with_masked_and_missing_columns_and_ties(interpreters):
     interpreters.run(_check_stats)
-
-
-def _check_ties(rank, world_size):
-    rows = _triton_rows()
-    slab = _slab(torch.zeros(3, 200))
-    slab[1, 150], slab[1, 70], slab[2, 130:] = 2.0, 2.0, 1.0
-    assert rows.first_argmax(slab, Scratch.of(slab))[:, 1].tolist() == [0.0, 70.0, 130.0]
-
-
-def test_of_equal_maxima_the_first_column_is_found(interpreters):
-    interpreters.run(_check_ties)
 
 
 def _check_measure(rank, world_size):
     rows = _triton_rows()
     for columns, temperature in [(101, 1.0), (101, 2.0), (1, 2.0), (0, 1.0)][rank::world_size]:
-        student, teacher = map(_slab, _logits(columns, masked=True))
+        student, teacher = map(slab_of, logits_of(columns, masked=True))
         spec = divergence_spec("forward_kl", 300)
-        totals = _totals(torch_rows, student, teacher, _labels(columns), temperature, spec)
+        totals = _totals(torch_rows, student, teacher, labels_of(columns), temperature, spec)
         answers = [
             twin.pair_measure(student, teacher, totals, temperature, scratch=Scratch.of(student))
             for twin in (rows, torch_rows)
         ]
         for column in range(4):
-            _assert_close(*(answer[:, column : column + 1] for answer in answers))
+            assert_rows_close(*(answer[:, column : column + 1] for answer in answers))
 
 
-def test_measured_sums_are_the_torch_twins(interpreters):
+def test_measured_sums_match_torch_rows(interpreters):
     interpreters.run(_check_measure)
 
 
@@ -210,97 +163,108 @@ def _check_row_grad(rank, world_size):
     rows = _triton_rows()
     for columns in COLUMNS[rank::world_size]:
         for logit_map in MAPS:
-            student = _logits(columns, masked=logit_map.softcap is None, cap=logit_map.softcap)[0]
+            student = logits_of(columns, masked=logit_map.softcap is None, cap=logit_map.softcap)[0]
             totals = torch_rows.merge_stats(
-                torch_rows.row_stats(_slab(student), _labels(columns), 1.0, Scratch.of(_slab(student)))[None], 1.0
+                torch_rows.row_stats(slab_of(student), labels_of(columns), 1.0, Scratch.of(slab_of(student)))[None], 1.0
             )
             answers = []
             for twin, dtype in [(torch_rows, torch.float32), (rows, torch.float32), (rows, torch.bfloat16)]:
-                slab = _slab(student)
+                slab = slab_of(student)
                 operand = twin.row_grad(
-                    slab, totals, _weights(_labels(columns)), logit_map=logit_map, scratch=Scratch.of(slab),
+                    slab,
+                    totals,
+                    weights_of(labels_of(columns)),
+                    logit_map=logit_map,
+                    scratch=Scratch.of(slab),
                     operand_dtype=dtype,
-                )  # fmt: skip
+                )
                 assert operand.dtype == dtype
                 assert operand.data_ptr() == slab.data_ptr()
                 answers.append(operand)
-            _assert_close(answers[1], answers[0])
-            assert torch.equal(answers[2], _cut_off(answers[1]))
+            assert_rows_close(answers[1], answers[0])
+            assert torch.equal(answers[2], truncated_to_bfloat16(answers[1]))
 
 
-def test_cross_entropys_gradient_is_the_torch_twins_in_float32_and_rounded_in_place(interpreters):
+def test_cross_entropy_gradient_matches_torch_rows_and_is_rounded_in_place(interpreters):
     interpreters.run(_check_row_grad)
 
 
 def _check_bfloat16_pair(rank, world_size):
     rows = _triton_rows()
     for name, temperature in [("forward_kl", 1.0), ("reverse_kl", 2.0), ("jsd", 2.0), ("logit_mse", 1.0)]:
-        student, teacher = _logits(200)
-        spec, labels = divergence_spec(name, 200), _labels(200)
-        totals = _totals(torch_rows, _slab(student), _slab(teacher), labels, temperature, spec)
-        slabs = [_slab(student), _slab(student)]
+        student, teacher = logits_of(200)
+        spec, labels = divergence_spec(name, 200), labels_of(200)
+        totals = _totals(torch_rows, slab_of(student), slab_of(teacher), labels, temperature, spec)
+        slabs = [slab_of(student), slab_of(student)]
         whole, rounded = (
             rows.pair_grad(
-                slab, _slab(teacher), totals, _weights(labels), temperature, spec=spec, logit_map=MAPS[0],
-                scratch=Scratch.of(slab), operand_dtype=dtype,
+                slab,
+                slab_of(teacher),
+                totals,
+                weights_of(labels),
+                temperature,
+                spec=spec,
+                logit_map=MAPS[0],
+                scratch=Scratch.of(slab),
+                operand_dtype=dtype,
             )[1]
             for slab, dtype in zip(slabs, (torch.float32, torch.bfloat16), strict=True)
-        )  # fmt: skip
+        )
         assert rounded.stride() == (2 * slabs[1].stride(0), 1)
         assert rounded.data_ptr() == slabs[1].data_ptr()
-        assert torch.equal(rounded, _cut_off(whole))
+        assert torch.equal(rounded, truncated_to_bfloat16(whole))
         assert not front_of_rows(slabs[1], torch.bfloat16).isnan().any()
 
 
-def test_a_bfloat16_gradient_is_the_float32_one_rounded_into_the_front_of_its_row(interpreters):
+def test_bfloat16_gradient_is_the_float32_one_rounded_in_place(interpreters):
     interpreters.run(_check_bfloat16_pair)
 
 
 def _check_laws(rank, world_size):
-    """Weight 0 against NaN and against cross-entropy's bits; equal models against exactly nothing."""
+    """kd weight 0 with NaN totals gives the bits of cross-entropy; equal models give exactly 0."""
     rows = _triton_rows()
     for name in list(reference.DIVERGENCES)[rank::world_size]:
-        spec, labels = divergence_spec(name, 101), _labels(101)
-        student, teacher = _logits(101)
-        weights = replace(_weights(labels), kd=torch.zeros(len(labels), dtype=torch.float64))
-        settings = {"logit_map": MAPS[1], "scratch": Scratch.of(_slab(student)), "operand_dtype": torch.float32}
-        totals = _totals(rows, _slab(student), _slab(teacher), labels, 2.0, spec)
-        plain = rows.row_grad(_slab(student), totals.student, weights, **settings)
+        spec, labels = divergence_spec(name, 101), labels_of(101)
+        student, teacher = logits_of(101)
+        weights = replace(weights_of(labels), kd=torch.zeros(len(labels), dtype=torch.float64))
+        settings = {"logit_map": MAPS[1], "scratch": Scratch.of(slab_of(student)), "operand_dtype": torch.float32}
+        totals = _totals(rows, slab_of(student), slab_of(teacher), labels, 2.0, spec)
+        plain = rows.row_grad(slab_of(student), totals.student, weights, **settings)
         spoilt = replace(totals, z=torch.full_like(totals.z, torch.nan))
-        _, got = rows.pair_grad(_slab(student), _slab(teacher), spoilt, weights, 2.0, spec=spec, **settings)
+        _, got = rows.pair_grad(slab_of(student), slab_of(teacher), spoilt, weights, 2.0, spec=spec, **settings)
         assert torch.equal(got, plain), name
         assert plain.any()
         zero = torch.zeros(len(labels), dtype=torch.float64)
         only_kd = RowWeights(zero + 1, zero, labels, zero)
-        totals = _totals(rows, _slab(student), _slab(student), labels, 2.0, spec)
-        value, got = rows.pair_grad(_slab(student), _slab(student), totals, only_kd, 2.0, spec=spec, **settings)
+        totals = _totals(rows, slab_of(student), slab_of(student), labels, 2.0, spec)
+        value, got = rows.pair_grad(slab_of(student), slab_of(student), totals, only_kd, 2.0, spec=spec, **settings)
         assert not value.any(), name
         assert not got.any(), name
 
 
-def test_equal_models_give_zero_and_kd_weight_zero_gives_cross_entropys_bits(interpreters):
+def test_equal_models_give_zero_and_kd_weight_zero_gives_the_bits_of_cross_entropy(interpreters):
     interpreters.run(_check_laws)
 
 
 def _check_nan(rank, world_size):
-    """A NaN logit of either model must come out in the loss's numbers, not vanish in a comparison."""
+    """A NaN logit of either model must reach the results; comparisons must not drop it."""
     rows = _triton_rows()
-    student, teacher = _logits(101)
-    labels = _labels(101)
+    student, teacher = logits_of(101)
+    labels = labels_of(101)
     (teacher if rank else student)[2, 77] = torch.nan
     for name in reference.DIVERGENCES:
         spec = divergence_spec(name, 101)
-        settings = {"spec": spec, "scratch": Scratch.of(_slab(student))}
-        stats = rows.pair_stats(_slab(student), _slab(teacher), labels, 1.0, **settings)
+        settings = {"spec": spec, "scratch": Scratch.of(slab_of(student))}
+        stats = rows.pair_stats(slab_of(student), slab_of(teacher), labels, 1.0, **settings)
         totals = merge_pair_stats(stats[None], 1.0, spec)
-        value = rows.pair_value(_slab(student), _slab(teacher), totals, 1.0, **settings)
+        value = rows.pair_value(slab_of(student), slab_of(teacher), totals, 1.0, **settings)
         assert torch.equal(value.isnan(), torch.arange(len(labels)) == 2), name
-        totals = _totals(torch_rows, *map(_slab, _logits(101)), labels, 1.0, spec)
-        parts = rows.pair_round2(_slab(student), _slab(teacher), totals, 1.0, **settings)
+        totals = _totals(torch_rows, *map(slab_of, logits_of(101)), labels, 1.0, spec)
+        parts = rows.pair_round2(slab_of(student), slab_of(teacher), totals, 1.0, **settings)
         assert parts.isnan().any(1).tolist() == [False, False, True, False, False], name
 
 
-def test_nan_logits_are_not_lost(interpreters):
+def test_nan_logits_propagate(interpreters):
     interpreters.run(_check_nan)
 
 
@@ -325,7 +289,7 @@ def _check_loss(rank, world_size, over_group):
 
 
 @pytest.mark.parametrize("over_group", [False, True], ids=["tp1", "tp2"])
-def test_the_losses_and_gradients_are_float64s_whatever_the_divergence(interpreters, over_group):
+def test_losses_and_gradients_match_float64_for_every_divergence(interpreters, over_group):
     interpreters.run(_check_loss, over_group=over_group)
 
 
@@ -335,9 +299,15 @@ def _check_cross_entropy(rank, world_size):
     weight = case.head_s.weight.clone().requires_grad_()
     hidden = case.hidden_s.clone().requires_grad_()
     parts = linear_cross_entropy(
-        hidden, weight, case.labels, weight=case.ce_weight, shard=stream.VocabShard.of(101, multiple=1),
-        z_weight=torch.full((9,), 0.01), backend="triton", slab_bytes=4 * 128 * 8,
-    )  # fmt: skip
+        hidden,
+        weight,
+        case.labels,
+        weight=case.ce_weight,
+        shard=stream.VocabShard.of(101, multiple=1),
+        z_weight=torch.full((9,), 0.01),
+        backend="triton",
+        slab_bytes=4 * 128 * 8,
+    )
     parts.loss.backward()
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
     logits = h @ w.T
@@ -347,12 +317,12 @@ def _check_cross_entropy(rank, world_size):
     assert relative_error(weight.grad, w.grad) <= 1e-5
 
 
-def test_cross_entropy_with_z_loss_has_float64s_gradient(interpreters):
+def test_gradient_of_cross_entropy_with_z_loss_matches_float64(interpreters):
     interpreters.run(_check_cross_entropy)
 
 
 def _check_rows_far_apart(rank, world_size):
-    """Three rows 2^30 elements apart, in memory of which only what is touched exists."""
+    """Three rows 2^30 elements apart, in memory that is committed only where it is touched."""
     rows = _triton_rows()
     apart, size, no_reserve = 1 << 30, 4 * (2 * (1 << 30) + 128), 0x4000  # MAP_NORESERVE of Linux
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve) as memory:
@@ -366,20 +336,27 @@ def _check_rows_far_apart(rank, world_size):
         expected = torch_rows.row_stats(values.double(), labels, 1.0, Scratch.of(values.double()))
         torch.testing.assert_close(stats, expected, rtol=1e-6, atol=1e-6)
         rows.row_grad(
-            slab, rows.merge_stats(stats[None], 1.0), RowWeights(ones, ones, labels, ones), logit_map=LogitMap(),
-            scratch=Scratch.of(values), operand_dtype=torch.float32,
-        )  # fmt: skip
+            slab,
+            rows.merge_stats(stats[None], 1.0),
+            RowWeights(ones, ones, labels, ones),
+            logit_map=LogitMap(),
+            scratch=Scratch.of(values),
+            operand_dtype=torch.float32,
+        )
         right = values.double().softmax(-1) - torch.eye(5, dtype=torch.float64)[labels]
         torch.testing.assert_close(slab.double(), right, rtol=1e-6, atol=1e-7)
         del slab, flat
 
 
-def test_rows_may_lie_beyond_two_to_the_31_elements(interpreters):
+def test_rows_may_start_beyond_2_to_the_31_elements(interpreters):
     interpreters.run(_check_rows_far_apart)
 
 
 def _check_refusals(rank, world_size):
+    from kdtrain_kernels.triton import maths
+
     rows = _triton_rows()
+    assert maths.FLOOR.value == blocks.FLOOR
     labels = torch.zeros(2, dtype=torch.int64)
     for slab, words in [
         (torch.zeros(2, 128, dtype=torch.float64), "float64, need float32"),
@@ -392,30 +369,5 @@ def _check_refusals(rank, world_size):
         row_kernels("triton", torch.device("cpu"), torch.float64)
 
 
-def test_slabs_that_the_kernels_cannot_read_are_refused(interpreters):
+def test_unsupported_slabs_are_refused(interpreters):
     interpreters.run(_check_refusals)
-
-
-def test_the_floor_of_both_backends_is_one(interpreters):
-    assert interpreters.run(_floor) == [blocks.FLOOR] * 2
-
-
-def _floor(rank, world_size):
-    from kdtrain_kernels.triton import maths
-
-    return maths.FLOOR.value
-
-
-def test_triton_on_a_cpu_without_the_interpreter_is_refused_and_auto_takes_torch(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    cpu = torch.device("cpu")
-    assert row_kernels("auto", cpu) is torch_rows
-    with pytest.raises(ValueError, match="needs a CUDA device, or TRITON_INTERPRET=1"):
-        row_kernels("triton", cpu)
-    case = random_case(3, 11)
-    with pytest.raises(ValueError, match="choose torch"):
-        linear_kd_loss(
-            case.hidden_s, case.head_s, case.hidden_t, case.head_t, case.labels, divergence="jsd",
-            kd_weight=case.kd_weight, ce_weight=case.ce_weight, shard=stream.VocabShard.of(11, multiple=1),
-            backend="triton",
-        )  # fmt: skip

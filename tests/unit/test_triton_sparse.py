@@ -1,4 +1,4 @@
-"""Sparse row kernels in Triton: interpreted against their torch twins, and compiled for a device that is not here.
+"""Sparse row kernels in Triton: interpreted against `sparse_rows`, and compiled for a device that is not present.
 
 Interpreting and compiling exclude each other in one process, and both depend on the environment at import: this file
 is also the script that the tests run, `test_triton_sparse.py CHECK ...`.
@@ -21,8 +21,8 @@ from kdtrain_kernels.sparse_table import SparseGradient
 from kdtrain_kernels.torch_rows import LogitMap
 
 from kdtrain.losses import sparse_kl
-from kdtrain.testing.loss_cases import relative_error
-from kdtrain.testing.sparse_cases import naive_sparse_answer, sparse_case, streamed_sparse_answer
+from tests.support.loss_cases import relative_error
+from tests.support.sparse_cases import naive_sparse_answer, sparse_case, streamed_sparse_answer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -82,9 +82,15 @@ def check_grad():
         for module in (sparse_rows, triton_rows):
             own = memory.clone()
             operand = module.sparse_grad(
-                own[:, :n], columns, labels, gradient, temperature,
-                logit_map=logit_map, scratch=Scratch(4, own[:, :n]), operand_dtype=dtype,
-            )  # fmt: skip
+                own[:, :n],
+                columns,
+                labels,
+                gradient,
+                temperature,
+                logit_map=logit_map,
+                scratch=Scratch(4, own[:, :n]),
+                operand_dtype=dtype,
+            )
             assert operand.dtype == dtype
             assert operand.shape == (ROWS, n)
             assert operand.untyped_storage().data_ptr() == own.untyped_storage().data_ptr(), "not in place"
@@ -212,7 +218,8 @@ def check_compile():
 def run_checks(names, tmp_path, **settings):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), str(root / "kernels"), str(root / "benchmarks"), env.get("PYTHONPATH", "")])
+    folders = [str(root / folder) for folder in (".", "kernels", "proofs", "benchmarks")]
+    path = os.pathsep.join([*folders, env.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, __file__, *names],
         env={**env, **settings, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(tmp_path)},
@@ -224,7 +231,7 @@ def run_checks(names, tmp_path, **settings):
     assert result.stdout.split() == names, result.stderr
 
 
-def test_interpreted_kernels_agree_with_their_torch_twins_and_the_loss_on_them_with_float64(tmp_path):
+def test_interpreted_kernels_match_torch_rows_and_their_loss_matches_float64(tmp_path):
     run_checks(["stats", "grad", "loss", "refusals"], tmp_path, TRITON_INTERPRET="1")
 
 

@@ -1,7 +1,7 @@
-"""The Triton kernels of top-k and samples: interpreted against the torch twin, compiled ahead of time for sm_90.
+"""The Triton kernels of top-k and samples: interpreted against `topk_rows`, compiled ahead of time for sm_90.
 
 Interpreting and compiling exclude each other in a process, and both are decided when triton is imported: each is done
-once, in a process of its own that runs this file, and reports what every check said.
+once, in a process of its own that runs this file, and reports the result of every check.
 """
 
 import json
@@ -116,10 +116,10 @@ def check_samples():
 def check_whole_operations():
     from kdtrain_kernels import topk_dispatch
 
-    from kdtrain.dist.vocab import VocabShard
+    from kdtrain.distributed.vocab import VocabShard
     from kdtrain.teacher.sampling import sample_targets
     from kdtrain.teacher.topk import linear_topk
-    from kdtrain.testing.topk_cases import assert_same_topk, random_teacher, slab_bytes_for, whole_logits
+    from tests.support.topk_cases import assert_same_topk, random_teacher, slab_bytes_for, whole_logits
 
     twin = topk_dispatch.row_kernels
     shard = VocabShard.of(101, multiple=1)
@@ -275,14 +275,14 @@ CHECKS = {name: function for name, function in globals().items() if name.startsw
 def report(mode):
     """Run everything of a mode; {name: traceback or ''} as JSON."""
     tasks = CHECKS if mode == "interpret" else {name: lambda name=name: compile_variant(name) for name in VARIANTS}
-    said = {}
+    results = {}
     for name, task in tasks.items():
         try:
             task()
-            said[name] = ""
+            results[name] = ""
         except (AssertionError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, pytest.fail.Exception):
-            said[name] = traceback.format_exc()
-    print("\n" + json.dumps(said))
+            results[name] = traceback.format_exc()
+    print("\n" + json.dumps(results))
 
 
 def run(mode):
@@ -308,7 +308,7 @@ def ahead_of_time():
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_interpreted_kernels_do_what_their_torch_twins_do(interpreted, name):
+def test_interpreted_kernels_match_topk_rows(interpreted, name):
     assert interpreted[name] == "", interpreted[name]
 
 

@@ -1,4 +1,4 @@
-"""Which weight files a folder means: what transformers reads, or a refusal that names what contradicts what.
+"""Weight files of a folder: those that transformers reads, or a refusal that names the contradicting files.
 
 Every folder is both checked (as --check does) and loaded, and must fare alike.
 """
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from kdtrain.errors import ConfigError
 from kdtrain.models.export import export_hf
 from kdtrain.models.tiny import save_random, tiny_config
-from kdtrain.testing.model_folders import check_and_load, edit_json, edit_tensors
+from tests.support.model_folders import check_and_load, edit_json, edit_tensors
 
 LLAMA = tiny_config("llama")
 INDEX = "model.safetensors.index.json"
@@ -56,14 +56,14 @@ def test_new_shards_saved_over_an_old_single_file_are_refused_and_both_are_named
     refuse(tmp_path, rf"and {shards[0].name} differ[\s\S]*fix: remove model\.safetensors, or the shards")
 
 
-def test_two_sets_of_files_that_agree_are_read(tmp_path):
+def test_two_equal_sets_of_files_are_read(tmp_path):
     sharded(tmp_path, seed=2)
     save_random(tmp_path / "b", LLAMA, seed=2)
     shutil.copy(tmp_path / "b/model.safetensors", tmp_path)
     assert torch.equal(head_of(tmp_path), load_file(tmp_path / "model.safetensors")["lm_head.weight"])
 
 
-def test_an_index_whose_shards_are_gone_does_not_hide_a_single_file(tmp_path):
+def test_index_without_its_shards_does_not_hide_a_single_file(tmp_path):
     sharded(tmp_path, seed=1)
     save_random(tmp_path, LLAMA, seed=2)
     assert (tmp_path / INDEX).is_file(), "save_pretrained leaves the old index"
@@ -71,7 +71,7 @@ def test_an_index_whose_shards_are_gone_does_not_hide_a_single_file(tmp_path):
     assert torch.equal(head_of(tmp_path), load_file(tmp_path / "model.safetensors")["lm_head.weight"])
 
 
-def test_an_index_that_names_the_single_file_is_no_second_set(tmp_path):
+def test_index_of_the_single_file_is_no_second_set(tmp_path):
     save_random(tmp_path, LLAMA)
     names = load_file(tmp_path / "model.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}))
@@ -120,7 +120,7 @@ def test_config_json_can_name_an_index(tmp_path):
     head_of(tmp_path)
 
 
-def test_tensors_that_the_index_forgot_are_read_as_transformers_does(tmp_path):
+def test_tensors_missing_from_the_index_are_read_as_in_transformers(tmp_path):
     sharded(tmp_path)
     index = json.loads((tmp_path / INDEX).read_text())
     del index["weight_map"]["model.norm.weight"]
@@ -128,7 +128,7 @@ def test_tensors_that_the_index_forgot_are_read_as_transformers_does(tmp_path):
     head_of(tmp_path)
 
 
-def test_shards_of_another_save_that_the_index_does_not_name_are_left_alone(tmp_path, caplog):
+def test_unindexed_shards_of_another_save_are_not_read(tmp_path, caplog):
     shards = sharded(tmp_path, seed=1)
     shutil.copy(shards[0], tmp_path / "model-00001-of-00099.safetensors")
     with caplog.at_level("INFO", logger="kdtrain"):
@@ -164,13 +164,13 @@ def test_a_shard_that_is_cut_off_is_refused_before_anything_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": {"a": 3}}', '{"weight_map": []}'])
-def test_an_index_that_is_none_is_refused(tmp_path, content):
+def test_invalid_index_is_refused(tmp_path, content):
     sharded(tmp_path)
     (tmp_path / INDEX).write_text(content)
     refuse(tmp_path, r"index\.json is damaged")
 
 
-def test_what_transformers_would_read_instead_or_on_top_is_refused(tmp_path):
+def test_distributed_checkpoints_and_adapters_are_refused(tmp_path):
     save_random(tmp_path, LLAMA)
     (tmp_path / "adapter_config.json").write_text("{}")
     refuse(tmp_path, r"holds an adapter \(adapter_config\.json\)(.|\n)*merge")

@@ -1,1 +1,1 @@
-"""Row kernels in Triton. Imported only where they are used: triton need not be installed."""
+"""Row kernels in Triton. Imported only on use, so triton need not be installed."""

@@ -1,9 +1,9 @@
 """A barrier that no thread reaches before its own loads have completed.
 
-A row's bfloat16 are stored over logits that other threads of the program have loaded. PTX and LLVM promise that a
-barrier orders those loads before the stores, and their code leaves loads in flight across it: whether the promise is
-kept cannot be read from the code. Here the values to be stored go through the barrier, so that it depends on every
-load that they were computed from, and the wait stands in the machine code (benchmarks/triton_sass.py looks for it).
+A row's bfloat16 are stored over logits that other threads of the program have loaded. PTX and LLVM specify that a
+barrier orders those loads before the stores, but the compiled code leaves loads in flight across it, so the order
+cannot be verified in the code. Here the values to be stored pass through the barrier, which then depends on every load
+they were computed from, and the wait is visible in the machine code (proofs/triton_sass.py checks it).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 
 def _reducing_barrier(registers: int) -> str:
-    """PTX: the barrier reduces "any bit set" of the thread's registers; nobody reads the answer."""
+    """PTX: the barrier reduces "any bit set" over the thread's registers; the result is unused."""
     ins = [f"${registers + index}" for index in range(registers)]
     lines = [".reg .pred any, answer;", ".reg .b32 bits;", f"or.b32 bits, {ins[0]}, {ins[1]};"]
     lines += [f"or.b32 bits, bits, {name};" for name in ins[2:]]
@@ -46,7 +46,7 @@ def after_all(values, BACKEND: tl.constexpr, PER_THREAD: tl.constexpr):
         else:
             values = tl.inline_asm_elementwise(CUDA_16, CUDA_16_REGISTERS, [values], values.dtype, False, 16)
     elif BACKEND == "hip":
-        # LLVM awaits the operands of the assembly, which stays in front of the barrier.
+        # LLVM waits for the operands of the assembly, which stays in front of the barrier.
         values = tl.inline_asm_elementwise("v_mov_b32 $0, $1", "=v,v,~{memory}", [values], values.dtype, False, 2)
         tl.debug_barrier()
     else:

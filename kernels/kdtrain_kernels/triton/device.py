@@ -1,4 +1,4 @@
-"""The one door to a launch: where it runs, and how it is compiled."""
+"""Kernel launches: the device they run on, and their compile options."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import triton
 from torch import Tensor
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-"""Whether kernels run in triton's interpreter: decided, as for @triton.jit, when this is imported."""
+"""Whether kernels run in triton's interpreter; as for @triton.jit, fixed at import."""
 
 
 def compile_options(warps: int) -> dict[str, Any]:
-    """What every kernel is compiled with; nothing of it is left to a release's or an environment's default.
+    """Compile options of every kernel, set explicitly so that they do not depend on a release's or an environment's
+    default.
 
-    No fusion of products and sums: equal inputs then give equal bits wherever they meet, which exact zeros for equal
-    models and for kd_weight 0 rest on. No pipelining: rows are overwritten while they are read.
+    No fusion of products and sums: equal inputs then give equal bits in every kernel, as required for exact zeros with
+    equal models and with kd_weight 0. No pipelining: rows are overwritten while they are read.
     """
     return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False}
 

@@ -1,9 +1,9 @@
 """The kernels: one program per row of a slab, walking its columns from left to right a block at a time.
 
-Sums and maxima are kept per lane of a block and put together once, at the end of a row. Rows are loaded up to their
-stride, a multiple of 128, so that loads are 16 bytes wide; what lies past column n counts as -inf and is overwritten
-with 0 by gradients. `numbers` [k, C] float64 holds k numbers of each row; the programs are as many as the rows.
-Arguments that change from call to call (temperature, caps) are numbers; those that choose code are constexpr.
+Sums and maxima are kept per lane of a block and reduced once, at the end of a row. Rows are loaded up to their stride,
+a multiple of 128, so that loads are 16 bytes wide; columns from n on count as -inf and are overwritten with 0 by
+gradients. `numbers` [k, C] float64 holds k numbers of each row; the programs are as many as the rows. Arguments that
+change between calls (temperature, caps) are numbers; those that select code are constexpr.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from kdtrain_kernels.triton.barrier import after_all
 from kdtrain_kernels.triton.maths import FLOOR, shifted, terms
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-"""The least finite float32: a running maximum that no difference with -inf turns into NaN."""
+"""The lowest finite float32, as initial value of a running maximum: differences with it are never NaN."""
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def _number(numbers, index: tl.constexpr):
 
 @triton.jit
 def _grow(total, x, peak, inv_temperature, AT_ONE: tl.constexpr):
-    """sum exp((. - peak) / temperature) with x taken in, relative to max(x, peak): one exponential either way."""
+    """The sum of exp((. - peak) / temperature) including x, relative to max(x, peak), with one exponential."""
     fall = tl.where(x > peak, peak - x, x - peak)
     if not AT_ONE:
         fall = fall * inv_temperature
@@ -72,9 +72,17 @@ def row_stats_kernel(
 
 @triton.jit(do_not_specialize=["n"])
 def coupling_kernel(
-    student, teacher, stride_s, stride_t, n, stats, stats_stride, inv_temperature,
-    AT_ONE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    student,
+    teacher,
+    stride_s,
+    stride_t,
+    n,
+    stats,
+    stats_stride,
+    inv_temperature,
+    AT_ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """stats[row, 8:10] = sum e^x (x - y) and sum e^x where y is FLOOR, from the maxima in columns 0 and 4."""
     row = tl.program_id(0).to(tl.int64)
     answer = stats + row * stats_stride
@@ -116,9 +124,21 @@ def _pair(numbers):
 
 @triton.jit(do_not_specialize=["n"])
 def pair_sums_kernel(
-    student, teacher, stride_s, stride_t, n, numbers, out, inv_temperature, inv_vocab,
-    KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, AT_ONE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    student,
+    teacher,
+    stride_s,
+    stride_t,
+    n,
+    numbers,
+    out,
+    inv_temperature,
+    inv_vocab,
+    KIND: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    AT_ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """out[row, :2] = sums of the slope and of the value over the row's columns."""
     row = tl.program_id(0).to(tl.int64)
     peak_s, peak_t, log_sum_s, log_sum_t, inv_s, inv_t, offset = _pair(numbers)
@@ -143,11 +163,22 @@ def _label_term(x, inv, cols, label, softmax, ce):
 
 
 @triton.jit
-def _finish(
-    grad, logits, cols, n, stride, row_start, inv_cap, logit_scale, CAPPED: tl.constexpr, SCALED: tl.constexpr,
-    NARROW: tl.constexpr, BACKEND: tl.constexpr, PER_THREAD: tl.constexpr,
-):  # fmt: skip
-    """Times d logits / d product; stored in the operand's row, which may share the slab's memory."""
+def _store_gradient(
+    grad,
+    logits,
+    cols,
+    n,
+    stride,
+    row_start,
+    inv_cap,
+    logit_scale,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    NARROW: tl.constexpr,
+    BACKEND: tl.constexpr,
+    PER_THREAD: tl.constexpr,
+):
+    """Multiply by d logits / d product and store in the operand's row, which may share the slab's memory."""
     if CAPPED:
         ratio = logits * inv_cap
         grad = grad * ((1 - ratio * ratio) * logit_scale)
@@ -155,17 +186,30 @@ def _finish(
         grad = grad * logit_scale
     stored = tl.where(cols < n, grad, 0.0).to(row_start.dtype.element_ty)
     if NARROW:
-        # A block's bfloat16 lie where this block's or earlier logits were: every thread must have read its own first.
+        # A block's bfloat16 are stored over logits of this or an earlier block: every thread must have read its own
+        # first.
         stored = after_all(stored, BACKEND, PER_THREAD)
     tl.store(row_start + cols, stored, mask=cols < stride)
 
 
 @triton.jit(do_not_specialize=["n"])
 def row_grad_kernel(
-    slab, operand, stride, operand_stride, n, numbers, labels, inv_cap, logit_scale,
-    CAPPED: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, BACKEND: tl.constexpr, PER_THREAD: tl.constexpr,
+    slab,
+    operand,
+    stride,
+    operand_stride,
+    n,
+    numbers,
+    labels,
+    inv_cap,
+    logit_scale,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    NARROW: tl.constexpr,
+    BACKEND: tl.constexpr,
+    PER_THREAD: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     """The row's d loss / d product for cross-entropy and z-loss. numbers: peak, log_sum_1, ce, softmax."""
     row = tl.program_id(0).to(tl.int64)
     peak = _number(numbers, 0).to(tl.float32)
@@ -177,19 +221,51 @@ def row_grad_kernel(
         cols = first + tl.arange(0, BLOCK)
         s = _load(slab + row * stride, cols, n, stride)
         grad = _label_term(shifted(s, peak, 1.0, True), inv_1, cols, label, softmax, ce)
-        _finish(
-            grad, s, cols, n, stride, operand + row * operand_stride, inv_cap, logit_scale, CAPPED, SCALED, NARROW,
-            BACKEND, PER_THREAD,
-        )  # fmt: skip
+        _store_gradient(
+            grad,
+            s,
+            cols,
+            n,
+            stride,
+            operand + row * operand_stride,
+            inv_cap,
+            logit_scale,
+            CAPPED,
+            SCALED,
+            NARROW,
+            BACKEND,
+            PER_THREAD,
+        )
 
 
 @triton.jit(do_not_specialize=["n"])
 def pair_grad_kernel(
-    student, teacher, operand, stride_s, stride_t, operand_stride, n, numbers, labels, out, inv_temperature, inv_vocab,
-    inv_cap, logit_scale, KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, AT_ONE: tl.constexpr,
-    CAPPED: tl.constexpr, SCALED: tl.constexpr, NARROW: tl.constexpr, BACKEND: tl.constexpr, PER_THREAD: tl.constexpr,
-    VALUED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    student,
+    teacher,
+    operand,
+    stride_s,
+    stride_t,
+    operand_stride,
+    n,
+    numbers,
+    labels,
+    out,
+    inv_temperature,
+    inv_vocab,
+    inv_cap,
+    logit_scale,
+    KIND: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    AT_ONE: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    NARROW: tl.constexpr,
+    BACKEND: tl.constexpr,
+    PER_THREAD: tl.constexpr,
+    VALUED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The row's d loss / d product, and if VALUED out[row] = the divergence's value.
 
     numbers: those of `_pair`, then log_sum_1 of the student, z, kd times temperature, ce, softmax.
@@ -214,11 +290,22 @@ def pair_grad_kernel(
         baseline = inv_vocab if KIND == "logit_mse" else tl.exp(x) * inv_s
         slope = slope - baseline * z
         grad = _label_term(shifted(s, peak_s, 1.0, True), inv_1, cols, label, softmax, ce)
-        grad = tl.where(kd == 0, grad, grad + slope * kd)  # a row that is not distilled: cross-entropy's bits
-        _finish(
-            grad, s, cols, n, stride_s, operand + row * operand_stride, inv_cap, logit_scale, CAPPED, SCALED, NARROW,
-            BACKEND, PER_THREAD,
-        )  # fmt: skip
+        grad = tl.where(kd == 0, grad, grad + slope * kd)  # a row with kd weight 0 has the bits of cross-entropy
+        _store_gradient(
+            grad,
+            s,
+            cols,
+            n,
+            stride_s,
+            operand + row * operand_stride,
+            inv_cap,
+            logit_scale,
+            CAPPED,
+            SCALED,
+            NARROW,
+            BACKEND,
+            PER_THREAD,
+        )
     if VALUED:
         tl.store(out + row, tl.sum(values, 0))
 

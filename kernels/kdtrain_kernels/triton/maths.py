@@ -1,7 +1,7 @@
 """Device functions on blocks of a row: stable elementary functions and every divergence's value and slope.
 
 The formulas are those of `kdtrain_kernels.divergences`, term by term; docs/design/0004-streamed-loss.md derives them.
-Written without libdevice, which the interpreter lacks, and with comparisons in place of minimum and maximum, which lose
+Written without libdevice, which the interpreter lacks, and with comparisons in place of minimum and maximum, which drop
 NaN on a device.
 """
 
@@ -56,7 +56,7 @@ def _log_mean(d, SHARE: tl.constexpr):
 
 @triton.jit
 def _log_mean_pair(d, SHARE: tl.constexpr):
-    """(log(p / m), log(q / m)) for m = SHARE p + (1 - SHARE) q, from the side of the larger part."""
+    """(log(p / m), log(q / m)) for m = SHARE p + (1 - SHARE) q, expanded around the larger part."""
     d = tl.where(d > FAR, FAR, tl.where(d < -FAR, -FAR, d))
     if SHARE <= 0.5:
         q_over_m = -_log_mean(d, SHARE)

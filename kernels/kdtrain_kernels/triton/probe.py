@@ -1,4 +1,4 @@
-"""Whether triton works on a device: one row, launched and read back."""
+"""Test whether triton works on a device: one row, launched and read back."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ EXPECTED = [[1.0, 77.0]]
 
 
 def launch(device: torch.device) -> None:
-    """Find a row's largest logit on the device's current stream and wait for the answer.
+    """Find a row's largest logit on the device's current stream and wait for the result.
 
-    Raises RuntimeError where it is wrong or triton cannot compile or load the kernel, else what torch, the driver or a
-    compiler raises.
+    Raises RuntimeError if the result is wrong or triton cannot compile or load the kernel; also errors of torch, the
+    driver or a compiler.
     """
     slab = torch.zeros(1, ROW_MULTIPLE, device=device)
     slab[0, 77] = 1.0

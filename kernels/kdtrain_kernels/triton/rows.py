@@ -1,9 +1,10 @@
 """`kdtrain_kernels.torch_rows` on a GPU: the same names, arguments and meaning, one kernel launch each.
 
-Differences: slabs are float32, with rows a multiple of 128 elements apart that start 16-byte aligned (ValueError
-else), and what lies between the columns and the stride is overwritten; scratch is not used; pair_round2 leaves the
-teacher's slab as it was, and pair_grad computes the slope again: reading it would cost as much as the logits.
-Nothing communicates or waits for the device. Under TRITON_INTERPRET=1, set before this is imported, it runs on CPUs.
+Differences: slabs are float32, with a row stride that is a multiple of 128 elements and rows that start 16-byte aligned
+(ValueError otherwise), and the gap between the columns and the stride is overwritten; scratch is not used; pair_round2
+leaves the teacher's slab unchanged, and pair_grad recomputes the slope, because reading it would cost as much as
+reading the logits. Nothing communicates or synchronises the device. Runs on CPUs if TRITON_INTERPRET=1 is set before
+the import.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 ROW_MULTIPLE = 128
-"""Elements between rows are a multiple of this."""
+"""The row stride in elements is a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ fit a multiprocessor (docs/results/triton_sass.md)."""
 
 
 def row_stats(slab: Tensor, labels: Tensor, temperature: float, scratch: Scratch) -> Tensor:
-    """[C, ROW_STATS] float64, as the torch twin."""
+    """[C, ROW_STATS] float64, as in `torch_rows`."""
     stats = torch.empty(slab.shape[0], ROW_STATS, dtype=torch.float64, device=slab.device)
     _stats_into(stats, slab, labels, temperature)
     return stats
@@ -73,7 +74,7 @@ def row_stats(slab: Tensor, labels: Tensor, temperature: float, scratch: Scratch
 def pair_stats(
     student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
 ) -> Tensor:
-    """[C, PAIR_STATS] float64, as the torch twin; for reverse_kl both slabs are read twice."""
+    """[C, PAIR_STATS] float64, as in `torch_rows`; for reverse_kl both slabs are read twice."""
     stats = torch.zeros(student.shape[0], PAIR_STATS, dtype=torch.float64, device=student.device)
     _stats_into(stats, student, labels, temperature)
     _stats_into(stats[:, ROW_STATS:], teacher, labels, temperature)
@@ -92,34 +93,53 @@ def row_grad(
     scratch: Scratch,
     operand_dtype: torch.dtype,
 ) -> Tensor:
-    """d loss / d product [C, n], as the torch twin."""
+    """d loss / d product [C, n], as in `torch_rows`."""
     operand = _operand(slab, operand_dtype)
     numbers = torch.stack([totals.peak, totals.log_sum_1, weights.ce, weights.softmax])
     _launch(
-        kernels.row_grad_kernel, "row_grad", slab, slab, operand, slab.stride(0), operand.stride(0), slab.shape[1],
-        numbers, weights.labels, *_chain(logit_map), **_chain_flags(logit_map), **_rounding(slab, operand, "row_grad"),
-    )  # fmt: skip
+        kernels.row_grad_kernel,
+        "row_grad",
+        slab,
+        slab,
+        operand,
+        slab.stride(0),
+        operand.stride(0),
+        slab.shape[1],
+        numbers,
+        weights.labels,
+        *_chain(logit_map),
+        **_chain_flags(logit_map),
+        **_rounding(slab, operand, "row_grad"),
+    )
     return operand
 
 
 def pair_round2(
     student: Tensor, teacher: Tensor, totals: PairTotals, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
 ) -> Tensor:
-    """[C, 2] float64: this rank's parts of Z and of D's sum, as the torch twin."""
+    """[C, 2] float64: this rank's partial sums of Z and of D, as in `torch_rows`."""
     out = torch.zeros(student.shape[0], 2, dtype=torch.float64, device=student.device)
     pair, flags = _pair_arguments(student, teacher, temperature)
     numbers = torch.stack(_pair_numbers(totals, temperature))
     _launch(
-        kernels.pair_sums_kernel, "sums", student, *pair, numbers, out, 1.0 / temperature, 1.0 / spec.vocab_size,
-        **flags, **parameters(spec),
-    )  # fmt: skip
+        kernels.pair_sums_kernel,
+        "sums",
+        student,
+        *pair,
+        numbers,
+        out,
+        1.0 / temperature,
+        1.0 / spec.vocab_size,
+        **flags,
+        **parameters(spec),
+    )
     return out
 
 
 def pair_value(
     student: Tensor, teacher: Tensor, totals: PairTotals, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
 ) -> Tensor:
-    """[C] float64: this rank's part of D's sum, as the torch twin."""
+    """[C] float64: this rank's partial sum of D, as in `torch_rows`."""
     return pair_round2(student, teacher, totals, temperature, spec=spec, scratch=scratch)[:, 1]
 
 
@@ -135,7 +155,7 @@ def pair_grad(
     scratch: Scratch,
     operand_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(D's part [C] float64, d loss / d product [C, n]), as the torch twin; the teacher's slab is only read."""
+    """(D's part [C] float64, d loss / d product [C, n]), as in `torch_rows`; the teacher's slab is only read."""
     operand = _operand(student, operand_dtype)
     value = torch.zeros(student.shape[0], dtype=torch.float64, device=student.device)
     numbers = torch.stack(
@@ -150,17 +170,35 @@ def pair_grad(
     )
     (s, t, stride_s, stride_t, n), flags = _pair_arguments(student, teacher, temperature)
     _launch(
-        kernels.pair_grad_kernel, "pair_grad", student, s, t, operand, stride_s, stride_t, operand.stride(0), n,
-        numbers, weights.labels, value, 1.0 / temperature, 1.0 / spec.vocab_size, *_chain(logit_map), **flags,
-        **_chain_flags(logit_map), **parameters(spec), **_rounding(s, operand, "pair_grad"), VALUED=not spec.two_rounds,
-    )  # fmt: skip
+        kernels.pair_grad_kernel,
+        "pair_grad",
+        student,
+        s,
+        t,
+        operand,
+        stride_s,
+        stride_t,
+        operand.stride(0),
+        n,
+        numbers,
+        weights.labels,
+        value,
+        1.0 / temperature,
+        1.0 / spec.vocab_size,
+        *_chain(logit_map),
+        **flags,
+        **_chain_flags(logit_map),
+        **parameters(spec),
+        **_rounding(s, operand, "pair_grad"),
+        VALUED=not spec.two_rounds,
+    )
     return value, operand
 
 
 def pair_measure(
     student: Tensor, teacher: Tensor, totals: PairTotals, temperature: float, *, scratch: Scratch
 ) -> Tensor:
-    """[C, 4] float64: parts of entropies, forward KL and total variation, as the torch twin."""
+    """[C, 4] float64: partial sums for entropies, forward KL and total variation, as in `torch_rows`."""
     out = torch.zeros(student.shape[0], 4, dtype=torch.float64, device=student.device)
     pair, flags = _pair_arguments(student, teacher, temperature)
     numbers = [*_pair_numbers(totals, temperature), totals.student.log_sum_1, totals.teacher.log_sum_1]
@@ -171,7 +209,7 @@ def pair_measure(
 
 
 def first_argmax(slab: Tensor, scratch: Scratch) -> Tensor:
-    """[C, 2] float64: each row's largest logit and the smallest column that holds it, as the torch twin."""
+    """[C, 2] float64: each row's largest logit and the smallest column that holds it, as in `torch_rows`."""
     out = torch.zeros(slab.shape[0], 2, dtype=torch.float64, device=slab.device)
     _check(slab)
     _launch(kernels.first_argmax_kernel, "max", slab, slab, slab.stride(0), slab.shape[1], out)
@@ -193,9 +231,18 @@ def parameters(spec: DivergenceSpec) -> dict[str, Any]:
 def _stats_into(out: Tensor, slab: Tensor, labels: Tensor, temperature: float) -> None:
     _check(slab)
     _launch(
-        kernels.row_stats_kernel, "stats", slab, slab, slab.stride(0), slab.shape[1], labels, out, out.stride(0),
-        1.0 / temperature, AT_ONE=temperature == 1.0,
-    )  # fmt: skip
+        kernels.row_stats_kernel,
+        "stats",
+        slab,
+        slab,
+        slab.stride(0),
+        slab.shape[1],
+        labels,
+        out,
+        out.stride(0),
+        1.0 / temperature,
+        AT_ONE=temperature == 1.0,
+    )
 
 
 def _pair_arguments(student: Tensor, teacher: Tensor, temperature: float) -> tuple[tuple[Any, ...], dict[str, bool]]:

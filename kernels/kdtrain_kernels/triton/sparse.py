@@ -1,11 +1,11 @@
 """The row kernels of `kdtrain_kernels.sparse_rows` in Triton: same names, arguments and meaning, float32 slabs only.
 
-One program per row. A row of a slab starts a multiple of 128 elements after the last one, and what lies between its n
-columns and there may be read and written: loads and stores are masked by the stride, so that they move 16 bytes at a
-time, and the values by n. Arithmetic is float32 whatever is stored.
+One program per row. The row stride of a slab is a multiple of 128 elements, and the gap after its n columns may be read
+and written: loads and stores are masked by the stride, so that they move 16 bytes at a time, and values by n.
+Arithmetic is float32 for every stored dtype.
 """
 
-# Kernels take pointers and numbers, of which Python's types say nothing.
+# Kernels take pointers and numbers, which Python's types do not describe.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def sparse_stats_kernel(
         column = tl.load(columns + row * num_ids + slot, mask=slot < num_ids, other=-1)
         logit = tl.load(base + column, mask=column >= 0, other=float("-inf"))
         tl.store(mine + OUT_OFFSET + slot, logit, mask=slot < num_ids)
-    tl.debug_barrier()  # every thread has read the logits that are now overwritten
+    tl.debug_barrier()  # all threads must have read the logits before they are overwritten
     for first in range(0, num_ids, IDS):
         slot = first + tl.arange(0, IDS)
         column = tl.load(columns + row * num_ids + slot, mask=slot < num_ids, other=-1)
         tl.store(base + column, tl.full((IDS,), float("-inf"), tl.float32), mask=column >= 0)
-    tl.debug_barrier()  # and sees them masked
+    tl.debug_barrier()  # and must see them masked
     peak = float("-inf")
     total = tl.zeros((BLOCK,), tl.float32)
     total_1 = tl.zeros((BLOCK,), tl.float32)
@@ -69,7 +69,7 @@ def sparse_stats_kernel(
         logit = tl.load(base + cols, mask=cols < stride, other=float("-inf"))
         logit = tl.where(cols < n, logit, float("-inf"))
         higher = tl.maximum(peak, tl.max(logit, 0))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # nothing but masked columns so far
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # only masked columns so far
         total_1 = total_1 * tl.exp(peak - shift) + tl.exp(logit - shift)
         if not AT_ONE:
             old = tl.exp((peak - shift) * inverse_temperature)
@@ -129,11 +129,11 @@ def sparse_grad_kernel(
             grad = grad * (1.0 - ratio * ratio)
         stored = tl.where(cols < n, grad * scale, 0.0).to(out.dtype.element_ty)
         if NARROW:
-            # narrower elements land in front of their logits: on ones of this block at the start of the row, and of
-            # the blocks before it further on, which a slower warp may not have read yet
+            # narrower elements are stored in front of their logits: over logits of this block at the start of the row,
+            # of earlier blocks further on, which a slower warp may not have read yet
             stored = after_all(stored, BACKEND, PER_THREAD)
         tl.store(target + cols, stored, mask=cols < stride)
-    tl.debug_barrier()  # what the loop stored at masked columns (0, or NaN where capped) is overwritten after it
+    tl.debug_barrier()  # values stored by the loop at masked columns (0, or NaN where capped) are overwritten below
     for first in range(0, num_ids, IDS):
         slot = first + tl.arange(0, IDS)
         column = tl.load(columns + row * num_ids + slot, mask=slot < num_ids, other=-1)
@@ -142,15 +142,28 @@ def sparse_grad_kernel(
 
 
 def sparse_stats(slab: Tensor, columns: Tensor, labels: Tensor, temperature: float, scratch: Scratch) -> Tensor:
-    """As `sparse_rows.sparse_stats`. Does not read `scratch`. Raises ValueError for slabs it is not made for."""
+    """As `sparse_rows.sparse_stats`. Does not read `scratch`. Raises ValueError for unsupported slabs."""
     _check(slab)
     num_rows, num_ids = columns.shape
     out = slab.new_empty(num_rows, ROW_STATS + num_ids)
     launch(
-        sparse_stats_kernel, slab, num_rows, slab, columns.contiguous(), labels, out, slab.stride(0), slab.shape[1],
-        num_ids, 1.0 / temperature, OUT_OFFSET=ROW_STATS, AT_ONE=temperature == 1.0, BLOCK=BLOCK,
-        IDS=_ids_block(num_ids), warps=WARPS,
-    )  # fmt: skip
+        sparse_stats_kernel,
+        slab,
+        num_rows,
+        slab,
+        columns.contiguous(),
+        labels,
+        out,
+        slab.stride(0),
+        slab.shape[1],
+        num_ids,
+        1.0 / temperature,
+        OUT_OFFSET=ROW_STATS,
+        AT_ONE=temperature == 1.0,
+        BLOCK=BLOCK,
+        IDS=_ids_block(num_ids),
+        warps=WARPS,
+    )
     return out
 
 
@@ -165,7 +178,7 @@ def sparse_grad(
     scratch: Scratch,
     operand_dtype: torch.dtype,
 ) -> Tensor:
-    """As `sparse_rows.sparse_grad`. Does not read `scratch`. Raises ValueError for slabs it is not made for."""
+    """As `sparse_rows.sparse_grad`. Does not read `scratch`. Raises ValueError for unsupported slabs."""
     _check(slab)
     operand = front_of_rows(slab, operand_dtype)
     num_rows, num_ids = columns.shape
@@ -174,12 +187,29 @@ def sparse_grad(
     factors = torch.stack([gradient.peak, gradient.tail, gradient.softmax, gradient.ce], 1).float()
     cap, scale = logit_map.softcap, logit_map.logit_scale
     launch(
-        sparse_grad_kernel, slab, num_rows, slab, columns.contiguous(), labels, gradient.at_ids.float().contiguous(),
-        factors, operand, slab.stride(0), slab.shape[1], num_ids, 1.0 / temperature, scale,
-        0.0 if cap is None else 1 / cap, AT_ONE=temperature == 1.0, CAPPED=cap is not None,
-        WIDENING=slab.element_size() // operand.element_size(), **rounding(slab, operand, BLOCK, WARPS), BLOCK=BLOCK,
-        IDS=_ids_block(num_ids), warps=WARPS,
-    )  # fmt: skip
+        sparse_grad_kernel,
+        slab,
+        num_rows,
+        slab,
+        columns.contiguous(),
+        labels,
+        gradient.at_ids.float().contiguous(),
+        factors,
+        operand,
+        slab.stride(0),
+        slab.shape[1],
+        num_ids,
+        1.0 / temperature,
+        scale,
+        0.0 if cap is None else 1 / cap,
+        AT_ONE=temperature == 1.0,
+        CAPPED=cap is not None,
+        WIDENING=slab.element_size() // operand.element_size(),
+        **rounding(slab, operand, BLOCK, WARPS),
+        BLOCK=BLOCK,
+        IDS=_ids_block(num_ids),
+        warps=WARPS,
+    )
     return operand
 
 

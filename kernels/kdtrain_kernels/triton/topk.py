@@ -4,11 +4,11 @@
     lane maxima  |     x     |     x     | ... |        4 / W bytes per element, written and read
     candidates   the `take` first lanes, W columns each: looked at one by one, read twice
 
-`take` is min(k + 1, n): the entry after the list is the tail's peak. Both choices, of lanes and of columns, find the
-smallest key that is kept by counting, 32 times over values in registers, and fill up with the lowest places among
-equal ones; so nothing overflows, whatever the ties. Only the `take` entries themselves are sorted.
+`take` is min(k + 1, n): the entry after the list is the tail's peak. The selection of lanes and that of columns both
+find the smallest kept key by counting, 32 times over values in registers, and break ties by the lowest position, so
+that ties cannot overflow. Only the `take` entries themselves are sorted.
 
-A slab's rows may be further apart than n columns; what lies between is read and ignored.
+A slab's row stride may exceed n columns; the gap is read and ignored.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ WARPS = 8
 MOST_LANES = 8192
 """Lane maxima that a program holds in registers: 32 per thread."""
 PIECE = 4096
-"""Candidates of a row that are listed at a time: their places take more registers than their keys."""
+"""Candidates of a row that are listed at a time: their positions take more registers than their keys."""
 SORT_LIMIT = 2048
-"""Longest row of keys that is sorted by one program; longer ones go through torch.sort."""
+"""Longest row of keys that one program sorts; longer ones use torch.sort."""
 
 
 def topk_select(
@@ -134,7 +134,7 @@ def topk_merge(
     num_rows, width = keys.shape
     if _power(width) > SORT_LIMIT:
         keys = keys.sort(dim=1, descending=True).values
-    elif values.shape[0] > 1 and num_rows:  # one rank's list is in order already
+    elif values.shape[0] > 1 and num_rows:  # the list of a single rank is already in order
         launch(kernels.sort_keys_kernel, keys, num_rows, keys, width, P=_power(width), warps=merge_warps(_power(width)))
     top, top_ids = split_keys(keys[:, :k])
     lost, _ = split_keys(keys[:, k:])
@@ -197,7 +197,7 @@ def tail_sample(slab: Tensor, cdf: Tensor, targets: Tensor, peak: Tensor, temper
 
 
 def select_warps(candidates: int, backend: str) -> int:
-    """Warps that hold a row's candidates in registers; AMD's have 64 threads, and are best left few."""
+    """Warps that hold a row's candidates in registers; on AMD, with 64 threads per warp, few warps are fastest."""
     return WARPS if candidates <= 8192 or backend == "hip" else 2 * WARPS
 
 
@@ -207,7 +207,7 @@ def merge_warps(width: int) -> int:
 
 
 def _lane_width(n: int, tile: int) -> int:
-    """Columns of a lane: 32 (16 for short rows), more only where there would be too many lanes to hold."""
+    """Columns of a lane: 32 (16 for short rows), more only if a row would have too many lanes for the registers."""
     width = min(16 if n <= 16384 else 32, tile)
     while triton.cdiv(n, width) > MOST_LANES:
         width *= 2

@@ -1,6 +1,7 @@
-"""The kernels of `kdtrain_kernels.triton.topk`, whose page says how a row is read: one program per row."""
+"""The kernels of `kdtrain_kernels.triton.topk`, whose docstring describes the passes over a row: one program per
+row."""
 
-# Kernels take pointers and numbers, of which Python's types say nothing.
+# Kernels take pointers and numbers, which Python's types do not describe.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def _ordered(x):
-    """int32 that are ordered as float32 are, with -0.0 equal to 0.0."""
+    """int32 keys in the order of the float32 values, with -0.0 equal to 0.0."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -31,7 +32,7 @@ def _least(key, take):
 
 @triton.jit
 def _first(key, take):
-    """Which of key [N] int32 are the `take` largest; among equal ones those of the lowest places."""
+    """Mask of the `take` largest of key [N] int32; ties go to the lowest positions."""
     least, spare = _least(key, take)
     is_equal = key == least
     return (key > least) | (is_equal & (tl.cumsum(is_equal.to(tl.int32), 0) <= spare))
@@ -77,8 +78,8 @@ def select_kernel(
 ):
     """values, columns [C, min(k, n)] in order; stats[:, 1] = the tail's peak; the list becomes -inf in the slab.
 
-    lane_list [C, L] int32 and key_list [C, K] int64 hold what a program hands itself across a barrier.
-    G >= lanes, L >= take_lanes, K >= take; PIECE divides L * W.
+    lane_list [C, L] int32 and key_list [C, K] int64 pass values between threads of a program across a barrier. G >=
+    lanes, L >= take_lanes, K >= take; PIECE divides L * W.
     """
     row = tl.program_id(0).to(tl.int64)
     slab += row * stride
@@ -94,7 +95,7 @@ def select_kernel(
     candidates = chosen[:, None] * W + tl.arange(0, W)[None, :]
     held = tl.load(slab + candidates, mask=candidates < n, other=float("-inf"))
     least, spare = _least(tl.where(candidates < n, _ordered(held), -2147483648), take)
-    # they are read again, a piece at a time: the places of all at once would not fit into registers
+    # they are read again, a piece at a time, because the positions of all would not fit into registers
     filled = 0
     equal = 0
     for first in range(0, L * W, PIECE):
@@ -201,7 +202,7 @@ def tail_sample_kernel(
 ):
     """found [C, m] int64: columns where the distribution function reaches targets [C, m] float64.
 
-    An entry is reached where its running sum exceeds the target or is already the whole: the last one that counts.
+    An entry is reached where its running sum exceeds the target or already equals the total.
     """
     row = tl.program_id(0).to(tl.int64)
     slab += row * stride

@@ -1,0 +1,101 @@
+"""The batch that the loader yields and the models read. Shapes: B sequences, S tokens each, T = B * S."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kdtrain.documents import Documents
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro-batch of packed sequences, equal on all tensor-parallel ranks of a data rank.
+
+    input_ids     [B, S] int64
+    labels        [B, S] int64, already shifted: labels[b, s] is the token to be predicted at position s
+    loss_mask     [B, S] float32, 1 where the position counts in the loss (0 at a document's last token)
+    position_ids  [B, S] int64, restarting at 0 with every document; attention never crosses a restart
+    sample_ids    [B] int64, key of each sequence in the (blended) token store; with the position in the
+                  sequence it is the key of every cached record and of every random draw
+    documents     those of the whole sequences, also where this rank holds parts of them; None: computed from the
+                  position_ids where they are needed, which synchronises the device
+    host          the batch in host memory that this one was copied from; None: unknown
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    position_ids: Tensor
+    sample_ids: Tensor
+    documents: Documents | None = None
+    host: Batch | None = None
+
+    @classmethod
+    def cat(cls, batches: Sequence[Batch]) -> Batch:
+        """The sequences of all, in order; their documents, if all are known."""
+        known = [batch.documents for batch in batches if batch.documents is not None]
+        ids, labels, mask, positions, keys = (
+            torch.cat(same) for same in zip(*(batch.tensors() for batch in batches), strict=True)
+        )
+        documents = Documents.cat(known) if len(known) == len(batches) else None
+        return cls(ids, labels, mask, positions, keys, documents)
+
+    @property
+    def num_tokens(self) -> int:
+        """T: all tokens, counted in the loss or not."""
+        return self.input_ids.numel()
+
+    def num_valid_tokens(self) -> Tensor:
+        """Tokens counted in the loss, 0-d float64 on the batch's device. Does not synchronise."""
+        return self.loss_mask.sum(dtype=torch.float64)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device; `host` is this one if it is on the host.
+
+        Asynchronous from pinned memory. A copy to the host waits, since its values may be read at once.
+        """
+        is_host = self.input_ids.is_cpu
+        moved = self.map(lambda values: values.to(device, non_blocking=is_host))
+        documents = None if self.documents is None else self.documents.to(device)
+        return replace(moved, documents=documents, host=self if is_host else self.host)
+
+    def on_host(self) -> Batch:
+        """This batch in host memory: itself, or `host`; if that is unknown a copy, which synchronises the device."""
+        if self.input_ids.is_cpu:
+            return self
+        return self.to("cpu") if self.host is None else self.host
+
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that a CUDA device copies from without the host. Needs such a device."""
+        pinned = self.map(Tensor.pin_memory)
+        return replace(pinned, documents=None if self.documents is None else self.documents.pin_memory())
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Sequences [start, stop) of this batch."""
+        part = self.map(lambda values: values[start:stop])
+        return replace(part, documents=None if self.documents is None else self.documents.sequences(start, stop))
+
+    def portions(self, max_tokens: int | None) -> list[Batch]:
+        """Consecutive sequences, at most max_tokens tokens at a time but never less than one; None: all at once."""
+        num_sequences, seq_len = self.input_ids.shape
+        at_once = num_sequences if max_tokens is None else max(1, max_tokens // seq_len)
+        if at_once >= num_sequences:
+            return [self]
+        return [self.rows(start, min(start + at_once, num_sequences)) for start in range(0, num_sequences, at_once)]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """A batch with change(tensor) of every tensor; its `documents` and `host` are None."""
+        ids, labels, mask, positions, keys = (change(values) for values in self.tensors())
+        return Batch(ids, labels, mask, positions, keys)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every field that is a tensor, in order."""
+        return self.input_ids, self.labels, self.loss_mask, self.position_ids, self.sample_ids
+
+    def memory(self) -> tuple[Tensor, ...]:
+        """Every tensor that a forward pass may read: the fields, and the documents' offsets where they are known."""
+        return self.tensors() if self.documents is None else (*self.tensors(), self.documents.offsets)

@@ -1,0 +1,48 @@
+"""Section objective: what the student learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "logit_mse"]
+
+
+@dataclass(kw_only=True, slots=True)
+class PretrainObjective:
+    """Plain next-token cross-entropy. Has no settings."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DistillObjective:
+    """kd_weight * temperature^2 * D(teacher, student) + (1 - kd_weight) * cross-entropy, summed over valid tokens."""
+
+    divergence: Divergence = "forward_kl"
+    """forward_kl is KL(teacher || student); reverse_kl is KL(student || teacher); jsd is divided by
+    teacher_share * (1 - teacher_share); logit_mse compares centred logits."""
+    temperature: float = 1.0
+    """Divides both models' logits in the divergence, whose value is multiplied by its square. Not in the CE."""
+    kd_weight: float = 0.5
+    """Weight of the divergence, in [0, 1]; the cross-entropy on the data gets 1 - kd_weight."""
+    teacher_share: float = 0.5
+    """jsd: share b of the teacher in the mixture b p + (1 - b) q, in (0, 1)."""
+    skew: float = 0.1
+    """skew_kl: KL(p || skew p + (1 - skew) q); skew_reverse_kl: KL(q || (1 - skew) p + skew q). In (0, 1)."""
+    ab_alpha: float = 0.5
+    """alpha_beta: exponent of the teacher; at least 0.01 in size, and ab_alpha + ab_beta above 0."""
+    ab_beta: float = 0.5
+    """alpha_beta: exponent of the student; at least 0.01 in size."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ObjectiveSection:
+    """What the student learns. Only the section named by `name` may be set."""
+
+    name: Literal["pretrain", "distill"] = "distill"
+    """pretrain: cross-entropy alone. distill: divergence from a teacher that runs along, plus cross-entropy."""
+    z_loss: float = 0.0
+    """Weight of the squared log-sum-exp of the student's logits, per valid token; 1e-4 is usual, 0: none."""
+    pretrain: PretrainObjective = field(default_factory=PretrainObjective)
+    """Settings of objective pretrain."""
+    distill: DistillObjective = field(default_factory=DistillObjective)
+    """Settings of objective distill."""

@@ -1,1 +1,0 @@
-"""Ranks: mesh, collectives, vocabulary shards."""

@@ -1,0 +1,1 @@
+"""Mesh, collectives, vocabulary shards, point-to-point channel."""

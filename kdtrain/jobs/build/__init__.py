@@ -1,0 +1,1 @@
+"""Objects of a run from its configuration: models, teacher, batches, objective."""

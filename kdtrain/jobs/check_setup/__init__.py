@@ -1,0 +1,1 @@
+"""The checks of `launch/check_setup.py`: what a machine and its ranks can do."""
