@@ -139,13 +139,12 @@ def steps(job: dict, folder: Path, live: PartBytes) -> dict[str, Any]:
     Sizes, the estimate, and the peaks of the second step, when the optimizer's states exist. Returns after everything
     is freed.
     """
-    from kdtrain.jobs.build.batches import build_loader
-    from kdtrain.jobs.build.objective import build_objective
-
     from kdtrain.distributed.mesh import Mesh
     from kdtrain.engine import bootstrap
     from kdtrain.engine.zero import StudentEngine
+    from kdtrain.jobs.build.batches import build_loader
     from kdtrain.jobs.build.models import build_models, engine_settings
+    from kdtrain.jobs.build.objective import build_objective
     from kdtrain.training.timing import PhaseTimer
 
     rank, cfg = bootstrap.start(), run_configuration(job)

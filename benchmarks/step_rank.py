@@ -115,13 +115,13 @@ class Bench:
 
     def __init__(self, job: dict, folder: Path) -> None:
         import torch
-        from kdtrain.jobs.build.batches import build_loader
-        from kdtrain.jobs.build.teacher import build_teacher
 
         from kdtrain.distributed.mesh import Mesh
         from kdtrain.engine import bootstrap
         from kdtrain.engine.zero import StudentEngine
+        from kdtrain.jobs.build.batches import build_loader
         from kdtrain.jobs.build.models import build_models, engine_settings
+        from kdtrain.jobs.build.teacher import build_teacher
         from kdtrain.models.load import ModelSpec
         from kdtrain.training.timing import PhaseTimer
 
@@ -159,7 +159,6 @@ class Bench:
         from kdtrain.jobs.build.batches import build_loader
         from kdtrain.jobs.build.loop import cadence_of, loop_settings
         from kdtrain.jobs.build.objective import build_objective
-
         from kdtrain.training.cadence import StopRequest
         from kdtrain.training.guards import Guards
         from kdtrain.training.progress import Progress

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kdtrain.jobs.build.batches import build_loader
-from kdtrain.jobs.build.teacher import teacher_spec
 
 from kdtrain.config.schema import RunConfig
 from kdtrain.distributed.mesh import Mesh
@@ -17,7 +15,9 @@ from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
 from kdtrain.engine.slices import Fragment
 from kdtrain.errors import CheckpointError, ConfigError, DataError, KdtrainError, ParallelError, StoreMismatch
+from kdtrain.jobs.build.batches import build_loader
 from kdtrain.jobs.build.models import build_models, model_specs
+from kdtrain.jobs.build.teacher import teacher_spec
 from kdtrain.jobs.check import print_check
 from kdtrain.jobs.export_hf import write_model_files
 from kdtrain.jobs.header import log_header
