@@ -123,7 +123,8 @@ def _bad_value(key: str, value: Any, hint: Any, origin: str, error: Exception) -
     if reason and "interpolation" in str(error).lower():
         return Problem(key, value, f"cannot be resolved: {reason[0]}", "write ${oc.env:NAME} or ${section.key}", origin)
     listed = [part for part in (hint, *get_args(hint)) if get_origin(part) in (list, tuple)]
-    example = f"write it as a list: {key}: [...]" if listed and not isinstance(value, list) else None
+    as_list = f"write it as a list: {key}: [...], or {key}=[...] on the command line"
+    example = as_list if listed and not isinstance(value, list) else None
     return Problem(key, value, f"is not {expected(hint)}", example or f"--help {key} explains it", origin)
 
 
