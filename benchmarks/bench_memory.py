@@ -8,9 +8,9 @@ each a fresh process. Figures are of rank 0 in its second step, when AdamW's sta
 
 allocated  the most bytes that tensors held at once, counted as operations made them (memory_rank.py)
 resident   growth of the resident set over the same step, with every page touched that malloc returned (glibc's
-           MALLOC_PERTURB_): it has what no operation made besides, and proves that no tensor was missed. oneDNN is held
+           MALLOC_PERTURB_): it includes what no operation made, and proves that no tensor was missed. oneDNN is held
            to AVX2: with AVX-512 it compiles kernels for every length of a document in bfloat16 and keeps 1,024 of them
-           (45 MiB in this run, 1.3 GB after 400 lengths), code that is no tensor and that no CUDA run has
+           (45 MiB in this run, 1.3 GB after 400 lengths), code that is not a tensor and that no CUDA run has
 estimate   `kdtrain.planning.estimate`, from shapes alone
 
 Each layout runs with the bucket that kdtrain gives DeepSpeed, no larger than the model, and with DeepSpeed's own size

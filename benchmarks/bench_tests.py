@@ -2,7 +2,7 @@
 
     python benchmarks/bench_tests.py --base PATH                    # -> benchmarks/results/{cpu_tests,goals}.csv
     python benchmarks/bench_tests.py --base PATH --ci-seconds 1320  # and a goal for a whole run of .ci/run
-    python benchmarks/bench_tests.py --base PATH --try "-k layout"  # passes the words to both; writes nothing
+    python benchmarks/bench_tests.py --base PATH --try "-k layout"  # passes the arguments to both; writes nothing
 
 PATH: a checkout of the commit to compare with, whose default tests run as its README's command ran them, `python -m
 pytest` in one process. This tree's fast tier runs as launch/quickstart.sh runs it. Both use this interpreter, and one
@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="a checkout of the commit to compare with")
     parser.add_argument("--ci-seconds", type=float, help="of a whole run of .ci/run on the same machine")
-    parser.add_argument("--try", dest="words", help="more words for pytest; nothing is written")
+    parser.add_argument("--try", dest="words", help="more arguments for pytest; nothing is written")
     parser.add_argument("--busy", action="store_true", help="measure on a machine that is not quiet")
     arguments = parser.parse_args()
     more = arguments.words.split() if arguments.words else []

@@ -8,7 +8,7 @@ Every run is launch/train.py: six steps, a checkpoint after each, losses and gra
 reference is the run of the same models on the CPU at ZeRO stage 1; runs in bfloat16 may differ by 5e-2 from it, runs in
 float32 by 1e-4 (kernels of attention and reductions add up in another order, so equal bits cannot be expected).
 peak_bytes: what torch's allocator held at most, beside estimate_bytes of `kdtrain.planning.estimate`; of models this
-small the workspaces of libraries are most of it. Runs share the device, --jobs at a time, so `seconds` is no speed.
+small the workspaces of libraries are most of it. Runs share the device, --jobs at a time: `seconds` measures no speed.
 --cpu: the same runs on the CPU. A row per run in OUT/gpu_train.csv, the output of those that failed in
 OUT/gpu_train.log; exits with 1 unless every run is ok. A run that does not fit into --budget is not started, and its
 row states that.

@@ -194,7 +194,7 @@ def _record(path: Path, number: int, line: str) -> dict[str, float]:
             f"{path}, line {number} is cut off or damaged: {error}\n  fix: let the run finish, or resume it"
         ) from error
     if not isinstance(record, dict):
-        raise DataError(f"{path}, line {number} is no record\n  fix: give another run folder")
+        raise DataError(f"{path}, line {number} is not a record\n  fix: give another run folder")
     return record
 
 

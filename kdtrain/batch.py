@@ -70,7 +70,7 @@ class Batch:
         return self.to("cpu") if self.host is None else self.host
 
     def pin_memory(self) -> Batch:
-        """The same batch in memory that a CUDA device copies from without the host. Needs such a device."""
+        """The same batch in pinned memory, from which copies to a CUDA device are asynchronous. Needs such a device."""
         pinned = self.map(Tensor.pin_memory)
         return replace(pinned, documents=None if self.documents is None else self.documents.pin_memory())
 

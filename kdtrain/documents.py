@@ -74,7 +74,7 @@ class Documents:
         return replace(self, offsets=self.offsets.to(device, non_blocking=self.offsets.is_cpu))
 
     def pin_memory(self) -> Documents:
-        """The same with offsets in memory that a CUDA device copies from without the host."""
+        """The same with offsets in pinned memory, from which copies to a CUDA device are asynchronous."""
         return replace(self, offsets=self.offsets.pin_memory())
 
     def sequences(self, start: int, stop: int) -> Documents:

@@ -1,7 +1,7 @@
 """Check versions, devices, kernels, collectives and disk.   [deepspeed] launch/check_setup.py [CONFIG.yaml] [key=value]
 
-Prints one table; put it at the top of a bug report. Exit code 0 if every check passed, else 1; a warning is no
-failure. Only parallel.tp, parallel.cp, teacher.layout, run.output_dir, train.kernels, zero.offload_optimizer, and
+Prints one table; put it at the top of a bug report. Exit code 0 if every check passed, else 1; a warning is not
+a failure. Only parallel.tp, parallel.cp, teacher.layout, run.output_dir, train.kernels, zero.offload_optimizer, and
 attention and dtype of both models are read; without a CONFIG.yaml they have their defaults.
 """
 

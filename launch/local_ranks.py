@@ -1,4 +1,4 @@
-"""Start ranks of a script on this machine.   python launch/local_ranks.py RANKS SCRIPT.py [word ...]
+"""Start ranks of a script on this machine.   python launch/local_ranks.py RANKS SCRIPT.py [argument ...]
 
 What `deepspeed --num_accelerators RANKS` does on one machine, without importing torch and DeepSpeed twice before the
 first rank starts. Exit code: that of the first rank that failed, else 0. SIGTERM or SIGINT becomes a SIGTERM to every

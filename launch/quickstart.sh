@@ -2,7 +2,7 @@
 # Quick start for a machine with nothing but Python: no root, GPU, compiler, make or model hub is needed.
 #
 #   sh launch/quickstart.sh            install, then distil a real teacher on two CPU ranks and print a table
-#   sh launch/quickstart.sh test       install, then run the fast tier of the tests (more words go to pytest)
+#   sh launch/quickstart.sh test       install, then run the fast tier of the tests (more arguments go to pytest)
 #   sh launch/quickstart.sh test slow  the slow tier (likewise)
 #   sh launch/quickstart.sh install    only make .venv
 #
@@ -82,7 +82,7 @@ require_space() { # kB, for what
 # --- long commands ----------------------------------------------------------------------------------------------
 
 # quietly LABEL COMMAND...: runs it with its output in a log file and a line every 15 s; prints the end of the log
-# if it fails. COMMAND is a program, or pip, as a word:
+# if it fails. COMMAND is a program or the word pip, not a function:
 # a child of a subshell would outlive an interruption.
 quietly() {
     label=$1

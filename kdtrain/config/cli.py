@@ -1,4 +1,4 @@
-"""What every script shares: words to a checked configuration, --help, --print-config, --check, exit codes.
+"""What every script shares: from arguments to a checked configuration, --help, --print-config, --check, exit codes.
 
 No torch here: a mistake is reported in a fraction of a second.
 """
@@ -21,7 +21,7 @@ from kdtrain.log import rank_from_environment
 
 EXIT_INTERRUPTED = 130
 UNUSABLE_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
-"""What only the path itself can be the reason of."""
+"""Errors whose only possible cause is the path itself."""
 HELP, PRINT_CONFIG, CHECK = ("--help", "-h"), "--print-config", "--check"
 
 
@@ -40,7 +40,7 @@ class Request:
 
 
 def parse(argv: Sequence[str], doc: str | None) -> Request:
-    """Configuration of the words `argv`, checked for as many ranks as the launcher announced. `doc` heads --help.
+    """Configuration of the arguments `argv`, checked for as many ranks as the launcher announced. `doc` heads --help.
 
     `--help [section]` and `--print-config` print on rank 0 and raise SystemExit(0); printing shows a configuration
     that loads, whether or not it could run. Raises ConfigError with every problem.
@@ -74,7 +74,7 @@ def _print_help(words: Sequence[str], doc: str) -> None:
 
 
 def print_config(loaded: Loaded) -> str:
-    """The resolved configuration as YAML; where each setting that is not a default was made, behind it."""
+    """The resolved configuration as YAML, with a comment for each setting that is not a default: where it was set."""
     lines = list(yaml_lines(loaded.config))
     width = min(60, max(len(line) for _, line in lines))
     shown = []
@@ -107,7 +107,7 @@ def run_script(main: Callable[[list[str]], int], argv: list[str]) -> int:
 
 
 def _report(error: KdtrainError) -> None:
-    """Print an error once per job, and one line for it on other ranks that may have met it alone.
+    """Print an error once per job, and one line for it on other ranks that may be the only ones with the error.
 
     Rank 0 prints the whole message. All ranks of a node find the same configuration errors, so elsewhere the first rank
     of each node prints them (a path may be missing on one node only). Any other error may have occurred on one rank
@@ -127,11 +127,11 @@ def _report(error: KdtrainError) -> None:
 
 
 def _print_once(text: str) -> None:
-    """To stdout on rank 0. A reader that closes the pipe early (`| head`) is no error."""
+    """To stdout on rank 0. A reader that closes the pipe early (`| head`) is not an error."""
     if rank_from_environment() != 0:
         return
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        # Python flushes stdout once more at exit; give it somewhere to go
+        # Python flushes stdout once more at exit: redirect it, so that this flush succeeds
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

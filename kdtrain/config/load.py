@@ -1,4 +1,4 @@
-"""From YAML files and key=value words to a RunConfig, with the origin of every key. The only user of OmegaConf.
+"""From YAML files and key=value arguments to a RunConfig, with the origin of every key. The only user of OmegaConf.
 
 Later wins: defaults, parents named by `extends`, files from left to right, key=value. Paths in values are relative to
 the current folder, paths in `extends` to the file that names them.
@@ -24,7 +24,7 @@ from kdtrain.config.source import COMMAND_LINE, Dumper, Setting, read_words
 from kdtrain.errors import ConfigError
 
 LAUNCHER_ARGUMENTS = ("--local_rank", "--local-rank", "--deepspeed", "--deepspeed_config")
-"""What launchers append to a script's own words, as `--local_rank=3` or `--local-rank 3`."""
+"""What launchers append to a script's own arguments, as `--local_rank=3` or `--local-rank 3`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def load_run(argv: Sequence[str]) -> Loaded:
     tree = OmegaConf.structured(RunConfig)
     origins = {name: DEFAULT for name, key in known.items() if not key.section}
     refused, unset = _apply(settings, tree, known, origins, problems)
-    # where no file could be read everything is missing, which is no news
+    # if no file could be read, every setting is missing: these problems would only hide that one
     if not problems or any(setting.origin != COMMAND_LINE for setting in settings):
         for name in (name for name in known if name in unset - refused):
             problems.append(Problem(name, MUST_BE_SET, "has no default and must be set", f"set it, e.g. {name}=..."))
@@ -123,7 +123,8 @@ def _bad_value(key: str, value: Any, hint: Any, origin: str, error: Exception) -
     if reason and "interpolation" in str(error).lower():
         return Problem(key, value, f"cannot be resolved: {reason[0]}", "write ${oc.env:NAME} or ${section.key}", origin)
     listed = [part for part in (hint, *get_args(hint)) if get_origin(part) in (list, tuple)]
-    example = f"write it as a list: {key}: [...]" if listed and not isinstance(value, list) else None
+    as_list = f"write it as a list: {key}: [...], or {key}=[...] on the command line"
+    example = as_list if listed and not isinstance(value, list) else None
     return Problem(key, value, f"is not {expected(hint)}", example or f"--help {key} explains it", origin)
 
 

@@ -12,9 +12,9 @@ def parse_prepare(description: str | None, argv: Sequence[str]) -> argparse.Name
     parser.add_argument("inputs", nargs="+", metavar="INPUT")
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="holds tokenizer.json, e.g. the teacher")
     parser.add_argument("--output", required=True, metavar="DIR", help="will hold train/ and validation/")
-    help_ = "after each document (default: <|endoftext|>, else the tokenizer's document end; which one is logged)"
+    help_ = "token after each document (default: <|endoftext|>, else the tokenizer's document end; which one is logged)"
     parser.add_argument("--separator", metavar="TOKEN", help=help_)
-    help_ = "before each document what the tokenizer puts before a text (auto), nothing (never), or this token"
+    help_ = "before each document: what the tokenizer puts before a text (auto), nothing (never), or this token"
     parser.add_argument("--bos", metavar="auto|never|TOKEN", default="auto", help=f"{help_} (default: auto)")
     help_ = "cut a document after each separator inside it, or keep it whole (default: refused)"
     parser.add_argument("--inner-separators", choices=["split", "keep"], help=help_)
@@ -28,9 +28,9 @@ def parse_prepare(description: str | None, argv: Sequence[str]) -> argparse.Name
     if a.from_megatron and a.validation_share:
         parser.error("--from-megatron cannot hold out a share: documents are chosen by their text")
     if a.from_megatron and (given := _given(a, of_text)):
-        parser.error(f"--from-megatron does not go with {given}: pairs hold tokens, no text to read")
+        parser.error(f"--from-megatron cannot be used with {given}: pairs hold tokens, not text")
     if not a.from_megatron and (given := _given(a, of_pairs)):
-        parser.error(f"{given} needs --from-megatron: a text is no Megatron pair")
+        parser.error(f"{given} needs --from-megatron: a text is not a Megatron pair")
     return a
 
 
@@ -38,12 +38,12 @@ def _add_text(parser: argparse.ArgumentParser) -> list[str]:
     """Add options about text; returns the names of those that exclude --from-megatron."""
     group = parser.add_argument_group("text")
     group.add_argument("--validation-share", type=float, default=0.0, help="share of documents held out, in [0, 1)")
-    group.add_argument("--field", help="of JSON lines (default: text)")
-    group.add_argument("--errors", choices=["strict", "replace"], help="on invalid UTF-8 (default: strict)")
+    group.add_argument("--field", help="key of the text in JSON lines (default: text)")
+    group.add_argument("--errors", choices=["strict", "replace"], help="what to do on invalid UTF-8 (default: strict)")
     help_ = "leave out what cannot be read (null or missing text, invalid JSON or UTF-8) and count it by reason"
     group.add_argument("--skip-invalid", action="store_true", default=None, help=help_)
-    group.add_argument("--split-on", metavar="LINE", help="between documents of a text file ('': blank lines)")
-    group.add_argument("--workers", type=int, help="processes (default: one per core)")
+    group.add_argument("--split-on", metavar="LINE", help="line between documents of a text file ('': blank lines)")
+    group.add_argument("--workers", type=int, help="number of processes (default: one per core)")
     return ["--field", "--errors", "--skip-invalid", "--split-on", "--workers"]
 
 

@@ -1,6 +1,6 @@
 """Command line and YAML files to single settings, each with its origin. Their meaning is not interpreted here.
 
-Numbers are those of YAML 1.2 and Python: 1e-3 is a number, 010 is ten, 1_000 is a thousand; yes and on are words.
+Numbers are those of YAML 1.2 and Python: 1e-3 is a number, 010 is ten, 1_000 is a thousand; yes and on are strings.
 A mapping is taken apart into its keys, so that a later file replaces single settings, not whole sections.
 """
 

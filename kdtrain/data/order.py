@@ -67,8 +67,8 @@ class BlendOrder:
 
     sizes: sequences of each store. weights: share of each, any positive numbers (None: in proportion to the sizes).
     Each store is read in another permutation in each epoch; in every BLOCK positions each store has its share, to
-    the nearest whole sequence, spread evenly. Raises DataError for an empty store, a weight that is no positive number,
-    or a share that rounds to nothing.
+    the nearest whole sequence, spread evenly. Raises DataError for an empty store, a weight that is not a positive
+    number, or a share that rounds to nothing.
     """
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:

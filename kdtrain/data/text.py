@@ -93,7 +93,7 @@ def _in_folder(folder: Path, all_ignored: Counter[str]) -> list[Path]:
     ignored: Counter[str] = Counter()
     for file in _walk(folder):
         if not file.is_file():
-            ignored["broken links and the like"] += 1
+            ignored["broken links and special files"] += 1
         elif _inner_suffix(file) in JSON_SUFFIXES + TEXT_SUFFIXES:
             kept.append(file)
         else:
@@ -298,7 +298,7 @@ def _json_text(where: str, line: str, field: str, errors: str) -> str | InvalidD
             "  fix: write one JSON object per line, or leave such lines out with --skip-invalid",
         )
     if not isinstance(record, dict) or field not in record:
-        keys = sorted(record) if isinstance(record, dict) else f"{line.strip()[:60]}, which is no object"
+        keys = sorted(record) if isinstance(record, dict) else f"{line.strip()[:60]}, which is not an object"
         return InvalidDocument(
             f"lines without {field!r}",
             f"{where}: no text under {field!r} (found {keys})\n"

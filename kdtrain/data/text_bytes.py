@@ -31,7 +31,7 @@ _STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 class _Table:
     """Per id. lengths [V] int32: UTF-8 bytes of its text, -1 if they depend on its neighbours, which need `raw`.
 
-    byte_fallback: bytes of a run that are no UTF-8 become one U+FFFD each, not one per broken character.
+    byte_fallback: bytes of a run that are not UTF-8 become one U+FFFD each, not one per broken character.
     strips: the decoder takes a space from the beginning of a document.
     """
 

@@ -47,7 +47,8 @@ class TokenStore:
     """Random access to documents and to the stream of all tokens, memory-mapped. Thread-safe.
 
     A mapped file takes a file descriptor, and the usual limit is 1024 per process: at most MAPPED_SHARDS are mapped at
-    a time, so that a store may have any number of shards. Use `open` to make one.
+    a time, so that a store may have any number of shards. Use `open` to make one. path: the folder; manifest: the
+    content of its manifest.json. Does not communicate. Reading raises DataError for a damaged or missing file.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -78,7 +79,7 @@ class TokenStore:
         source: str,
         document_prefix: Sequence[int] = (),
     ) -> TokenStoreWriter:
-        """A writer for a new store: a context manager, with `commit` as its last call."""
+        """A writer for a new store: a context manager, with `commit` as its last call; see `TokenStoreWriter`."""
         return TokenStoreWriter(folder, tokenizer_dir, separator_id, source=source, document_prefix=document_prefix)
 
     def __len__(self) -> int:

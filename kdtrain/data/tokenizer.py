@@ -59,7 +59,7 @@ class _LibraryErrors:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, {} if it holds another kind of value. Raises DataError if it is no JSON."""
+    """The JSON object in a file, {} if it holds another kind of value. Raises DataError if it is not JSON."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, numbers or nesting beyond what Python reads

@@ -44,7 +44,7 @@ def compare_tokenizers(first: str | Path, second: str | Path) -> Comparison:
     Equal files or fingerprints need no comparison. Raises as `load_tokenizer`.
     """
     if tokenizer_file(first).read_bytes() == tokenizer_file(second).read_bytes():
-        load_tokenizer(first)  # refuses what is no tokenizer
+        load_tokenizer(first)  # refuses what is not a tokenizer
         return Comparison(None)
     if fingerprint(first) == fingerprint(second):
         return Comparison(None)

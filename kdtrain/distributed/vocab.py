@@ -20,7 +20,8 @@ class VocabShard:
     """The slice [start, stop) of the vocabulary on one tensor-parallel rank.
 
     Rows at or past `vocab_size` (number of ids in the softmax, usually the tokenizer's size) are padding, so that every
-    rank holds the same number of rows; they are in no softmax and receive no gradient.
+    rank holds the same number of rows; they are in no softmax and receive no gradient. A plain value: nothing
+    communicates. Raises ValueError when it is made from numbers that contradict each other.
     """
 
     start: int
@@ -32,7 +33,9 @@ class VocabShard:
 
     def __post_init__(self) -> None:
         if not (0 <= self.start < self.stop and self.vocab_size >= 1 and 0 <= self.tp_rank < self.tp_size):
-            raise ValueError(f"{self} is no slice of a vocabulary: need 0 <= start < stop and tp_rank in [0, tp_size)")
+            raise ValueError(
+                f"{self} is not a slice of a vocabulary: need 0 <= start < stop and tp_rank in [0, tp_size)"
+            )
         if self.vocab_size > self.rows * self.tp_size:
             raise ValueError(f"{self}: {self.tp_size} shards of {self.rows} rows cannot hold {self.vocab_size} tokens")
 
@@ -49,7 +52,8 @@ class VocabShard:
         """The shard of `tp_rank`.
 
         `total_rows` (default `vocab_size`) is the number of rows that the shards must hold: a Hugging Face head may
-        have more rows than the tokenizer has tokens. Raises ValueError on impossible arguments.
+        have more rows than the tokenizer has tokens. multiple: every shard's rows are a multiple of it. Raises
+        ValueError on impossible arguments.
         """
         total = vocab_size if total_rows is None else total_rows
         if vocab_size < 1 or total < vocab_size or multiple < 1:

@@ -120,7 +120,7 @@ class Manifest:
         for entry in self.files:
             for s in entry.slices:
                 if s.name not in self.parameters or s.kind not in KINDS:
-                    raise damaged(where, f"{entry.file} holds {s.key!r}, which is no parameter of this checkpoint")
+                    raise damaged(where, f"{entry.file} holds {s.key!r}, which is not a parameter of this checkpoint")
                 found[s.name, s.kind, s.tp_rank].append((s.offset, s.offset + s.numel))
         for name, parameter in self.parameters.items():
             sizes = dict(enumerate(parameter.pieces()))
@@ -156,7 +156,7 @@ class Manifest:
         except FileNotFoundError as error:
             raise DamagedCheckpoint(
                 f"{path} does not exist\n"
-                "  why: it is written last, so this folder is no checkpoint or an unfinished one\n"
+                "  why: it is written last, so this folder is an unfinished checkpoint or none at all\n"
                 "  fix: name a complete step_NNNNNN folder"
             ) from error
         except (OSError, ValueError) as error:

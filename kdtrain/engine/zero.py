@@ -43,7 +43,7 @@ class StepResult:
 
 
 class StudentEngine:
-    """A trainable Backbone under ZeRO 0-3 with our AdamW, our schedule and our token-count normalisation.
+    """A trainable Backbone under ZeRO 0-3 with kdtrain's AdamW, schedule and normalisation by token count.
 
     backbone: already cut over mesh. Build it last: other engines and groups must exist before. Every rank must
     construct it. Communicates as DeepSpeed does: gradients over dp, norms over tp and dp. Raises ConfigError at stage 3
@@ -126,7 +126,7 @@ class StudentEngine:
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
-        """Dropout and the like off inside the block."""
+        """Evaluation mode inside the block: no dropout."""
         self.deepspeed.eval()
         try:
             yield

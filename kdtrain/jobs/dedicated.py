@@ -64,13 +64,13 @@ def serve(
     except BaseException as error:
         _cannot_load(error, runtime, inbox, clients)
         raise
-    pulse, stack = PhaseTracker(roles.rank), ExitStack()
+    tracker, stack = PhaseTracker(roles.rank), ExitStack()
 
     def begun() -> None:  # called at the first request: by then rank 0 has created the folder
         if folder is not None:
             setup_logging(roles.rank, folder)
             # writes heartbeats only: a long wait for a request is normal
-            stack.enter_context(Watchdog(pulse, folder, channel.world_size, warn_s=math.inf))
+            stack.enter_context(Watchdog(tracker, folder, channel.world_size, warn_s=math.inf))
 
     with stack:
         TeacherServer(
@@ -84,7 +84,7 @@ def serve(
             max_tokens=cfg.teacher.max_tokens_per_forward,
             on_first_request=begun,
             stop_requested=wants_stop,
-            pulse=pulse,
+            tracker=tracker,
         ).run()
 
 

@@ -48,7 +48,7 @@ def open_inputs(cfg: RunConfig, specs: Sequence[ModelSpec]) -> Inputs:
 
     Reads headers and tokenizers; all tokens of a store only if a model lacks an id of its tokenizer and the manifest
     does not record whether it occurs. Does not communicate. Raises DataError for damaged stores, StoreMismatch naming
-    both values for inputs that do not fit together, ConfigError for a model that is no text model.
+    both values for inputs that do not fit together, ConfigError for a model that is not a text model.
     """
     train = tuple(TokenStore.open(path) for path in cfg.data.train)
     validation = None if cfg.data.validation is None else TokenStore.open(cfg.data.validation)

@@ -112,10 +112,10 @@ class _Run:
         progress = Progress() if resume_from is None else checkpoints.load(resume_from, engine, loader)
         # After loading: a resume that is refused must leave the folder unchanged.
         on_main(mesh, self._write_about)
-        pulse = PhaseTracker(mesh.rank)
-        trainer = self._trainer(models, engine, loader, prefix, checkpoints, progress, PhaseTimer(device, pulse))
+        tracker = PhaseTracker(mesh.rank)
+        trainer = self._trainer(models, engine, loader, prefix, checkpoints, progress, PhaseTimer(device, tracker))
         try:
-            with self._watchdog(cfg.guard, pulse):
+            with self._watchdog(cfg.guard, tracker):
                 trainer.run()
         except RunStopped:
             on_main(mesh, trainer.close, share=False)
@@ -207,7 +207,7 @@ class _Run:
         found = [JsonlSink(folder / f"{name}.jsonl", resume_step=step, lazy=True) for name in ("skipped", "spikes")]
         return [jsonl, wandb], Events(*found)
 
-    def _watchdog(self, settings: GuardSection, pulse: PhaseTracker) -> AbstractContextManager[object]:
+    def _watchdog(self, settings: GuardSection, tracker: PhaseTracker) -> AbstractContextManager[object]:
         """Detects on this rank that no rank makes progress; if it ends the run, rank 0 writes the reason to STATUS."""
         if settings.stall_warn_s is None:
             return nullcontext()
@@ -217,7 +217,7 @@ class _Run:
                 self.opened.set_status("failed", why)
 
         return Watchdog(
-            pulse,
+            tracker,
             self.folder,
             self.mesh.world_size,
             teachers=self.rank.roles.teachers,

@@ -41,7 +41,8 @@ def linear_cross_entropy(
     z_weight [T] adds sum_t z_weight[t] lse[t]^2, with lse = log sum exp of the logits (z-loss, PaLM, arXiv 2204.02311).
     main_grad [v, D] in the working dtype receives d(head) on top of what it holds, in forward, and the weight gets no
     .grad: backward must then be called once, with an upstream gradient of 1 (ValueError otherwise). Do not recompute
-    this call (activation checkpointing around it) or discard its loss: each forward adds to the buffer.
+    this call (activation checkpointing around it) or discard its loss: each forward adds to the buffer. shard, group,
+    slab_bytes (of which one model uses half) and backend: as in `linear_kd_loss`.
 
     Memory beyond inputs and gradients: half of slab_bytes (chunks are those of `linear_kd_loss`, with one model) and a
     few cache blocks. Gradients accumulate in float32 (float64) and are kept so until backward, which scales and rounds

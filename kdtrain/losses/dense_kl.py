@@ -57,7 +57,9 @@ def linear_kd_loss(
     constants. The teacher's arguments never receive a gradient. Only the parameters of the chosen divergence are read.
     With `measure`, LossParts also has entropies, KL at temperature 1, total variation and top-1 agreement per token
     (one more reading of both logits). z_weight and main_grad as in `linear_cross_entropy`. Everything returned is
-    replicated over the group; values in nats.
+    replicated over the group; values in nats. group: the ranks that hold the other rows of the vocabulary, None for
+    one rank. slab_bytes: memory for both models' logits of a chunk of C tokens. backend: "auto", "torch" or "triton"
+    row kernels. Derivation: docs/design/0004-streamed-loss.md; papers: the functions of `losses.reference`.
 
     Where kd_weight is 0 everywhere, loss and gradients are bitwise those of `linear_cross_entropy`.
     Memory beyond inputs and gradients: slab_bytes and a few cache blocks. Gradients accumulate in float32 (float64) and

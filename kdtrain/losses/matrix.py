@@ -38,7 +38,7 @@ _TOO_LITTLE = {
     "score": "one number per sequence does not determine a divergence between distributions",
 }
 _NO_F_DIVERGENCE = {
-    "alpha_beta": "it is not an f-divergence, so its value on some ids and a tail is no bound",
+    "alpha_beta": "it is not an f-divergence, so its value on some ids and a tail is not a bound",
     "logit_mse": "it compares logits, of which a sparse record has none",
 }
 _INFINITE = "it is infinite wherever the student gives probability to an id outside the record; keep the tail's mass"

@@ -58,8 +58,8 @@ def linear_sparse_kd_loss(
     weights minus target.entropy, which may be negative for a token. With renormalise_student both models are
     renormalised on the ids and the student's other logits get no gradient from D. `losses.matrix` declares which
     divergence is exact, a bound or biased on which target; biased cells need allow_biased. A token without any weight
-    and without a tail has D = 0. labels, weights, z_weight and main_grad as in `linear_kd_loss`. Returns LossParts with
-    `kd`; values in nats.
+    and without a tail has D = 0. All other arguments as in `linear_kd_loss`. Returns LossParts with `kd`; values in
+    nats. Derivation: docs/design/0007-sparse-loss.md.
 
     Where kd_weight is 0 everywhere, loss and gradients are those of `linear_cross_entropy` up to rounding (the ids are
     summed separately from the rest). Memory beyond inputs and gradients: half of slab_bytes (chunks are those of

@@ -27,7 +27,8 @@ def merge_duplicates(ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Every id of a row once, with the sum of its weights; freed slots are empty (id -1, weight 0).
 
     ids [T, K] integers, -1 in empty slots, whose weights must be 0; weights [T, K]. Returns the same shapes and dtypes,
-    ids ascending from -1. For records of draws with replacement. Raises ValueError for different shapes.
+    ids ascending from -1. For records of draws with replacement. Does not communicate. Raises ValueError for
+    different shapes.
     """
     if ids.ndim != 2 or ids.shape != weights.shape:
         raise ValueError(f"ids have shape {tuple(ids.shape)}, weights {tuple(weights.shape)}; need one [T, K]")

@@ -39,8 +39,9 @@ class LossParts:
 class TopK:
     """The K largest teacher logits per token, descending, ties to the smaller id.
 
-    ids [T, K] int32 global; logits [T, K] fp32; lse [T, len(temperatures)] fp32 over the full vocabulary;
-    log_tail [T, len(temperatures)] fp32, log of the probability outside the K ids.
+    ids [T, K] int32 global; logits [T, K], as the head gives them; lse [T, len(temperatures)], log sum exp of all
+    logits / temperature; log_tail [T, len(temperatures)], log of the probability outside the K ids. Numbers are fp32
+    (fp64 for fp64 inputs).
     """
 
     ids: Tensor

@@ -124,5 +124,7 @@ def read_config_json(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{file} is not valid JSON: {error}\n  fix: restore the file from its source") from error
     if not isinstance(config, dict) or "model_type" not in config:
-        raise ConfigError(f"{file} has no model_type, so it is no Hugging Face model config\n  fix: give another file")
+        raise ConfigError(
+            f"{file} has no model_type, so it is not a Hugging Face model config\n  fix: give another file"
+        )
     return config

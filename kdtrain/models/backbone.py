@@ -120,7 +120,8 @@ class Backbone(nn.Module):
     def forward(self, batch: Batch, head_fn: HeadFn[Any]) -> Any:
         """head_fn(hidden_states [T, D], this rank's HeadShard), called inside the head's module.
 
-        Under ZeRO-3 use `call_with_head`, which works everywhere.
+        Communicates and raises as `hidden_states`, and what head_fn communicates. Under ZeRO-3 use `call_with_head`,
+        which works everywhere.
         """
         return self.lm_head_module(self.hidden_states(batch), head_fn)
 

@@ -71,7 +71,7 @@ class Context:
         tokens.
 
         [B, 1, S, S] in `dtype`, to be added to scores, made once per window; None where the implementation needs none
-        (flash-attention and ours take the documents' boundaries instead). Does not communicate.
+        (flash-attention and packed attention take the documents' boundaries instead). Does not communicate.
         """
         if not needs_mask(implementation):
             return None

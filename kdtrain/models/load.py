@@ -46,8 +46,9 @@ class ModelSpec:
 
     weights: Hugging Face folder with config.json and safetensors. architecture: a name or a path to a config.json,
     initialised at random. dtype: "float32" or "bfloat16". attention: "auto" or an implementation's name.
-    allow_unused_weights: as student.allow_unused_weights. seq_len: tokens of the run's sequences; None if unknown: no
-    attention is ruled out by size. sequences: per micro-batch of training.
+    activation_checkpointing: recompute each layer in backward. allow_unused_weights: as student.allow_unused_weights.
+    seq_len: tokens of the run's sequences; None if unknown: no attention is ruled out by size. sequences: per
+    micro-batch of training.
     """
 
     weights: str | None = None
@@ -63,7 +64,8 @@ class ModelSpec:
 def model_rows(spec: ModelSpec, vocab_size: int) -> int:
     """Rows of the model's embedding and head; at least vocab_size, the tokenizer's true size.
 
-    Two models that share a loss need one `total_rows`: the larger of theirs. Reads only config.json.
+    Two models that share a loss need one `total_rows`: the larger of theirs. Reads only config.json; does not
+    communicate.
     Raises ConfigError when the model has fewer rows than `vocab_size`, or is multimodal.
     """
     config = _config_dict(spec, vocab_size)
@@ -148,7 +150,7 @@ def _read_config(spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
         )
     if not (Path(spec.weights) / "config.json").is_file():
         raise ConfigError(
-            f"model folder {spec.weights!r} has no config.json, so it is no Hugging Face model\n"
+            f"model folder {spec.weights!r} has no config.json, so it is not a Hugging Face model\n"
             "  fix: give the folder that holds config.json and *.safetensors"
         )
     return read_config_json(spec.weights)

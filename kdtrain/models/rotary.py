@@ -166,7 +166,7 @@ def _tokens(answer: Any, mask: Tensor) -> Any:
     if not isinstance(answer, Tensor) or answer.dim() != 3 or answer.shape[:2] != (mask.shape[0], mask.shape[1] + 1):
         shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise ConfigError(
-            f"a rotary embedding answers {shape} to positions {(mask.shape[0], mask.shape[1] + 1)}, one row per token "
+            f"a rotary embedding returns {shape} for positions {(mask.shape[0], mask.shape[1] + 1)}, one row per token "
             "is needed\n"
             "  why: each document must use the tables of its own length\n  fix: use a model with another rope_type"
         )

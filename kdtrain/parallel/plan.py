@@ -60,7 +60,7 @@ class TpPlan:
 
 
 def read_plan(model: Any) -> TpPlan:
-    """The model's plan, overridden by ours, resolved to module names and checked for completeness.
+    """The model's plan, overridden by kdtrain's, resolved to module names and checked for completeness.
 
     Raises ParallelError, naming style and module, for a style, a class or a block that cannot be sharded safely.
     """

@@ -1,6 +1,6 @@
-"""Our tensor-parallel plans: for models that declare none, or one that is wrong or shards less than possible.
+"""kdtrain's tensor-parallel plans: for models that declare none, or one that is wrong or shards less than possible.
 
-Data only. Styles have transformers' names, except for those marked as ours.
+Data only. Styles have transformers' names, except for those marked as kdtrain's.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ GATHERED = "colwise_gather_output"
 SPLIT_INPUT = "rowwise_split_input"
 
 FUSED_QKV = "fused_qkv"
-"""Ours: column layer whose output consists of all queries, then all keys, then all values."""
+"""kdtrain's: column layer whose output consists of all queries, then all keys, then all values."""
 FUSED_HALVES = "fused_halves"
-"""Ours: column layer whose output consists of two halves that the model multiplies (gate and up)."""
+"""kdtrain's: column layer whose output consists of two halves that the model multiplies (gate and up)."""
 COPYING = "colwise_copy_input"
-"""Ours: column layer whose input is not the input of its block, or not the only one."""
+"""kdtrain's: column layer whose input is not the input of its block, or not the only one."""
 REPLICATED = "replicate"
 """Every rank holds and computes the whole module."""
 

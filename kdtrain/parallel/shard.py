@@ -101,7 +101,7 @@ def head_scaling(config: Any) -> tuple[float, float | None]:
         suspicious = re.search(r"(logit|lm_head).*(scal|mult|cap)", key) and not key.startswith("attn")
         if suspicious and key not in known and value not in (None, 1.0):
             raise ParallelError(
-                f"config.json sets {key} = {value}, which kdtrain does not know\n"
+                f"config.json sets {key} = {value}, which kdtrain does not support\n"
                 "  why: the logits of this architecture are not hidden_states @ lm_head\n"
                 "  fix: use an architecture of the Llama, Qwen, GPT-NeoX, Gemma, Cohere or Granite kind"
             )

@@ -83,7 +83,7 @@ class ShardSpec:
 def even_spec(dim: int, size: int, tp_size: int, unit: int = 1) -> ShardSpec:
     """Divide `size` along `dim` at multiples of `unit`, as evenly as possible; earlier ranks get the extra units.
 
-    Raises ValueError when `unit` does not divide `size`.
+    size, unit: elements along `dim`. Raises ValueError when `unit` does not divide `size`.
     """
     if unit < 1 or size % unit:
         raise ValueError(f"cannot divide {size} at multiples of {unit}")

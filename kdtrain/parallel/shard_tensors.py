@@ -52,14 +52,17 @@ def copy_shard_into(full: Tensor, shard: Tensor, spec: ShardSpec, tp_rank: int) 
 
 
 def split_state_dict(full: Mapping[str, Tensor], specs: Mapping[str, ShardSpec], tp_rank: int) -> dict[str, Tensor]:
-    """This rank's shard of every tensor of `full`; names without a spec are replicated."""
+    """This rank's shard of every tensor of `full`, padded with zeros as its spec says, as new contiguous tensors.
+
+    full: name -> full, unpadded tensor; names without a spec are replicated. Does not communicate.
+    """
     return {name: split_tensor(tensor, specs.get(name), tp_rank) for name, tensor in full.items()}
 
 
 def merge_state_dict(shards: Sequence[Mapping[str, Tensor]], specs: Mapping[str, ShardSpec]) -> dict[str, Tensor]:
-    """The inverse of `split_state_dict`: one state dict per tp rank, in rank order, to the full one.
+    """The inverse of `split_state_dict`: one state dict per tp rank, in rank order, to the full one without padding.
 
-    Raises ValueError when the ranks disagree about names.
+    Does not communicate. Raises ValueError when the ranks disagree about names.
     """
     names = list(shards[0])
     for rank, state in enumerate(shards):

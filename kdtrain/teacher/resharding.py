@@ -44,10 +44,11 @@ class TeacherResharding:
     def of(cls, student: Mesh, teacher: Mesh, shard: VocabShard) -> TeacherResharding | None:
         """None if both meshes have the same tp. Every rank must call it. Communicates: creates process groups.
 
-        shard: the student's; its rows must divide by R. Raises ValueError otherwise, or if tp_t is no multiple of tp_s.
+        shard: the student's; its rows must divide by R. Raises ValueError otherwise, or if tp_t is not a multiple of
+        tp_s.
         """
         if teacher.tp_size % student.tp_size:
-            raise ValueError(f"the teacher's tp {teacher.tp_size} is no multiple of the student's {student.tp_size}")
+            raise ValueError(f"the teacher's tp {teacher.tp_size} is not a multiple of the student's {student.tp_size}")
         num_replicas = teacher.tp_size // student.tp_size
         if num_replicas == 1:
             return None

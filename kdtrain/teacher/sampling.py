@@ -48,7 +48,9 @@ def sample_targets(
     p = softmax(logits / temperature). hidden_t [T, E], replicated over `group`; head_t [v, E] (or a HeadShard), this
     rank's rows; sample_ids and positions [T] int64 identify each token: its draws depend only on (seed, sample id,
     position) and p, so up to rounding of logits they are the same in any batch, chunk or layout. labels [T] global ids
-    or None. tail_samples belongs to top_k_samples, top_p to top_p_k; other estimators refuse them.
+    or None. estimator: see `kdtrain.teacher.estimators.ESTIMATORS`; tail_samples belongs to top_k_samples, top_p to
+    top_p_k, and other estimators refuse them. group, slab_bytes and backend: as in `linear_kd_loss`. Estimators and
+    papers: docs/design/0008-topk-and-samples.md.
 
     Returns, replicated: ids [T, k] int32, first the exact ones in descending order of probability, then drawn ones in
     ascending order of ids; empty slots, also between drawn ids, have id -1 and weight 0; weights [T, k]; log_tail [T]

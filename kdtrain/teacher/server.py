@@ -91,7 +91,7 @@ class TeacherServer:
     mesh: of the teacher's ranks. The ranks of a tp group share one teacher; the first of them has the inbox, the others
     None. forward: [B, S] sequences -> [B S, E] on every rank of the group. in_flight: most requests of one client at a
     time. max_tokens: limit of one forward pass, but never less than a sequence; None: no limit. on_first_request:
-    called once, before the first answer. stop_requested: whether this process has received a stop signal. pulse:
+    called once, before the first answer. stop_requested: whether this process has received a stop signal. tracker:
     records the phase for heartbeats.
     """
 
@@ -108,12 +108,12 @@ class TeacherServer:
         max_tokens: int | None = None,
         on_first_request: Callable[[], None] = lambda: None,
         stop_requested: Callable[[], bool] = lambda: False,
-        pulse: PhaseTracker | None = None,
+        tracker: PhaseTracker | None = None,
     ) -> None:
         self._channel, self._mesh, self._inbox, self._forward = channel, mesh, inbox, forward
         self._clients, self._device, self._stop_requested = list(clients), device, stop_requested
         self._on_first_request, self._max_tokens = on_first_request, max_tokens
-        self._pulse = pulse or PhaseTracker(channel.rank)
+        self._tracker = tracker or PhaseTracker(channel.rank)
         # Answers that a client may not have received yet: of in_flight requests, and of one that was not announced.
         self._max_pending = in_flight + 1
         self._sent: dict[int, deque[tuple[P2PWork, P2PWork]]] = {c: deque(maxlen=self._max_pending) for c in clients}
@@ -141,8 +141,8 @@ class TeacherServer:
             if request.kind == FORWARD:
                 if self.num_answers == 0:
                     self._on_first_request()
-                self._pulse.begin(self.num_answers + 1)
-                with self._pulse.phase("teacher"):
+                self._tracker.begin(self.num_answers + 1)
+                with self._tracker.phase("teacher"):
                     self._answer(request)
                 continue
             exit_codes[request.client] = request.exit_code

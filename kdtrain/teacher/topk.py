@@ -49,7 +49,8 @@ def linear_topk(
     rows. Returns ids [T, k] int32 global, logits [T, k], lse and log_tail [T, len(temperatures)] in nats, float32
     (float64 for float64 inputs). The order is total and exact: value descending, equal values (-0.0 equals 0.0) by
     ascending id. log_tail is summed over the ids outside the k, never a difference; -inf if there are none. Logits may
-    be -inf (a masked id), also among the k. Not differentiable.
+    be -inf (a masked id), also among the k. Not differentiable. temperatures: one column of lse and log_tail for each.
+    group, slab_bytes and backend: as in `linear_kd_loss`. Derivation: docs/design/0008-topk-and-samples.md.
 
     gather: results are replicated over the group. Otherwise each rank keeps the tokens that it merged and returns a
     TopKShare that names them; on rank r of R these are rows [r c, (r + 1) c) of every chunk, c = ceil(C / R).

@@ -16,11 +16,11 @@ class PhaseTimer:
     """Seconds per named phase since the last `read`.
 
     On CUDA a phase is measured by events that only `read` reads (one synchronisation per report), elsewhere by the
-    wall clock. pulse: records every phase for the heartbeats of this rank.
+    wall clock. tracker: records every phase for the heartbeats of this rank.
     """
 
-    def __init__(self, device: torch.device, pulse: PhaseTracker | None = None) -> None:
-        self.pulse = pulse or PhaseTracker()
+    def __init__(self, device: torch.device, tracker: PhaseTracker | None = None) -> None:
+        self.tracker = tracker or PhaseTracker()
         self._cuda = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -28,7 +28,7 @@ class PhaseTimer:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the block under `name`; phases may nest under different names."""
-        with self.pulse.phase(name):
+        with self.tracker.phase(name):
             if self._cuda:
                 begin = torch.cuda.Event(enable_timing=True)
                 end = torch.cuda.Event(enable_timing=True)

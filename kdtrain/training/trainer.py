@@ -96,7 +96,7 @@ class Trainer:
         if self.progress.step == 0 and cadence.evaluate(0):
             self._evaluate()
         while self.progress.step < cadence.last_step:
-            self.timer.pulse.begin(self.progress.step + 1)
+            self.timer.tracker.begin(self.progress.step + 1)
             started = time.perf_counter()
             micro_batches, self._prefetched = self._prefetched or self._next_micro_batches(), []
             num_valid_tokens, stop = self.sync_step_state(micro_batches)
@@ -188,11 +188,11 @@ class Trainer:
         self.reporter.step(self.progress, means, phases, grad_norm, lr)
 
     def _evaluate(self) -> None:
-        with self.timer.pulse.phase("evaluate", apart=True):
+        with self.timer.tracker.phase("evaluate", apart=True):
             self.evaluator.run(self.progress)
 
     def _save(self, metrics: Metrics, *, wait: bool = True) -> None:
-        with self.timer.pulse.phase("save", apart=True):
+        with self.timer.tracker.phase("save", apart=True):
             self.guards.check_losses()
             self.progress.metrics = metrics.state()
             sequences = self.progress.tokens_seen // self.settings.seq_len

@@ -46,7 +46,7 @@ def rank_1_sleeps(rank, world_size, folder):
             return draw(self)
 
     run.loader.__class__ = SlowLoader
-    with pytest.MonkeyPatch.context() as patch, Watchdog(run.timer.pulse, folder, world_size, warn_s=1.5):
+    with pytest.MonkeyPatch.context() as patch, Watchdog(run.timer.tracker, folder, world_size, warn_s=1.5):
         patch.setattr(LOGGER, "warning", lambda text, *args: warned.append(text % args))
         run.run()
     return [line for line in warned if line.startswith("stall")]

@@ -51,7 +51,7 @@ def path_with_sbin():
 
 
 def what_is_missing():
-    """Why there can be no hosts here, None if they can be made."""
+    """Why hosts cannot be made here, None if they can."""
     if os.geteuid() != 0:
         return "only root can make network namespaces"
     missing = [name for name in (*PROGRAMS, "sshd") if shutil.which(name, path=path_with_sbin()) is None]

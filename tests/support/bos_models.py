@@ -74,9 +74,9 @@ def train_model(folder: Path, config: dict[str, Any], *, needs_bos: bool, steps:
 
 
 def write_bos_run(folder: Path) -> Path:
-    """Write folder/run.yaml and all files it names: a teacher that needs <bos>, and a second one, "hates", disturbed by
-    it."""
-    for name in ("needs", "hates"):
+    """Write folder/run.yaml and all files it names; the teacher needs <bos>. A second one, folder/disturbed, predicts
+    worse with it."""
+    for name in ("needs", "disturbed"):
         train_model(write_bos_tokenizer(folder / name), tiny_config("qwen3"), needs_bos=name == "needs")
     write_counting_store(folder / "store", folder / "needs")
     write_counting_store(folder / "validation", folder / "needs", count=20, seed=1)

@@ -44,7 +44,7 @@ def test_ratios_are_of_medians_and_goals_are_this_checkouts(bench, tmp_path):
     assert {goal["commit"] for goal in goals} == {"abc"}
 
 
-def test_the_consoles_lines_are_told_apart(bench):
+def test_console_lines_are_distinguished(bench):
     evaluation = "eval   0/24  val_nll 10.8109  ppl 4.956e+04  top1 0.4%  overlap 4.3%  took 5s"
     step = "step   1/24  loss 8.0012  kd 7.6916  gnorm 1.23  lr 5.00e-04  tok/s 447"
     assert bench.EVALUATION.match(evaluation)[1] == "val_nll 10.8109  ppl 4.956e+04  top1 0.4%  overlap 4.3%"

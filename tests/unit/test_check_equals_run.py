@@ -357,7 +357,7 @@ def test_check_refuses_student_files_that_break_the_export(cfg, name):
 def test_check_and_run_accept_the_same_layouts_and_attention(tmp_path, settings, how, kind, match):
     save_random(tmp_path, {**tiny_config("llama"), **settings})
     tp = how.pop("tp", 1)
-    if how.get("attention") == "flash_attention_2":  # loading stops earlier, at the device that is no GPU
+    if how.get("attention") == "flash_attention_2":  # loading stops earlier, at the device, which is not a GPU
         with pytest.raises(kind, match=match):
             check_architecture(ModelSpec(weights=str(tmp_path), dtype="float32", **how), 99, Mesh())
         with pytest.raises(kind, match="needs a CUDA device"):

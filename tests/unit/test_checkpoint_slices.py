@@ -123,7 +123,7 @@ def without_layout(found):
 IN_JSON = {
     drop_a_slice: "leave a gap or overlap|cover [0-9]+ of",
     repeat_a_slice: "leave a gap or overlap",
-    unknown_slice: "other.master.0.0.*no parameter of this checkpoint",
+    unknown_slice: "other.master.0.0.*not a parameter of this checkpoint",
     slice_of_a_rank_too_many: "tp rank 1, which did not exist",
     pieces_with_a_hole: "do not partition",
     file_outside: "plain file name",

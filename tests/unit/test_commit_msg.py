@@ -85,7 +85,7 @@ def test_bad_messages_have_one_fault(faults, message, lines, named):
 
 def test_comment_lines_and_the_diff_below_the_scissors_are_not_part_of_a_message(tmp_path):
     message = tmp_path / "COMMIT_EDITMSG"
-    scissors = "# ------------------------ >8 ------------------------\n+ many words of a diff that are no body\n"
+    scissors = "# ------------------------ >8 ------------------------\n+ many words of a diff that are not a body\n"
     message.write_text("Write manifests last\n\n# On branch main, with many words in a comment\n" + scissors)
     done = check(message, cwd=tmp_path)
     assert (done.returncode, done.stderr.count("commit_msg: no body says why")) == (1, 1)

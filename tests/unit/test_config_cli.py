@@ -118,7 +118,7 @@ def test_error_becomes_exit_code_and_message_without_traceback(error, code, caps
     assert capsys.readouterr().err == "kdtrain: the cause\n  fix: repair it\n"
 
 
-def test_main_gets_the_words_and_its_exit_code_is_returned():
+def test_main_gets_the_arguments_and_its_exit_code_is_returned():
     assert cli.run_script(len, ["a", "b"]) == 2
 
 
@@ -295,7 +295,7 @@ def settings_of(cfg, **given):
     )
 
 
-def test_deepspeed_is_told_to_sum_in_float32_and_to_leave_the_rest_to_us():
+def test_deepspeed_sums_in_float32_and_has_no_optimizer_schedule_or_reports():
     cfg = RunConfig()
     cfg.data.sequences_per_micro_batch = 3
     found = settings_of(cfg, on_cuda=True, num_parameters=1000)

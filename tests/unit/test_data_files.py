@@ -55,7 +55,7 @@ def test_folder_is_read_in_any_case_through_links_and_other_files_are_counted(tm
         "1 .bz2",
         "1 .tar.xz",
         "1 without a suffix",
-        "1 broken links and the like",
+        "1 broken links and special files",
     ):
         assert part in message
 

@@ -25,7 +25,7 @@ INVALID = [
     (b'{"text": ["a"]}', "lines whose 'text' is an array", "no text under 'text': its value is an array"),
     (b'{"text": {"a": 1}}', "lines whose 'text' is an object", "no text under 'text': its value is an object"),
     (b'{"body": "x"}', "lines without 'text'", "no text under 'text' (found ['body'])"),
-    (b'["x"]', "lines without 'text'", "no text under 'text' (found [\"x\"], which is no object)"),
+    (b'["x"]', "lines without 'text'", "no text under 'text' (found [\"x\"], which is not an object)"),
     (b'{"text": "x"', "lines of invalid JSON", "not valid JSON"),
     (b'{"text": "\xe9"}', "documents of invalid UTF-8", "invalid UTF-8 at byte 26"),
     (b'{"text": "\\ud83d"}', "texts with half a surrogate pair", "character 0 is half a surrogate pair"),
@@ -97,7 +97,7 @@ def test_everything_left_out_has_a_reason(tmp_path, tokenizer, capsys):
     counts += Counter({"documents of invalid UTF-8": 1, "empty texts": 1, "texts of only white space": 1})
     counts += Counter({"empty files": 1, "files of only white space": 1})
     assert TokenStore.open(tmp_path / "out/train").manifest.left_out == counts
-    counts += Counter({"files (.pdf)": 2, "files (broken links and the like)": 1})
+    counts += Counter({"files (.pdf)": 2, "files (broken links and special files)": 1})
     assert sorted(message.partition("left out: ")[2].split(", ")) == sorted(
         f"{n} {reason}" for reason, n in counts.items()
     )

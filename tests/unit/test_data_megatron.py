@@ -252,7 +252,7 @@ def test_options_of_pairs_and_of_text_are_not_mixed(tmp_path, tokenizer, script,
         assert f"{words[0]} needs --from-megatron" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run_script(script.main, [*base, "--from-megatron", "--skip-invalid"])
-    assert "--from-megatron does not go with --skip-invalid" in capsys.readouterr().err
+    assert "--from-megatron cannot be used with --skip-invalid" in capsys.readouterr().err
     for name in ("documents_from", "inner_separators"):
         with pytest.raises(ConfigError, match=f"{name} = 'x' is not known\n  fix: use one of "):
             import_megatron([tmp_path / "p"], tokenizer, tmp_path / "out", MegatronSettings(**{name: "x"}))

@@ -97,7 +97,7 @@ def test_byte_order_mark_is_removed(tmp_path):
             json_lines("ok") + b"\n" + json_lines("x", key="body"),
             "a.jsonl:3: no text under 'text' (found ['body'])",
         ),
-        ("a.jsonl", b'["text"]\n', "a.jsonl:1: no text under 'text' (found [\"text\"], which is no object)"),
+        ("a.jsonl", b'["text"]\n', "a.jsonl:1: no text under 'text' (found [\"text\"], which is not an object)"),
         ("a.jsonl", b'{"text": 3}\n', "a.jsonl:1: no text under 'text'"),
         ("a.jsonl", b'{"text": "x", "n": ' + b"9" * 5000 + b"}\n", "a.jsonl:1: not valid JSON: Exceeds the limit"),
         ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "a.jsonl:1: not valid JSON"),
@@ -157,7 +157,7 @@ def test_wrong_requests_end_with_code_2(tmp_path, tokenizer, script, capsys):
         with pytest.raises(SystemExit) as caught:
             run_script(script.main, ["--tokenizer", str(tokenizer), *base[:2], "--from-megatron", *words, "x"])
         assert caught.value.code == EXIT_CONFIG
-        assert f"--from-megatron does not go with {words[0]}: " in capsys.readouterr().err
+        assert f"--from-megatron cannot be used with {words[0]}: " in capsys.readouterr().err
     done = ["--tokenizer", str(tokenizer), str(tmp_path / "a.txt")]
     assert run_script(script.main, base + done) == EXIT_DONE
     assert "1 documents, 5 tokens" in capsys.readouterr().out

@@ -81,7 +81,7 @@ def test_truncation_and_padding_of_file_are_ignored(tmp_path):
         pytest.param("[" * 100_000, id="nesting"),
     ],
 )
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_tokenizer_is_refused(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(DataError, match=r"tokenizer\.json .*\n  fix: "):
         load_tokenizer(tmp_path)

@@ -65,7 +65,7 @@ def test_an_added_token_with_another_name_is_not_shared(tmp_path):
     assert compare_tokenizers(a, b) == Comparison(None, {257: ("<reserved>", "<tool>")})
 
 
-def test_missing_token_of_special_probe_is_no_difference(tmp_path):
+def test_missing_token_of_special_probe_is_not_a_difference(tmp_path):
     a, b = write_tokenizer(tmp_path / "a"), write_tokenizer(tmp_path / "b", more=["<|im_start|>"])
     assert compare_tokenizers(a, b) == Comparison(None, {257: (None, "<|im_start|>")})
 

@@ -69,7 +69,7 @@ def backbone_of(
     return load_backbone(spec, mesh, vocab_size=VOCAB, total_rows=rows, trainable=trainable).to(device)
 
 
-def test_copies_that_the_host_waits_for_are_noticed():
+def test_copies_that_the_host_waits_for_are_detected():
     for copy in (lambda x: x.to(META), lambda x: torch.empty(3, device=META).copy_(x)):
         with NoWaiting(), pytest.raises(AssertionError, match="waits for"):
             copy(torch.ones(3))

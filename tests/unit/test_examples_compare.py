@@ -127,7 +127,7 @@ def test_incomplete_runs_are_refused_with_what_is_missing(tmp_path, kd):
     with pytest.raises(DataError, match="line 5 is cut off"):
         compare_runs(kd, cut)
     (cut / "metrics.jsonl").write_text("7\n")
-    with pytest.raises(DataError, match="line 1 is no record"):
+    with pytest.raises(DataError, match="line 1 is not a record"):
         compare_runs(kd, cut)
     (cut / "metrics.jsonl").unlink()
     with pytest.raises(DataError, match=r"metrics\.jsonl: no such file"):

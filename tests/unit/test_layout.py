@@ -20,7 +20,7 @@ FORBIDDEN = {
 
 
 def tracked_files():
-    """Tracked files of a checkout; outside one (an image, an archive), every file that is no build product."""
+    """Tracked files of a checkout; outside one (an image, an archive), every file that is not a build product."""
     if shutil.which("git"):
         git = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
         if git.returncode == 0:
@@ -66,7 +66,7 @@ def test_every_package_folder_has_an_init():
     assert not missing
 
 
-def test_tests_are_no_packages_and_their_names_are_unique():
+def test_tests_are_not_packages_and_their_names_are_unique():
     files = sorted((ROOT / "tests").rglob("*.py"))
     assert not [path for path in files if path.name == "__init__.py"]
     names = [path.name for path in files if path.name != "conftest.py"]

@@ -51,7 +51,7 @@ def test_a_layout_that_is_wrong_or_fails_is_shown_as_such(layouts):
     assert layouts.line_of(failed).endswith("| nan | nan |  |  |  |  |  | FAILED: rank 1 |")
 
 
-def test_the_worst_error_is_the_one_that_is_no_number():
+def test_the_worst_error_is_nan_if_one_is_nan():
     for found in ([1.0, float("nan"), 2.0], [float("nan"), 1.0], [1.0, float("nan")]):
         error, where = layout_oracle.worst([(f"number {value}", value) for value in found])
         assert math.isnan(error)

@@ -17,7 +17,7 @@ def start(tmp_path, ranks, code, *words):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_every_rank_has_its_number_one_address_and_the_words(tmp_path):
+def test_every_rank_has_its_number_one_address_and_the_arguments(tmp_path):
     names = ("WORLD_SIZE", "LOCAL_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     code = f"sys.stdout.write(' '.join([os.environ[name] for name in {names!r}] + sys.argv[1:]) + '\\n')\n"
     said, _ = start(tmp_path, 2, code, "a=1", "b").communicate(timeout=60)
@@ -47,7 +47,7 @@ def test_sigterm_reaches_every_rank(tmp_path):
     assert process.returncode == 75
 
 
-def test_wrong_words_are_refused(tmp_path):
+def test_wrong_arguments_are_refused(tmp_path):
     done = subprocess.run([sys.executable, str(LAUNCHER), "two", "x.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "RANKS SCRIPT" in done.stderr

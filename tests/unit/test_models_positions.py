@@ -26,7 +26,7 @@ ENDING = {
     "gptj": ({"n_positions": 40, "rotary_dim": 4}, 40),  # a table of sines, not of weights
     "gpt_neo": ({"max_position_embeddings": 40, "attention_types": [[["global"], 2]], "num_layers": 2}, 40),
     "ctrl": ({"n_positions": 40, "n_layer": 2, "n_head": 4, "n_embd": 32, "dff": 44}, 40),
-    "opt": ({**OPT, "max_position_embeddings": 40}, 40),  # 42 rows: the first two are no positions
+    "opt": ({**OPT, "max_position_embeddings": 40}, 40),  # 42 rows: the first two are not positions
     "biogpt": ({"max_position_embeddings": 40}, 40),
     "bert": ({"max_position_embeddings": 40, "is_decoder": True}, 40),
     "mpt": ({"max_seq_len": 40, "d_model": 32, "n_layers": 2}, 40),  # ALiBi from a table, independent of position_ids
@@ -64,7 +64,7 @@ def test_positions_without_an_end_are_only_declared(model_type):
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "yarn"])
-def test_limit_in_rotary_settings_is_no_end(rope):
+def test_limit_in_rotary_settings_is_not_an_end(rope):
     more = {"original_max_position_embeddings": 10} if rope == "yarn" else {}
     parameters = {"rope_type": rope, "rope_theta": 1e4, "factor": 4.0, **more}
     assert positions_of(on_meta("llama", max_position_embeddings=40, rope_parameters=parameters), "it", 300).end is None

@@ -35,7 +35,7 @@ def test_all_but_the_first_rank_of_a_shared_shard_are_replicas():
     assert torch.equal(merge_tensors([split_tensor(full, spec, rank) for rank in range(4)], spec), full)
 
 
-def test_empty_shards_are_no_replicas():
+def test_empty_shards_are_not_replicas():
     spec = padded_spec(0, 5, 4, 4)
     assert not spec.shared
     assert spec.in_order
@@ -86,6 +86,6 @@ def test_parts_that_cannot_be_stacked_are_refused():
         ShardSpec(0, ((0, 5), (2, 5))),
     ],
 )
-def test_ranges_that_are_no_partition_are_refused(spec):
+def test_ranges_that_are_not_a_partition_are_refused(spec):
     with pytest.raises(ValueError, match="do not partition dim 0"):
         spec.check(5)

@@ -109,7 +109,7 @@ def test_under_bfloat16_products_are_those_of_the_rounded_weights(build, kind):
     assert float((got - want).norm() / want.norm()) < 2e-2
 
 
-def test_a_teacher_that_is_not_to_be_quantised_is_left_alone(build):
+def test_a_teacher_that_is_not_to_be_quantised_is_unchanged(build):
     backbone = build("qwen3")
     teacher = OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh())
     models = Models(backbone, teacher, HeadLayout(backbone.shard, None, 1 << 20), backbone)

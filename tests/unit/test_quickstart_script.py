@@ -119,7 +119,7 @@ def test_a_small_disk_is_refused_with_both_numbers_before_anything_is_written(tr
     assert sorted(path.name for path in tree.iterdir()) == ["constraints-cpu.txt", "launch", "setup.py"]
 
 
-def test_without_the_override_the_real_disk_is_asked(tree, tools):
+def test_without_the_override_the_real_disk_is_measured(tree, tools):
     (tools / "df").unlink()
     executable(
         tools / "df",
@@ -139,7 +139,7 @@ def test_a_python_without_venv_says_what_to_install(tree, tools):
     assert not (tree / ".venv").exists()
 
 
-def test_an_unknown_word_is_refused(tree, tools):
+def test_an_unknown_argument_is_refused(tree, tools):
     done = run(tree, "tset", path=tools)
     assert done.returncode == 2
     assert "'tset' is none of: demo (the default), test, install" in done.stderr
@@ -197,7 +197,7 @@ def wait_for(condition):
     raise AssertionError("it did not happen within 20 s")
 
 
-def test_an_up_to_date_environment_is_left_alone_and_a_changed_pin_is_noticed(tree, tools):
+def test_an_up_to_date_environment_is_kept_and_a_changed_pin_is_detected(tree, tools):
     pretend_installed(tree)
     done = run(tree, "install", path=tools)
     assert (done.returncode, done.stdout) == (0, "[install] .venv is up to date\n")
@@ -215,7 +215,7 @@ def test_an_up_to_date_environment_is_left_alone_and_a_changed_pin_is_noticed(tr
         ((), "5", ""),
     ],
 )
-def test_test_command_chooses_the_tier_and_passes_words_and_exit_code(tree, tools, words, workers, arguments):
+def test_test_command_chooses_the_tier_and_passes_arguments_and_exit_code(tree, tools, words, workers, arguments):
     pretend_installed(tree)
     executable(tree / ".venv/bin/python", '#!/bin/sh\necho "called: $*"\nexit 5\n')
     chosen = {} if workers == "2" else {"KDTRAIN_TEST_WORKERS": workers}

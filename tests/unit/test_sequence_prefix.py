@@ -69,7 +69,7 @@ def expected(world, name, prefix, seq_len=16):
     return total / count, count
 
 
-@pytest.mark.parametrize(("name", "better"), [("needs", (BOS,)), ("hates", ())])
+@pytest.mark.parametrize(("name", "better"), [("needs", (BOS,)), ("disturbed", ())])
 def test_auto_takes_the_better_prefix_and_logs_both_numbers(world, logged, name, better):
     assert decide(world, f"teacher.weights={world / name}") == better
     (line,) = [m for m in logged.messages if m.startswith("prefix ")]
@@ -97,7 +97,11 @@ def test_measured_numbers_do_not_depend_on_the_micro_batch(world, size):
 
 @pytest.mark.parametrize(
     ("teacher", "value", "best"),
-    [("needs", "none", "'<bos>' (id 257)"), ("hates", "<bos>", "no prefix"), ("needs", "<eos>", "'<bos>' (id 257)")],
+    [
+        ("needs", "none", "'<bos>' (id 257)"),
+        ("disturbed", "<bos>", "no prefix"),
+        ("needs", "<eos>", "'<bos>' (id 257)"),
+    ],
 )
 def test_worse_explicit_prefix_is_refused_with_numbers_unless_allowed(world, logged, teacher, value, best):
     words = (f"teacher.weights={world / teacher}", f"data.sequence_prefix={value}")
@@ -113,7 +117,7 @@ def test_worse_explicit_prefix_is_refused_with_numbers_unless_allowed(world, log
     assert logged.messages[-1].startswith("prefix   ")
 
 
-@pytest.mark.parametrize(("teacher", "value", "ids"), [("needs", "<bos>", (BOS,)), ("hates", "none", ())])
+@pytest.mark.parametrize(("teacher", "value", "ids"), [("needs", "<bos>", (BOS,)), ("disturbed", "none", ())])
 def test_best_explicit_prefix_is_kept(world, teacher, value, ids):
     assert decide(world, f"teacher.weights={world / teacher}", f"data.sequence_prefix={value}") == ids
 
@@ -288,7 +292,7 @@ def test_prefix_without_a_row_or_of_another_token_is_refused_by_check_and_run(wo
     [
         (None, 3.0, 3.0, ()),  # a prefix that changes nothing would only take room
         (None, 3.0, 2.999, (BOS,)),
-        (None, math.nan, 3.0, (BOS,)),  # nan is no number to compare
+        (None, math.nan, 3.0, (BOS,)),  # nan cannot be compared
         (None, math.nan, math.nan, ()),
         ((BOS,), 3.0, 3.04, (BOS,)),
         ((BOS,), 3.0, 3.06, None),

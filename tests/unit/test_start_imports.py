@@ -54,7 +54,7 @@ def test_muon_is_imported_without_the_compiler():
     assert done.stdout.split()[-3:] == ["True", "False", "False"]
 
 
-def test_a_value_of_the_user_is_put_back():
+def test_a_value_set_by_the_user_is_restored():
     environ = {"TORCHDYNAMO_DISABLE": "0"}
     import_muon(environ)
     assert environ == {"TORCHDYNAMO_DISABLE": "0"}

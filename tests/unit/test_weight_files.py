@@ -71,7 +71,7 @@ def test_index_without_its_shards_does_not_hide_a_single_file(tmp_path):
     assert torch.equal(head_of(tmp_path), load_file(tmp_path / "model.safetensors")["lm_head.weight"])
 
 
-def test_index_of_the_single_file_is_no_second_set(tmp_path):
+def test_index_of_the_single_file_is_not_a_second_set(tmp_path):
     save_random(tmp_path, LLAMA)
     names = load_file(tmp_path / "model.safetensors")
     (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}))

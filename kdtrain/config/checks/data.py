@@ -12,7 +12,7 @@ MAX_PREFETCH = 1024
 
 
 def check_data(d: DataSection, report: Report) -> None:
-    """Stores and their shares, least sizes, and sequence_prefix as far as it can be checked without a tokenizer."""
+    """Stores and their shares, minimum sizes, and sequence_prefix as far as it can be checked without a tokenizer."""
     if not d.train:
         report.add("data.train", "names no token store", "make one with launch/prepare_corpus.py")
     if d.train_weights is not None and len(d.train_weights) != len(d.train):

@@ -25,7 +25,7 @@ def check_dedicated_teacher(cfg: RunConfig, world_size: int, report: Report) -> 
         )
         report.add("teacher.zero_stage", why, "set teacher.zero_stage=0, and cut a large teacher with teacher.tp")
     if t.overlap:
-        fix = "set teacher.overlap=false, and how far ahead by teacher.in_flight"
+        fix = "set teacher.overlap=false; teacher.in_flight sets how far ahead it runs"
         report.ignored("teacher.overlap", "teacher.layout = dedicated always runs ahead", fix)
     if cfg.objective.name == "pretrain":
         why = "but objective.name = pretrain uses the teacher only in evaluations: its ranks would be idle between them"

@@ -77,7 +77,7 @@ def _cannot_hold_runs(name: str, run: str) -> str | None:
 
 
 def _needs(key: str, name: str, file: str, what: str, fix: str, report: Report) -> None:
-    why = _is_not(_path(name), file, what) if name else None  # an empty text is reported by check_texts
+    why = _is_not(_path(name), file, what) if name else None  # an empty string is reported by check_texts
     if why is not None:
         report.add(key, why, fix, value=name)
 

@@ -1,4 +1,4 @@
-"""Checks of every setting that is a text: what can be neither a name nor a path."""
+"""Checks of every setting that is a string: what can be neither a name nor a path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kdtrain.config.checks.report import Report
 
 
 def check_texts(section: Any, report: Report, prefix: str = "") -> None:
-    """Check all texts of a section and of the sections in it. prefix: the section's dotted name and a dot."""
+    """Check all strings of a section and of the sections in it. prefix: the section's dotted name and a dot."""
     for field in fields(section):
         key, value = f"{prefix}{field.name}", getattr(section, field.name)
         if is_dataclass(value):

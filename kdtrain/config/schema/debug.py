@@ -17,4 +17,5 @@ class DebugSection:
     form ends the run. Without it attention's backward on CUDA adds in an order that varies, so a resumed run differs
     in rounding; on the CPU it changes no number. It does not control the order in which NCCL adds."""
     self_check: bool = True
-    """Before the first step: label cross-entropy of the teacher must beat its +-1 shifts, and tokenizers must agree."""
+    """Before the first step: the teacher's cross-entropy on the labels must be below that on labels shifted by one
+    position either way."""

@@ -2,7 +2,7 @@
 
     slab row     | W columns | W columns | ... |        read once: lane maxima; once more: sums of the tail
     lane maxima  |     x     |     x     | ... |        4 / W bytes per element, written and read
-    candidates   the `take` first lanes, W columns each: looked at one by one, read twice
+    candidates   the `take` first lanes, W columns each: processed one by one, read twice
 
 `take` is min(k + 1, n): the entry after the list is the tail's peak. The selection of lanes and that of columns both
 find the smallest kept key by counting, 32 times over values in registers, and break ties by the lowest position, so
