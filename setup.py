@@ -45,7 +45,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.8",
             "ruff>=0.9",
             "mypy>=1.14",
             "import-linter>=2.1",

@@ -34,6 +34,9 @@ MEASURED = (
     "kdtrain/teacher",
     "kdtrain/distributed",
     "kdtrain/data",
+    "kdtrain/stores",
+    "kdtrain/batch.py",
+    "kdtrain/documents.py",
     "kernels",
     "benchmarks",
 )

@@ -1,8 +1,8 @@
 """Start ranks of a script on this machine.   python launch/local_ranks.py RANKS SCRIPT.py [argument ...]
 
 What `deepspeed --num_accelerators RANKS` does on one machine, without importing torch and DeepSpeed twice before the
-first rank starts. Exit code: that of the first rank that failed, else 0. SIGTERM or SIGINT becomes a SIGTERM to every
-rank: a training run saves its state and stops.
+first rank starts. Exit code: that of the first rank that failed, otherwise 0. SIGTERM, SIGINT (Ctrl-C) or SIGHUP
+becomes one SIGTERM to every rank: a training run saves its state and stops.
 """
 
 import os
@@ -13,24 +13,31 @@ import sys
 import time
 
 POLL_S, GRACE_S = 0.05, 30.0
-"""GRACE_S: how long other ranks may go on after one has failed, to end by themselves and say why."""
+"""GRACE_S: how long other ranks may go on after one has failed, to end by themselves and print the reason."""
+
+Rank = subprocess.Popen[bytes]
 
 
-def start(count: int, command: list[str]) -> list[subprocess.Popen[bytes]]:
+def start(count: int, command: list[str], ranks: list[Rank]) -> None:
+    """Append each rank to `ranks` as soon as it runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": count, "LOCAL_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = []
     for rank in range(count):
         own = {name: str(value) for name, value in (world | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        ranks.append(subprocess.Popen([sys.executable, *command], env=os.environ | own))
-    return ranks
+        # In a process group of its own: a terminal sends Ctrl-C to its foreground group, and a rank needs a SIGTERM.
+        ranks.append(subprocess.Popen([sys.executable, *command], env=os.environ | own, process_group=0))
 
 
-def wait(ranks: list[subprocess.Popen[bytes]]) -> int:
-    code, deadline = 0, float("inf")
+def wait(ranks: list[Rank], signals: list[int]) -> int:
+    """Exit code of the job. signals: those that arrived, also before all ranks were started."""
+    code, deadline, delivered = 0, float("inf"), 0
     while running := [rank for rank in ranks if rank.poll() is None]:
+        if len(signals) > delivered:
+            delivered = len(signals)
+            for rank in running:
+                rank.terminate()
         if code == 0 and (failed := [rank.returncode for rank in ranks if rank.returncode]):
             code, deadline = failed[0], time.monotonic() + GRACE_S
         if time.monotonic() > deadline:
@@ -45,11 +52,17 @@ def main(argv: list[str]) -> int:
     if len(argv) < 2 or not argv[0].isdecimal() or int(argv[0]) < 1:
         print(__doc__.strip(), file=sys.stderr)
         return 2
-    ranks: list[subprocess.Popen[bytes]] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: [rank.terminate() for rank in ranks])
-    ranks += start(int(argv[0]), argv[1:])
-    return wait(ranks)
+    signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, _: signals.append(number))
+    ranks: list[Rank] = []
+    try:
+        start(int(argv[0]), argv[1:], ranks)
+    except OSError:
+        for rank in ranks:
+            rank.kill()
+        raise
+    return wait(ranks, signals)
 
 
 if __name__ == "__main__":

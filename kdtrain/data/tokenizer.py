@@ -32,8 +32,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises ConfigError if there is none, DataError if it cannot be parsed.
     """
     path = tokenizer_file(folder)
-    with _LibraryErrors(path):
-        tokenizer = Tokenizer.from_file(str(path))
+    try:
+        with _LibraryErrors(path):
+            tokenizer = Tokenizer.from_file(str(path))
+    except DataError:
+        _json(path)  # what is not JSON, or not a tokenizer, gets a message of its own; parsed only here, as it is large
+        raise
     # The file may contain truncation and padding for a model's inputs; documents must be encoded whole.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -51,7 +55,6 @@ class _LibraryErrors:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is Exception:
-            _json(self._path)
             raise DataError(
                 f"{self._path} is not a tokenizer that the tokenizers library reads: {error}\n"
                 "  fix: copy it again from the model it belongs to, or install a newer tokenizers"

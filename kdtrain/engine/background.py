@@ -154,6 +154,7 @@ class BackgroundWriter:
         place, stages = self._place, self._stages
         try:
             with rollback_on_error(self._mesh, place):
+                # The next stage needs this stage of every rank, and an error of one ends the save on all.
                 result = all_ranks_or_raise(self._mesh, self._failure, self._future.result)
             self._start(stages.send(result))
         except StopIteration:
@@ -186,7 +187,7 @@ class BackgroundWriter:
         mesh, slices = self._mesh, [fragment.as_slice() for fragment in kept]
         path = place.rank_file(mesh.rank)
         entry = yield place.failure, lambda: write_slices(path, slices, self._snapshot.data())
-        written = gather_on_main(mesh, (entry, adam_steps))
+        written = gather_on_main(mesh, (entry, adam_steps))  # rank 0 lists the files of all ranks in the manifest
         yield place.failure, lambda: complete(place, about, written) if mesh.is_main else None
         yield f"{place.root} was not pruned", lambda: prune(place.final) if mesh.is_main else None
 

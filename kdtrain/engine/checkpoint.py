@@ -97,6 +97,7 @@ def load(folder: Path, engine: StudentEngine) -> dict[str, Any]:
             zero_state.restore_local(engine, reader)
             return reader.manifest.state
 
+    # A rank that cannot read its part stops all: the others would go on with weights of another step.
     state: dict[str, Any] = all_ranks_or_raise(mesh, f"checkpoint {folder} was not loaded", read)
     zero_state.refresh_parameters(engine)
     return state
@@ -184,6 +185,7 @@ def retain(
         if mesh.is_main:
             remove_older(root, keep_last, keep_every, just_saved)
 
+    # Only rank 0 removes folders; an error there is raised everywhere, as every rank calls this.
     all_ranks_or_raise(mesh, f"{root} was not pruned", prune)
 
 
@@ -193,6 +195,7 @@ def write_checkpoint(
     """Write `root`/step_NNNNNN from every rank's fragments; see `save`. adam_steps: of the parameters in them."""
     json.dumps(about.state)  # raises TypeError on all ranks, before the first collective
     place = CheckpointPath(root, about.step)
+    # No rank may write before rank 0 has made the folder, nor rank 0 complete it before all have written.
     all_ranks_or_raise(mesh, place.failure, lambda: prepare(place) if mesh.is_main else None)
     with rollback_on_error(mesh, place):
         entry = all_ranks_or_raise(mesh, place.failure, lambda: write_rank_file(place.rank_file(mesh.rank), fragments))

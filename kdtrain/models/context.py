@@ -140,6 +140,7 @@ def ulysses_attention(
             "  why: attention sees whole sequences there, the code around it one part\n  fix: set parallel.cp=1"
         )
     name = type(module).__name__
+    # A rank has a part of every sequence and all heads; attention needs whole sequences, of a part of the heads.
     query, key, value = gather_sequence(query, key, value, context.group, what=name)
     settings["position_ids"] = context.position_ids
     mask = context.mask(implementation, settings.get("sliding_window"), query.dtype)

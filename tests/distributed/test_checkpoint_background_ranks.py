@@ -68,17 +68,25 @@ def rank_1_has_no_room(rank, world_size, folder):
     return str(failed.value), left, latest == good
 
 
-@pytest.mark.slow
-def test_async_save_equals_synchronous_write_and_errors_reach_all_ranks(fresh_pool, tmp_path):
+@pytest.fixture
+def smollm(tmp_path):
     (tmp_path / "smollm").mkdir()
     (tmp_path / "smollm/config.json").write_text(json.dumps(tiny_config("smollm")))
-    pool = fresh_pool(2)
-    for answers in pool.run(write_both_ways, folder=tmp_path, cases=CASES):
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("smollm")
+def test_async_save_equals_synchronous_write(fresh_pool, tmp_path):
+    for answers in fresh_pool(2).run(write_both_ways, folder=tmp_path, cases=CASES):
         for case, (steps, plain, behind) in zip(CASES, answers, strict=True):
             assert steps >= 3, f"{case}: one agreement per stage"
             assert sorted(plain) == ["checkpoint.json", "rank_00000.safetensors", "rank_00001.safetensors"]
             assert plain == behind, case
-    found = pool.run(rank_1_has_no_room, folder=tmp_path)
+
+
+@pytest.mark.usefixtures("smollm")
+def test_full_disk_of_one_rank_raises_on_all_ranks_during_async_save(fresh_pool, tmp_path):
+    found = fresh_pool(2).run(rank_1_has_no_room, folder=tmp_path)
     for message, left, former in found:
         assert message == found[0][0]
         assert "step_000002 was not saved: rank 1: " in message

@@ -77,3 +77,8 @@ def test_failing_lint_ends_the_job_before_the_tests(tree):
     done = run(tree)
     assert done.returncode == 7
     assert "passed" not in done.stdout
+
+
+def test_newest_releases_are_tested_by_both_tiers():
+    command = (ROOT / ".ci/newest").read_text(encoding="utf-8").rpartition("-m pytest")[2]
+    assert " -m ''" in command, "the tests of Triton's machine code are in the slow tier"

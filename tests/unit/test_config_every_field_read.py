@@ -18,7 +18,7 @@ SECTION_OF_CLASS = {part.__name__: "" for part in PARTS} | {
 ROOTS = ("cfg", "config")
 """Names and attributes that hold a whole RunConfig."""
 READ_ELSEWHERE = {
-    "parallel.world_size": "kdtrain.config.checks_start refuses a job of another number of ranks",
+    "parallel.world_size": "kdtrain.config.checks.parallel refuses a job of another number of ranks",
     "teacher.in_flight": "kdtrain.config.ranks.in_flight, whose result the jobs pass on, reads it",
     "teacher.ranks": "kdtrain.config.ranks.teacher_ranks, which splits the job, reads it",
     "teacher.tp": "kdtrain.config.ranks.teacher_tp, which training calls, reads it",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("kdtrain", "kernels/kdtrain_kernels", "launch", "tests", "benchmarks")
+SOURCES = ("kdtrain", "kernels/kdtrain_kernels", "launch", "tests", "benchmarks", "proofs", "examples")
 FORBIDDEN = {
     "a path of one machine": r"(?<![\w/.])/(work|opt|tmp/venv|root|home/\w+)/",
     "a package registry's host": r"(py[p]i|npm[j]s|python[h]osted|debi[a]n)\.(org|com|net)\b|download\.py[t]orch\.org",
@@ -25,8 +25,9 @@ def tracked_files():
         git = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
         if git.returncode == 0:
             return [ROOT / name for name in git.stdout.split("\0") if name and (ROOT / name).is_file()]
-    skip = {".venv", ".quickstart", ".newest", "runs", "build", "__pycache__"}
-    return [p for p in ROOT.rglob("*") if p.is_file() and not skip & set(p.relative_to(ROOT).parts)]
+    skip = {".venv", ".quickstart", ".newest", "runs", "build"}
+    parts = {p: p.relative_to(ROOT).parts for p in ROOT.rglob("*") if p.is_file()}
+    return [p for p, names in parts.items() if names[0] not in skip and "__pycache__" not in names]
 
 
 def python_files():

@@ -7,6 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from kdtrain.testing.ranks import load_file
+
 LAUNCHER = Path(__file__).resolve().parents[2] / "launch/local_ranks.py"
 
 
@@ -14,7 +18,7 @@ def start(tmp_path, ranks, code, *words):
     script = tmp_path / "script.py"
     script.write_text("import os, signal, sys, time\nrank = int(os.environ['RANK'])\n" + code)
     command = [sys.executable, str(LAUNCHER), str(ranks), str(script), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def test_every_rank_has_its_number_one_address_and_the_arguments(tmp_path):
@@ -33,7 +37,8 @@ def test_the_exit_code_is_that_of_the_rank_that_failed(tmp_path):
     assert process.returncode == 75
 
 
-def test_sigterm_reaches_every_rank(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_become_one_sigterm_to_every_rank(tmp_path, number):
     code = (
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
         f"open(os.path.join({str(tmp_path)!r}, str(rank)), 'w').close()\n"
@@ -42,9 +47,34 @@ def test_sigterm_reaches_every_rank(tmp_path):
     process = start(tmp_path, 2, code)
     while not all((tmp_path / str(rank)).exists() for rank in range(2)):
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)  # as a terminal does
     process.communicate(timeout=30)
     assert process.returncode == 75
+
+
+def test_signal_that_arrives_before_the_ranks_is_delivered(tmp_path):
+    local_ranks = load_file(LAUNCHER)
+    (tmp_path / "script.py").write_text("import time\ntime.sleep(60)\n")
+    ranks = []
+    local_ranks.start(2, [str(tmp_path / "script.py")], ranks)
+    assert local_ranks.wait(ranks, [signal.SIGTERM]) == 128 + signal.SIGTERM
+
+
+def test_ranks_are_killed_if_another_cannot_be_started(tmp_path, monkeypatch):
+    local_ranks, started, popen = load_file(LAUNCHER), [], subprocess.Popen
+
+    def second_fails(*given, **settings):
+        if started:
+            raise OSError("no more processes")
+        started.append(popen(*given, **settings))
+        return started[0]
+
+    (tmp_path / "script.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(subprocess, "Popen", second_fails)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(OSError, match="no more processes"):
+        local_ranks.main(["2", str(tmp_path / "script.py")])
+    assert started[0].wait(timeout=30) == -signal.SIGKILL
 
 
 def test_wrong_arguments_are_refused(tmp_path):

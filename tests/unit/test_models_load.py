@@ -19,6 +19,7 @@ from kdtrain.models.export import export_hf
 from kdtrain.models.load import ModelSpec, build_config, load_backbone, model_rows, parameters_on_meta
 from kdtrain.models.tiny import TINY, tiny_config
 from kdtrain.stores.folders import recover_folder, replacing_folder
+from tests.support.tiers import slow_cases
 
 
 def write_folder(folder, name="llama", *, shard_size="1GB", **changes):
@@ -336,8 +337,7 @@ with replacing_folder(folder) as temporary:
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("at", slow_cases([0, 1], 0))
 def test_a_kill_while_a_folder_is_replaced_loses_nothing(tmp_path, at):
     folder = tmp_path / "out"
     folder.mkdir()
