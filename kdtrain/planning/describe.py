@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kdtrain.config.objectives import traits_of
 from kdtrain.config.schema import DataSection, ObjectiveSection, ParallelSection, TeacherSection
 
 
@@ -29,7 +30,7 @@ def teacher_line(teacher: TeacherSection, tp: int) -> str:
 def loss_line(objective: ObjectiveSection) -> str:
     """The objective with its weights."""
     z = f"; z-loss {objective.z_loss:g}" if objective.z_loss else ""
-    if objective.name == "pretrain":
+    if not traits_of(objective).needs_teacher:
         return "cross-entropy" + z
     d = objective.distill
     return f"{d.divergence}, temperature {d.temperature:g}, weight {d.kd_weight:g}; ce weight {1 - d.kd_weight:g}{z}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kdtrain.config.checks.report import Report
+from kdtrain.config.objectives import traits_of
 from kdtrain.config.schema import RunConfig, TeacherSection
 
 MAX_IN_FLIGHT = 1024
@@ -27,9 +28,9 @@ def check_dedicated_teacher(cfg: RunConfig, world_size: int, report: Report) -> 
     if t.overlap:
         fix = "set teacher.overlap=false; teacher.in_flight sets how far ahead it runs"
         report.ignored("teacher.overlap", "teacher.layout = dedicated always runs ahead", fix)
-    if cfg.objective.name == "pretrain":
-        why = "but objective.name = pretrain uses the teacher only in evaluations: its ranks would be idle between them"
-        report.add("teacher.layout", why, "use teacher.layout=plain or tp")
+    if not traits_of(cfg.objective).needs_teacher:
+        used = f"but objective.name = {cfg.objective.name} uses the teacher only in evaluations"
+        report.add("teacher.layout", f"{used}: its ranks would be idle between them", "use teacher.layout=plain or tp")
     if t.in_flight is not None and not 1 <= t.in_flight <= MAX_IN_FLIGHT:
         report.add("teacher.in_flight", f"is not in [1, {MAX_IN_FLIGHT}]", "null: two per teacher")
     _ranks(t, world_size, report)

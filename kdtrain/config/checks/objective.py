@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -34,8 +34,8 @@ def check_objective(objective: ObjectiveSection, report: Report) -> None:
             report.ignored(f"objective.{section.name}.{field}", f"objective.name = {objective.name}", fix)
     if not 0 <= objective.z_loss < 1:
         report.add("objective.z_loss", "is not in [0, 1)", "1e-4 is usual, 0 switches it off")
-    if objective.name == "distill":
-        _distill(objective.distill, report)
+    if check := CHECKS.get(objective.name):
+        check(getattr(objective, objective.name), report)
 
 
 def _changed(section: Any, defaults: Any) -> Iterator[str]:
@@ -71,3 +71,7 @@ def _exponents(d: DistillObjective, report: Report) -> None:
             report.add(KEY + name, why, "the limits (1, 0) and (0, 1) are the two KLs")
     if all(math.isfinite(value) for _, value in exponents) and d.ab_alpha + d.ab_beta <= 0:
         report.add(KEY + "ab_beta", f"and ab_alpha = {d.ab_alpha} do not add up to more than 0", "0.5, 0.5 works")
+
+
+CHECKS: dict[str, Callable[[Any, Report], None]] = {"distill": _distill}
+"""Value of objective.name -> the check of its section, if it has settings."""

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 from kdtrain.config.checks.attention import check_attention
 from kdtrain.config.checks.report import Report
+from kdtrain.config.objectives import traits_of, without_teacher
 from kdtrain.config.problems import show
 from kdtrain.config.schema import RunConfig, TeacherSection
 
@@ -27,9 +28,9 @@ def check_teacher(cfg: RunConfig, num_students: int, report: Report) -> None:
 
 def _no_teacher(cfg: RunConfig, report: Report) -> None:
     """dtype and attention may differ from their defaults: without a teacher they have no effect on any rank."""
-    if cfg.objective.name == "distill":
-        fix = "name a Hugging Face model folder, or set objective.name=pretrain"
-        report.add("teacher.weights", "but objective.name = distill needs a teacher", fix)
+    if traits_of(cfg.objective).needs_teacher:
+        fix = f"name a Hugging Face model folder, or set {without_teacher()}"
+        report.add("teacher.weights", f"but objective.name = {cfg.objective.name} needs a teacher", fix)
     for field in fields(TeacherSection):
         default = getattr(TeacherSection(), field.name)
         if getattr(cfg.teacher, field.name) != default and field.name not in ("dtype", "attention"):
@@ -81,8 +82,8 @@ def _tokens_per_forward(cfg: RunConfig, report: Report) -> None:
 
 def _overlap(cfg: RunConfig, report: Report) -> None:
     key, off = "teacher.overlap", "set teacher.overlap=false"
-    if cfg.teacher.overlap and cfg.objective.name == "pretrain":
-        report.ignored(key, "objective.name = pretrain runs no teacher in a step", off)
+    if cfg.teacher.overlap and not traits_of(cfg.objective).needs_teacher:
+        report.ignored(key, f"objective.name = {cfg.objective.name} runs no teacher in a step", off)
     if cfg.teacher.overlap and cfg.teacher.zero_stage == 3:
         fix = f"{off}, or teacher.zero_stage=0 if the teacher fits"
         report.ignored(key, "with teacher.zero_stage = 3 a whole step runs ahead", fix)

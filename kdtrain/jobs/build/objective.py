@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from kdtrain.batch import Batch
+from kdtrain.config.objectives import traits_of
 from kdtrain.config.ranks import teacher_ranks
-from kdtrain.config.schema import RunConfig
+from kdtrain.config.schema import ObjectiveSection, RunConfig
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.errors import ConfigError
@@ -42,21 +43,33 @@ class TimedTeacher:
 
 
 def build_objective(cfg: RunConfig, engine: StudentEngine, models: Models, timer: PhaseTimer) -> Objective:
-    """The objective of objective.name. Raises ConfigError for distill without a teacher."""
-    if cfg.objective.name == "pretrain":
-        return Pretrain(engine, models.layout, z_loss=cfg.objective.z_loss)
-    if models.teacher is None:
-        raise ConfigError("objective.name = distill needs a teacher\n  fix: set teacher.weights to a model folder")
-    return Distill(
-        engine, TimedTeacher(models.teacher, timer), cfg.objective.distill, models.layout, z_loss=cfg.objective.z_loss
-    )
+    """The objective of objective.name. Raises ConfigError if it needs a teacher and there is none."""
+    name = cfg.objective.name
+    if traits_of(cfg.objective).needs_teacher and models.teacher is None:
+        raise ConfigError(f"objective.name = {name} needs a teacher\n  fix: set teacher.weights to a model folder")
+    return BUILDERS[name](cfg.objective, engine, models, timer)
+
+
+def _pretrain(settings: ObjectiveSection, engine: StudentEngine, models: Models, timer: PhaseTimer) -> Objective:
+    return Pretrain(engine, models.layout, z_loss=settings.z_loss)
+
+
+def _distill(settings: ObjectiveSection, engine: StudentEngine, models: Models, timer: PhaseTimer) -> Objective:
+    assert models.teacher is not None  # `build_objective` has refused it
+    teacher = TimedTeacher(models.teacher, timer)
+    return Distill(engine, teacher, settings.distill, models.layout, z_loss=settings.z_loss)
+
+
+BUILDERS = {"pretrain": _pretrain, "distill": _distill}
+"""Value of objective.name -> what builds it, a row for each of `config.objectives.OBJECTIVES`."""
 
 
 def costs_of(cfg: RunConfig, models: Models, mesh: Mesh, device: torch.device) -> Costs:
     """FLOPs per token of both models, counting the experts that one token activates, and the devices' peak FLOP/s."""
     student, info, seq_len = models.student, models.teacher_info, cfg.data.seq_len
-    distils = cfg.objective.name == "distill" and info is not None
-    teacher = forward_flops_per_token(info.config, info.num_active_parameters, seq_len) if distils and info else 0.0
+    teacher = 0.0
+    if traits_of(cfg.objective).needs_teacher and info is not None:
+        teacher = forward_flops_per_token(info.config, info.num_active_parameters, seq_len)
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return Costs(
         training_flops_per_token(student.config, student.num_parameters(), seq_len),
