@@ -292,5 +292,6 @@ case ${1:-demo} in
         shift
         run_tests "$@"
         ;;
-    *) die "'$1' is none of: demo (the default), test, install" ;;
+    -h | --help) awk 'NR > 1 && !/^#/ {exit} NR > 1 {sub(/^# ?/, ""); print}' "$0" ;;
+    *) die "'$1' is none of: demo (the default), test, install, --help" ;;
 esac

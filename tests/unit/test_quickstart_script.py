@@ -142,7 +142,15 @@ def test_a_python_without_venv_says_what_to_install(tree, tools):
 def test_an_unknown_argument_is_refused(tree, tools):
     done = run(tree, "tset", path=tools)
     assert done.returncode == 2
-    assert "'tset' is none of: demo (the default), test, install" in done.stderr
+    assert "'tset' is none of: demo (the default), test, install, --help" in done.stderr
+
+
+def test_help_prints_commands_and_environment_and_installs_nothing(tree, tools):
+    done = run(tree, "--help", path=tools)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Quick start for a machine with nothing but Python")
+    assert "KDTRAIN_FREE_KB" in done.stdout
+    assert not (tree / ".venv").exists()
 
 
 def test_a_failing_step_shows_the_end_of_its_log_and_leaves_no_stamp(tree, tools):
