@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -124,13 +125,21 @@ def demo_start(root: Path, quickstart: Path, output: Path) -> dict:
                 break
     finally:
         # all ranks and launchers: they are the session that was started here, and nothing else is in it
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        kill_session(process.pid)
         process.wait()
         process.stdout.close()
     if "one step" not in found:
         raise SystemExit(f"{root}: the demo ended before its first step\n{''.join(lines[-25:])}")
     return found
+
+
+def kill_session(session: int) -> None:
+    """End every process of a session; its ranks have process groups of their own."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # a process that has ended meanwhile
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                os.kill(int(stat.parent.name), signal.SIGKILL)
 
 
 def measure(
