@@ -28,7 +28,7 @@ from kdtrain.data.manifest import (
 )
 from kdtrain.data.megatron_index import index_bytes
 from kdtrain.data.shards import check_borders, map_shard, shown_and_fix
-from kdtrain.data.tokenizer import fingerprint, trained_ids, vocab_size
+from kdtrain.data.tokenizer import fingerprint, first_fingerprint, trained_ids, vocab_size
 from kdtrain.data.used_ids import scan_ids
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.files import TOKENIZER_FILES, sync, write_synced
@@ -156,11 +156,11 @@ class TokenStore:
         self._verify_tokenizer()
 
     def _verify_tokenizer(self) -> None:
-        found = fingerprint(self.path / TOKENIZER)
-        if found != self.manifest.tokenizer_fingerprint:
+        found, recorded = fingerprint(self.path / TOKENIZER), self.manifest.tokenizer_fingerprint
+        if recorded not in (found, first_fingerprint(self.path / TOKENIZER)):
             raise DataError(
                 f"{self.path / TOKENIZER} is not the tokenizer that made the tokens: fingerprint {found}, "
-                f"{self.manifest.tokenizer_fingerprint} in the manifest\n{DAMAGED_FIX}"
+                f"{recorded} in the manifest\n{DAMAGED_FIX}"
             )
         size = vocab_size(self.path / TOKENIZER)
         if size != self.manifest.vocab_size:
