@@ -32,7 +32,7 @@ from kdtrain.data.tokenizer import fingerprint, first_fingerprint, trained_ids, 
 from kdtrain.data.used_ids import scan_ids
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.files import TOKENIZER_FILES, sync, write_synced
-from kdtrain.stores.checksums import ChecksummedFile, sha256_of
+from kdtrain.stores.checksums import ChecksummedFile
 from kdtrain.stores.folders import write_manifest
 from kdtrain.stores.unfinished import UnfinishedFolder, remove_abandoned
 
@@ -143,12 +143,10 @@ class TokenStore:
     def verify(self) -> None:
         """Read every byte: checksums, whole indices, separators, the tokenizer. DataError names the damaged file."""
         for shard in self.manifest.shards:
-            for suffix, expected in ((".bin", shard.bin_sha256), (".idx", shard.idx_sha256)):
-                path = self.path / (shard.name + suffix)
-                found = sha256_of(path)
-                if found != expected:
-                    shown, fix = shown_and_fix(path, self.manifest)
-                    raise DataError(f"{shown} is damaged: sha256 {found}, {expected} in the manifest\n{fix}")
+            for file in shard.files():
+                if (found := file.other_sha256(self.path)) is not None:
+                    shown, fix = shown_and_fix(self.path / file.name, self.manifest)
+                    raise DataError(f"{shown} is damaged: sha256 {found}, {file.sha256} in the manifest\n{fix}")
         for number, shard in enumerate(self.manifest.shards):
             tokens, index = self._shard(number)
             index.check(self.path / f"{shard.name}.idx")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +21,9 @@ class StoredFile:
     def size_found(self, folder: Path) -> int:
         """Bytes of the file in `folder`, without opening it. Raises OSError if there is no such file."""
         path = folder / self.name
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
+        if not path.is_file():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-        return found.st_size
+        return path.stat().st_size
 
     def other_sha256(self, folder: Path) -> str | None:
         """The checksum of the file in `folder` if it is another one, else None. Reads every byte. Raises OSError."""

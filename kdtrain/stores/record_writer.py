@@ -216,7 +216,7 @@ def _temporary(path: Path, unique: str) -> Path:
 
 
 def _replace(path: Path, data: bytes, unique: str) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a file that is there as a whole or not at all; what a kill leaves is overwritten by the next call."""
     write_synced(_temporary(path, unique), data)
     os.replace(_temporary(path, unique), path)
     sync(path.parent)
