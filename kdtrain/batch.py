@@ -19,8 +19,9 @@ class Batch:
     labels        [B, S] int64, already shifted: labels[b, s] is the token to be predicted at position s
     loss_mask     [B, S] float32, 1 where the position counts in the loss (0 at a document's last token)
     position_ids  [B, S] int64, restarting at 0 with every document; attention never crosses a restart
-    sample_ids    [B] int64, key of each sequence in the (blended) token store; with the position in the
-                  sequence it is the key of every cached record and of every random draw
+    sample_ids    [B] int64, 64-bit key of each sequence: its token store, the rule it was cut by and its number
+                  (`kdtrain.stores.keys`); with the position in the sequence it is the key of every cached record
+                  and of every random draw
     documents     those of the whole sequences, also where this rank holds parts of them; None: computed from the
                   position_ids where they are needed, which synchronises the device
     host          the batch in host memory that this one was copied from; None: unknown

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from kdtrain.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which share of a step's sequences a rank takes, among data ranks, and which part of each, among cp ranks."""
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    cp_rank: int = 0
+    cp_size: int = 1
 
 
 def cut_sequences(batch: Batch, cp_rank: int, cp_size: int) -> Batch:

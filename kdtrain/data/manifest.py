@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from kdtrain.errors import DataError
+from kdtrain.stores.files import StoredFile
 
 FORMAT, VERSION = "kdtrain-token-store", 1
 DTYPES = ("uint16", "int32")
@@ -32,6 +33,11 @@ class Shard:
     idx_bytes: int
     bin_sha256: str
     idx_sha256: str
+
+    def files(self) -> tuple[StoredFile, StoredFile]:
+        """Its two files, tokens and index."""
+        tokens = StoredFile(f"{self.name}.bin", self.bin_bytes, self.bin_sha256)
+        return tokens, StoredFile(f"{self.name}.idx", self.idx_bytes, self.idx_sha256)
 
 
 @dataclass(frozen=True, slots=True)

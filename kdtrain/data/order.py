@@ -1,4 +1,4 @@
-"""The n-th sequence of an infinite order that depends on seed, sizes and weights only.
+"""The n-th sequence of an infinite order that depends on seed, sizes, weights and numbering of the stores only.
 
 Any position is computed directly, so a resumed run needs one integer and no layout changes the order.
 """
@@ -13,8 +13,6 @@ from kdtrain.errors import DataError
 
 BLOCK = 1 << 16
 """Positions after which the schedule of a blend repeats; shares are rounded to whole sequences per block."""
-STORE_SHIFT = 40
-"""sample_id = store << STORE_SHIFT | sequence: room for 2^40 sequences per store."""
 
 _ROUNDS = 6
 
@@ -62,54 +60,74 @@ def schedule(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return stores[places], rank[places]
 
 
+def numbering_of(fingerprints: Sequence[str], recorded: Sequence[str] | None = None) -> list[int]:
+    """Places in `fingerprints` of store number 0, 1, ...: sorted by fingerprint, so that their order changes no draw.
+
+    recorded: the same fingerprints in the order of the numbers of an earlier run, which then is kept.
+    """
+    if recorded is None:
+        return sorted(range(len(fingerprints)), key=fingerprints.__getitem__)
+    return [fingerprints.index(fingerprint) for fingerprint in recorded]
+
+
 class BlendOrder:
     """The infinite order of sequences of several stores.
 
     sizes: sequences of each store. weights: share of each, any positive numbers (None: in proportion to the sizes).
-    Each store is read in another permutation in each epoch; in every BLOCK positions each store has its share, to
-    the nearest whole sequence, spread evenly. Raises DataError for an empty store, a weight that is not a positive
-    number, or a share that rounds to nothing.
+    numbering: places in `sizes` of store number 0, 1, ... (None: as listed; see `numbering_of`).
+    Each store is read in another permutation in each epoch, keyed by its number; in every BLOCK positions each store
+    has its share, to the nearest whole sequence, spread evenly. Raises DataError for an empty store, a weight that is
+    not a positive number, or a share that rounds to nothing.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
-        for number, size in enumerate(sizes):
+    def __init__(
+        self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int, numbering: Sequence[int] | None = None
+    ) -> None:
+        for place, size in enumerate(sizes):
             if size < 1:
                 raise DataError(
-                    f"data.train[{number}] has no complete sequence\n"
+                    f"data.train[{place}] has no complete sequence\n"
                     "  fix: use a larger corpus, or a smaller data.seq_len"
                 )
         self._sizes, self._seed = [int(size) for size in sizes], seed
-        self._counts = _counts(np.asarray(sizes if weights is None else weights, dtype=np.float64), len(sizes))
+        self._numbering = list(range(len(sizes)) if numbering is None else numbering)
+        self._counts = _counts(self._sizes if weights is None else weights, self._numbering)
         self._stores, self._rank = schedule(self._counts)
 
     @property
     def sizes(self) -> list[int]:
-        """Sequences of each store."""
+        """Sequences of each store, as listed."""
         return list(self._sizes)
 
     def draws(self, positions: int) -> list[int]:
-        """Draws of each store in the first `positions` of the order. Exact, in constant time."""
+        """Draws of each store, as listed, in the first `positions` of the order. Exact, in constant time."""
         blocks, rest = divmod(positions, BLOCK)
         found: np.ndarray = blocks * self._counts + np.bincount(self._stores[:rest], minlength=len(self._sizes))
-        return [int(count) for count in found]
+        return [int(found[number]) for number in np.argsort(self._numbering)]
 
     def __getitem__(self, position: int) -> tuple[int, int]:
-        """(store, sequence in it) at a position >= 0 of the order, in constant time."""
+        """(store as listed, sequence in it) at a position >= 0 of the order, in constant time."""
         if position < 0:
             raise IndexError(f"position {position} is negative")
         block, place = divmod(position, BLOCK)
-        store = int(self._stores[place])
-        drawn = block * int(self._counts[store]) + int(self._rank[place])
+        number = int(self._stores[place])
+        drawn = block * int(self._counts[number]) + int(self._rank[place])
+        store = self._numbering[number]
         epoch, index = divmod(drawn, self._sizes[store])
-        return store, int(permute(index, self._sizes[store], self._seed, store, epoch)[0])
+        return store, int(permute(index, self._sizes[store], self._seed, number, epoch)[0])
 
 
-def _counts(weights: np.ndarray, num_stores: int) -> np.ndarray:
-    """Draws of each store in a block: BLOCK in total, rounded by largest remainder."""
-    if len(weights) != num_stores or not np.all((weights > 0) & np.isfinite(weights)):
+def _counts(listed: Sequence[float], numbering: Sequence[int]) -> np.ndarray:
+    """Draws of each store, by number, in a block: BLOCK in total, rounded by largest remainder.
+
+    listed: the stores' weights, as listed.
+    """
+    given = np.asarray(listed, dtype=np.float64)
+    if len(given) != len(numbering) or not np.all((given > 0) & np.isfinite(given)):
         raise DataError(
-            f"weights {weights.tolist()} do not fit {num_stores} stores\n  fix: give each store one positive weight"
+            f"weights {given.tolist()} do not fit {len(numbering)} stores\n  fix: give each store one positive weight"
         )
+    weights = given[list(numbering)]
     weights = np.ldexp(weights, -np.frexp(weights.max())[1])  # exact scaling, against overflow of the sum
     exact = weights / weights.sum() * BLOCK
     counts: np.ndarray = np.floor(exact).astype(np.int64)
@@ -119,7 +137,7 @@ def _counts(weights: np.ndarray, num_stores: int) -> np.ndarray:
         number = int(np.argmin(counts))
         share = weights[number] / weights.sum()
         raise DataError(
-            f"data.train[{number}] has a share of {share:.2e}, less than one sequence in {BLOCK}\n"
+            f"data.train[{numbering[number]}] has a share of {share:.2e}, less than one sequence in {BLOCK}\n"
             "  why: it would never be drawn\n  fix: raise its weight, or leave it out"
         )
     return counts

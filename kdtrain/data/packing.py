@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,22 +13,34 @@ from kdtrain.batch import Batch
 from kdtrain.data.token_store import TokenStore
 from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError, DataError
+from kdtrain.stores.checksums import sha256_of_json
+from kdtrain.stores.keys import KeySpace, SequenceKeys, first_difference
 
 Packed = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """input_ids, labels, loss_mask, position_ids of one sequence, each [S]."""
 
 
+FIRST_FIELDS = ("seq_len", "reset_positions", "sequence_prefix", "version")
+"""Fields of `PackingSpec` that are always part of its fingerprint."""
+_NAMES = {"sequence_prefix": "data.sequence_prefix (ids)", "version": "the version of the packing rule"}
+"""Names of fields in messages; the others are keys of the section data."""
+
+
 @dataclass(frozen=True, slots=True)
-class Packing:
-    """How a stream is cut into sequences: every setting that changes the numbering of sequences.
+class PackingSpec:
+    """The rule by which a stream is cut into sequences: every setting that changes a sequence or its number.
 
     seq_len: S. reset_positions: whether documents packed together are hidden from each other. sequence_prefix: P ids
-    at the beginning of every sequence, most often one <bos> or none. ConfigError if they leave no room for tokens.
+    at the beginning of every sequence, most often one <bos> or none. version: of the rule itself, raised when the same
+    settings give other sequences. A field that is added later needs a default with which nothing changes: it is
+    left out of the fingerprint at that value, so that older fingerprints and records stay valid.
+    ConfigError if the settings leave no room for tokens.
     """
 
     seq_len: int
     reset_positions: bool = True
     sequence_prefix: tuple[int, ...] = ()
+    version: int = 1
 
     def __post_init__(self) -> None:
         if self.stride < 1:
@@ -41,13 +54,46 @@ class Packing:
         """S - P: tokens of the stream in a sequence."""
         return self.seq_len - len(self.sequence_prefix)
 
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON gives them back, without later ones at their defaults; read by `first_difference`."""
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        later = {f.name: f.default for f in fields(self) if f.name not in FIRST_FIELDS}
+        kept = {name: value for name, value in found.items() if name not in later or value != later[name]}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items()}
 
-def num_sequences(store: TokenStore, packing: Packing) -> int:
+    @property
+    def fingerprint(self) -> str:
+        """sha256, in hexadecimal, of `as_json`."""
+        return sha256_of_json(self.as_json())
+
+    def difference(self, there: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+        """(name for messages, value there, value here) of the first field that differs from `there`, None without one.
+
+        there: what `as_json` gave when records were made. A missing field has its default, as in older records; a field
+        that this version does not know differs.
+        """
+        defaults = {f.name: f.default for f in fields(self) if f.default is not MISSING}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
+        found = first_difference({**plain, **there}, {**plain, **self.as_json()})
+        return None if found is None else (_NAMES.get(found[0], f"data.{found[0]}"), *found[1:])
+
+
+def num_sequences(store: TokenStore, packing: PackingSpec) -> int:
     """Complete sequences: each needs S - P tokens and the one that follows as its last label."""
     return max(0, (store.num_tokens - 1) // packing.stride)
 
 
-def pack(store: TokenStore, sequence: int, packing: Packing) -> Packed:
+def sequence_keys(store: TokenStore, packing: PackingSpec) -> SequenceKeys:
+    """The keys of a store's sequences."""
+    return SequenceKeys(store.manifest.fingerprint, packing.fingerprint)
+
+
+def key_space(stores: Iterable[TokenStore], packing: PackingSpec) -> KeySpace:
+    """The keys of these stores by path. Raises StoreMismatch, naming both, if two stores have the same keys."""
+    return KeySpace((str(store.path), sequence_keys(store, packing)) for store in stores)
+
+
+def pack(store: TokenStore, sequence: int, packing: PackingSpec) -> Packed:
     """Sequence number k = `sequence`: the prefix, then tokens [k (S - P), (k + 1) (S - P)) of the stream.
 
     Labels are shifted by one token. Those of the prefix do not count: the first token after it is the last label of the
@@ -71,7 +117,7 @@ def pack(store: TokenStore, sequence: int, packing: Packing) -> Packed:
     return pack_from(store, start, packing)
 
 
-def pack_from(store: TokenStore, start: int, packing: Packing) -> Packed:
+def pack_from(store: TokenStore, start: int, packing: PackingSpec) -> Packed:
     """As `pack`, of the sequence that begins with token `start` of the stream, which must be in the store."""
     prefix = packing.sequence_prefix
     stop = min(start + packing.stride + 1, store.num_tokens)
@@ -108,7 +154,7 @@ def _check_tokens(store: TokenStore, start: int, tokens: np.ndarray) -> None:
         )
 
 
-def _joined(store: TokenStore, start: int, packing: Packing) -> int:
+def _joined(store: TokenStore, start: int, packing: PackingSpec) -> int:
     """How many of the P prefix tokens belong to the document of token `start`; the others are a separate document."""
     size = len(packing.sequence_prefix)
     if not (size and packing.reset_positions):

@@ -11,6 +11,7 @@ import numpy as np
 from kdtrain.data.manifest import DAMAGED_FIX, Linked, Manifest
 from kdtrain.data.megatron_index import MegatronIndex, read_index
 from kdtrain.errors import DataError
+from kdtrain.stores.files import StoredFile
 
 INDEX_PROBES = 4096
 """Index entries that `map_shard` checks, over all shards; `TokenStore.verify` checks all of them."""
@@ -25,8 +26,8 @@ LINKED_FIX = (
 def map_shard(path: Path, manifest: Manifest, number: int) -> tuple[np.ndarray, MegatronIndex]:
     """Tokens and index of a shard, mapped, sizes and a sample of the index checked. Raises DataError."""
     shard, dtype = manifest.shards[number], np.dtype(manifest.dtype)
-    for suffix, expected in ((".bin", shard.bin_bytes), (".idx", shard.idx_bytes)):
-        _check_size(path / (shard.name + suffix), expected, manifest)
+    for file in shard.files():
+        _check_size(path, file, manifest)
     _check_unchanged(path / f"{shard.name}.bin", manifest)
     index = read_index(path / f"{shard.name}.idx")
     tokens = np.asarray(np.memmap(path / f"{shard.name}.bin", mode="r", dtype=dtype))
@@ -62,14 +63,15 @@ def check_borders(
             )
 
 
-def _check_size(path: Path, expected: int, manifest: Manifest) -> None:
-    found = path.stat().st_size if path.is_file() else None
-    shown, fix = shown_and_fix(path, manifest)
-    if found is None:
-        raise DataError(f"{shown} is missing\n{fix}")
-    if found != expected:
-        what = "truncated" if found < expected else "damaged"
-        raise DataError(f"{shown} is {what}: {found} bytes, {expected} in the manifest\n{fix}")
+def _check_size(path: Path, file: StoredFile, manifest: Manifest) -> None:
+    shown, fix = shown_and_fix(path / file.name, manifest)
+    try:
+        found = file.size_found(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{shown} is missing\n{fix}") from error
+    if found != file.size:
+        what = "truncated" if found < file.size else "damaged"
+        raise DataError(f"{shown} is {what}: {found} bytes, {file.size} in the manifest\n{fix}")
 
 
 def _check_unchanged(path: Path, manifest: Manifest) -> None:

@@ -28,11 +28,11 @@ from kdtrain.data.manifest import (
 )
 from kdtrain.data.megatron_index import index_bytes
 from kdtrain.data.shards import check_borders, map_shard, shown_and_fix
-from kdtrain.data.tokenizer import fingerprint, trained_ids, vocab_size
+from kdtrain.data.tokenizer import fingerprint, first_fingerprint, trained_ids, vocab_size
 from kdtrain.data.used_ids import scan_ids
 from kdtrain.errors import ConfigError, DataError
 from kdtrain.files import TOKENIZER_FILES, sync, write_synced
-from kdtrain.stores.checksums import ChecksummedFile, sha256_of
+from kdtrain.stores.checksums import ChecksummedFile
 from kdtrain.stores.folders import write_manifest
 from kdtrain.stores.unfinished import UnfinishedFolder, remove_abandoned
 
@@ -143,12 +143,10 @@ class TokenStore:
     def verify(self) -> None:
         """Read every byte: checksums, whole indices, separators, the tokenizer. DataError names the damaged file."""
         for shard in self.manifest.shards:
-            for suffix, expected in ((".bin", shard.bin_sha256), (".idx", shard.idx_sha256)):
-                path = self.path / (shard.name + suffix)
-                found = sha256_of(path)
-                if found != expected:
-                    shown, fix = shown_and_fix(path, self.manifest)
-                    raise DataError(f"{shown} is damaged: sha256 {found}, {expected} in the manifest\n{fix}")
+            for file in shard.files():
+                if (found := file.other_sha256(self.path)) is not None:
+                    shown, fix = shown_and_fix(self.path / file.name, self.manifest)
+                    raise DataError(f"{shown} is damaged: sha256 {found}, {file.sha256} in the manifest\n{fix}")
         for number, shard in enumerate(self.manifest.shards):
             tokens, index = self._shard(number)
             index.check(self.path / f"{shard.name}.idx")
@@ -156,11 +154,11 @@ class TokenStore:
         self._verify_tokenizer()
 
     def _verify_tokenizer(self) -> None:
-        found = fingerprint(self.path / TOKENIZER)
-        if found != self.manifest.tokenizer_fingerprint:
+        found, recorded = fingerprint(self.path / TOKENIZER), self.manifest.tokenizer_fingerprint
+        if recorded not in (found, first_fingerprint(self.path / TOKENIZER)):
             raise DataError(
                 f"{self.path / TOKENIZER} is not the tokenizer that made the tokens: fingerprint {found}, "
-                f"{self.manifest.tokenizer_fingerprint} in the manifest\n{DAMAGED_FIX}"
+                f"{recorded} in the manifest\n{DAMAGED_FIX}"
             )
         size = vocab_size(self.path / TOKENIZER)
         if size != self.manifest.vocab_size:

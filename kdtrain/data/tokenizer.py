@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -80,19 +81,27 @@ def _json(path: Path) -> dict[str, Any]:
 def fingerprint(folder: str | Path) -> str:
     """sha256 over what decides ids: vocabulary, merges, normaliser, pre-tokenizer and added tokens."""
     found = _json(tokenizer_file(folder))
-    model = found["model"]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model.get("merges") or []]
+    settings = {key: value for key, value in found["model"].items() if key not in ("vocab", "merges") and value}
     added = sorted(([t.get(key) for key in _ADDED_TOKEN] for t in found.get("added_tokens") or []), key=lambda t: t[0])
-    vocab = model.get("vocab", {})
-    content = {
-        "model": {key: value for key, value in model.items() if key not in ("vocab", "merges") and value},
+    return sha256_of_json({"model": settings, "added_tokens": added, **_vocabulary(found)})
+
+
+def first_fingerprint(folder: str | Path) -> str:
+    """`fingerprint` by the rule of the first token stores: of the model's settings only its type was part of it."""
+    found = _json(tokenizer_file(folder))
+    added = sorted([t["id"], t["content"], t.get("special", False)] for t in found.get("added_tokens") or [])
+    return sha256_of_json({"type": found["model"].get("type"), "added_tokens": added, **_vocabulary(found)})
+
+
+def _vocabulary(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What both rules have in common."""
+    vocab, merges = found["model"].get("vocab", {}), found["model"].get("merges") or []
+    return {
         "vocab": sorted(vocab.items()) if isinstance(vocab, dict) else vocab,
-        "merges": merges,
+        "merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
         "normalizer": found.get("normalizer"),
         "pre_tokenizer": found.get("pre_tokenizer"),
-        "added_tokens": added,
     }
-    return sha256_of_json(content)
 
 
 def vocab_size(folder: str | Path) -> int:

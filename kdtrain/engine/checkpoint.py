@@ -93,7 +93,7 @@ def load(folder: Path, engine: StudentEngine) -> dict[str, Any]:
     def read() -> dict[str, Any]:
         with CheckpointReader(folder) as reader:
             _check_model(folder, reader.manifest, engine.backbone)
-            reader.verify([entry.file for entry in reader.manifest.files[mesh.rank :: mesh.world_size]])
+            reader.verify([entry.name for entry in reader.manifest.files[mesh.rank :: mesh.world_size]])
             zero_state.restore_local(engine, reader)
             return reader.manifest.state
 

@@ -133,7 +133,7 @@ def complete(place: CheckpointPath, about: Description, written: list[tuple[File
     manifest.check_coverage(temporary)
     for entry, _ in written:
         if not entry.slices:
-            (temporary / entry.file).unlink(missing_ok=True)
+            (temporary / entry.name).unlink(missing_ok=True)
     # Fails here when the ranks do not share the file system.
     manifest.check_files(temporary)
     write_manifest(temporary, MANIFEST, manifest.to_json().encode())

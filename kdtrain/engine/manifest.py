@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from kdtrain.errors import CheckpointError
 from kdtrain.parallel.shard_spec import ShardSpec
 from kdtrain.stores.checksums import sha256_of_json
+from kdtrain.stores.files import StoredFile
 
 MANIFEST = "checkpoint.json"
 FORMAT = "kdtrain-checkpoint"
@@ -89,12 +89,9 @@ class ParameterEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class FileEntry:
-    """One rank's file: size in bytes, sha256 of its content, and its slices."""
+class FileEntry(StoredFile):
+    """One rank's file and its slices."""
 
-    file: str
-    size: int
-    sha256: str
     slices: tuple[Slice, ...]
 
 
@@ -120,7 +117,7 @@ class Manifest:
         for entry in self.files:
             for s in entry.slices:
                 if s.name not in self.parameters or s.kind not in KINDS:
-                    raise damaged(where, f"{entry.file} holds {s.key!r}, which is not a parameter of this checkpoint")
+                    raise damaged(where, f"{entry.name} holds {s.key!r}, which is not a parameter of this checkpoint")
                 found[s.name, s.kind, s.tp_rank].append((s.offset, s.offset + s.numel))
         for name, parameter in self.parameters.items():
             sizes = dict(enumerate(parameter.pieces()))
@@ -144,7 +141,7 @@ class Manifest:
         }
         parts = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
         parts.append(_json_block("parameters", {n: _parameter_to_json(p) for n, p in self.parameters.items()}))
-        parts.append(_json_block("files", {f.file: _file_to_json(f) for f in self.files}))
+        parts.append(_json_block("files", {f.name: _file_to_json(f) for f in self.files}))
         return "{\n" + ",\n".join(parts) + "\n}\n"
 
     @classmethod
@@ -188,9 +185,9 @@ class Manifest:
     def check_files(self, folder: Path) -> None:
         """Raises CheckpointError when a file is missing or has another size than when written. Opens none."""
         for entry in self.files:
-            path = folder / entry.file
+            path = folder / entry.name
             try:
-                size = os.stat(path).st_size
+                size = entry.size_found(folder)
             except OSError as error:
                 raise damaged(path, f"cannot be found: [Errno {error.errno}] {error.strerror}") from error
             if size != entry.size:

@@ -85,7 +85,7 @@ def _check_start(cfg: RunConfig, inputs: Inputs, choice: PrefixChoice, mesh: Mes
     if point is not None:
         checkpoint.check_model(point.path, student)
     if resumed is not None:
-        loader.check_state(resumed)
+        loader.load_state_dict(resumed)  # for the numbers of its stores, on which the draws depend
     model_files(inputs.tokenizer_dir, cfg.student.weights)
     read_records(folder / "metrics.jsonl")
     require_wandb(cfg.log.wandb)

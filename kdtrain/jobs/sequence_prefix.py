@@ -17,8 +17,8 @@ from torch import Tensor
 from kdtrain.batch import Batch
 from kdtrain.config.schema import RunConfig
 from kdtrain.data.context import cut_sequences
-from kdtrain.data.order import STORE_SHIFT, BlendOrder
-from kdtrain.data.packing import Packed, Packing, num_sequences, pack_from, stack
+from kdtrain.data.order import BlendOrder, numbering_of
+from kdtrain.data.packing import Packed, PackingSpec, num_sequences, pack_from, sequence_keys, stack
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import document_prefix, load_tokenizer
 from kdtrain.distributed.collectives import gather_objects, reduce_sum_
@@ -113,7 +113,7 @@ def prefix_choice(cfg: RunConfig, inputs: Inputs) -> PrefixChoice:
         usual = ()
     found = PrefixChoice(configured, usual, model, tokenizer)
     for prefix in (found.likely, *found.rivals):
-        Packing(cfg.data.seq_len, cfg.data.reset_positions, prefix)
+        PackingSpec(cfg.data.seq_len, cfg.data.reset_positions, prefix)
     return found
 
 
@@ -232,7 +232,7 @@ def measure_prefixes(
     places: list[tuple[int, int]] = []
     failure: Exception | None = None
     try:
-        packing = Packing(d.seq_len, d.reset_positions, max(prefixes, key=len))
+        packing = PackingSpec(d.seq_len, d.reset_positions, max(prefixes, key=len))
         places = sequences_inside(stores, packing, d.train_weights, cfg.run.seed)
         batches = list(_batches(stores, places, prefixes, packing, d.sequences_per_micro_batch, mesh))
     except (KdtrainError, OSError) as error:
@@ -257,14 +257,15 @@ def measure_prefixes(
 
 
 def sequences_inside(
-    stores: Sequence[TokenStore], packing: Packing, weights: Sequence[float] | None, seed: int
+    stores: Sequence[TokenStore], packing: PackingSpec, weights: Sequence[float] | None, seed: int
 ) -> list[tuple[int, int]]:
     """(store, sequence) of the first NUM_SEQUENCES in a run's order that begin inside a document, each once.
 
     The document has room for the whole prefix before the sequence, and a label in it. Searches MAX_SEARCHED sequences.
     """
     sizes = [num_sequences(store, packing) for store in stores]
-    order, room = BlendOrder(sizes, weights, seed), max(1, len(packing.sequence_prefix))
+    numbering = numbering_of([store.manifest.fingerprint for store in stores])
+    order, room = BlendOrder(sizes, weights, seed, numbering), max(1, len(packing.sequence_prefix))
     found: dict[tuple[int, int], None] = {}
     for position in range(min(MAX_SEARCHED, 2 * sum(sizes))):
         store, sequence = order[position]
@@ -280,17 +281,18 @@ def _batches(
     stores: Sequence[TokenStore],
     places: list[tuple[int, int]],
     prefixes: Sequence[Prefix],
-    packing: Packing,
+    packing: PackingSpec,
     most: int,
     mesh: Mesh,
 ) -> Iterator[list[Batch]]:
     """This data rank's share of `places` in batches of at most `most`: for each its form with every prefix."""
+    keys = [sequence_keys(store, packing) for store in stores]
     rows = max(1, min(most, -(-len(places) // mesh.dp_size)))
     for start in range(0, len(places), rows * mesh.dp_size):
         first = start + mesh.dp_rank * rows
         mine = places[first : first + rows]
         filled = [*mine, *places[:1] * (rows - len(mine))]
-        ids = [store << STORE_SHIFT | sequence for store, sequence in filled]
+        ids = [keys[store].key(sequence) for store, sequence in filled]
         forms = []
         for prefix in prefixes:
             batch = stack([_form(stores[store], k, packing, prefix) for store, k in filled], ids)
@@ -299,7 +301,7 @@ def _batches(
         yield forms
 
 
-def _form(store: TokenStore, sequence: int, packing: Packing, prefix: Prefix) -> Packed:
+def _form(store: TokenStore, sequence: int, packing: PackingSpec, prefix: Prefix) -> Packed:
     """The tokens of a sequence of `packing` after another prefix; labels that are not compared are masked."""
     start = sequence * packing.stride
     ids, labels, mask, positions = pack_from(store, start, replace(packing, sequence_prefix=prefix))

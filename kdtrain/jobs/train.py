@@ -193,7 +193,7 @@ class _Run:
             ),
             checkpoints=checkpoints,
             reporter=reporter,
-            guards=Guards(cfg.guard, mesh, device, progress, events),
+            guards=Guards(cfg.guard, mesh, device, progress, events, loader.keys),
             timer=timer,
             stop=self.stop,
             progress=progress,

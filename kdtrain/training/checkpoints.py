@@ -145,7 +145,10 @@ class Checkpoints:
         state = checkpoint.load(point.path, engine)
         if not point.is_stage:
             loader.load_state_dict(state["loader"])
-        for change in config_changes(state["config"], self._config):
+        former = state.get("config")
+        if former is None:  # the first checkpoints lack it
+            LOGGER.warning("%s has no configuration to compare with that of this run", point.path)
+        for change in [] if former is None else config_changes(former, self._config):
             if not (point.is_stage and change.startswith(NEW_IN_A_STAGE)):
                 LOGGER.warning("changed since %s was written: %s", point.path.name, change)
         before = Progress(**state["progress"])

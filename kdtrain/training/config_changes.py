@@ -24,11 +24,12 @@ LAYOUT_ONLY = (
         "teacher.overlap",
     ),
     *("data.sequences_per_micro_batch", "data.prefetch", "data.validation", "train.slab_bytes", "train.kernels"),
-    *("data.sequence_prefix", "data.allow_worse_prefix"),
+    *("data.sequence_prefix", "data.allow_worse_prefix", "data.train", "data.train_weights"),
 )
 """Sections and keys that change the layout and speed of a run, but not its result beyond rounding.
 
-The keys of the sequence prefix are among them: a resumed run has that of its checkpoint, or the loader refuses it.
+The keys of the sequence prefix are among them: a resumed run has that of its checkpoint, or the loader refuses it. So
+are the stores and their weights, which the loader compares by fingerprint: neither their paths nor their order matter.
 """
 
 

@@ -21,6 +21,7 @@ from kdtrain.distributed.collectives import gather_objects, gather_ranks
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import NonFiniteLoss, OutputError
 from kdtrain.log import LOGGER
+from kdtrain.stores.keys import KeySpace
 from kdtrain.telemetry.jsonl_sink import JsonlSink
 from kdtrain.training.progress import Progress
 
@@ -48,14 +49,21 @@ class Guards:
     """The guards of one run. Every rank holds one and calls the same methods at the same steps.
 
     progress: of the run. The guards' state is kept in it, so that a resumed run continues as if it had not stopped.
+    keys: of the run's stores; with them messages and files name samples by store and number.
     """
 
     def __init__(
-        self, settings: GuardSection, mesh: Mesh, device: torch.device, progress: Progress, events: Events | None = None
+        self,
+        settings: GuardSection,
+        mesh: Mesh,
+        device: torch.device,
+        progress: Progress,
+        events: Events | None = None,
+        keys: KeySpace | None = None,
     ) -> None:
         self._settings, self._mesh, self._device = settings, mesh, device
         self._progress = progress
-        self._events = events
+        self._events, self._keys = events, keys
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []  # step, [loss, valid tokens] of this rank, sample ids
         self._slow = SlowRanks(settings.data_wait_share, mesh, device, progress)
         self.failure: OutputError | None = None
@@ -82,7 +90,7 @@ class Guards:
         p.skipped_in_row += 1
         # rank 0 records the samples of all data ranks: any of them may have caused the overflow
         everyone = gather_ranks(_ids(micro_batches).to(self._device), self._mesh.dp_group).tolist()
-        self._write("skipped", {"data/step": p.step, "grad_norm": str(grad_norm), "sample_ids": everyone})
+        self._write("skipped", {"data/step": p.step, "grad_norm": str(grad_norm), **self._samples(everyone)})
         if p.skipped_in_row <= most:
             _warn(
                 self._mesh,
@@ -90,10 +98,13 @@ class Guards:
                 *(p.step, grad_norm, p.skipped_in_row, p.skipped_steps),
             )
             return
+        ids = everyone[self._mesh.dp_rank]
+        by_store = {} if self._keys is None else self._keys.by_store(ids)
+        mine = "; ".join(f"{store} {numbers}" for store, numbers in by_store.items()) or ids
         before = f", number {p.skipped_in_row} in a row," if p.skipped_in_row > 1 else ""
         raise NonFiniteLoss(
             f"step {p.step}: the gradient norm is {grad_norm}; the step{before} was not applied\n"
-            f"  samples of data rank {self._mesh.dp_rank}: {everyone[self._mesh.dp_rank]} (all ranks': skipped.jsonl)\n"
+            f"  samples of data rank {self._mesh.dp_rank}: {mine} (all ranks': skipped.jsonl)\n"
             "  why: the loss or a gradient overflowed; often the learning rate is too high or the data is damaged\n"
             "  fix: lower optim.lr, lengthen schedule.warmup_tokens, skip such steps (guard.max_skipped_steps), or "
             "continue from the last checkpoint"
@@ -130,8 +141,14 @@ class Guards:
             "spike    step %d: loss %.4f, %.1f standard deviations above the mean %.4f of the steps before",
             *(step, loss, (loss - mean) / deviation if deviation else math.inf, mean),
         )
-        found = {"data/step": step, "loss/total": loss, "mean": mean, "deviation": deviation, "sample_ids": everyone}
-        self._write("spikes", found)
+        found = {"data/step": step, "loss/total": loss, "mean": mean, "deviation": deviation}
+        self._write("spikes", found | self._samples(everyone))
+
+    def _samples(self, everyone: list[list[int]]) -> dict[str, object]:
+        """Fields of a record: the samples of every data rank, by key and, if the stores are known, by store."""
+        keys = self._keys
+        named = {} if keys is None else {"samples": [keys.by_store(ids) for ids in everyone]}
+        return {"sample_ids": everyone, **named}
 
     def check_ranks(self, phases: Mapping[str, float]) -> dict[str, float]:
         """As `SlowRanks.check`."""

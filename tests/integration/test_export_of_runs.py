@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdtrain.data.loader import validation_batches
-from kdtrain.data.packing import Packing
+from kdtrain.data.packing import PackingSpec
 from kdtrain.data.token_store import TokenStore
 from kdtrain.models.tiny import save_random, tiny_config
 from tests.support.launching import run_ranks
@@ -62,7 +62,7 @@ def stock_nll(folder, store):
     """Cross-entropy in float32 over all rows of the folder's model, in nats per valid token."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     total = count = 0.0
-    for batch in validation_batches(TokenStore.open(store), packing=Packing(16), sequences_per_batch=8):
+    for batch in validation_batches(TokenStore.open(store), packing=PackingSpec(16), sequences_per_batch=8):
         logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         labels = batch.labels.masked_fill(batch.loss_mask == 0, -100)
         total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum"))

@@ -85,10 +85,12 @@ def test_nonfinite_steps_full_disk_and_unwritable_folder_exit_with_their_codes(c
 
     code, err = end_of(endless)
     assert code == 4, err
-    assert "the step, number 2 in a row, was not applied\n  samples of data rank 0: [" in err
+    store = config.parent / "store"
+    assert f"the step, number 2 in a row, was not applied\n  samples of data rank 0: {store} [" in err
     skipped = [json.loads(line) for line in (config.parent / "runs/nan/skipped.jsonl").read_text().splitlines()]
     assert len(skipped) == 2
     assert all(len(record["sample_ids"][0]) == 8 for record in skipped)
+    assert all([len(record["samples"][0].pop(str(store))), record["samples"]] == [8, [{}]] for record in skipped)
     assert status(config, "nan") == "failed"
 
     code, err = end_of(full)

@@ -47,7 +47,7 @@ def test_prefix_is_measured_once_and_kept_in_checkpoint_and_export(config, whole
     assert line.startswith("prefix   '<bos>' (id 257): teacher's nll ")
     assert line in out
     (saved,) = run.glob("checkpoints/step_000004/checkpoint.json")
-    assert json.loads(saved.read_text())["state"]["loader"]["sequence_prefix"] == [BOS]
+    assert json.loads(saved.read_text())["state"]["loader"]["packing"]["sequence_prefix"] == [BOS]
     assert json.loads((run / "export/kdtrain.json").read_text())["sequence_prefix"] == [BOS]
     last = records(config, "whole")[-1]
     assert last["data/tokens_seen"] == 4 * 192, "positions of the prefix are seen, too"

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from kdtrain.config.load import load_run
-from kdtrain.data.loader import StepLoader
-from kdtrain.data.packing import Packing
+from kdtrain.data.loader import StepLoader, StepShape
+from kdtrain.data.packing import PackingSpec
 from kdtrain.data.token_store import TokenStore
 from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
@@ -101,10 +101,11 @@ def adamw_by_hand(folder, params, cfg):
 
 def first_batch(cfg, position=0):
     sequences = cfg.data.tokens_per_step // cfg.data.seq_len
-    sizes = {"sequences_per_step": sequences, "sequences_per_micro_batch": sequences}
-    packing = Packing(cfg.data.seq_len, reset_positions=False)
+    packing = PackingSpec(cfg.data.seq_len, reset_positions=False)
     stores = [TokenStore.open(path) for path in cfg.data.train]
-    loader = StepLoader(stores, **sizes, packing=packing, seed=cfg.run.seed, prefetch=0, start_sequence=position)
+    shape = StepShape(sequences, sequences)
+    loader = StepLoader(stores, packing=packing, shape=shape, seed=cfg.run.seed, prefetch=0)
+    loader.seek(position)
     return next(loader)[0]
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from kdtrain.batch import Batch
-from kdtrain.data.context import cut_sequences
-from kdtrain.data.loader import StepLoader, validation_batches
-from kdtrain.data.packing import Packing
+from kdtrain.data.context import Share, cut_sequences
+from kdtrain.data.loader import StepLoader, StepShape, validation_batches
+from kdtrain.data.packing import PackingSpec
 from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 CUT = ("input_ids", "labels", "loss_mask", "position_ids")
@@ -50,13 +50,10 @@ def test_loader_and_validation_return_part_of_each_cp_rank(store):
     def step(**part):
         loader = StepLoader(
             [store],
-            packing=Packing(8),
-            sequences_per_step=4,
-            sequences_per_micro_batch=2,
-            dp_rank=1,
-            dp_size=2,
+            packing=PackingSpec(8),
+            shape=StepShape(4, 2),
+            share=Share(1, 2, **part),
             prefetch=0,
-            **part,
         )
         return next(loader)
 
@@ -64,7 +61,7 @@ def test_loader_and_validation_return_part_of_each_cp_rank(store):
         assert_parts_of(parts, whole)
 
     def batches(**part):
-        return list(validation_batches(store, packing=Packing(8), sequences_per_batch=3, **part))
+        return list(validation_batches(store, packing=PackingSpec(8), sequences_per_batch=3, share=Share(**part)))
 
     for *parts, whole in zip(*(batches(cp_rank=r, cp_size=2) for r in range(2)), batches(), strict=True):
         assert_parts_of(parts, whole)

@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdtrain.batch import Batch
-from kdtrain.data.context import cut_sequences
-from kdtrain.data.loader import StepLoader, validation_batches
-from kdtrain.data.packing import Packing
+from kdtrain.data.context import Share, cut_sequences
+from kdtrain.data.loader import StepLoader, StepShape, validation_batches
+from kdtrain.data.packing import PackingSpec
 from kdtrain.documents import Documents
 from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
@@ -168,23 +168,24 @@ def store(tmp_path_factory):
 
 
 def loader_of(store, reset_positions=True, **settings):
-    packing = Packing(8, reset_positions=reset_positions)
-    return StepLoader([store], packing=packing, sequences_per_step=4, sequences_per_micro_batch=2, **settings)
+    packing = PackingSpec(8, reset_positions=reset_positions)
+    return StepLoader([store], packing=packing, shape=StepShape(4, 2), **settings)
 
 
 @pytest.mark.parametrize("reset_positions", [True, False])
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_loader_and_validation_set_documents_of_whole_sequences(store, reset_positions, prefetch):
     whole, part = (
-        loader_of(store, reset_positions, prefetch=prefetch, **cut) for cut in ({}, {"cp_rank": 1, "cp_size": 2})
+        loader_of(store, reset_positions, prefetch=prefetch, **cut)
+        for cut in ({}, {"share": Share(cp_rank=1, cp_size=2)})
     )
     for batch, cut in zip(next(whole), next(part), strict=True):
         assert same(batch.documents, Documents.of(batch.position_ids))
         assert same(cut.documents, batch.documents)
     whole.close()
     part.close()
-    packing = Packing(8, reset_positions=reset_positions)
-    for cut in ({}, {"cp_rank": 1, "cp_size": 2}):
+    packing = PackingSpec(8, reset_positions=reset_positions)
+    for cut in ({}, {"share": Share(cp_rank=1, cp_size=2)}):
         found = list(validation_batches(store, packing=packing, sequences_per_batch=3, **cut))
         for batch, plain in zip(found, validation_batches(store, packing=packing, sequences_per_batch=3), strict=True):
             assert same(batch.documents, Documents.of(plain.position_ids))

@@ -1,16 +1,21 @@
 """Consistency of the stores of a run: mismatches are refused with both paths and a fix."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from kdtrain.config.load import load_run
+from kdtrain.data import packing
 from kdtrain.data.import_megatron import MegatronSettings, import_megatron
 from kdtrain.data.token_store import TokenStore, TokenStoreWriter
+from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import StoreMismatch
+from kdtrain.jobs.build.batches import build_loader, evaluation_batches
 from kdtrain.jobs.inputs import open_inputs
 from kdtrain.models.load import ModelSpec
 from kdtrain.models.tiny import tiny_config
+from kdtrain.stores.keys import SequenceKeys
 from tests.support.tiny_data import random_documents, write_pair, write_tokenizer
 
 
@@ -32,12 +37,16 @@ def world(tmp_path):
             return folder
 
         @staticmethod
-        def open(train, validation=None):
+        def configured(train, validation=None):
             words = [f"student.architecture={architecture}", f"data.train=[{','.join(map(str, train))}]"]
             words += [] if validation is None else [f"data.validation={validation}"]
             config = tmp_path / "run.yaml"
             config.write_text("run: {name: x}\ntrain: {total_tokens: 1024}\n")
-            return open_inputs(load_run([str(config), *words]).config, [ModelSpec(architecture=str(architecture))])
+            return load_run([str(config), *words]).config
+
+        @staticmethod
+        def open(train, validation=None):
+            return open_inputs(World.configured(train, validation), [ModelSpec(architecture=str(architecture))])
 
     return World
 
@@ -48,6 +57,28 @@ def refused(world, train, validation=None):
     message = str(caught.value)
     assert "\n  fix: " in message
     return message
+
+
+def test_keys_of_training_and_validation_are_apart(world, monkeypatch):
+    train, validation = [world.store("a", seed=1), world.store("b", seed=2)], world.store("v", seed=3)
+    cfg, inputs = world.configured(train, validation), world.open(train, validation)
+    cfg = replace(cfg, data=replace(cfg.data, seq_len=8, tokens_per_step=64, sequences_per_micro_batch=2))
+    loader = build_loader(cfg, inputs, Mesh())
+    drawn = {int(key) for _ in range(9) for batch in next(loader) for key in batch.sample_ids}
+    held_out = {int(key) for batch in evaluation_batches(cfg, inputs, Mesh()) for key in batch.sample_ids}
+    loader.close()
+    assert len(held_out) > 9
+    assert drawn.isdisjoint(held_out)
+
+    class Collides(SequenceKeys):
+        def __post_init__(self):
+            super().__post_init__()
+            if self.store in (inputs.train[1].manifest.fingerprint, inputs.validation.manifest.fingerprint):
+                object.__setattr__(self, "base", 5 << 40)
+
+    monkeypatch.setattr(packing, "SequenceKeys", Collides)
+    with pytest.raises(StoreMismatch, match=f"{train[1]} and {validation} have the same keys"):
+        build_loader(cfg, inputs, Mesh())
 
 
 def test_matching_stores_are_opened(world):

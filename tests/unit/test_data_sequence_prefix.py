@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from kdtrain.data.context import cut_sequences
+from kdtrain.data.context import Share, cut_sequences
 from kdtrain.data.loader import validation_batches
-from kdtrain.data.packing import Packing, num_sequences, pack
+from kdtrain.data.packing import PackingSpec, num_sequences, pack
 from kdtrain.documents import Documents
 from kdtrain.errors import ConfigError
 from tests.support.tiny_data import random_documents, write_store, write_tokenizer
@@ -26,7 +26,7 @@ def rows(packed):
 def test_prefix_joins_continued_document_and_no_token_is_predicted_twice(tmp_path, tokenizer):
     # stream: 5 6 7 0 | 8 0 | 9 10 11 12 13 0 | 14 0
     store = write_store(tmp_path / "store", [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14]], tokenizer)
-    packing = Packing(6, sequence_prefix=(B,))
+    packing = PackingSpec(6, sequence_prefix=(B,))
     assert num_sequences(store, packing) == 2
     # a document begins with the sequence: it has no prefix, like all others; the prefix is a separate document
     first = rows(pack(store, 0, packing))
@@ -42,7 +42,7 @@ def test_prefix_joins_continued_document_and_no_token_is_predicted_twice(tmp_pat
 def test_document_that_begins_with_sequence_has_prefix_once(tmp_path, tokenizer):
     # stream: B 5 6 0 | B 7 8 9 0 | B 10 0
     store = write_store(tmp_path / "store", [[5, 6], [7, 8, 9], [10]], tokenizer, prefix=(B,))
-    packing = Packing(5, sequence_prefix=(B,))
+    packing = PackingSpec(5, sequence_prefix=(B,))
     assert rows(pack(store, 0, packing)) == [[B, B, 5, 6, 0], [B, 5, 6, 0, B], [0, 1, 1, 1, 0], [0, 0, 1, 2, 3]]
     assert rows(pack(store, 1, packing)) == [[B, B, 7, 8, 9], [B, 7, 8, 9, 0], [0, 1, 1, 1, 1], [0, 0, 1, 2, 3]]
     assert rows(pack(store, 2, packing)) == [[B, 0, B, 10, 0], [0, B, 10, 0, 0], [0, 0, 1, 1, 0], [0, 1, 0, 1, 2]]
@@ -51,7 +51,7 @@ def test_document_that_begins_with_sequence_has_prefix_once(tmp_path, tokenizer)
 def test_cut_inside_documents_prefix_is_completed(tmp_path, tokenizer):
     # stream: B C 5 0 | B C 6 7 0
     store = write_store(tmp_path / "store", [[5], [6, 7]], tokenizer, prefix=(B, C))
-    packing = Packing(7, sequence_prefix=(B, C))
+    packing = PackingSpec(7, sequence_prefix=(B, C))
     # token 5 of the stream is the C of the second document, whose B is in the sequence before
     ids, labels, mask, positions = pack(store, 1, packing)
     assert ids.tolist() == [B, B, C, 6, 7, 0, 0]
@@ -60,13 +60,13 @@ def test_cut_inside_documents_prefix_is_completed(tmp_path, tokenizer):
     assert mask.tolist() == [0, 0, 1, 1, 1, 0, 0]
     # documents without a prefix of their own get the whole one, wherever they are cut
     plain = write_store(tmp_path / "plain", [[5, 6, 7], [8, 9]], tokenizer)
-    assert rows(pack(plain, 1, Packing(3, sequence_prefix=(B, C))))[0::3] == [[B, C, 6], [0, 1, 2]]
+    assert rows(pack(plain, 1, PackingSpec(3, sequence_prefix=(B, C))))[0::3] == [[B, C, 6], [0, 1, 2]]
 
 
 def test_without_resetting_positions_run_on_from_the_prefix(tmp_path, tokenizer):
     store = write_store(tmp_path / "store", [[5, 6], [7, 8, 9], [10]], tokenizer, prefix=(B,))
     for sequence, ids in ((0, [B, B, 5, 6, 0]), (1, [B, B, 7, 8, 9]), (2, [B, 0, B, 10, 0])):
-        found, _, mask, positions = pack(store, sequence, Packing(5, reset_positions=False, sequence_prefix=(B,)))
+        found, _, mask, positions = pack(store, sequence, PackingSpec(5, reset_positions=False, sequence_prefix=(B,)))
         assert found.tolist() == ids
         assert positions.tolist() == [0, 1, 2, 3, 4]
         assert mask.tolist() == [0, 1, 1, 1, sequence < 2]
@@ -117,7 +117,7 @@ def test_every_small_case_equals_slow_definition(tmp_path, tokenizer, own, prefi
         store = write_store(tmp_path / str(seed), documents, tokenizer, prefix=own, shard_tokens=31)
         ended = [[*ids, 0] for ids in documents]
         for seq_len in range(len(prefix) + 1, 14):
-            packing = Packing(seq_len, reset, prefix)
+            packing = PackingSpec(seq_len, reset, prefix)
             predicted = np.zeros(store.num_tokens, dtype=int)
             for sequence in range(-(-(store.num_tokens - 1) // packing.stride)):
                 ids, labels, mask, positions = pack(store, sequence, packing)
@@ -138,7 +138,7 @@ def test_every_small_case_equals_slow_definition(tmp_path, tokenizer, own, prefi
 @pytest.mark.parametrize("prefix", [(B,), (B, C)])
 def test_attention_joins_prefix_and_continued_document(tmp_path, tokenizer, prefix):
     store = write_store(tmp_path / "store", random_documents(30, seed=4, longest=9), tokenizer, prefix=prefix)
-    packing = Packing(11, sequence_prefix=prefix)
+    packing = PackingSpec(11, sequence_prefix=prefix)
     for sequence in range(num_sequences(store, packing)):
         start, size = sequence * packing.stride, len(prefix)
         positions = torch.from_numpy(pack(store, sequence, packing)[3])[None]
@@ -155,8 +155,8 @@ def test_validation_predicts_every_label_once_whatever_the_prefix_and_the_ranks(
     for batch, ranks, prefix in ((1, 1, (B,)), (3, 2, (B,)), (2, 5, (B, C))):
         total = torch.zeros((), dtype=torch.float64)
         for rank in range(ranks):
-            place = {"sequences_per_batch": batch, "dp_rank": rank, "dp_size": ranks}
-            for item in validation_batches(store, packing=Packing(17, sequence_prefix=prefix), **place):
+            place = {"sequences_per_batch": batch, "share": Share(rank, ranks)}
+            for item in validation_batches(store, packing=PackingSpec(17, sequence_prefix=prefix), **place):
                 total += item.num_valid_tokens()
         assert total == sum(len(d) + 1 for d in documents)
 
@@ -165,7 +165,7 @@ def test_max_tokens_counts_tokens_of_store(tmp_path, tokenizer):
     store = write_store(tmp_path / "store", random_documents(40, seed=1), tokenizer)
 
     def sequences(max_tokens):
-        packing = Packing(10, sequence_prefix=(B, C))
+        packing = PackingSpec(10, sequence_prefix=(B, C))
         return len(list(validation_batches(store, packing=packing, sequences_per_batch=1, max_tokens=max_tokens)))
 
     assert [sequences(n) for n in (1, 8, 15, 16, 80)] == [1, 1, 1, 2, 10]
@@ -173,9 +173,9 @@ def test_max_tokens_counts_tokens_of_store(tmp_path, tokenizer):
 
 def test_context_parallel_parts_cover_whole_sequence(tmp_path, tokenizer):
     store = write_store(tmp_path / "store", random_documents(40, seed=1), tokenizer, prefix=(B,))
-    how = {"packing": Packing(12, sequence_prefix=(B,)), "sequences_per_batch": 3}
+    how = {"packing": PackingSpec(12, sequence_prefix=(B,)), "sequences_per_batch": 3}
     whole = next(validation_batches(store, **how))
-    parts = [next(validation_batches(store, cp_rank=rank, cp_size=3, **how)) for rank in range(3)]
+    parts = [next(validation_batches(store, share=Share(0, 1, rank, 3), **how)) for rank in range(3)]
     for name in ("input_ids", "labels", "loss_mask", "position_ids"):
         assert torch.equal(torch.cat([getattr(p, name) for p in parts], dim=1), getattr(whole, name))
         assert torch.equal(getattr(parts[1], name), getattr(cut_sequences(whole, 1, 3), name))
@@ -185,4 +185,4 @@ def test_context_parallel_parts_cover_whole_sequence(tmp_path, tokenizer):
 
 def test_a_prefix_as_long_as_a_sequence_is_refused():
     with pytest.raises(ConfigError, match=r"data.seq_len = 2 leaves no room for tokens behind .* \[200, 201\]"):
-        Packing(2, sequence_prefix=(B, C))
+        PackingSpec(2, sequence_prefix=(B, C))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from kdtrain.config.cli import run_script
-from kdtrain.data.packing import Packing, pack
+from kdtrain.data.packing import PackingSpec, pack
 from kdtrain.data.prepare import PrepareSettings, prepare_corpus
 from kdtrain.data.text import read_documents
 from kdtrain.data.token_store import TokenStore
@@ -137,6 +137,6 @@ def test_token_outside_vocabulary_is_refused_when_packed(tmp_path, tokenizer):
     data[5] = 40000
     data.tofile(store.path / "shard_00000.bin")
     damaged = TokenStore.open(tmp_path / "store")
-    assert pack(damaged, 0, Packing(3))[0].tolist() == [5, 6, 7]
+    assert pack(damaged, 0, PackingSpec(3))[0].tolist() == [5, 6, 7]
     with pytest.raises(DataError, match=r"store is damaged: token 5 is 40000, not in \[0, 257\)"):
-        pack(damaged, 1, Packing(3))
+        pack(damaged, 1, PackingSpec(3))

@@ -193,6 +193,8 @@ def test_config_changes_lists_only_settings_that_change_the_result():
     after["parallel"]["tp"] = 8
     after["run"]["name"] = "another"
     after["data"]["sequences_per_micro_batch"] = 3
+    after["data"]["train"] = ["moved/two", "moved/one"]
+    after["data"]["train_weights"] = [2.0, 1.0]
     assert config_changes(before, after) == []
     after["optim"]["lr"] = 0.5
     after["objective"]["distill"]["kd_weight"] = 1.0

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from kdtrain.config.cli import parse
 from kdtrain.config.load import load_run
 from kdtrain.config.schema import RunConfig
-from kdtrain.data.packing import Packing
+from kdtrain.data.packing import PackingSpec, sequence_keys
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
 from kdtrain.distributed.mesh import Mesh
@@ -56,7 +56,7 @@ def expected(world, name, prefix, seq_len=16):
     model = AutoModelForCausalLM.from_pretrained(world / name, dtype=torch.float64).eval()
     stride, total, count, used = seq_len - 1, 0.0, 0, []
     cfg = configured(world)
-    for _, sequence in sequence_prefix.sequences_inside([store], Packing(16, True, (BOS,)), None, cfg.run.seed):
+    for _, sequence in sequence_prefix.sequences_inside([store], PackingSpec(16, True, (BOS,)), None, cfg.run.seed):
         start = sequence * stride
         begins = store.document_starts(start + 1, start + stride + 1)
         stop = int(begins[0]) if len(begins) else start + stride + 1
@@ -191,9 +191,10 @@ def test_small_corpus_is_measured_on_fewer_sequences(world, tmp_path, logged):
 def test_data_ranks_measure_disjoint_shares(world):
     cfg = configured(world)
     (store,) = open_inputs(cfg, model_specs(cfg)).train
-    packing = Packing(16, True, (BOS,))
+    packing = PackingSpec(16, True, (BOS,))
     places = sequence_prefix.sequences_inside([store], packing, None, 1)
     assert len(places) == 64
+    keys = sequence_keys(store, packing)
     for ranks, most in ((1, 4), (3, 4), (5, 100), (64, 1), (100, 3)):
         shares = [
             list(sequence_prefix._batches([store], places, [(), (BOS,)], packing, most, Mesh(ranks, rank)))
@@ -209,7 +210,7 @@ def test_data_ranks_measure_disjoint_shares(world):
                 for sample, mask in zip(forms[form].sample_ids, forms[form].loss_mask, strict=True)
                 if mask.any()
             ]
-            assert sorted(used) == sorted(sequence for _, sequence in places)
+            assert sorted(used) == sorted(keys.key(sequence) for _, sequence in places)
         labels = [
             [batch.labels[batch.loss_mask > 0].tolist() for batch in forms] for share in shares for forms in share
         ]

@@ -6,11 +6,15 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from kdtrain.batch import Batch
+from kdtrain.config.schema import GuardSection
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.errors import EXIT_NON_FINITE, NonFiniteLoss
 from kdtrain.log import LOGGER
+from kdtrain.stores.keys import KeySpace, SequenceKeys
+from kdtrain.telemetry.jsonl_sink import JsonlSink
 from kdtrain.training import guards
-from kdtrain.training.guards import SlowRanks, nan_if_nonfinite
+from kdtrain.training.guards import Events, Guards, SlowRanks, nan_if_nonfinite
 from kdtrain.training.progress import Progress
 from tests.support.tiny_trainer import CPU, adam_steps, records_of, tiny_trainer
 
@@ -76,6 +80,22 @@ def test_only_consecutive_skipped_steps_count_against_the_limit(tmp_path):
     with pytest.raises(NonFiniteLoss, match=r"^step 6: the gradient norm is nan; the step, number 3 in a row, was not"):
         run.run()
     assert [r["data/step"] for r in records_of(tmp_path / "b/skipped.jsonl")] == [2, 4, 5, 6]
+
+
+def test_samples_are_named_by_store_and_number_if_the_keys_are_known(tmp_path):
+    one, two = SequenceKeys("a" * 64, "c" * 64), SequenceKeys("b" * 64, "c" * 64)
+    ids = [two.key(3), one.key(8), two.key(1), one.key(5)]
+    files = (JsonlSink(tmp_path / f"{name}.jsonl", resume_step=0, lazy=True) for name in ("skipped", "spikes"))
+    keys, progress = KeySpace([("data/one", one), ("data/two", two)]), Progress(step=7)
+    guards = Guards(GuardSection(max_skipped_steps=0), Mesh(), CPU, progress, Events(*files), keys)
+    tokens = torch.ones(2, 8, dtype=torch.int64)
+    batches = [Batch(tokens, tokens, tokens.float(), tokens, torch.tensor(part)) for part in (ids[:2], ids[2:])]
+    with pytest.raises(NonFiniteLoss, match=r"samples of data rank 0: data/two \[3, 1\]; data/one \[8, 5\] \(all"):
+        guards.skipped(batches, math.nan)
+    guards.close()
+    (record,) = records_of(tmp_path / "skipped.jsonl")
+    assert record["sample_ids"] == [ids]
+    assert record["samples"] == [{"data/two": [3, 1], "data/one": [8, 5]}]
 
 
 SPIKY = {4 * 44: 2.5, 4 * 57 + 1: math.nan, 4 * 58: math.nan, 4 * 59: 3.5, 4 * 61: math.nan}
