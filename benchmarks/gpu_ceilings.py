@@ -79,7 +79,7 @@ def calls(
 
     Gradients overwrite the slabs, which does not change their time.
     """
-    kernels, spec = row_kernels(backend, setting.device), divergence_spec(name, size[1])
+    kernels, spec = row_kernels(backend, setting.device), divergence_spec(name)
     student, teacher, labels = slabs(setting, *size, torch.float32)
     ones = torch.ones(size[0], dtype=torch.float64, device=setting.device)
     weights = RowWeights(kd=ones, ce=ones, labels=labels, softmax=ones)
@@ -87,16 +87,16 @@ def calls(
     pair = {"spec": spec, "scratch": scratch}
     grad = {"logit_map": LogitMap(), "scratch": scratch, "operand_dtype": setting.dtype}
     stored = setting.dtype.itemsize
-    stats = kernels.pair_stats(student, teacher, labels, 1.0, **pair)
-    totals = kernels.merge_pair_stats(stats[None], 1.0, spec)
+    stats = kernels.pair_stats(student, teacher, labels, **pair)
+    totals = kernels.merge_pair_stats(stats[None], spec, size[1])
     totals = replace(totals, z=torch.full_like(ones, -1.0))
-    yield "pair_stats", lambda: kernels.pair_stats(student, teacher, labels, 1.0, **pair), 8
-    if spec.two_rounds:
-        yield "pair_round2", lambda: kernels.pair_round2(student, teacher, totals, 1.0, **pair), 8
+    yield "pair_stats", lambda: kernels.pair_stats(student, teacher, labels, **pair), 8
+    if spec.row.two_rounds:
+        yield "pair_round2", lambda: kernels.pair_round2(student, teacher, totals, **pair), 8
     else:
-        yield "pair_value", lambda: kernels.pair_value(student, teacher, totals, 1.0, **pair), 8
+        yield "pair_value", lambda: kernels.pair_value(student, teacher, totals, **pair), 8
     spec_grad = {"spec": spec, **grad}
-    yield "pair_grad", lambda: kernels.pair_grad(student, teacher, totals, weights, 1.0, **spec_grad), 8 + stored
+    yield "pair_grad", lambda: kernels.pair_grad(student, teacher, totals, weights, **spec_grad), 8 + stored
     if name == "forward_kl":
         yield "row_stats", lambda: kernels.row_stats(student, labels, 1.0, scratch), 4
         yield "row_grad", lambda: kernels.row_grad(student, totals.student, weights, **grad), 4 + stored

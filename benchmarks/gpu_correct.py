@@ -19,8 +19,8 @@ import bench_topk
 import torch
 from gpu_common import Setting, Shape, guarded, problem, whole_shard
 from kdtrain_kernels.blocks import Scratch
-from kdtrain_kernels.dispatch import row_kernels
-from kdtrain_kernels.divergences import PLUG_INS, divergence_spec
+from kdtrain_kernels.dispatch import TRITON_DIVERGENCES, row_kernels
+from kdtrain_kernels.divergences import divergence_spec
 from torch import Tensor
 
 from kdtrain.losses import SparseTarget, linear_cross_entropy, linear_kd_loss, linear_sparse_kd_loss, reference
@@ -81,7 +81,7 @@ def losses(setting: Setting, shape: Shape) -> Iterator[dict]:
     hidden_s, head_s, hidden_t, head_t, labels = inputs
     ones = torch.ones(shape.tokens, device=setting.device)
     common = {"shard": whole_shard(shape.vocab), "slab_bytes": 8 * 4 * shape.vocab * (16 if setting.is_small else 512)}
-    cases = [(None, 1.0), *((name, temperature) for name in PLUG_INS for temperature in (1.0, 2.0))]
+    cases = [(None, 1.0), *((name, temperature) for name in TRITON_DIVERGENCES for temperature in (1.0, 2.0))]
     for divergence, temperature in cases:
         expected = float64_loss(inputs, divergence, temperature)
         for backend in setting.backends():
@@ -165,25 +165,25 @@ def row_answers(
     """Results of each row kernel of a backend on the same slabs, in the order in which a loss calls them."""
     from kdtrain_kernels.torch_rows import LogitMap, RowWeights
 
-    kernels, spec = row_kernels(backend, setting.device), divergence_spec(name, size[1])
+    kernels, spec = row_kernels(backend, setting.device), divergence_spec(name, temperature=temperature)
     student, teacher, labels = slabs(setting, *size, dtype)
     ones = torch.ones(size[0], dtype=torch.float64, device=setting.device)
     weights = RowWeights(kd=ones, ce=0.5 * ones, labels=labels, softmax=0.5 * ones)
     operand_dtype = torch.float64 if dtype == torch.float64 else setting.dtype
     common = {"spec": spec, "scratch": Scratch.of(student)}
-    answers = {"pair_stats": kernels.pair_stats(student, teacher, labels, temperature, **common)}
+    answers = {"pair_stats": kernels.pair_stats(student, teacher, labels, **common)}
     answers["row_stats"] = kernels.row_stats(student, labels, temperature, common["scratch"])
     answers["first_argmax"] = kernels.first_argmax(student, common["scratch"])
-    totals = kernels.merge_pair_stats(answers["pair_stats"][None], temperature, spec)
+    totals = kernels.merge_pair_stats(answers["pair_stats"][None], spec, size[1])
     answers["pair_measure"] = kernels.pair_measure(student, teacher, totals, temperature, scratch=common["scratch"])
     gradient = {"logit_map": LogitMap(), "scratch": common["scratch"], "operand_dtype": operand_dtype}
     answers["row_grad"] = kernels.row_grad(student.clone(), totals.student, weights, **gradient).clone()
-    if spec.two_rounds:
-        answers["pair_round2"] = kernels.pair_round2(student, teacher, totals, temperature, **common)
+    if spec.row.two_rounds:
+        answers["pair_round2"] = kernels.pair_round2(student, teacher, totals, **common)
         totals = replace(totals, z=answers["pair_round2"][:, 0])
     else:
-        answers["pair_value"] = kernels.pair_value(student, teacher, totals, temperature, **common)
-    value, operand = kernels.pair_grad(student, teacher, totals, weights, temperature, spec=spec, **gradient)
+        answers["pair_value"] = kernels.pair_value(student, teacher, totals, **common)
+    value, operand = kernels.pair_grad(student, teacher, totals, weights, spec=spec, **gradient)
     return {**answers, "pair_grad_value": value, "pair_grad": operand.clone()}
 
 
@@ -191,7 +191,7 @@ def rows(setting: Setting) -> Iterator[dict]:
     """Every row kernel of every backend."""
     for count, columns in SMALL_ROW_SIZES if setting.is_small else ROW_SIZES:
         size = setting.rows(count), columns
-        for name in PLUG_INS:
+        for name in TRITON_DIVERGENCES:
             for temperature in (1.0, 2.0):
                 expected = row_answers(setting, "torch", size, name, temperature, torch.float64)
                 for backend in setting.backends():

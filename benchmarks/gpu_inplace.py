@@ -14,8 +14,8 @@ from dataclasses import replace
 import torch
 from gpu_common import Setting, check
 from kdtrain_kernels.blocks import Scratch
-from kdtrain_kernels.dispatch import row_kernels
-from kdtrain_kernels.divergences import PLUG_INS, divergence_spec
+from kdtrain_kernels.dispatch import TRITON_DIVERGENCES, row_kernels
+from kdtrain_kernels.divergences import divergence_spec
 from kdtrain_kernels.sparse_dispatch import sparse_kernels
 from kdtrain_kernels.sparse_table import SparseGradient
 from kdtrain_kernels.torch_rows import LogitMap, RowWeights
@@ -56,7 +56,7 @@ def inplace(setting: Setting) -> Iterator[dict]:
         student, teacher = random_slab(setting, rows, columns), random_slab(setting, rows, columns)
         labels = torch.randint(columns, (rows,), device=setting.device)
         for backend in setting.backends():
-            for name in ("cross_entropy", "sparse", *PLUG_INS):
+            for name in ("cross_entropy", "sparse", *TRITON_DIVERGENCES):
                 worst, wrong = 0.0, 0
                 for temperature, cap in MAPS:
                     make = gradient_of(setting, backend, name, (student, teacher, labels), temperature, cap)
@@ -93,19 +93,19 @@ def gradient_of(
     kernels, scratch = row_kernels(backend, setting.device), {"scratch": Scratch.of(student)}
     ones = torch.ones(len(student), dtype=torch.float64, device=setting.device)
     weights = RowWeights(kd=ones, ce=0.5 * ones, labels=labels, softmax=0.5 * ones)
-    spec = divergence_spec("forward_kl" if name == "cross_entropy" else name, student.shape[1])
+    spec = divergence_spec("forward_kl" if name == "cross_entropy" else name, temperature=temperature)
     pair, grad = {"spec": spec, **scratch}, {"logit_map": logit_map}
-    stats = kernels.pair_stats(copy_of(setting, student), copy_of(setting, teacher), labels, temperature, **pair)
-    totals = kernels.merge_pair_stats(stats[None], temperature, spec)
+    stats = kernels.pair_stats(copy_of(setting, student), copy_of(setting, teacher), labels, **pair)
+    totals = kernels.merge_pair_stats(stats[None], spec, student.shape[1])
 
     def cross_entropy(s: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
         return kernels.row_grad(s, totals.student, weights, operand_dtype=dtype, **grad, **scratch)
 
     def divergence(s: Tensor, t: Tensor, dtype: torch.dtype) -> Tensor:
         known = totals
-        if spec.two_rounds:  # torch leaves in the teacher's slab what its gradient reads
-            known = replace(totals, z=kernels.pair_round2(s, t, totals, temperature, **pair)[:, 0])
-        return kernels.pair_grad(s, t, known, weights, temperature, operand_dtype=dtype, **pair, **grad)[1]
+        if spec.row.two_rounds:  # torch leaves in the teacher's slab what its gradient reads
+            known = replace(totals, z=kernels.pair_round2(s, t, totals, **pair)[:, 0])
+        return kernels.pair_grad(s, t, known, weights, operand_dtype=dtype, **pair, **grad)[1]
 
     return cross_entropy if name == "cross_entropy" else divergence
 

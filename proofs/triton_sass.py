@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from kdtrain_kernels import PLUG_INS, divergence_spec
+from kdtrain_kernels import divergence_spec
+from kdtrain_kernels.dispatch import TRITON_DIVERGENCES
 from kdtrain_kernels.triton import kernels, rows
 from kdtrain_kernels.triton.device import compile_options, rounding_on
 from triton.backends.compiler import GPUTarget
@@ -77,15 +78,17 @@ def variants() -> list[Variant]:
     for capped, scaled, narrow in [(c, s, w) for c in (0, 1) for s in (0, 1) for w in (0, 1)]:
         flags = {"CAPPED": bool(capped), "SCALED": bool(scaled), "NARROW": bool(narrow)}
         found.append(Variant("row_grad" + _suffix(flags), "row_grad_kernel", "row_grad", flags))
-    cases = [(name, {}) for name in PLUG_INS] + SHARES + [("alpha_beta", exponents) for exponents in EXPONENTS]
+    cases = (
+        [(name, {}) for name in TRITON_DIVERGENCES] + SHARES + [("alpha_beta", exponents) for exponents in EXPONENTS]
+    )
     for name, parameters in cases:
-        spec = divergence_spec(name, 1 << 17, **parameters)
+        spec = divergence_spec(name, **parameters)
         given = rows.parameters(spec)
         label = " ".join([name, *(f"{key}={value:g}" for key, value in parameters.items())])
         for at_one in (True, False):
             found.append(_at(f"pair_sums {label}", "pair_sums_kernel", "sums", given, at_one))
             for flags in (PLAIN, {**PLAIN, "CAPPED": True}, {**PLAIN, "NARROW": False}):
-                flags = {**flags, "AT_ONE": at_one, "VALUED": not spec.two_rounds}
+                flags = {**flags, "AT_ONE": at_one, "VALUED": not spec.row.two_rounds}
                 name = f"pair_grad {label}" + _suffix(flags)
                 found.append(Variant(name, "pair_grad_kernel", "pair_grad", {**given, **flags}))
     return found

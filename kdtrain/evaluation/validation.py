@@ -10,7 +10,7 @@ from torch import Tensor
 from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard
-from kdtrain.losses import linear_cross_entropy
+from kdtrain.losses import divergence_spec, linear_cross_entropy
 from kdtrain.losses.types import LossParts
 from kdtrain.models.student import Student
 from kdtrain.teacher.signal_loss import HeadLayout, dense_loss
@@ -85,8 +85,7 @@ class Validation:
                 weight,
                 weight,
                 layout,
-                divergence="forward_kl",
-                temperature=1.0,
+                divergence=divergence_spec("forward_kl"),
                 measure=True,
             )
 

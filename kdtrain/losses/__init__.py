@@ -4,6 +4,8 @@ The package needs torch only (no deepspeed, no transformers) and takes its proce
 used in another trainer.
 """
 
+from kdtrain_kernels.divergences import DivergenceSpec, divergence_spec
+
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import matrix, reference
 from kdtrain.losses.cross_entropy import linear_cross_entropy
@@ -13,11 +15,13 @@ from kdtrain.losses.sparse_targets import merge_duplicates
 from kdtrain.losses.types import LossParts, SparseTarget, TopK
 
 __all__ = [
+    "DivergenceSpec",
     "HeadShard",
     "LossParts",
     "SparseTarget",
     "TopK",
     "VocabShard",
+    "divergence_spec",
     "linear_cross_entropy",
     "linear_kd_loss",
     "linear_sparse_kd_loss",

@@ -98,12 +98,6 @@ def check_label_range(labels: Tensor, weight: Tensor, shard: VocabShard) -> None
         )
 
 
-def check_temperature(temperature: float) -> None:
-    """Require a number whose square and inverse square are representable in float32."""
-    if isinstance(temperature, bool) or not 1e-9 <= temperature <= 1e9:
-        raise ValueError(f"temperature = {temperature}, need a finite number > 0 (in [1e-9, 1e9])")
-
-
 def check_slab_bytes(slab_bytes: int, shard: VocabShard, group: Group, work: torch.dtype) -> None:
     """Require room for the logits of at least one token per chunk in flight."""
     least = bytes_per_token(shard, group, work)

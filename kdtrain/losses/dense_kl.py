@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from kdtrain_kernels.blocks import Scratch
-from kdtrain_kernels.dispatch import row_kernels
-from kdtrain_kernels.divergences import DivergenceSpec, divergence_spec
+from kdtrain_kernels.dispatch import pair_kernels
+from kdtrain_kernels.divergences import DivergenceSpec
 from kdtrain_kernels.matmul import work_dtype
 from kdtrain_kernels.torch_rows import PairTotals
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from kdtrain.distributed.collectives import Group, gather_ranks, start_gather
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, stream
+from kdtrain.losses.arguments import spec_of
 from kdtrain.losses.types import LossParts
 
 
@@ -34,7 +35,7 @@ def linear_kd_loss(
     head_t: Tensor | HeadShard,
     labels: Tensor,
     *,
-    divergence: str,
+    divergence: str | DivergenceSpec,
     temperature: float = 1.0,
     kd_weight: Tensor,
     ce_weight: Tensor,
@@ -54,7 +55,8 @@ def linear_kd_loss(
 
     hidden_s [T, D] and hidden_t [T, E], replicated over `group`; head_s [v, D] and head_t [v, E] (or HeadShards), this
     rank's rows of both heads, sharded alike; labels [T] global ids, any value where ce_weight is 0; weights [T],
-    constants. The teacher's arguments never receive a gradient. Only the parameters of the chosen divergence are read.
+    constants. The teacher's arguments never receive a gradient. divergence: a name, for which temperature and the
+    parameters of that divergence are read, or a `divergence_spec`, which has them (they must be left out then).
     With `measure`, LossParts also has entropies, KL at temperature 1, total variation and top-1 agreement per token
     (one more reading of both logits). z_weight and main_grad as in `linear_cross_entropy`. Everything returned is
     replicated over the group; values in nats. group: the ranks that hold the other rows of the vocabulary, None for
@@ -76,12 +78,11 @@ def linear_kd_loss(
     checks.check_teacher(hidden_s, hidden_t)
     weights = {"kd_weight": kd_weight, "ce_weight": ce_weight}
     checks.check_labels_and_weights(labels, weights if z_weight is None else weights | {"z_weight": z_weight}, hidden_s)
-    checks.check_temperature(temperature)
     checks.check_slab_bytes(slab_bytes, shard, group, work_dtype(hidden_s, hidden_t))
     checks.check_main_grad(main_grad, head_s.weight, work_dtype(hidden_s, hidden_t))
     parameters = {"teacher_share": teacher_share, "skew": skew, "ab_alpha": ab_alpha, "ab_beta": ab_beta}
-    spec = divergence_spec(divergence, shard.vocab_size, **parameters)
-    kernels = row_kernels(backend, hidden_s.device, work_dtype(hidden_s, hidden_t))
+    spec = spec_of(divergence, temperature, parameters)
+    kernels = pair_kernels(backend, hidden_s.device, work_dtype(hidden_s, hidden_t), spec)
     checks.check_label_range(labels, ce_weight, shard)
     call = _Call(
         head_s=head_s,
@@ -90,7 +91,6 @@ def linear_kd_loss(
         labels=labels,
         weights=stream.TokenWeights.of(kd_weight, ce_weight, z_weight, stream.local_labels(labels, shard)),
         spec=spec,
-        temperature=float(temperature),
         shard=shard,
         group=group,
         slab_bytes=slab_bytes,
@@ -120,7 +120,6 @@ class _Call:
     labels: Tensor
     weights: stream.TokenWeights
     spec: DivergenceSpec
-    temperature: float
     shard: VocabShard
     group: Group
     slab_bytes: int
@@ -150,15 +149,13 @@ class _LinearKd(torch.autograd.Function):
 
         def issue(chunk: slice, slot: int) -> PendingChunk:
             slabs = student.logits(chunk, slot), teacher.logits(chunk, slot)
-            stats = call.kernels.pair_stats(
-                *slabs, call.weights.columns[chunk], call.temperature, spec=call.spec, scratch=scratch
-            )
+            stats = call.kernels.pair_stats(*slabs, call.weights.columns[chunk], spec=call.spec, scratch=scratch)
             # The softmax needs the maxima and sums of all ranks' rows.
             return slabs, start_gather(stats, call.group)
 
         def complete(chunk: slice, pending: PendingChunk) -> None:
             slabs, gathered = pending
-            totals = call.kernels.merge_pair_stats(gathered(), call.temperature, call.spec)
+            totals = call.kernels.merge_pair_stats(gathered(), call.spec, call.shard.vocab_size)
             totals = _divergence_of_chunk(call, slabs, totals, table[:, chunk], scratch)
             if call.needs_grad.any:
                 weights = call.weights.of_chunk(chunk, table[_LSE, chunk])
@@ -166,7 +163,6 @@ class _LinearKd(torch.autograd.Function):
                     *slabs,
                     totals,
                     weights,
-                    call.temperature,
                     spec=call.spec,
                     logit_map=student.logit_map,
                     scratch=scratch,
@@ -177,7 +173,7 @@ class _LinearKd(torch.autograd.Function):
 
         stream.run_pipelined(hidden.shape[0], rows, depth, issue, complete)
         _sum_over_ranks(call, table)
-        loss = call.weights.loss(table[_LSE], table[_CE], call.temperature**2 * table[_KD]).to(work)
+        loss = call.weights.loss(table[_LSE], table[_CE], call.spec.temperature**2 * table[_KD]).to(work)
         stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)
         fields = table[:-1].to(work)
         ctx.mark_non_differentiable(fields)
@@ -193,18 +189,18 @@ def _divergence_of_chunk(
     call: _Call, slabs: tuple[Tensor, Tensor], totals: PairTotals, table: Tensor, scratch: Scratch
 ) -> PairTotals:
     """Fill a chunk's columns of the table with the values that need no gradient; returns the totals including Z."""
-    kernels, temperature, spec = call.kernels, call.temperature, call.spec
+    kernels, spec = call.kernels, call.spec
     table[_CE], table[_LSE] = totals.student.label_nll(), totals.student.lse()
     table[_TEACHER_CE] = totals.teacher.label_nll()
     if call.measure:
         _measure(call, slabs, totals, table, scratch)
-    if spec.two_rounds:
-        parts = kernels.pair_round2(*slabs, totals, temperature, spec=spec, scratch=scratch)
+    if spec.row.two_rounds:
+        parts = kernels.pair_round2(*slabs, totals, spec=spec, scratch=scratch)
         # Each rank has the part of Z of its own rows. A gather and a sum in rank order: equal bits on all ranks.
         totals = replace(totals, z=gather_ranks(parts[:, 0], call.group).sum(0))
         table[_KD] = parts[:, 1]
     elif not call.needs_grad.any:
-        table[_KD] = kernels.pair_value(*slabs, totals, temperature, spec=spec, scratch=scratch)
+        table[_KD] = kernels.pair_value(*slabs, totals, spec=spec, scratch=scratch)
     table[-1] = totals.z
     return totals
 
@@ -214,7 +210,7 @@ def _measure(call: _Call, slabs: tuple[Tensor, Tensor], totals: PairTotals, tabl
 
     Entropies are log sum exp(x) - sum q x; one rank adds the first term.
     """
-    parts = call.kernels.pair_measure(*slabs, totals, call.temperature, scratch=scratch)
+    parts = call.kernels.pair_measure(*slabs, totals, call.spec.temperature, scratch=scratch)
     first = 0 if call.shard.start else 1  # exactly one rank of a group owns id 0
     table[_STUDENT_ENTROPY] = first * totals.student.log_sum - parts[:, 0]
     table[_TEACHER_ENTROPY] = first * totals.teacher.log_sum - parts[:, 1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdtrain.losses.reference import DIVERGENCES
+from kdtrain_kernels.divergences import DIVERGENCES
 
 TARGETS = ("dense", "sampled", "top_k_tail", "top_k", "conditional", "label_log_prob", "score")
 """dense: teacher hidden states and head. sampled: ids whose weights estimate the teacher's distribution without bias.
@@ -18,7 +18,7 @@ top_k_tail: the probabilities of some ids and the total of all others. top_k: so
 or not. conditional: ids of any of these records, both models renormalised on them. label_log_prob: the teacher's
 log-probability of the data's own token. score: one number per sequence."""
 
-F_DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd")
+F_DIVERGENCES = tuple(name for name, row in DIVERGENCES.items() if row.f_divergence)
 """Divergences of the form sum of q f(p / q) with convex f; merging ids never increases them."""
 
 
@@ -37,10 +37,8 @@ _TOO_LITTLE = {
     "label_log_prob": "one probability per token does not determine a divergence between distributions",
     "score": "one number per sequence does not determine a divergence between distributions",
 }
-_NO_F_DIVERGENCE = {
-    "alpha_beta": "it is not an f-divergence, so its value on some ids and a tail is not a bound",
-    "logit_mse": "it compares logits, of which a sparse record has none",
-}
+_LOGITS = "it compares logits, of which a sparse record has none"
+_NO_F_DIVERGENCE = "it is not an f-divergence, so its value on some ids and a tail is not a bound"
 _INFINITE = "it is infinite wherever the student gives probability to an id outside the record; keep the tail's mass"
 _BIASED = {
     "sampled": "it is not linear in the weights, so sampling noise becomes bias",
@@ -54,11 +52,12 @@ def _cell(divergence: str, target: str) -> Cell:
         return Cell("refused", _TOO_LITTLE[target])
     if target == "dense":
         return Cell("exact")
-    if divergence in _NO_F_DIVERGENCE:
-        return Cell("refused", _NO_F_DIVERGENCE[divergence])
+    row = DIVERGENCES[divergence]
+    if not row.f_divergence:
+        return Cell("refused", _LOGITS if row.uniform_baseline else _NO_F_DIVERGENCE)
     if target == "top_k_tail":
         return Cell("lower_bound")
-    if divergence == "reverse_kl" and target in ("sampled", "top_k"):
+    if row.infinite_at_zero and target in ("sampled", "top_k"):
         return Cell("refused", _INFINITE)
     if (divergence, target) == ("forward_kl", "sampled"):
         return Cell("unbiased")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, xlogy
 
 from kdtrain.distributed.vocab import HeadShard
 
@@ -154,6 +154,30 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 """Name in the configuration -> definition."""
 
 
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """p log(p / q), 0 where p = 0."""
+    return xlogy(p, p) - xlogy(p, q)
+
+
+def _jsd_summand(p: Tensor, q: Tensor, teacher_share: float = 0.5) -> Tensor:
+    if teacher_share in (0, 1):
+        return _kl(q, p) if teacher_share else _kl(p, q)
+    m = teacher_share * p + (1 - teacher_share) * q
+    return _kl(p, m) / (1 - teacher_share) + _kl(q, m) / teacher_share
+
+
+SUMMANDS: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": _kl,
+    "reverse_kl": lambda p, q: _kl(q, p),
+    "jsd": _jsd_summand,
+    "skew_kl": lambda p, q, skew=0.1: _kl(p, skew * p + (1 - skew) * q),
+    "skew_reverse_kl": lambda p, q, skew=0.1: _kl(q, (1 - skew) * p + skew * q),
+    "tvd": lambda p, q: (p - q).abs() / 2,
+}
+"""f-divergence -> phi(p, q) with D = sum phi, from probabilities of which some are 0: its definition on a sparse
+record."""
+
+
 def head_logits(
     hidden: Tensor, head: Tensor | HeadShard, vocab_size: int, *, dtype: torch.dtype = torch.float64
 ) -> Tensor:
@@ -180,7 +204,7 @@ def total_loss(
 ) -> Tensor:
     """sum_t kd_weight[t] temperature^2 D[t] + ce_weight[t] CE[t]; 0-d.
 
-    Labels are read only where ce_weight is not 0. `parameters`: teacher_share, skew, ab_alpha, ab_beta.
+    Labels are read only where ce_weight is not 0. `parameters`: those of the divergence.
     """
     kd = DIVERGENCES[divergence](student_logits, teacher_logits, temperature=temperature, dtype=dtype, **parameters)
     safe = torch.where(ce_weight != 0, labels, torch.zeros_like(labels))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from kdtrain_kernels.blocks import Scratch
-from kdtrain_kernels.divergences import DivergenceSpec, divergence_spec
+from kdtrain_kernels.divergences import DivergenceSpec
 from kdtrain_kernels.matmul import work_dtype
 from kdtrain_kernels.sparse_dispatch import sparse_kernels
 from kdtrain_kernels.sparse_table import SparseRows, merge_sparse_stats, sparse_gradient, sparse_terms
@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from kdtrain.distributed.collectives import Group, start_gather
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, matrix, stream
+from kdtrain.losses.arguments import spec_of
 from kdtrain.losses.sparse_targets import check_target_contents, check_target_shapes, target_kind
 from kdtrain.losses.types import LossParts, SparseTarget
 
@@ -34,7 +35,7 @@ def linear_sparse_kd_loss(
     target: SparseTarget,
     labels: Tensor,
     *,
-    divergence: str = "forward_kl",
+    divergence: str | DivergenceSpec = "forward_kl",
     temperature: float = 1.0,
     kd_weight: Tensor,
     ce_weight: Tensor,
@@ -73,13 +74,12 @@ def linear_sparse_kd_loss(
     head_s = stream.as_head(head_s)
     checks.check_shard(shard, group)
     kind = target_kind(target, renormalise_student)
-    spec = divergence_spec(divergence, shard.vocab_size, teacher_share=teacher_share, skew=skew)
-    for name in (divergence, spec.kernel):  # a parameter at an end of its range turns some divergences into a plain KL
+    spec = spec_of(divergence, temperature, {"teacher_share": teacher_share, "skew": skew})
+    for name in (spec.name, spec.kernel):  # a parameter at an end of its range turns some divergences into a plain KL
         matrix.require(name, kind, allow_biased=allow_biased)
     weights = {"kd_weight": kd_weight, "ce_weight": ce_weight}
     weights = weights if z_weight is None else weights | {"z_weight": z_weight}
     kernels = _checked(hidden_s, head_s, target, labels, weights, shard, backend)
-    checks.check_temperature(temperature)
     checks.check_slab_bytes(slab_bytes, shard, group, work_dtype(hidden_s))
     checks.check_main_grad(main_grad, head_s.weight, work_dtype(hidden_s))
     call = _Call(
@@ -89,7 +89,6 @@ def linear_sparse_kd_loss(
         labels=labels,
         weights=stream.TokenWeights.of(kd_weight, ce_weight, z_weight, stream.local_labels(labels, shard)),
         spec=spec,
-        temperature=float(temperature),
         shard=shard,
         group=group,
         slab_bytes=slab_bytes,
@@ -129,7 +128,6 @@ class _Call:
     labels: Tensor
     weights: stream.TokenWeights
     spec: DivergenceSpec
-    temperature: float
     shard: VocabShard
     group: Group
     slab_bytes: int
@@ -163,7 +161,7 @@ class _LinearSparseKd(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        work, temperature = work_dtype(hidden), call.temperature
+        work, temperature = work_dtype(hidden), call.spec.temperature
         rows = stream.chunk_rows(call.slab_bytes, call.shard, call.group, work)
         depth = stream.in_flight(call.group)
         side = stream.ModelSide.of(hidden, call.head, call.shard, rows, depth, work)
@@ -180,7 +178,7 @@ class _LinearSparseKd(torch.autograd.Function):
         def complete(chunk: slice, pending: PendingChunk) -> None:
             logits, columns, gathered = pending
             totals = merge_sparse_stats(gathered(), temperature)
-            terms = sparse_terms(totals, call.teacher(chunk), temperature, spec=call.spec)
+            terms = sparse_terms(totals, call.teacher(chunk), call.spec)
             kd[chunk], lse[chunk] = terms.value, totals.lse()
             ce[chunk] = lse[chunk] - totals.tail.label
             if call.needs_grad.any:

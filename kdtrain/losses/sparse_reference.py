@@ -8,40 +8,13 @@ in `sparse_total_loss` only. p: weights at `temperature`; q = softmax(student / 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, xlogy
 
-from kdtrain.losses.reference import cross_entropy
+from kdtrain.losses.reference import SUMMANDS, cross_entropy
 from kdtrain.losses.types import SparseTarget
-
-Phi = Callable[[Tensor, Tensor], Tensor]
-
-
-def _kl(p: Tensor, q: Tensor) -> Tensor:
-    """p log(p / q), 0 where p = 0."""
-    return xlogy(p, p) - xlogy(p, q)
-
-
-def phi_of(divergence: str, *, teacher_share: float = 0.5, skew: float = 0.1) -> Phi:
-    """phi with D = sum phi(p, q), as `reference` defines D. Raises KeyError for divergences no sparse record allows."""
-    b, k = teacher_share, skew
-
-    def jsd(p: Tensor, q: Tensor) -> Tensor:
-        m = b * p + (1 - b) * q
-        return _kl(p, m) / (1 - b) + _kl(q, m) / b
-
-    formulas: dict[str, Phi] = {
-        "forward_kl": _kl,
-        "reverse_kl": lambda p, q: _kl(q, p),
-        "jsd": {0.0: _kl, 1.0: lambda p, q: _kl(q, p)}.get(float(b), jsd),
-        "skew_kl": lambda p, q: _kl(p, k * p + (1 - k) * q),
-        "skew_reverse_kl": lambda p, q: _kl(q, (1 - k) * p + k * q),
-        "tvd": lambda p, q: (p - q).abs() / 2,
-    }
-    return formulas[divergence]
 
 
 def sparse_kd(
@@ -56,7 +29,8 @@ def sparse_kd(
 ) -> Tensor:
     """D [T] of a record: with its tail as one more outcome, without a tail (p = 0 there), or renormalised on the ids.
 
-    Unbiased records: the cross-entropy under the weights minus the teacher's entropy, for forward_kl.
+    Unbiased records: the cross-entropy under the weights minus the teacher's entropy, for forward_kl. Raises KeyError
+    for a divergence that has no SUMMANDS.
     """
     q = torch.softmax(student_logits.to(dtype) / temperature, -1)
     here, ids = target.ids >= 0, target.ids.long().clamp(min=0)
@@ -73,7 +47,8 @@ def sparse_kd(
         p = torch.cat([p, tail[:, None]], 1)
         q = torch.cat([q_k, (q * outside).sum(1, keepdim=True)], 1)
     empty = (p == 0) & (q == 0)
-    value = phi_of(divergence, **parameters)(p.masked_fill(empty, 1.0), q.masked_fill(empty, 1.0)).sum(1)
+    summands = SUMMANDS[divergence](p.masked_fill(empty, 1.0), q.masked_fill(empty, 1.0), **parameters)
+    value = summands.sum(1)
     return value.where(known, 0.0) if target.log_tail is None or renormalise_student else value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from kdtrain_kernels.divergences import DIVERGENCES, DivergenceSpec, divergence_spec
 from torch import Tensor
 
 from kdtrain.batch import Batch
@@ -14,6 +15,14 @@ from kdtrain.models.student import Student
 from kdtrain.objectives.base import LossOutput, summed_metrics
 from kdtrain.teacher.signal_loss import HeadLayout, dense_loss
 from kdtrain.teacher.source import TeacherSource
+
+
+def divergence_of(settings: DistillObjective) -> DivergenceSpec:
+    """The divergence that a section's settings name, with its parameters and temperature. Raises ValueError outside
+    their ranges."""
+    names = DIVERGENCES[settings.divergence].parameters
+    parameters = {name: getattr(settings, name) for name in names}
+    return divergence_spec(settings.divergence, temperature=settings.temperature, **parameters)
 
 
 class Distill:
@@ -34,7 +43,8 @@ class Distill:
         self.student = student
         self._z_loss = z_loss
         self.teacher = teacher
-        self._settings = settings
+        self._kd_weight = settings.kd_weight
+        self._divergence = divergence_of(settings)
         self._layout = layout
 
     def begin_step(self, micro_batches: Sequence[Batch]) -> None:
@@ -45,7 +55,7 @@ class Distill:
         """Loss of one micro-batch; with `measure`, also entropies, KL at temperature 1, TVD and top-1 agreement."""
         signal = self.teacher.signal(batch)
         mask = batch.loss_mask.reshape(-1)
-        s, layout = self._settings, self._layout
+        w, layout = self._kd_weight, self._layout
 
         def head_fn(hidden: Tensor, head: HeadShard) -> LossParts:
             return dense_loss(
@@ -53,16 +63,11 @@ class Distill:
                 head,
                 signal,
                 batch.labels.reshape(-1),
-                mask * s.kd_weight,
-                mask * (1.0 - s.kd_weight),
+                mask * w,
+                mask * (1.0 - w),
                 layout,
                 z_weight=mask * self._z_loss if self._z_loss else None,
-                divergence=s.divergence,
-                temperature=s.temperature,
-                teacher_share=s.teacher_share,
-                skew=s.skew,
-                ab_alpha=s.ab_alpha,
-                ab_beta=s.ab_beta,
+                divergence=self._divergence,
                 measure=measure,
             )
 

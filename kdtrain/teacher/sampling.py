@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.counter import MAX_SEED, uniform
+from kdtrain_kernels.divergences import check_temperature
 from kdtrain_kernels.matmul import work_dtype
 from kdtrain_kernels.topk_dispatch import topk_kernels
 from kdtrain_kernels.topk_rows import Merged, Selection
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from kdtrain.distributed.collectives import Group, gather_ranks, group_rank, reduce_sum_
 from kdtrain.distributed.vocab import HeadShard, VocabShard
-from kdtrain.losses import checks, stream
+from kdtrain.losses import stream
 from kdtrain.losses.types import SparseTarget
 from kdtrain.teacher.estimators import UNBIASED, WITH_TAIL, Estimator, Split
 from kdtrain.teacher.topk import Merger, check_k, check_teacher_arguments, raise_if_bad, teacher_chunks
@@ -68,7 +69,7 @@ def sample_targets(
     head_t = stream.as_head(head_t)
     check_teacher_arguments(hidden_t, head_t, shard, group, slab_bytes)
     check_k("k", k, shard)
-    checks.check_temperature(temperature)
+    check_temperature(temperature)
     chosen = Estimator.of(estimator, k, tail_samples, top_p)
     _check_tokens(seed, {"sample_ids": sample_ids, "positions": positions, "labels": labels}, hidden_t)
     kernels = topk_kernels(backend, hidden_t.device, work_dtype(hidden_t), max(chosen.list_length, chosen.most_draws))

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 from kdtrain_kernels.blocks import Scratch
+from kdtrain_kernels.divergences import check_temperature
 from kdtrain_kernels.matmul import work_dtype
 from kdtrain_kernels.topk_dispatch import topk_kernels
 from kdtrain_kernels.topk_rows import NO_ID, NUMBERS, STATS, Merged, Selection, order_keys, split_keys
@@ -68,7 +69,7 @@ def linear_topk(
     if not temperatures:
         raise ValueError("temperatures = (), need at least one number > 0")
     for temperature in temperatures:
-        checks.check_temperature(temperature)
+        check_temperature(temperature)
     kernels = topk_kernels(backend, hidden_t.device, work_dtype(hidden_t), k)
     merger = Merger(k, tuple(map(float, temperatures)), False, shard, group, gather, kernels)
     parts: list[tuple[Tensor, Merged]] = []

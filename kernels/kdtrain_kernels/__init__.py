@@ -3,10 +3,10 @@
 import torch
 
 from kdtrain_kernels.dispatch import BACKENDS, row_kernels
-from kdtrain_kernels.divergences import PLUG_INS, DivergenceSpec, divergence_spec
+from kdtrain_kernels.divergences import DIVERGENCES, DivergenceSpec, divergence_spec
 from kdtrain_kernels.versions import torch_problem
 
-__all__ = ["BACKENDS", "PLUG_INS", "DivergenceSpec", "divergence_spec", "row_kernels"]
+__all__ = ["BACKENDS", "DIVERGENCES", "DivergenceSpec", "divergence_spec", "row_kernels"]
 
 
 def _require_torch(version: str) -> None:

@@ -67,14 +67,15 @@ class PairBlock:
     """Both models' logits of b rows, each shifted by its row's maximum and divided by the temperature.
 
     x, y [b, n]: student's and teacher's; log_sum_s, log_sum_t [b] float64: log sum exp of x and y over the whole
-    vocabulary. Every method fills a buffer of its own and returns it; the caller may overwrite it and call the method
-    again.
+    vocabulary, which has vocab_size tokens. Every method fills a buffer of its own and returns it; the caller may
+    overwrite it and call the method again.
     """
 
     x: Tensor
     y: Tensor
     log_sum_s: Tensor
     log_sum_t: Tensor
+    vocab_size: int
     scratch: Scratch
 
     def _column(self, values: Tensor) -> Tensor:

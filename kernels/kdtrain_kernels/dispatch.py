@@ -14,11 +14,23 @@ from types import ModuleType
 import torch
 
 from kdtrain_kernels import torch_rows
+from kdtrain_kernels.divergences import DIVERGENCES, DivergenceSpec
 
 BACKENDS = ("torch", "triton")
 """Names of modules with row_stats, pair_stats, merge_stats, merge_pair_stats, pair_round2, pair_value, pair_grad,
 row_grad, pair_measure and first_argmax, of the signatures and meaning of `torch_rows`."""
 
+TRITON_DIVERGENCES: dict[str, tuple[str, ...]] = {
+    "forward_kl": (),
+    "reverse_kl": (),
+    "jsd": ("teacher_share",),
+    "skew_kl": ("skew",),
+    "skew_reverse_kl": ("skew",),
+    "tvd": (),
+    "alpha_beta": ("ab_alpha", "ab_beta"),
+    "logit_mse": (),
+}
+"""Divergences that `triton.maths.terms` computes -> the parameters that it takes, two at most."""
 
 Probe = Callable[[torch.device], None]
 """Launches a kernel on a device; raises if that fails."""
@@ -83,6 +95,26 @@ def row_kernels(
     return torch_rows if backend == "torch" else importlib.import_module("kdtrain_kernels.triton.rows")
 
 
+def pair_kernels(backend: str, device: torch.device, work: torch.dtype, spec: DivergenceSpec) -> ModuleType:
+    """The row kernels of `row_kernels` that compute `spec`.
+
+    auto takes torch for a divergence that triton lacks and logs it once. Raises ValueError as `row_kernels` does, and
+    for an explicit triton without that divergence.
+    """
+    kernels = row_kernels(backend, device, work)
+    if kernels is torch_rows or spec.kernel in TRITON_DIVERGENCES:
+        return kernels
+    if backend == "auto":
+        _log_missing(spec.kernel)
+        return torch_rows
+    raise ValueError(f"backend = {backend!r} has no row kernels for divergence = {spec.kernel!r}; choose torch or auto")
+
+
+def divergences_of(backend: str) -> tuple[str, ...]:
+    """Divergences that a backend of BACKENDS computes."""
+    return tuple(DIVERGENCES) if backend == "torch" else tuple(TRITON_DIVERGENCES)
+
+
 def choice(device: torch.device, work: torch.dtype = torch.float32, probe: Probe = launch_one_row) -> tuple[str, str]:
     """(the backend of auto on `device`, the reason): triton for float32 on CUDA devices where a launch succeeds, else
     torch.
@@ -127,3 +159,9 @@ def _log_choice(device: torch.device, name: str, reason: str, is_float32: bool) 
     is_slow = device.type == "cuda" and name == "torch" and is_float32
     level = logging.WARNING if is_slow else logging.INFO
     logging.getLogger("kdtrain").log(level, "row kernels on %s: %s, because %s", device.type, name, reason)
+
+
+@functools.cache
+def _log_missing(divergence: str) -> None:
+    """Cached, so that it is logged once."""
+    logging.getLogger("kdtrain").info("row kernels: torch, because triton has none for divergence %s", divergence)

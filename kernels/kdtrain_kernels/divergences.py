@@ -1,20 +1,20 @@
-"""Divergences as plug-ins: value and slope q * d phi / d q on a block of rows.
+"""Divergences: value and slope q * d phi / d q on a block of rows, and what each of them is.
 
 With D = sum_v phi(p_v, q_v) and x = student logits / temperature,
 
     dD/dx_v = a_v - q_v Z,      a = q * d phi / d q,      Z = sum_u a_u           (docs/design/0004-streamed-loss.md)
 
 Adding c * q to `a` changes Z by c and leaves the gradient unchanged, so slopes are chosen to be exactly 0 where p = q.
-Everything is expressed in p, q and d = log p - log q, which stays accurate where p or q underflows. A plug-in is one
-function (spec, block) -> (value summed over the block's columns [b], a [b, n]) and one row in PLUG_INS. logit_mse uses
-the uniform distribution in place of q (`uniform_baseline`).
+Everything is expressed in p, q and d = log p - log q, which stays accurate where p or q underflows. A divergence is one
+function (spec, block) -> (value summed over the block's columns [b], a [b, n]) and one row in DIVERGENCES. logit_mse
+uses the uniform distribution in place of q (`uniform_baseline`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import torch
@@ -32,67 +32,114 @@ FAR = 80.0
 
 
 @dataclass(frozen=True, slots=True)
-class DivergenceSpec:
-    """A divergence and its parameters, of which only those it uses are read. Build it with `divergence_spec`.
+class Parameter:
+    """A parameter of a divergence.
 
-    kernel: a key of PLUG_INS. It differs from `name` where a parameter at an end of its range makes the divergence
-    a plain KL. vocab_size: real tokens of the whole vocabulary.
+    low, high: its range, whose ends belong to it as `ends` says ("[]", "[)", "(]" or "()"); why: added to the message
+    about a value outside. least_size: a value other than 0 is at least this large in size.
+    """
+
+    default: float
+    low: float = -math.inf
+    high: float = math.inf
+    ends: str = "()"
+    why: str = ""
+    least_size: float = 0.0
+
+    def rule(self, value: float) -> str:
+        """What `value` violates; empty if it is allowed."""
+        above = value >= self.low if self.ends[0] == "[" else value > self.low
+        below = value <= self.high if self.ends[1] == "]" else value < self.high
+        if not (above and below):
+            return f"must be in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}{self.why}"
+        if 0 < abs(value) < self.least_size:
+            return f"must be 0 or at least {self.least_size:g} in size"
+        return ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Divergence:
+    """What a divergence is: a row of DIVERGENCES.
+
+    terms: (spec, block) -> (value [b], slope [b, n]). parameters: by name, in the order of `rule` and `limits`. rule:
+    their values -> what they violate together, or empty. limits: values with which it is a plain KL -> that KL's name.
+    two_rounds: Z needs a second pass over the logits and a second exchange between ranks; False only where
+    `merge_pair_stats` knows Z. uniform_baseline: the gradient is a - Z / vocabulary instead of a - q Z. f_divergence:
+    D = sum q f(p / q) with convex f, so merging ids never increases it; without this a sparse record is refused.
+    infinite_at_zero: infinite where the teacher's probability is 0 and the student's is not.
+    """
+
+    terms: Callable[[DivergenceSpec, PairBlock], Terms]
+    parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    rule: Callable[..., str] | None = None
+    limits: Mapping[tuple[float, ...], str] = field(default_factory=dict)
+    two_rounds: bool = True
+    uniform_baseline: bool = False
+    f_divergence: bool = False
+    infinite_at_zero: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DivergenceSpec:
+    """A divergence with its parameters and its temperature: one value, hashable. Build it with `divergence_spec`.
+
+    name, kernel: keys of DIVERGENCES. `kernel` differs from `name` where a parameter at an end of its range makes the
+    divergence a plain KL. temperature: divides both models' logits. parameters: (name, value) of those it has.
     """
 
     name: str
     kernel: str
-    teacher_share: float
-    skew: float
-    ab_alpha: float
-    ab_beta: float
-    vocab_size: int
+    temperature: float
+    parameters: tuple[tuple[str, float], ...]
+
+    def __getitem__(self, parameter: str) -> float:
+        """The value of a parameter. Raises KeyError for one of another divergence."""
+        return dict(self.parameters)[parameter]
 
     @property
-    def two_rounds(self) -> bool:
-        """Whether Z needs a second pass over the logits (and a second exchange between ranks)."""
-        return self.kernel not in ("forward_kl", "reverse_kl")
+    def row(self) -> Divergence:
+        """What is computed: the row of `kernel`."""
+        return DIVERGENCES[self.kernel]
 
-    @property
-    def uniform_baseline(self) -> bool:
-        """Whether the gradient is a - Z / vocab_size instead of a - q Z."""
-        return self.kernel == "logit_mse"
+    def terms(self, block: PairBlock) -> Terms:
+        """(value summed over the block's columns [b], slope [b, n])."""
+        return self.row.terms(self, block)
 
     def from_sums(self, summed: Tensor, z: Tensor) -> Tensor:
-        """D [T] from the plug-in's values summed over the whole vocabulary, clamped at 0."""
-        if self.uniform_baseline:  # mean of squares minus square of the mean; z is -2 times the mean
+        """D [T] from the values of `terms` summed over the whole vocabulary, clamped at 0."""
+        if self.row.uniform_baseline:  # mean of squares minus square of the mean; z is -2 times the mean
             summed = summed - (z / 2).square()
         return summed.clamp(min=0.0)
 
 
-def divergence_spec(
-    name: str,
-    vocab_size: int,
-    *,
-    teacher_share: float = 0.5,
-    skew: float = 0.1,
-    ab_alpha: float = 0.5,
-    ab_beta: float = 0.5,
-) -> DivergenceSpec:
-    """The checked divergence. Raises ValueError naming the argument, its value and what is allowed."""
-    kernel = name
-    if name not in PLUG_INS:
-        _refuse("divergence", repr(name), f"is unknown; choose one of {', '.join(PLUG_INS)}")
-    if name == "jsd":
-        if not 0 <= teacher_share <= 1:
-            _refuse("teacher_share", teacher_share, "must be in [0, 1]")
-        kernel = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(teacher_share), name)
-    elif name in ("skew_kl", "skew_reverse_kl"):
-        if not 0 <= skew < 1:
-            _refuse("skew", skew, "must be in [0, 1): at 1 the divergence is 0 for every student")
-        kernel = name if skew else {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}[name]
-    elif name == "alpha_beta":
-        exponents = (ab_alpha, ab_beta)
-        if not (all(map(math.isfinite, exponents)) and ab_alpha + ab_beta > 0):
-            _refuse("ab_alpha, ab_beta", f"{ab_alpha}, {ab_beta}", "must be finite and their sum above 0")
-        if any(0 < abs(exponent) < LEAST_EXPONENT for exponent in exponents):
-            _refuse("ab_alpha, ab_beta", f"{ab_alpha}, {ab_beta}", f"must be 0 or at least {LEAST_EXPONENT} in size")
-        kernel = {(1.0, 0.0): "forward_kl", (0.0, 1.0): "reverse_kl"}.get((float(ab_alpha), float(ab_beta)), name)
-    return DivergenceSpec(name, kernel, teacher_share, skew, ab_alpha, ab_beta, vocab_size)
+def divergence_spec(name: str, *, temperature: float = 1.0, **parameters: float) -> DivergenceSpec:
+    """The checked divergence; parameters that are left out have their defaults.
+
+    Raises ValueError naming the argument, its value and what is allowed.
+    """
+    if name not in DIVERGENCES:
+        _refuse("divergence", repr(name), f"is unknown; choose one of {', '.join(DIVERGENCES)}")
+    check_temperature(temperature)
+    row = DIVERGENCES[name]
+    for parameter, value in parameters.items():
+        if parameter not in row.parameters:
+            owners = [owner for owner, other in DIVERGENCES.items() if parameter in other.parameters]
+            whose = f"belongs to {' and '.join(owners)}" if owners else "is unknown"
+            _refuse(parameter, value, f"{whose}; leave it out for {name}")
+    values = {parameter: float(parameters.get(parameter, of.default)) for parameter, of in row.parameters.items()}
+    for parameter, of in row.parameters.items():
+        if rule := of.rule(values[parameter]):
+            _refuse(parameter, values[parameter], rule)
+    if row.rule is not None and (rule := row.rule(*values.values())):
+        _refuse(", ".join(values), ", ".join(map(str, values.values())), rule)
+    kernel = row.limits.get(tuple(values.values()), name)
+    return DivergenceSpec(name, kernel, float(temperature), tuple(values.items()))
+
+
+def check_temperature(temperature: float) -> None:
+    """Require a number whose square and inverse square are representable in float32; raises ValueError."""
+    if isinstance(temperature, bool) or not 1e-9 <= temperature <= 1e9:
+        raise ValueError(f"temperature = {temperature}, need a finite number > 0 (in [1e-9, 1e9])")
 
 
 def _refuse(argument: str, value: object, rule: str) -> NoReturn:
@@ -128,7 +175,7 @@ def _log_mean_pair(d: Tensor, share: float, out: Tensor) -> Terms:
 
 
 def _jsd(spec: DivergenceSpec, block: PairBlock) -> Terms:
-    b = spec.teacher_share
+    b = spec["teacher_share"]
     p_over_m, q_over_m = _log_mean_pair(block.log_ratio(), b, block.spare())
     value = p_over_m.mul_(block.p()).sum(1) / (1 - b)
     slope = q_over_m.mul_(block.q()).div_(b)
@@ -136,19 +183,19 @@ def _jsd(spec: DivergenceSpec, block: PairBlock) -> Terms:
 
 
 def _skew_kl(spec: DivergenceSpec, block: PairBlock) -> Terms:
-    p_over_m, _ = _log_mean_pair(block.log_ratio(), spec.skew, block.spare())
+    p_over_m, _ = _log_mean_pair(block.log_ratio(), spec["skew"], block.spare())
     value = torch.mul(p_over_m, block.p(), out=block.spare(1)).sum(1)
     # -(1 - skew) p q / m + (1 - skew) q
-    return value, p_over_m.expm1_().mul_(block.q()).mul_(spec.skew - 1)
+    return value, p_over_m.expm1_().mul_(block.q()).mul_(spec["skew"] - 1)
 
 
 def _skew_reverse_kl(spec: DivergenceSpec, block: PairBlock) -> Terms:
-    _, q_over_m = _log_mean_pair(block.log_ratio(), 1 - spec.skew, block.spare())
+    _, q_over_m = _log_mean_pair(block.log_ratio(), 1 - spec["skew"], block.spare())
     q = block.q()
     value = torch.mul(q, q_over_m, out=block.spare(1)).sum(1)
     # q (log(q / m) + 1 - skew q / m) - (1 - skew) q
     excess = torch.expm1(q_over_m, out=block.spare(1))
-    return value, q_over_m.sub_(excess, alpha=spec.skew).mul_(q)
+    return value, q_over_m.sub_(excess, alpha=spec["skew"]).mul_(q)
 
 
 def _tvd(spec: DivergenceSpec, block: PairBlock) -> Terms:
@@ -160,7 +207,7 @@ def _tvd(spec: DivergenceSpec, block: PairBlock) -> Terms:
 
 def _alpha_beta(spec: DivergenceSpec, block: PairBlock) -> Terms:
     """phi = (T(a + b) - T(a)) / b with T(k) = q^(a+b) (e^(k d) - 1) / k, and q phi' = -T(a); limits at 0 included."""
-    a, b = spec.ab_alpha, spec.ab_beta
+    a, b = spec["ab_alpha"], spec["ab_beta"]
     mixed = _power_gap(block, a + b, a)
     if b != 0:
         value = (_power_gap(block, a + b, a + b) - mixed).sum(1) / b
@@ -181,18 +228,37 @@ def _power_gap(block: PairBlock, power: float, k: float) -> Tensor:
 
 def _logit_mse(spec: DivergenceSpec, block: PairBlock) -> Terms:
     d = block.log_ratio()
-    value = torch.mul(d, d, out=block.spare()).sum(1) / spec.vocab_size
-    return value, d.mul_(-2.0 / spec.vocab_size)
+    value = torch.mul(d, d, out=block.spare()).sum(1) / block.vocab_size
+    return value, d.mul_(-2.0 / block.vocab_size)
 
 
-PLUG_INS: dict[str, Callable[[DivergenceSpec, PairBlock], Terms]] = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
-    "jsd": _jsd,
-    "skew_kl": _skew_kl,
-    "skew_reverse_kl": _skew_reverse_kl,
-    "tvd": _tvd,
-    "alpha_beta": _alpha_beta,
-    "logit_mse": _logit_mse,
+def _exponents_rule(alpha: float, beta: float) -> str:
+    return "" if alpha + beta > 0 else "must be finite and their sum above 0"
+
+
+_SKEW = Parameter(0.1, 0, 1, "[)", why=": at 1 the divergence is 0 for every student")
+_EXPONENT = Parameter(0.5, least_size=LEAST_EXPONENT)
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": Divergence(terms=_forward_kl, two_rounds=False, f_divergence=True),
+    "reverse_kl": Divergence(terms=_reverse_kl, two_rounds=False, f_divergence=True, infinite_at_zero=True),
+    "jsd": Divergence(
+        terms=_jsd,
+        parameters={"teacher_share": Parameter(0.5, 0, 1, "[]")},
+        limits={(0.0,): "forward_kl", (1.0,): "reverse_kl"},
+        f_divergence=True,
+    ),
+    "skew_kl": Divergence(terms=_skew_kl, parameters={"skew": _SKEW}, limits={(0.0,): "forward_kl"}, f_divergence=True),
+    "skew_reverse_kl": Divergence(
+        terms=_skew_reverse_kl, parameters={"skew": _SKEW}, limits={(0.0,): "reverse_kl"}, f_divergence=True
+    ),
+    "tvd": Divergence(terms=_tvd, f_divergence=True),
+    "alpha_beta": Divergence(
+        terms=_alpha_beta,
+        parameters={"ab_alpha": _EXPONENT, "ab_beta": _EXPONENT},
+        rule=_exponents_rule,
+        limits={(1.0, 0.0): "forward_kl", (0.0, 1.0): "reverse_kl"},
+    ),
+    "logit_mse": Divergence(terms=_logit_mse, uniform_baseline=True),
 }
-"""Name -> (spec, block) -> (value [b], slope [b, n])."""
+"""Name in the configuration -> what it is."""

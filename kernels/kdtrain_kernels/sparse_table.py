@@ -2,7 +2,7 @@
 
 The student's probability outside the ids is one entry more, the bucket. With x = logits / temperature, x_k at the ids
 and X = log sum exp of x outside them, the student's distribution on the table is softmax(x_1 .. x_K, X), so a
-divergence's value and slopes on the table follow from the plug-ins of `divergences`, and the gradient at a column
+divergence's value and slopes on the table follow from `DivergenceSpec.terms`, and the gradient at a column
 outside the ids is the bucket's times exp(x_v - X). Derivation: docs/design/0007-sparse-loss.md.
 
 C rows of a chunk. Everything is computed in float64 on C x (K + 1) numbers, a few rows at a time; nothing communicates.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdtrain_kernels.blocks import FLOOR, PairBlock, Scratch, row_blocks
-from kdtrain_kernels.divergences import PLUG_INS, DivergenceSpec
+from kdtrain_kernels.divergences import DivergenceSpec
 from kdtrain_kernels.torch_rows import ROW_STATS, LogitMap, RowTotals, RowWeights, merge_stats
 
 
@@ -67,7 +67,7 @@ class SparseTerms:
     tail: Tensor
 
 
-def sparse_terms(totals: SparseTotals, rows: SparseRows, temperature: float, *, spec: DivergenceSpec) -> SparseTerms:
+def sparse_terms(totals: SparseTotals, rows: SparseRows, spec: DivergenceSpec) -> SparseTerms:
     """The divergence of a chunk on its table.
 
     A row without any weight and without a tail has value 0 and slopes 0.
@@ -77,8 +77,8 @@ def sparse_terms(totals: SparseTotals, rows: SparseRows, temperature: float, *, 
     slopes = torch.empty(num_rows, width + 1, dtype=torch.float64, device=totals.logits.device)
     scratch = Scratch.of(slopes)
     for part in row_blocks(slopes, scratch):
-        block = _table(totals, rows, part, temperature, scratch)
-        summed, slope = PLUG_INS[spec.kernel](spec, block)
+        block = _table(totals, rows, part, spec.temperature, scratch)
+        summed, slope = spec.terms(block)
         slopes[part] = slope.addcmul_(block.q(), slope.sum(1, keepdim=True), value=-1)
         if rows.entropy is not None:
             summed = -block.log_q().mul_(block.p()).sum(1) - rows.entropy[part].double()
@@ -107,7 +107,7 @@ def _table(totals: SparseTotals, rows: SparseRows, part: slice, temperature: flo
     x.clamp_(min=FLOOR)
     y.clamp_(min=FLOOR)
     log_sum_t = y.logsumexp(1) if rows.conditional else torch.zeros_like(peak)
-    return PairBlock(x, y, x.logsumexp(1), log_sum_t, scratch)
+    return PairBlock(x, y, x.logsumexp(1), log_sum_t, x.shape[1], scratch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kdtrain_kernels.blocks import FLOOR, PairBlock, Scratch, finite, front_of_rows, row_blocks, shifted
-from kdtrain_kernels.divergences import PLUG_INS, DivergenceSpec
+from kdtrain_kernels.divergences import DivergenceSpec
 
 ROW_STATS = 4
 """Columns of `row_stats`: max, sum exp((s - max) / temperature), sum exp(s - max), the label's logit."""
@@ -72,14 +72,13 @@ def row_stats(slab: Tensor, labels: Tensor, temperature: float, scratch: Scratch
     return stats
 
 
-def pair_stats(
-    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
-) -> Tensor:
+def pair_stats(student: Tensor, teacher: Tensor, labels: Tensor, *, spec: DivergenceSpec, scratch: Scratch) -> Tensor:
     """[C, PAIR_STATS] float64: row_stats of both models, and for reverse_kl the sums that give Z after one round:
 
     sum e^x (x - y), with x and y shifted by this rank's maxima and divided by the temperature; and sum e^x where y is
     FLOOR, because such y stay FLOOR after the shift to the maximum over all ranks.
     """
+    temperature = spec.temperature
     of_s = row_stats(student, labels, temperature, scratch)
     of_t = row_stats(teacher, labels, temperature, scratch)
     coupling = of_s.new_zeros(len(student), 2)
@@ -128,24 +127,29 @@ def merge_stats(gathered: Tensor, temperature: float) -> RowTotals:
 
 @dataclass(frozen=True, slots=True)
 class PairTotals:
-    """Both models' totals of a chunk; z [C] float64: Z of the divergence, final once it is known."""
+    """Both models' totals of a chunk over a vocabulary of vocab_size tokens.
+
+    z [C] float64: Z of the divergence, final once it is known.
+    """
 
     student: RowTotals
     teacher: RowTotals
     z: Tensor
+    vocab_size: int
 
 
-def merge_pair_stats(gathered: Tensor, temperature: float, spec: DivergenceSpec) -> PairTotals:
-    """[ranks, C, PAIR_STATS] -> totals.
+def merge_pair_stats(gathered: Tensor, spec: DivergenceSpec, vocab_size: int) -> PairTotals:
+    """[ranks, C, PAIR_STATS] -> totals. vocab_size: real tokens of the whole vocabulary.
 
     z is final for one-round divergences, 0 for two-round ones until their second round.
     """
+    temperature = spec.temperature
     student = merge_stats(gathered[:, :, :ROW_STATS], temperature)
     teacher = merge_stats(gathered[:, :, ROW_STATS : 2 * ROW_STATS], temperature)
     if spec.kernel == "forward_kl":
-        return PairTotals(student, teacher, torch.full_like(student.peak, -1.0))
+        return PairTotals(student, teacher, torch.full_like(student.peak, -1.0), vocab_size)
     if spec.kernel != "reverse_kl":
-        return PairTotals(student, teacher, torch.zeros_like(student.peak))
+        return PairTotals(student, teacher, torch.zeros_like(student.peak), vocab_size)
     # Each rank computed x - y relative to its own maxima; convert its sum to the global maxima.
     _, behind = _behind(gathered)
     offset_s = finite(gathered[:, :, 0]) - student.peak
@@ -153,7 +157,7 @@ def merge_pair_stats(gathered: Tensor, temperature: float, spec: DivergenceSpec)
     mass, floored = gathered[:, :, 1], gathered[:, :, -1]
     part = gathered[:, :, -2] + (mass * (offset_s - offset_t) + floored * offset_t) / temperature
     mean_gap = (part * (behind / temperature).exp()).sum(0) / student.log_sum.exp()
-    return PairTotals(student, teacher, mean_gap + teacher.log_sum - student.log_sum)
+    return PairTotals(student, teacher, mean_gap + teacher.log_sum - student.log_sum, vocab_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +199,7 @@ def row_grad(
 
 
 def pair_round2(
-    student: Tensor, teacher: Tensor, totals: PairTotals, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
+    student: Tensor, teacher: Tensor, totals: PairTotals, *, spec: DivergenceSpec, scratch: Scratch
 ) -> Tensor:
     """[C, 2] float64: this rank's partial sums of Z and of D, for divergences that need the normalisers first.
 
@@ -203,8 +207,8 @@ def pair_round2(
     """
     parts = torch.zeros(len(student), 2, dtype=torch.float64, device=student.device)
     for rows in row_blocks(student, scratch):
-        block = _pair_block(student, teacher, rows, totals, temperature, scratch)
-        value, slope = PLUG_INS[spec.kernel](spec, block)
+        block = _pair_block(student, teacher, rows, totals, spec.temperature, scratch)
+        value, slope = spec.terms(block)
         teacher[rows].copy_(slope)
         parts[rows, 0] = slope.sum(1).double()
         parts[rows, 1] = value.double()
@@ -212,13 +216,13 @@ def pair_round2(
 
 
 def pair_value(
-    student: Tensor, teacher: Tensor, totals: PairTotals, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
+    student: Tensor, teacher: Tensor, totals: PairTotals, *, spec: DivergenceSpec, scratch: Scratch
 ) -> Tensor:
     """[C] float64: this rank's partial sum of D, for one-round divergences when no gradient is needed."""
     value = torch.zeros(len(student), dtype=torch.float64, device=student.device)
     for rows in row_blocks(student, scratch):
-        block = _pair_block(student, teacher, rows, totals, temperature, scratch)
-        value[rows] = PLUG_INS[spec.kernel](spec, block)[0].double()
+        block = _pair_block(student, teacher, rows, totals, spec.temperature, scratch)
+        value[rows] = spec.terms(block)[0].double()
     return value
 
 
@@ -227,20 +231,20 @@ def pair_grad(
     teacher: Tensor,
     totals: PairTotals,
     weights: RowWeights,
-    temperature: float,
     *,
     spec: DivergenceSpec,
     logit_map: LogitMap,
     scratch: Scratch,
     operand_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """(D's part, d loss / d product) for loss = sum kd * temperature^2 * D + ce * CE + z * lse^2; overwrites both
+    """(D's part, d loss / d product) for loss = sum kd * spec.temperature^2 * D + ce * CE + z * lse^2; overwrites both
     slabs.
 
     D's part [C] float64 for one-round divergences, 0 for the others (`pair_round2` returns it). The gradient [C, n]
     lies in the student's slab as `row_grad`'s does; the terms without kd are computed as there and the divergence is
     added, so that kd weight 0 gives the same bits, even where the divergence is not finite.
     """
+    temperature, row = spec.temperature, spec.row
     operand = front_of_rows(student, operand_dtype)
     value = torch.zeros(len(student), dtype=torch.float64, device=student.device)
     # dx/ds = 1 / temperature and the loss carries temperature^2: one temperature remains
@@ -249,18 +253,18 @@ def pair_grad(
     any_unused = unused.device.type != "cpu" or bool(unused.any())  # reading the condition would synchronise a device
     for rows in row_blocks(student, scratch):
         s, t = student[rows], teacher[rows]
-        if spec.two_rounds:
+        if row.two_rounds:
             slope, q = t, None
-            if not spec.uniform_baseline:
+            if not row.uniform_baseline:
                 q = _probabilities(s, totals.student, rows, temperature, scratch)
         else:
             block = _pair_block(student, teacher, rows, totals, temperature, scratch)
-            part, slope = PLUG_INS[spec.kernel](spec, block)
+            part, slope = spec.terms(block)
             value[rows] = part.double()
             q = block.q()
         z = totals.z[rows].to(s.dtype)[:, None]
         if q is None:
-            slope.sub_(z / spec.vocab_size)
+            slope.sub_(z / totals.vocab_size)
         else:
             slope.addcmul_(q, z, value=-1)
         if any_unused:
@@ -322,6 +326,7 @@ def _pair_block(
         shifted(teacher[rows], t.peak[rows], temperature, scratch.take(1, num_rows)),
         (s.log_sum_1 if at_one else s.log_sum)[rows],
         (t.log_sum_1 if at_one else t.log_sum)[rows],
+        totals.vocab_size,
         scratch,
     )
 

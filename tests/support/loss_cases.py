@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from kdtrain_kernels.divergences import DIVERGENCES, divergence_spec
 from torch import Tensor
 
 from kdtrain.distributed.collectives import Group, group_rank, group_size
@@ -16,11 +17,27 @@ GARBAGE = 1e3
 """Value of a head's padding rows in a case; it must not affect results."""
 
 
+VARIANTS: list[tuple[str, dict[str, float]]] = [(name, {}) for name in reference.DIVERGENCES] + [
+    ("jsd", {"teacher_share": 0.9}),
+    ("jsd", {"teacher_share": 0.0}),
+    ("jsd", {"teacher_share": 1.0}),
+    ("skew_kl", {"skew": 0.0}),
+    ("skew_kl", {"skew": 0.7}),
+    ("skew_reverse_kl", {"skew": 0.7}),
+    ("alpha_beta", {"ab_alpha": 1.0, "ab_beta": 0.0}),
+    ("alpha_beta", {"ab_alpha": 0.0, "ab_beta": 0.8}),
+    ("alpha_beta", {"ab_alpha": 0.7, "ab_beta": 0.0}),
+    ("alpha_beta", {"ab_alpha": -0.3, "ab_beta": 1.2}),
+]
+"""Divergences with parameters: all of them with their defaults, and more values of those that have parameters."""
+VARIANT_IDS = [name + "".join(f"-{k}={v}" for k, v in parameters.items()) for name, parameters in VARIANTS]
+
+
 @dataclass(frozen=True, slots=True)
 class LossCase:
     """Both models' hidden states and whole heads (no padding rows), labels, weights and settings of the loss.
 
-    parameters: temperature, teacher_share, skew, ab_alpha, ab_beta where they are not the defaults.
+    parameters: temperature and the divergence's own, where they are not the defaults.
     """
 
     hidden_s: Tensor
@@ -139,6 +156,17 @@ def cut_head(head: HeadShard, shard: VocabShard) -> HeadShard:
     return replace(head, weight=weight, bias=cut(head.bias))
 
 
+def divergence_arguments(case: LossCase) -> dict[str, Any]:
+    """The case's divergence and parameters as arguments of the public losses: keywords, or a spec for parameters that
+    are no keywords of theirs."""
+    keywords, known = linear_kd_loss.__kwdefaults__ or {}, DIVERGENCES[case.divergence].parameters
+    if all(name in keywords for name in case.parameters):
+        return {"divergence": case.divergence, **case.parameters}
+    others = {name: value for name, value in case.parameters.items() if name not in ("temperature", *known)}
+    own = {name: value for name, value in case.parameters.items() if name not in others}
+    return {"divergence": divergence_spec(case.divergence, **own), **others}
+
+
 def loss_of(case: LossCase, **changes: Any) -> LossParts:
     """`linear_kd_loss` on a whole case, with some arguments replaced or added. Communicates what the loss does."""
     arguments: dict[str, Any] = {
@@ -147,11 +175,10 @@ def loss_of(case: LossCase, **changes: Any) -> LossParts:
         "hidden_t": case.hidden_t,
         "head_t": case.head_t,
         "labels": case.labels,
-        "divergence": case.divergence,
         "kd_weight": case.kd_weight,
         "ce_weight": case.ce_weight,
         "shard": VocabShard.of(case.vocab_size, multiple=1),
-        **case.parameters,
+        **divergence_arguments(case),
         **changes,
     }
     return linear_kd_loss(**arguments)

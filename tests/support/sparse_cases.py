@@ -11,7 +11,15 @@ from torch import Tensor
 from kdtrain.distributed.collectives import Group, group_rank, group_size
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import SparseTarget, linear_sparse_kd_loss, merge_duplicates, reference, sparse_reference, stream
-from tests.support.loss_cases import Answer, LossCase, answer_of, cut_head, random_case, student_leaves
+from tests.support.loss_cases import (
+    Answer,
+    LossCase,
+    answer_of,
+    cut_head,
+    divergence_arguments,
+    random_case,
+    student_leaves,
+)
 
 SCHEMES = ("top_k_tail", "top_k", "truncated", "sampled", "conditional")
 """How a record is made: exact probabilities and the tail; renormalised without it; as they are without it; multinomial
@@ -99,14 +107,11 @@ def streamed_sparse_answer(
         head,
         case.target,
         base.labels,
-        divergence=base.divergence,
         kd_weight=base.kd_weight,
         ce_weight=base.ce_weight,
         shard=shard,
         group=group,
         slab_bytes=stream.bytes_per_token(shard, group, hidden.dtype) * chunk,
-        **base.parameters,
-        **case.settings,
-        **extra,
+        **{**divergence_arguments(base), **case.settings, **extra},
     )
     return answer_of(parts.loss, hidden, head, shard, parts), shard

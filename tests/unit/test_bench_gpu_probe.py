@@ -122,7 +122,7 @@ def test_gradients_rounded_in_place_match_rounding_afterwards(probe, monkeypatch
     inplace = import_module("gpu_inplace")
     rows = run(probe, monkeypatch, tmp_path, "inplace")
     assert set(verdicts(rows).values()) == {"ok"}
-    assert {row["name"].split()[1] for row in rows} == {"cross_entropy", "sparse", *inplace.PLUG_INS}
+    assert {row["name"].split()[1] for row in rows} == {"cross_entropy", "sparse", *inplace.TRITON_DIVERGENCES}
     columns = [n for _, n in inplace.SIZES]
     assert {row["shape"].split()[1] for row in rows} == {f"n={n}" for n in columns}
     assert {1, 262144} <= set(columns)

@@ -1,17 +1,14 @@
 """Checks of a configuration's values: one case per message, and what passes."""
 
 import importlib
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from kdtrain.config import checks
 from kdtrain.config.checks import value_problems
-from kdtrain.config.checks.objective import DIVERGENCE_SETTINGS
 from kdtrain.config.load import Loaded
 from kdtrain.config.problems import format_problems
-from kdtrain.config.schema import DistillObjective
 from kdtrain.errors import EXIT_CONFIG, ConfigError
 from tests.support import config_cases_layout, config_cases_models, config_cases_training
 from tests.support.config_cases import ProblemLines, dedicated, distill, runnable
@@ -103,7 +100,3 @@ def test_check_raises_one_error_with_values_and_paths_and_exit_code_2(tmp_path):
     assert text.startswith("3 problems in this run's configuration\n\n  optim.lr = -1.0    [command line]\n")
     assert "data.train = nowhere    [default]" in text
     assert "teacher.weights = t    [default]" in text
-
-
-def test_settings_of_single_divergences_are_fields_of_distill():
-    assert set(DIVERGENCE_SETTINGS) <= {field.name for field in fields(DistillObjective)}

@@ -4,7 +4,8 @@ import ast
 from pathlib import Path
 
 from kdtrain.config.keys import all_keys
-from kdtrain.config.schema import RunConfig
+from kdtrain.config.schema import DistillObjective, RunConfig
+from kdtrain.config.schema.objective import parameters
 from kdtrain.engine.settings import EngineSettings
 from kdtrain.planning.estimate import MemoryInputs
 
@@ -24,6 +25,10 @@ READ_ELSEWHERE = {
     "teacher.tp": "kdtrain.config.ranks.teacher_tp, which training calls, reads it",
 }
 """Settings that no module outside kdtrain.config reads, and why that misleads no user."""
+
+READ_BY_NAME = {f"objective.distill.{name}" for name in parameters(DistillObjective)}
+"""Parameters of divergences: kdtrain.objectives.distill.divergence_of reads those that the kernels' table names, and
+tests/unit/test_losses_divergences.py shows that these are all and that each has an effect."""
 
 
 class Reads:
@@ -77,7 +82,7 @@ def test_every_setting_is_read_outside_config():
     assert len(files) > 40
     read = set().union(*(keys_read(path.read_text(encoding="utf-8")) for path in files))
     unread = {name for name, key in KEYS.items() if not key.section} - read
-    assert unread == set(READ_ELSEWHERE)
+    assert unread == set(READ_ELSEWHERE) | READ_BY_NAME
 
 
 def test_settings_are_read_where_the_exceptions_say():

@@ -21,7 +21,7 @@ BAD = {
     ),
     "alpha-beta exponent": (
         {"divergence": "alpha_beta", "ab_alpha": 1.0, "ab_beta": 1e-3},
-        r"ab_alpha, ab_beta = 1.0, 0.001 must be 0 or at least 0.01 in size",
+        r"ab_beta = 0.001 must be 0 or at least 0.01 in size",
     ),
     "temperature flag": ({"temperature": True}, r"temperature = True, need a finite number > 0"),
     "temperature huge": ({"temperature": 1e200}, r"temperature = 1e\+200, need a finite number > 0"),

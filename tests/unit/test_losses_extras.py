@@ -145,12 +145,12 @@ def test_gradient_rounded_in_place_equals_the_rounded_gradient(columns, kernel):
             stats = ROWS.row_stats(student, labels, 1.0, scratch)
             operand = ROWS.row_grad(student, ROWS.merge_stats(stats[None], 1.0), weights, **settings)
         else:
-            spec = divergence_spec(kernel, max(columns, 1))
-            stats = ROWS.pair_stats(student, teacher, labels, 2.0, spec=spec, scratch=scratch)
-            totals = ROWS.merge_pair_stats(stats[None], 2.0, spec)
-            if spec.two_rounds:
-                ROWS.pair_round2(student, teacher, totals, 2.0, spec=spec, scratch=scratch)
-            _, operand = ROWS.pair_grad(student, teacher, totals, weights, 2.0, spec=spec, **settings)
+            spec = divergence_spec(kernel, temperature=2.0)
+            stats = ROWS.pair_stats(student, teacher, labels, spec=spec, scratch=scratch)
+            totals = ROWS.merge_pair_stats(stats[None], spec, max(columns, 1))
+            if spec.row.two_rounds:
+                ROWS.pair_round2(student, teacher, totals, spec=spec, scratch=scratch)
+            _, operand = ROWS.pair_grad(student, teacher, totals, weights, spec=spec, **settings)
         assert operand.dtype == dtype
         assert operand.shape == (9, columns)
         answers.append(operand.clone())

@@ -14,11 +14,19 @@ import torch
 import torch.distributed as dist
 from kdtrain_kernels import blocks, divergence_spec, row_kernels, torch_rows
 from kdtrain_kernels.blocks import Scratch, front_of_rows
+from kdtrain_kernels.dispatch import TRITON_DIVERGENCES
 from kdtrain_kernels.torch_rows import LogitMap, RowWeights, merge_pair_stats
 
-from kdtrain.losses import linear_cross_entropy, reference, stream
+from kdtrain.losses import linear_cross_entropy, stream
 from kdtrain.testing.ranks import RankPool
-from tests.support.loss_cases import naive_answer, random_case, reference_fields, relative_error, streamed_answer
+from tests.support.loss_cases import (
+    VARIANTS,
+    naive_answer,
+    random_case,
+    reference_fields,
+    relative_error,
+    streamed_answer,
+)
 from tests.support.row_cases import (
     assert_rows_close,
     labels_of,
@@ -33,16 +41,13 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
 ]
 
-VARIANTS = [(name, {}) for name in reference.DIVERGENCES] + [
-    ("jsd", {"teacher_share": 0.9}),
-    ("skew_kl", {"skew": 0.7}),
-    ("skew_reverse_kl", {"skew": 0.7}),
-    ("alpha_beta", {"ab_alpha": 0.0, "ab_beta": 0.8}),
-    ("alpha_beta", {"ab_alpha": 0.7, "ab_beta": 0.0}),
-    ("alpha_beta", {"ab_alpha": -0.3, "ab_beta": 1.2}),
+TRITON_VARIANTS = [
+    (name, given) for name, given in VARIANTS if divergence_spec(name, **given).kernel == name in TRITON_DIVERGENCES
 ]
 MAPS = [LogitMap(), LogitMap(0.8, 9.0), LogitMap(1.5, None)]
 COLUMNS = (0, 1, 101, 200)
+VOCABULARY = 300
+"""Tokens of the whole vocabulary, of which a slab has some."""
 BLOCK = 128
 
 
@@ -61,32 +66,31 @@ def _triton_rows():
     return rows
 
 
-def _totals(twin, student, teacher, labels, temperature, spec):
+def _totals(twin, student, teacher, labels, spec):
     """The totals over all ranks, computed by `twin`."""
     scratch = Scratch.of(student)
-    stats = twin.pair_stats(student, teacher, labels, temperature, spec=spec, scratch=scratch)
-    totals = merge_pair_stats(stats[None], temperature, spec)
-    if spec.two_rounds:
-        parts = twin.pair_round2(student, slab_of(teacher), totals, temperature, spec=spec, scratch=scratch)
+    stats = twin.pair_stats(student, teacher, labels, spec=spec, scratch=scratch)
+    totals = merge_pair_stats(stats[None], spec, VOCABULARY)
+    if spec.row.two_rounds:
+        parts = twin.pair_round2(student, slab_of(teacher), totals, spec=spec, scratch=scratch)
         totals = replace(totals, z=parts[:, 0])
     return totals
 
 
-def _compare_pair(rows, spec, columns, temperature, logit_map, masked):
+def _compare_pair(rows, spec, columns, logit_map, masked):
     student, teacher = logits_of(columns, masked=masked, cap=logit_map.softcap)
     labels = labels_of(columns)
     settings = {"spec": spec, "scratch": Scratch.of(slab_of(student))}
-    totals = _totals(torch_rows, slab_of(student), slab_of(teacher), labels, temperature, spec)
+    totals = _totals(torch_rows, slab_of(student), slab_of(teacher), labels, spec)
     answers = []
     for twin in (torch_rows, rows):
         slabs = slab_of(student), slab_of(teacher)
-        first = twin.pair_round2 if spec.two_rounds else twin.pair_value
-        parts = first(*slabs, totals, temperature, **settings)
+        first = twin.pair_round2 if spec.row.two_rounds else twin.pair_value
+        parts = first(*slabs, totals, **settings)
         value, operand = twin.pair_grad(
             *slabs,
             totals,
             weights_of(labels),
-            temperature,
             **settings,
             logit_map=logit_map,
             operand_dtype=torch.float32,
@@ -100,20 +104,20 @@ def _compare_pair(rows, spec, columns, temperature, logit_map, masked):
 def _check_divergences(rank, world_size):
     rows = _triton_rows()
     done = 0
-    for index, (name, parameters) in enumerate(VARIANTS):
+    for index, (name, parameters) in enumerate(TRITON_VARIANTS):
         if index % world_size != rank:
             continue
-        spec = divergence_spec(name, 300, **parameters)
-        _compare_pair(rows, spec, 200, 1.0, MAPS[0], True)
-        _compare_pair(rows, spec, 101, 2.0, MAPS[1], False)
-        _compare_pair(rows, spec, 20, 0.7, MAPS[2], True)
-        _compare_pair(rows, spec, index % 2, 1.0, MAPS[0], False)
+        at = {t: divergence_spec(name, temperature=t, **parameters) for t in (0.7, 1.0, 2.0)}
+        _compare_pair(rows, at[1.0], 200, MAPS[0], True)
+        _compare_pair(rows, at[2.0], 101, MAPS[1], False)
+        _compare_pair(rows, at[0.7], 20, MAPS[2], True)
+        _compare_pair(rows, at[1.0], index % 2, MAPS[0], False)
         done += 1
     return done
 
 
 def test_sums_and_gradients_of_every_divergence_match_torch_rows(interpreters):
-    assert sum(interpreters.run(_check_divergences)) == len(VARIANTS)
+    assert sum(interpreters.run(_check_divergences)) == len(TRITON_VARIANTS)
 
 
 def _check_stats(rank, world_size):
@@ -123,8 +127,8 @@ def _check_stats(rank, world_size):
             student, teacher = map(slab_of, logits_of(columns, masked=masked))
             if columns > 1:
                 student[4] = -torch.inf  # a row without any unmasked column on this rank
-            settings = {"spec": divergence_spec(name, 300), "scratch": Scratch.of(student)}
-            args = student, teacher, labels_of(columns), temperature
+            settings = {"spec": divergence_spec(name, temperature=temperature), "scratch": Scratch.of(student)}
+            args = student, teacher, labels_of(columns)
             got, expected = rows.pair_stats(*args, **settings), torch_rows.pair_stats(*args, **settings)
             for column in range(torch_rows.PAIR_STATS):
                 assert_rows_close(got[:, column : column + 1], expected[:, column : column + 1])
@@ -145,8 +149,8 @@ def _check_measure(rank, world_size):
     rows = _triton_rows()
     for columns, temperature in [(101, 1.0), (101, 2.0), (1, 2.0), (0, 1.0)][rank::world_size]:
         student, teacher = map(slab_of, logits_of(columns, masked=True))
-        spec = divergence_spec("forward_kl", 300)
-        totals = _totals(torch_rows, student, teacher, labels_of(columns), temperature, spec)
+        spec = divergence_spec("forward_kl", temperature=temperature)
+        totals = _totals(torch_rows, student, teacher, labels_of(columns), spec)
         answers = [
             twin.pair_measure(student, teacher, totals, temperature, scratch=Scratch.of(student))
             for twin in (rows, torch_rows)
@@ -193,8 +197,8 @@ def _check_bfloat16_pair(rank, world_size):
     rows = _triton_rows()
     for name, temperature in [("forward_kl", 1.0), ("reverse_kl", 2.0), ("jsd", 2.0), ("logit_mse", 1.0)]:
         student, teacher = logits_of(200)
-        spec, labels = divergence_spec(name, 200), labels_of(200)
-        totals = _totals(torch_rows, slab_of(student), slab_of(teacher), labels, temperature, spec)
+        spec, labels = divergence_spec(name, temperature=temperature), labels_of(200)
+        totals = _totals(torch_rows, slab_of(student), slab_of(teacher), labels, spec)
         slabs = [slab_of(student), slab_of(student)]
         whole, rounded = (
             rows.pair_grad(
@@ -202,7 +206,6 @@ def _check_bfloat16_pair(rank, world_size):
                 slab_of(teacher),
                 totals,
                 weights_of(labels),
-                temperature,
                 spec=spec,
                 logit_map=MAPS[0],
                 scratch=Scratch.of(slab),
@@ -223,21 +226,21 @@ def test_bfloat16_gradient_is_the_float32_one_rounded_in_place(interpreters):
 def _check_laws(rank, world_size):
     """kd weight 0 with NaN totals gives the bits of cross-entropy; equal models give exactly 0."""
     rows = _triton_rows()
-    for name in list(reference.DIVERGENCES)[rank::world_size]:
-        spec, labels = divergence_spec(name, 101), labels_of(101)
+    for name in list(TRITON_DIVERGENCES)[rank::world_size]:
+        spec, labels = divergence_spec(name, temperature=2.0), labels_of(101)
         student, teacher = logits_of(101)
         weights = replace(weights_of(labels), kd=torch.zeros(len(labels), dtype=torch.float64))
         settings = {"logit_map": MAPS[1], "scratch": Scratch.of(slab_of(student)), "operand_dtype": torch.float32}
-        totals = _totals(rows, slab_of(student), slab_of(teacher), labels, 2.0, spec)
+        totals = _totals(rows, slab_of(student), slab_of(teacher), labels, spec)
         plain = rows.row_grad(slab_of(student), totals.student, weights, **settings)
         spoilt = replace(totals, z=torch.full_like(totals.z, torch.nan))
-        _, got = rows.pair_grad(slab_of(student), slab_of(teacher), spoilt, weights, 2.0, spec=spec, **settings)
+        _, got = rows.pair_grad(slab_of(student), slab_of(teacher), spoilt, weights, spec=spec, **settings)
         assert torch.equal(got, plain), name
         assert plain.any()
         zero = torch.zeros(len(labels), dtype=torch.float64)
         only_kd = RowWeights(zero + 1, zero, labels, zero)
-        totals = _totals(rows, slab_of(student), slab_of(student), labels, 2.0, spec)
-        value, got = rows.pair_grad(slab_of(student), slab_of(student), totals, only_kd, 2.0, spec=spec, **settings)
+        totals = _totals(rows, slab_of(student), slab_of(student), labels, spec)
+        value, got = rows.pair_grad(slab_of(student), slab_of(student), totals, only_kd, spec=spec, **settings)
         assert not value.any(), name
         assert not got.any(), name
 
@@ -252,15 +255,15 @@ def _check_nan(rank, world_size):
     student, teacher = logits_of(101)
     labels = labels_of(101)
     (teacher if rank else student)[2, 77] = torch.nan
-    for name in reference.DIVERGENCES:
-        spec = divergence_spec(name, 101)
+    for name in TRITON_DIVERGENCES:
+        spec = divergence_spec(name)
         settings = {"spec": spec, "scratch": Scratch.of(slab_of(student))}
-        stats = rows.pair_stats(slab_of(student), slab_of(teacher), labels, 1.0, **settings)
-        totals = merge_pair_stats(stats[None], 1.0, spec)
-        value = rows.pair_value(slab_of(student), slab_of(teacher), totals, 1.0, **settings)
+        stats = rows.pair_stats(slab_of(student), slab_of(teacher), labels, **settings)
+        totals = merge_pair_stats(stats[None], spec, VOCABULARY)
+        value = rows.pair_value(slab_of(student), slab_of(teacher), totals, **settings)
         assert torch.equal(value.isnan(), torch.arange(len(labels)) == 2), name
-        totals = _totals(torch_rows, *map(slab_of, logits_of(101)), labels, 1.0, spec)
-        parts = rows.pair_round2(slab_of(student), slab_of(teacher), totals, 1.0, **settings)
+        totals = _totals(torch_rows, *map(slab_of, logits_of(101)), labels, spec)
+        parts = rows.pair_round2(slab_of(student), slab_of(teacher), totals, **settings)
         assert parts.isnan().any(1).tolist() == [False, False, True, False, False], name
 
 
@@ -272,7 +275,7 @@ def _check_loss(rank, world_size, over_group):
     """linear_kd_loss on this backend against float64: over the group, or at tp 1 with half of the cases per rank."""
     _triton_rows()
     group = dist.group.WORLD if over_group else None
-    for name in list(reference.DIVERGENCES)[0 if over_group else rank :: 1 if over_group else world_size]:
+    for name in list(TRITON_DIVERGENCES)[0 if over_group else rank :: 1 if over_group else world_size]:
         case = random_case(5, 101, divergence=name, properties=True, temperature=2.0)
         case = replace(case, parameters={**case.parameters, "backend": "triton"})
         got, shard = streamed_answer(case, group=group, multiple=1, chunk=3, measure=over_group)

@@ -9,17 +9,10 @@ from typing import Any
 
 from kdtrain.config.checks.report import Report
 from kdtrain.config.schema import DistillObjective, ObjectiveSection
+from kdtrain.config.schema.objective import ParameterOf, parameters
 
-LEAST_EXPONENT = 0.01
 TEMPERATURES = (0.01, 100.0)
 """Outside this range a float32 softmax is one-hot or uniform."""
-DIVERGENCE_SETTINGS = {
-    "teacher_share": ("jsd",),
-    "skew": ("skew_kl", "skew_reverse_kl"),
-    "ab_alpha": ("alpha_beta",),
-    "ab_beta": ("alpha_beta",),
-}
-"""Field of objective.distill -> the divergences that read it."""
 KEY = "objective.distill."
 
 
@@ -46,31 +39,32 @@ def _changed(section: Any, defaults: Any) -> Iterator[str]:
 
 
 def _distill(d: DistillObjective, report: Report) -> None:
+    known = parameters(d)
     for name in _changed(d, DistillObjective()):
-        if d.divergence not in DIVERGENCE_SETTINGS.get(name, (d.divergence,)):
-            fix = f"remove it, or use the divergence {' or '.join(DIVERGENCE_SETTINGS[name])}"
+        if name in known and d.divergence not in known[name].divergences:
+            fix = f"remove it, or use the divergence {' or '.join(known[name].divergences)}"
             report.ignored(KEY + name, f"{KEY}divergence = {d.divergence}", fix)
     if not 0 <= d.kd_weight <= 1:
         report.add(KEY + "kd_weight", "is not in [0, 1]", "it is a mixing weight, 0.5 mixes evenly")
     low, high = TEMPERATURES
     if not low <= d.temperature <= high:
         report.add(KEY + "temperature", f"is not in [{low:g}, {high:g}]", "1 is usual, 2 softens")
-    if d.divergence == "jsd" and not 0 < d.teacher_share < 1:
-        report.add(KEY + "teacher_share", "is not in (0, 1)", "its ends are forward_kl, reverse_kl")
-    if d.divergence in ("skew_kl", "skew_reverse_kl") and not 0 < d.skew < 1:
-        report.add(KEY + "skew", "is not in (0, 1)", "0.1 is usual; at 0 it is forward_kl or reverse_kl")
-    if d.divergence == "alpha_beta":
-        _exponents(d, report)
+    for name, of in known.items():
+        if d.divergence in of.divergences:
+            _parameter(d, name, of, report)
 
 
-def _exponents(d: DistillObjective, report: Report) -> None:
-    exponents = (("ab_alpha", d.ab_alpha), ("ab_beta", d.ab_beta))
-    for name, value in exponents:
-        if not (math.isfinite(value) and abs(value) >= LEAST_EXPONENT):
-            why = f"is not a finite number of at least {LEAST_EXPONENT} in size"
-            report.add(KEY + name, why, "the limits (1, 0) and (0, 1) are the two KLs")
-    if all(math.isfinite(value) for _, value in exponents) and d.ab_alpha + d.ab_beta <= 0:
-        report.add(KEY + "ab_beta", f"and ab_alpha = {d.ab_alpha} do not add up to more than 0", "0.5, 0.5 works")
+def _parameter(d: DistillObjective, name: str, of: ParameterOf, report: Report) -> None:
+    """A parameter that the divergence reads: its range, its size and its sum with another one."""
+    value = getattr(d, name)
+    if of.least_size and not (math.isfinite(value) and abs(value) >= of.least_size):
+        report.add(KEY + name, f"is not a finite number of at least {of.least_size:g} in size", of.fix)
+    elif not of.low < value < of.high:
+        report.add(KEY + name, f"is not in ({of.low:g}, {of.high:g})", of.fix)
+    if of.sum_with:
+        other = getattr(d, of.sum_with)
+        if math.isfinite(value) and math.isfinite(other) and value + other <= 0:
+            report.add(KEY + name, f"and {of.sum_with} = {other} do not add up to more than 0", "0.5, 0.5 works")
 
 
 CHECKS: dict[str, Callable[[Any, Report], None]] = {"distill": _distill}

@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "logit_mse"]
+LEAST_EXPONENT = 0.01
+_EXPONENTS = "the limits (1, 0) and (0, 1) are the two KLs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterOf:
+    """What a parameter of some divergences may be. Its ends are excluded, because they are other divergences.
+
+    divergences: those that read it. low, high: the open interval of its values. least_size: they are at least this
+    large in size. sum_with: another parameter, with which its sum is above 0. fix: ends the message about a value.
+    """
+
+    divergences: tuple[str, ...]
+    low: float = -math.inf
+    high: float = math.inf
+    least_size: float = 0.0
+    sum_with: str = ""
+    fix: str
+
+
+def _parameter(default: float, of: ParameterOf) -> Any:
+    return field(default=default, metadata={"parameter": of})
+
+
+def parameters(section: Any) -> dict[str, ParameterOf]:
+    """Field of a section -> what it may be, for those that are parameters of divergences."""
+    return {of.name: of.metadata["parameter"] for of in fields(section) if "parameter" in of.metadata}
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,13 +52,28 @@ class DistillObjective:
     """Divides both models' logits in the divergence, whose value is multiplied by its square. Not in the CE."""
     kd_weight: float = 0.5
     """Weight of the divergence, in [0, 1]; the cross-entropy on the data gets 1 - kd_weight."""
-    teacher_share: float = 0.5
+    teacher_share: float = _parameter(
+        0.5, ParameterOf(divergences=("jsd",), low=0, high=1, fix="its ends are forward_kl, reverse_kl")
+    )
     """jsd: share b of the teacher in the mixture b p + (1 - b) q, in (0, 1)."""
-    skew: float = 0.1
+    skew: float = _parameter(
+        0.1,
+        ParameterOf(
+            divergences=("skew_kl", "skew_reverse_kl"),
+            low=0,
+            high=1,
+            fix="0.1 is usual; at 0 it is forward_kl or reverse_kl",
+        ),
+    )
     """skew_kl: KL(p || skew p + (1 - skew) q); skew_reverse_kl: KL(q || (1 - skew) p + skew q). In (0, 1)."""
-    ab_alpha: float = 0.5
+    ab_alpha: float = _parameter(
+        0.5, ParameterOf(divergences=("alpha_beta",), least_size=LEAST_EXPONENT, fix=_EXPONENTS)
+    )
     """alpha_beta: exponent of the teacher; at least 0.01 in size, and ab_alpha + ab_beta above 0."""
-    ab_beta: float = 0.5
+    ab_beta: float = _parameter(
+        0.5,
+        ParameterOf(divergences=("alpha_beta",), least_size=LEAST_EXPONENT, sum_with="ab_alpha", fix=_EXPONENTS),
+    )
     """alpha_beta: exponent of the student; at least 0.01 in size."""
 
 

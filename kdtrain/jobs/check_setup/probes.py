@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from kdtrain_kernels.dispatch import BACKENDS, row_kernels
+from kdtrain_kernels.dispatch import BACKENDS, divergences_of, row_kernels
 from torch import Tensor
 
 from kdtrain.distributed.collectives import (
@@ -83,7 +83,7 @@ def kernel_rows(mesh: Mesh, device: torch.device, wanted: str) -> list[Row]:
 
 
 def _compared(mesh: Mesh, device: torch.device, dtype: torch.dtype, backend: str) -> Row:
-    errors = {name: loss_error(name, mesh, device, dtype, backend) for name in reference.DIVERGENCES}
+    errors = {name: loss_error(name, mesh, device, dtype, backend) for name in divergences_of(backend)}
     worst = max(errors, key=lambda name: errors[name])
     return Row.judged(
         f"kernels {backend} {str(dtype).removeprefix('torch.')}",

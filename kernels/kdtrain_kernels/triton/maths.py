@@ -119,10 +119,10 @@ def _tvd(p, q):
 
 @triton.jit
 def terms(x, y, log_sum_s, log_sum_t, inv_s, inv_t, offset, inv_vocab, KIND: tl.constexpr, A, B):
-    """(value, slope) of the divergence KIND per column, as `divergences.PLUG_INS`.
+    """(value, slope) of the divergence KIND per column, as `divergences.DIVERGENCES` has them.
 
-    x, y: shifted logits; inv = e^(-log_sum); offset = log_sum_t - log_sum_s; A, B: the parameters `rows.parameters`
-    has for KIND.
+    x, y: shifted logits; inv = e^(-log_sum); offset = log_sum_t - log_sum_s; A, B: the parameters that
+    `dispatch.TRITON_DIVERGENCES` names for KIND.
     """
     d = (y - x) - offset
     q = tl.exp(x) * inv_s

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdtrain_kernels.blocks import Scratch, front_of_rows
+from kdtrain_kernels.dispatch import TRITON_DIVERGENCES
 from kdtrain_kernels.divergences import DivergenceSpec
 from kdtrain_kernels.torch_rows import (
     PAIR_STATS,
@@ -71,10 +72,9 @@ def row_stats(slab: Tensor, labels: Tensor, temperature: float, scratch: Scratch
     return stats
 
 
-def pair_stats(
-    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
-) -> Tensor:
+def pair_stats(student: Tensor, teacher: Tensor, labels: Tensor, *, spec: DivergenceSpec, scratch: Scratch) -> Tensor:
     """[C, PAIR_STATS] float64, as in `torch_rows`; for reverse_kl both slabs are read twice."""
+    temperature = spec.temperature
     stats = torch.zeros(student.shape[0], PAIR_STATS, dtype=torch.float64, device=student.device)
     _stats_into(stats, student, labels, temperature)
     _stats_into(stats[:, ROW_STATS:], teacher, labels, temperature)
@@ -115,9 +115,10 @@ def row_grad(
 
 
 def pair_round2(
-    student: Tensor, teacher: Tensor, totals: PairTotals, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
+    student: Tensor, teacher: Tensor, totals: PairTotals, *, spec: DivergenceSpec, scratch: Scratch
 ) -> Tensor:
     """[C, 2] float64: this rank's partial sums of Z and of D, as in `torch_rows`."""
+    temperature = spec.temperature
     out = torch.zeros(student.shape[0], 2, dtype=torch.float64, device=student.device)
     pair, flags = _pair_arguments(student, teacher, temperature)
     numbers = torch.stack(_pair_numbers(totals, temperature))
@@ -129,7 +130,7 @@ def pair_round2(
         numbers,
         out,
         1.0 / temperature,
-        1.0 / spec.vocab_size,
+        1.0 / totals.vocab_size,
         **flags,
         **parameters(spec),
     )
@@ -137,10 +138,10 @@ def pair_round2(
 
 
 def pair_value(
-    student: Tensor, teacher: Tensor, totals: PairTotals, temperature: float, *, spec: DivergenceSpec, scratch: Scratch
+    student: Tensor, teacher: Tensor, totals: PairTotals, *, spec: DivergenceSpec, scratch: Scratch
 ) -> Tensor:
     """[C] float64: this rank's partial sum of D, as in `torch_rows`."""
-    return pair_round2(student, teacher, totals, temperature, spec=spec, scratch=scratch)[:, 1]
+    return pair_round2(student, teacher, totals, spec=spec, scratch=scratch)[:, 1]
 
 
 def pair_grad(
@@ -148,7 +149,6 @@ def pair_grad(
     teacher: Tensor,
     totals: PairTotals,
     weights: RowWeights,
-    temperature: float,
     *,
     spec: DivergenceSpec,
     logit_map: LogitMap,
@@ -156,6 +156,7 @@ def pair_grad(
     operand_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """(D's part [C] float64, d loss / d product [C, n]), as in `torch_rows`; the teacher's slab is only read."""
+    temperature = spec.temperature
     operand = _operand(student, operand_dtype)
     value = torch.zeros(student.shape[0], dtype=torch.float64, device=student.device)
     numbers = torch.stack(
@@ -184,13 +185,13 @@ def pair_grad(
         weights.labels,
         value,
         1.0 / temperature,
-        1.0 / spec.vocab_size,
+        1.0 / totals.vocab_size,
         *_chain(logit_map),
         **flags,
         **_chain_flags(logit_map),
         **parameters(spec),
         **_rounding(s, operand, "pair_grad"),
-        VALUED=not spec.two_rounds,
+        VALUED=not spec.row.two_rounds,
     )
     return value, operand
 
@@ -218,14 +219,8 @@ def first_argmax(slab: Tensor, scratch: Scratch) -> Tensor:
 
 def parameters(spec: DivergenceSpec) -> dict[str, Any]:
     """The constexpr arguments of kernels that compute a divergence."""
-    values = {
-        "jsd": (spec.teacher_share, 0.0),
-        "skew_kl": (spec.skew, 0.0),
-        "skew_reverse_kl": (spec.skew, 0.0),
-        "alpha_beta": (spec.ab_alpha, spec.ab_beta),
-    }
-    first, second = values.get(spec.kernel, (0.0, 0.0))
-    return {"KIND": spec.kernel, "A": float(first), "B": float(second)}
+    first, second, *_ = (*(spec[name] for name in TRITON_DIVERGENCES[spec.kernel]), 0.0, 0.0)
+    return {"KIND": spec.kernel, "A": first, "B": second}
 
 
 def _stats_into(out: Tensor, slab: Tensor, labels: Tensor, temperature: float) -> None:
