@@ -29,7 +29,7 @@ from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.run_state.heartbeat import PhaseTracker, Watchdog
 from kdtrain.teacher.protocol import compare_facts, shutdown_on_exit, write_facts, write_failure
 from kdtrain.teacher.remote import RemoteTeacher
-from kdtrain.teacher.server import Inbox, TeacherServer
+from kdtrain.teacher.server import Inbox, ServerHooks, ServerSettings, TeacherServer
 
 
 def serve(
@@ -79,12 +79,8 @@ def serve(
             inbox,
             clients,
             answer_of(backbone),
-            device=runtime.device,
-            in_flight=in_flight(cfg),
-            max_tokens=cfg.teacher.max_tokens_per_forward,
-            on_first_request=begun,
-            stop_requested=wants_stop,
-            tracker=tracker,
+            ServerSettings(runtime.device, in_flight(cfg), cfg.teacher.max_tokens_per_forward),
+            ServerHooks(begun, wants_stop, tracker),
         ).run()
 
 

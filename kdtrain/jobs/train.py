@@ -7,12 +7,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdtrain.batch import Batch
+from kdtrain.batch import Batch, BatchSource
 from kdtrain.config.cli import Request
 from kdtrain.config.load import as_dict, config_hash, to_yaml
 from kdtrain.config.ranks import teacher_ranks
 from kdtrain.config.schema import GuardSection, RunConfig
-from kdtrain.data.loader import StepLoader
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import bootstrap
 from kdtrain.engine.zero import StudentEngine
@@ -103,6 +102,8 @@ class _Run:
         resume_from = on_main(mesh, lambda: find_start(cfg, self.inputs, self.folder))
         prefix = self._prepare_teacher(models, resume_from)
         loader = build_loader(cfg, self.inputs, mesh, prefix, pin_memory=device.type == "cuda")
+        if models.teacher is not None:
+            models.teacher.check(loader)
         log_header(cfg, self.inputs, models, mesh, device)
         log_stores(cfg, self.inputs, loader)
         # After all other engines and groups: DeepSpeed keeps process-wide state of the engine that was built last.
@@ -168,7 +169,7 @@ class _Run:
         self,
         models: Models,
         engine: StudentEngine,
-        loader: StepLoader,
+        loader: BatchSource,
         prefix: Prefix,
         checkpoints: Checkpoints,
         progress: Progress,
@@ -187,7 +188,7 @@ class _Run:
             device=device,
             engine=engine,
             objective=build_objective(cfg, engine, models, timer),
-            loader=loader,
+            batches=loader,
             evaluator=Evaluator(
                 validation, engine, lambda: evaluation_batches(cfg, self.inputs, mesh, prefix), reporter, device
             ),
