@@ -70,13 +70,15 @@ class DenseSignal:
 class SparseSignal:
     """The teacher's probabilities of some ids per token, equal on every rank of the student's tp group.
 
-    target: of this replica's T tokens, at the temperature of the divergence it is used with. kind: row of
-    `losses.matrix.TARGETS`: that of the target, or "conditional" to renormalise both models on its ids. allow_biased:
-    the run accepts divergences that are biased on this kind. Raises ValueError for a kind that the target is not.
+    target: of this replica's T tokens. kind: row of `losses.matrix.TARGETS`: that of the target, or "conditional" to
+    renormalise both models on its ids. temperature: at which the record was made, and the only one at which a
+    divergence may use it. allow_biased: the run accepts divergences that are biased on this kind. Raises ValueError for
+    a kind that the target is not.
     """
 
     target: SparseTarget
     kind: str
+    temperature: float
     allow_biased: bool = False
 
     def __post_init__(self) -> None:

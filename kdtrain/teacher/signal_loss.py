@@ -39,13 +39,14 @@ def signal_loss(
     its parameters and temperature. measure: also entropies, KL at temperature 1, TVD and top-1 agreement, which need a
     dense signal; a sparse one has too little for them and they stay None. Communicates as the loss of the signal's kind
     and, for a dense signal whose teacher is shared by replicas, one all-gather over them for each of hidden, labels and
-    weights. Raises ValueError for a divergence that is not defined on the signal's kind (`losses.matrix`), before
-    anything is computed.
+    weights. Raises ValueError for a divergence that is not defined on the signal's kind (`losses.matrix`) and for a
+    record that was made at another temperature than the divergence's, before anything is computed.
     """
     match signal:
         case DenseSignal():
             return _dense_loss(hidden, head, signal, batch, weights, divergence, layout, measure)
         case SparseSignal():
+            _check_temperature(signal, divergence)
             return linear_sparse_kd_loss(
                 hidden,
                 head,
@@ -94,3 +95,11 @@ def _dense_loss(
         measure=measure,
     )
     return signal.local_parts(parts)
+
+
+def _check_temperature(signal: SparseSignal, divergence: DivergenceSpec) -> None:
+    if signal.temperature != divergence.temperature:
+        raise ValueError(
+            f"temperature = {divergence.temperature:g} of the divergence, but the signal's record was made at "
+            f"{signal.temperature:g}: a record at another temperature is another distribution; use the record's"
+        )

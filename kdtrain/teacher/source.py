@@ -19,7 +19,7 @@ class SignalSource(Protocol):
     def check(self, batches: BatchSource) -> None:
         """Compare what the signals were made from with `batches`; called on every rank before the first step.
 
-        Raises StoreMismatch naming both values.
+        Raises StoreMismatch naming both values, on all ranks alike.
         """
 
     def prefetch(self, micro_batches: Sequence[Batch]) -> None:

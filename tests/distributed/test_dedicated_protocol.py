@@ -52,7 +52,7 @@ def client(channel, rank, servers, num_clients=1, in_flight=4, **more):
     return RemoteTeacher(channel, mesh, head, servers, in_flight=in_flight, timeout=TIMEOUT, **more)
 
 
-def serve(channel, clients, forward=hidden_of, in_flight=4, max_tokens=None):
+def serve(channel, clients, forward=hidden_of, in_flight=4, max_tokens=None, **hooks):
     inbox = Inbox(channel, clients)
 
     def with_documents(batch):
@@ -60,7 +60,7 @@ def serve(channel, clients, forward=hidden_of, in_flight=4, max_tokens=None):
         return forward(batch)
 
     settings = ServerSettings(CPU, in_flight, max_tokens)
-    server = TeacherServer(channel, Mesh(), inbox, clients, with_documents, settings)
+    server = TeacherServer(channel, Mesh(), inbox, clients, with_documents, settings, ServerHooks(**hooks))
     server.run()
     return server
 

@@ -154,7 +154,10 @@ def test_a_new_objective_touches_three_files_and_trains(tmp_path):
     config = write_run(tmp_path / "world", **models, steps=3, run={"name": "toy"}, objective=objective)
     tree = copy_tree(tmp_path / "tree")
     add_objective(tree)
-    python = partial(run_command, sys.executable, env=tree_environment(tree))
+    changed = changed_files(tree)
+    assert "kdtrain/objectives/confident.py" in changed
+    assert len(changed) <= 3, changed
+    python = partial(run_command, sys.executable, env=tree_environment(tree), cwd=tree)
     recipe, train = tree / "configs/confident.yaml", tree / "launch/train.py"
 
     page = python("-m", "kdtrain.config.explain")
@@ -182,8 +185,5 @@ def test_a_new_objective_touches_three_files_and_trains(tmp_path):
     assert last["loss/total"] != first["loss/total"]
 
     laws = [tree / f"tests/unit/{name}.py" for name in ("test_objectives", "test_config_every_field_read")]
-    own = python("-m", "pytest", "-q", "--rootdir", tree, "-c", tree / "pyproject.toml", *laws)
+    own = python("-m", "pytest", "-q", *laws)
     assert own.code == 0, own.out + own.err
-    changed = changed_files(tree)
-    assert "kdtrain/objectives/confident.py" in changed
-    assert len(changed) <= 3, changed

@@ -26,7 +26,7 @@ BATCH = Batch(IDS, IDS, torch.ones(2, 3), IDS, IDS[:, 0])
 
 def sparse(scheme, **settings):
     target = sparse_case(6, VOCAB, scheme, width=4).target
-    return SparseSignal(target, **{"kind": scheme, **settings})
+    return SparseSignal(target, **{"kind": scheme, "temperature": 1.0, **settings})
 
 
 def loss(signal, divergence):
@@ -47,6 +47,11 @@ def test_a_divergence_that_is_undefined_or_biased_on_the_kind_is_refused_unless_
     with pytest.raises(ValueError, match="'forward_kl' on target = 'conditional' is biased"):
         loss(sparse("top_k_tail", kind="conditional"), "forward_kl")
     assert torch.isfinite(loss(sparse("top_k_tail", kind="conditional", allow_biased=True), "forward_kl").loss)
+
+
+def test_a_record_of_another_temperature_than_the_divergences_is_refused():
+    with pytest.raises(ValueError, match="temperature = 1 of the divergence, but the signal's record was made at 2"):
+        loss(sparse("top_k_tail", temperature=2.0), "forward_kl")
 
 
 def test_measures_that_a_record_does_not_determine_are_refused_with_the_reason():
