@@ -145,7 +145,7 @@ def expected_first_step(config):
         count += int(batch.loss_mask.sum())
     (loss / count).backward()
     norm = torch.stack([param.grad.norm() for _, param in student.hf_parameters()]).norm()
-    return float(loss) / count, float(norm)
+    return float(loss.detach()) / count, float(norm)
 
 
 def test_a_new_objective_touches_three_files_and_trains(tmp_path):
