@@ -11,19 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from kdtrain.distributed.collectives import Group, group_rank, group_size
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses.stream import bytes_per_token, is_token
-
-
-def check_shard(shard: VocabShard, group: Group) -> None:
-    """Require that shard is this rank's slice of a vocabulary sharded over exactly this group. Does not communicate."""
-    size, rank = group_size(group), group_rank(group)
-    if (shard.tp_size, shard.tp_rank) != (size, rank):
-        raise ValueError(
-            f"shard is slice {shard.tp_rank} of {shard.tp_size}, but this is rank {rank} of a group of {size}; "
-            "give the group that the vocabulary is cut over, and VocabShard.of(vocab_size, rank, size)"
-        )
+from kdtrain.losses.vocab_group import VocabGroup
 
 
 def check_model(role: str, hidden: Tensor, head: HeadShard, shard: VocabShard) -> None:
@@ -98,9 +88,9 @@ def check_label_range(labels: Tensor, weight: Tensor, shard: VocabShard) -> None
         )
 
 
-def check_slab_bytes(slab_bytes: int, shard: VocabShard, group: Group, work: torch.dtype) -> None:
+def check_slab_bytes(slab_bytes: int, vocab: VocabGroup, work: torch.dtype) -> None:
     """Require room for the logits of at least one token per chunk in flight."""
-    least = bytes_per_token(shard, group, work)
+    least = bytes_per_token(vocab, work)
     if not isinstance(slab_bytes, int):
         raise ValueError(f"slab_bytes = {slab_bytes!r}, need a whole number of bytes")
     if slab_bytes < least:

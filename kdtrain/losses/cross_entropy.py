@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
-import torch
-from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.dispatch import row_kernels
 from kdtrain_kernels.matmul import work_dtype
+from kdtrain_kernels.protocol import RowKernels
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kdtrain.distributed.collectives import Group, start_gather
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, stream
+from kdtrain.losses.runner import Call, Run, streamed
 from kdtrain.losses.types import LossParts
+from kdtrain.losses.vocab_group import VocabGroup
 
 
 def linear_cross_entropy(
@@ -51,81 +49,62 @@ def linear_cross_entropy(
     next chunk, and, if hidden needs a gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for
     inconsistent arguments before anything is computed.
     """
-    head = stream.as_head(head)
-    checks.check_shard(shard, group)
+    head, vocab, work = stream.as_head(head), VocabGroup(shard, group), work_dtype(hidden)
     checks.check_model("", hidden, head, shard)
-    weights = {"weight": weight} if z_weight is None else {"weight": weight, "z_weight": z_weight}
-    checks.check_labels_and_weights(labels, weights, hidden)
-    checks.check_slab_bytes(slab_bytes, shard, group, work_dtype(hidden))
-    checks.check_main_grad(main_grad, head.weight, work_dtype(hidden))
-    kernels = row_kernels(backend, hidden.device, work_dtype(hidden))
-    checks.check_label_range(labels, weight, shard)
-    needs_grad = stream.NeedsGrad.of(hidden, head)
-    tokens = stream.TokenWeights.of(weight, weight, z_weight, stream.local_labels(labels, shard))
-    call = _Call(head, labels, tokens, shard, group, slab_bytes, main_grad, needs_grad, kernels)
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, ce, lse = _LinearCrossEntropy.apply(hidden, head.weight, head.bias, call)
+    kernels = row_kernels(backend, hidden.device, work)
+    weights = {"weight": weight, "z_weight": z_weight}
+    call = Call.checked(hidden, head, labels, weights, vocab, slab_bytes, main_grad, work)
+    loss, (ce, lse) = streamed(call, _CrossEntropy(kernels))
     return LossParts(loss=loss, ce=ce, lse=lse)
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
-    head: HeadShard
-    labels: Tensor
-    weights: stream.TokenWeights
-    shard: VocabShard
-    group: Group
-    slab_bytes: int
-    main_grad: Tensor | None
-    needs_grad: stream.NeedsGrad
-    kernels: ModuleType
+class _CrossEntropy:
+    kernels: RowKernels
+
+    def begin(self, run: Run) -> _Steps:
+        """Without a teacher's side."""
+        return _Steps(run, self.kernels, run.table(2))
 
 
 PendingChunk = tuple[Tensor, Callable[[], Tensor]]
 """A chunk's logits, and a function that waits for the statistics of all ranks."""
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes gradients in forward, so that only d(hidden) and d(head) are kept for backward."""
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """table: ce and lse per token."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        work, kernels = work_dtype(hidden), call.kernels
-        rows = stream.chunk_rows(call.slab_bytes, call.shard, call.group, work)
-        depth = stream.in_flight(call.group)
-        side = stream.ModelSide.of(hidden, call.head, call.shard, rows, depth, work)
-        scratch = Scratch.of(side.slabs[0])
-        grads = stream.GradientBuffers.zeros(hidden, call.head, call.needs_grad, work, call.main_grad)
-        ce, lse = torch.zeros(2, hidden.shape[0], dtype=torch.float64, device=hidden.device)
+    run: Run
+    kernels: RowKernels
+    table: Tensor
 
-        def issue(chunk: slice, slot: int) -> PendingChunk:
-            logits = side.logits(chunk, slot)
-            stats = kernels.row_stats(logits, call.weights.columns[chunk], 1.0, scratch)
-            # The softmax needs the maxima and sums of all ranks' rows.
-            return logits, start_gather(stats, call.group)
+    def issue(self, chunk: slice, slot: int) -> PendingChunk:
+        run, call = self.run, self.run.call
+        logits = run.student.logits(chunk, slot)
+        stats = self.kernels.row_stats(logits, call.weights.columns[chunk], 1.0, run.scratch)
+        # The softmax needs the maxima and sums of all ranks' rows.
+        return logits, start_gather(stats, call.vocab.group)
 
-        def complete(chunk: slice, pending: PendingChunk) -> None:
-            logits, gathered = pending
-            totals = kernels.merge_stats(gathered(), 1.0)
-            ce[chunk], lse[chunk] = totals.label_nll(), totals.lse()
-            if call.needs_grad.any:
-                weights = call.weights.of_chunk(chunk, lse[chunk])
-                operand = kernels.row_grad(
-                    logits, totals, weights, logit_map=side.logit_map, scratch=scratch, operand_dtype=side.operand_dtype
-                )
-                grads.add(side, chunk, operand)
+    def complete(self, chunk: slice, pending: PendingChunk) -> Tensor | None:
+        logits, gathered = pending
+        run, call = self.run, self.run.call
+        totals = self.kernels.merge_stats(gathered(), 1.0)
+        ce, lse = self.table[:, chunk]
+        ce.copy_(totals.label_nll())
+        lse.copy_(totals.lse())
+        if not call.needs_grad.any:
+            return None
+        return self.kernels.row_grad(
+            logits,
+            totals,
+            call.weights.of_chunk(chunk, lse),
+            logit_map=run.student.logit_map,
+            scratch=run.scratch,
+            operand_dtype=run.student.operand_dtype,
+        )
 
-        stream.run_pipelined(hidden.shape[0], rows, depth, issue, complete)
-        ce = ce.where(stream.is_token(call.labels, call.shard), 0.0)
-        loss = call.weights.loss(lse, ce).to(work)
-        stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)
-        ce, lse = ce.to(work), lse.to(work)
-        ctx.mark_non_differentiable(ce, lse)
-        return loss, ce, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (*stream.scaled_gradients(ctx, grad_loss), None)
+    def finish(self) -> tuple[Tensor, Tensor]:
+        call, (ce, lse) = self.run.call, self.table
+        self.table[0] = ce.where(stream.is_token(call.labels, call.vocab.shard), 0.0)
+        return call.weights.loss(lse, ce), self.table

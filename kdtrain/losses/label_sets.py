@@ -14,6 +14,7 @@ from kdtrain.distributed.collectives import Group, start_gather
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, stream
 from kdtrain.losses.types import LossParts
+from kdtrain.losses.vocab_group import VocabGroup
 
 LABEL = 3
 """Column of the label's logit in the statistics of a row."""
@@ -36,15 +37,14 @@ def cross_entropy_of_label_sets(
     label_sets: each [T], global ids; the other arguments, memory and errors are those of `linear_cross_entropy`.
     Communicates over `group`: one all-gather of [C, 3 + number of sets] per chunk, hidden behind the next chunk.
     """
-    head, work = stream.as_head(head), work_dtype(hidden)
-    checks.check_shard(shard, group)
+    head, vocab, work = stream.as_head(head), VocabGroup(shard, group), work_dtype(hidden)
     checks.check_model("", hidden, head, shard)
-    checks.check_slab_bytes(slab_bytes, shard, group, work)
+    checks.check_slab_bytes(slab_bytes, vocab, work)
     for labels in label_sets:
         checks.check_labels_and_weights(labels, {"weight": weight}, hidden)
         checks.check_label_range(labels, weight, shard)
     kernels = row_kernels(backend, hidden.device, work)
-    rows, depth = stream.chunk_rows(slab_bytes, shard, group, work), stream.in_flight(group)
+    rows, depth = stream.chunk_rows(slab_bytes, vocab, work), stream.in_flight(vocab)
     side = stream.ModelSide.of(hidden, head, shard, rows, depth, work)
     scratch = Scratch.of(side.slabs[0])
     columns = [stream.local_labels(labels, shard) for labels in label_sets]

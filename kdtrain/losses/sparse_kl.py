@@ -9,24 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any
 
 import torch
-from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.divergences import DivergenceSpec
 from kdtrain_kernels.matmul import work_dtype
+from kdtrain_kernels.protocol import SparseKernels
 from kdtrain_kernels.sparse_dispatch import sparse_kernels
 from kdtrain_kernels.sparse_table import SparseRows, merge_sparse_stats, sparse_gradient, sparse_terms
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kdtrain.distributed.collectives import Group, start_gather
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, matrix, stream
 from kdtrain.losses.arguments import spec_of
+from kdtrain.losses.runner import Call, Run, streamed
 from kdtrain.losses.sparse_targets import check_target_contents, check_target_shapes, target_kind
 from kdtrain.losses.types import LossParts, SparseTarget
+from kdtrain.losses.vocab_group import VocabGroup
 
 
 def linear_sparse_kd_loss(
@@ -71,73 +70,31 @@ def linear_sparse_kd_loss(
     gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for inconsistent arguments and for cells
     that the matrix refuses, before anything is computed.
     """
-    head_s = stream.as_head(head_s)
-    checks.check_shard(shard, group)
+    head_s, vocab, work = stream.as_head(head_s), VocabGroup(shard, group), work_dtype(hidden_s)
     kind = target_kind(target, renormalise_student)
     spec = spec_of(divergence, temperature, {"teacher_share": teacher_share, "skew": skew})
     for name in (spec.name, spec.kernel):  # a parameter at an end of its range turns some divergences into a plain KL
         matrix.require(name, kind, allow_biased=allow_biased)
-    weights = {"kd_weight": kd_weight, "ce_weight": ce_weight}
-    weights = weights if z_weight is None else weights | {"z_weight": z_weight}
-    kernels = _checked(hidden_s, head_s, target, labels, weights, shard, backend)
-    checks.check_slab_bytes(slab_bytes, shard, group, work_dtype(hidden_s))
-    checks.check_main_grad(main_grad, head_s.weight, work_dtype(hidden_s))
-    call = _Call(
-        head=head_s,
-        target=target,
-        kind=kind,
-        labels=labels,
-        weights=stream.TokenWeights.of(kd_weight, ce_weight, z_weight, stream.local_labels(labels, shard)),
-        spec=spec,
-        shard=shard,
-        group=group,
-        slab_bytes=slab_bytes,
-        main_grad=main_grad,
-        needs_grad=stream.NeedsGrad.of(hidden_s, head_s),
-        kernels=kernels,
-    )
-    with torch.autocast(hidden_s.device.type, enabled=False):
-        loss, kd, ce, lse = _LinearSparseKd.apply(hidden_s, head_s.weight, head_s.bias, call)
+    checks.check_model("_s", hidden_s, head_s, shard)
+    check_target_shapes(target, hidden_s)
+    kernels = sparse_kernels(backend, hidden_s.device, work)
+    weights = {"kd_weight": kd_weight, "ce_weight": ce_weight, "z_weight": z_weight}
+    call = Call.checked(hidden_s, head_s, labels, weights, vocab, slab_bytes, main_grad, work)
+    check_target_contents(target, kd_weight, shard.vocab_size)
+    loss, (kd, ce, lse) = streamed(call, _SparseKd(target, kind, spec, kernels))
     return LossParts(loss=loss, ce=ce, lse=lse, kd=kd)
 
 
-def _checked(
-    hidden: Tensor,
-    head: HeadShard,
-    target: SparseTarget,
-    labels: Tensor,
-    weights: dict[str, Tensor],
-    shard: VocabShard,
-    backend: str,
-) -> ModuleType:
-    """Check shapes and contents of the arguments; returns the row kernels to use."""
-    checks.check_model("_s", hidden, head, shard)
-    checks.check_labels_and_weights(labels, weights, hidden)
-    check_target_shapes(target, hidden)
-    kernels = sparse_kernels(backend, hidden.device, work_dtype(hidden))
-    checks.check_label_range(labels, weights["ce_weight"], shard)
-    check_target_contents(target, weights["kd_weight"], shard.vocab_size)
-    return kernels
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
-    head: HeadShard
+@dataclass(frozen=True, slots=True)
+class _SparseKd:
     target: SparseTarget
     kind: str
-    labels: Tensor
-    weights: stream.TokenWeights
     spec: DivergenceSpec
-    shard: VocabShard
-    group: Group
-    slab_bytes: int
-    main_grad: Tensor | None
-    needs_grad: stream.NeedsGrad
-    kernels: ModuleType
+    kernels: SparseKernels
 
-    def columns(self, chunk: slice) -> Tensor:
-        """[C, K] int64 columns of a chunk's ids on this rank, -1 where elsewhere."""
-        return stream.local_labels(self.target.ids[chunk], self.shard)
+    def begin(self, run: Run) -> _Steps:
+        """Without a teacher's side: a record needs no slab."""
+        return _Steps(run, self, run.table(3))
 
     def teacher(self, chunk: slice) -> SparseRows:
         """The teacher's side of a chunk."""
@@ -151,60 +108,53 @@ class _Call:
 
 
 PendingChunk = tuple[Tensor, Tensor, Callable[[], Tensor]]
-"""A chunk's logits without its ids, the ids' columns, and a function that waits for the statistics of all ranks."""
+"""A chunk's logits without its ids, the ids' columns [C, K] on this rank (-1 where elsewhere), and a function that
+waits for the statistics of all ranks."""
 
 
-class _LinearSparseKd(torch.autograd.Function):
-    """Computes gradients in forward, so that only d(hidden) and d(head) are kept for backward."""
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """table: kd, ce and lse per token."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _Call
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        work, temperature = work_dtype(hidden), call.spec.temperature
-        rows = stream.chunk_rows(call.slab_bytes, call.shard, call.group, work)
-        depth = stream.in_flight(call.group)
-        side = stream.ModelSide.of(hidden, call.head, call.shard, rows, depth, work)
-        scratch = Scratch.of(side.slabs[0])
-        grads = stream.GradientBuffers.zeros(hidden, call.head, call.needs_grad, work, call.main_grad)
-        kd, ce, lse = table = torch.zeros(3, hidden.shape[0], dtype=torch.float64, device=hidden.device)
+    run: Run
+    loss: _SparseKd
+    table: Tensor
 
-        def issue(chunk: slice, slot: int) -> PendingChunk:
-            logits, columns = side.logits(chunk, slot), call.columns(chunk)
-            stats = call.kernels.sparse_stats(logits, columns, call.weights.columns[chunk], temperature, scratch)
-            # The softmax needs the maxima and sums of all ranks' rows.
-            return logits, columns, start_gather(stats, call.group)
+    def issue(self, chunk: slice, slot: int) -> PendingChunk:
+        run, call = self.run, self.run.call
+        logits = run.student.logits(chunk, slot)
+        columns = stream.local_labels(self.loss.target.ids[chunk], call.vocab.shard)
+        stats = self.loss.kernels.sparse_stats(
+            logits, columns, call.weights.columns[chunk], self.loss.spec.temperature, run.scratch
+        )
+        # The softmax needs the maxima and sums of all ranks' rows.
+        return logits, columns, start_gather(stats, call.vocab.group)
 
-        def complete(chunk: slice, pending: PendingChunk) -> None:
-            logits, columns, gathered = pending
-            totals = merge_sparse_stats(gathered(), temperature)
-            terms = sparse_terms(totals, call.teacher(chunk), call.spec)
-            kd[chunk], lse[chunk] = terms.value, totals.lse()
-            ce[chunk] = lse[chunk] - totals.tail.label
-            if call.needs_grad.any:
-                weights = call.weights.of_chunk(chunk, lse[chunk])
-                gradient = sparse_gradient(totals, terms, weights, columns, temperature, logit_map=side.logit_map)
-                operand = call.kernels.sparse_grad(
-                    logits,
-                    columns,
-                    weights.labels,
-                    gradient,
-                    temperature,
-                    logit_map=side.logit_map,
-                    scratch=scratch,
-                    operand_dtype=side.operand_dtype,
-                )
-                grads.add(side, chunk, operand)
+    def complete(self, chunk: slice, pending: PendingChunk) -> Tensor | None:
+        logits, columns, gathered = pending
+        run, call, spec = self.run, self.run.call, self.loss.spec
+        totals = merge_sparse_stats(gathered(), spec.temperature)
+        terms = sparse_terms(totals, self.loss.teacher(chunk), spec)
+        kd, ce, lse = self.table[:, chunk]
+        kd.copy_(terms.value)
+        lse.copy_(totals.lse())
+        torch.sub(lse, totals.tail.label, out=ce)
+        if not call.needs_grad.any:
+            return None
+        weights, logit_map = call.weights.of_chunk(chunk, lse), run.student.logit_map
+        gradient = sparse_gradient(totals, terms, weights, columns, spec.temperature, logit_map=logit_map)
+        return self.loss.kernels.sparse_grad(
+            logits,
+            columns,
+            weights.labels,
+            gradient,
+            spec.temperature,
+            logit_map=logit_map,
+            scratch=run.scratch,
+            operand_dtype=run.student.operand_dtype,
+        )
 
-        stream.run_pipelined(hidden.shape[0], rows, depth, issue, complete)
-        table[1] = ce.where(stream.is_token(call.labels, call.shard), 0.0)
-        loss = call.weights.loss(table[2], table[1], temperature**2 * table[0]).to(work)
-        stream.save_gradients(ctx, grads, (hidden, weight, bias), call.group, call.main_grad)
-        kd, ce, lse = table.to(work).unbind(0)
-        ctx.mark_non_differentiable(kd, ce, lse)
-        return loss, kd, ce, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        return (*stream.scaled_gradients(ctx, grad_loss), None)
+    def finish(self) -> tuple[Tensor, Tensor]:
+        call, (kd, ce, lse) = self.run.call, self.table
+        self.table[1] = ce.where(stream.is_token(call.labels, call.vocab.shard), 0.0)
+        return call.weights.loss(lse, ce, self.loss.spec.temperature**2 * kd), self.table

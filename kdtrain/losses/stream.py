@@ -15,8 +15,9 @@ from kdtrain_kernels.matmul import add_weight_grad_, hidden_grad_into, logits_in
 from kdtrain_kernels.torch_rows import LogitMap, RowWeights
 from torch import Tensor
 
-from kdtrain.distributed.collectives import Group, group_size, reduce_sum_
+from kdtrain.distributed.collectives import Group, reduce_sum_
 from kdtrain.distributed.vocab import HeadShard, VocabShard
+from kdtrain.losses.vocab_group import VocabGroup
 
 SLABS = 2
 """Number of slabs that share `slab_bytes`: student's and teacher's logits.
@@ -33,15 +34,15 @@ ROW_MULTIPLE = 128
 PendingChunk = TypeVar("PendingChunk")
 
 
-def in_flight(group: Group) -> int:
+def in_flight(vocab: VocabGroup) -> int:
     """Chunks in flight: two if there are several ranks, so that the exchange of one overlaps with the other's
     computation."""
-    return 2 if group_size(group) > 1 else 1
+    return 2 if vocab.size > 1 else 1
 
 
-def bytes_per_token(shard: VocabShard, group: Group, work: torch.dtype) -> int:
+def bytes_per_token(vocab: VocabGroup, work: torch.dtype) -> int:
     """Slab bytes that one token per chunk takes on this rank, over all chunks in flight."""
-    return SLABS * in_flight(group) * row_stride(shard) * work.itemsize
+    return SLABS * in_flight(vocab) * row_stride(vocab.shard) * work.itemsize
 
 
 def row_stride(shard: VocabShard) -> int:
@@ -49,13 +50,13 @@ def row_stride(shard: VocabShard) -> int:
     return -(-shard.rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def chunk_rows(slab_bytes: int, shard: VocabShard, group: Group, work: torch.dtype) -> int:
+def chunk_rows(slab_bytes: int, vocab: VocabGroup, work: torch.dtype) -> int:
     """Tokens of a chunk: as many as fit in slab_bytes, a multiple of 8 if 8 fit.
 
     It does not depend on T, so that a token's arithmetic does not depend on its batch, or on this rank's real tokens,
     so that all ranks take part in the same collectives.
     """
-    fitting = slab_bytes // bytes_per_token(shard, group, work)
+    fitting = slab_bytes // bytes_per_token(vocab, work)
     return fitting - fitting % 8 if fitting >= 8 else fitting
 
 

@@ -17,10 +17,11 @@ from kdtrain_kernels.topk_dispatch import topk_kernels
 from kdtrain_kernels.topk_rows import Merged, Selection
 from torch import Tensor
 
-from kdtrain.distributed.collectives import Group, gather_ranks, group_rank, reduce_sum_
+from kdtrain.distributed.collectives import Group, gather_ranks, reduce_sum_
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import stream
 from kdtrain.losses.types import SparseTarget
+from kdtrain.losses.vocab_group import VocabGroup
 from kdtrain.teacher.estimators import UNBIASED, WITH_TAIL, Estimator, Split
 from kdtrain.teacher.topk import Merger, check_k, check_teacher_arguments, raise_if_bad, teacher_chunks
 
@@ -66,15 +67,15 @@ def sample_targets(
     Raises ValueError for invalid arguments before it computes anything, and on all ranks, at the end, for logits that
     are NaN or +inf.
     """
-    head_t = stream.as_head(head_t)
-    check_teacher_arguments(hidden_t, head_t, shard, group, slab_bytes)
+    head_t, vocab = stream.as_head(head_t), VocabGroup(shard, group)
+    check_teacher_arguments(hidden_t, head_t, shard, slab_bytes)
     check_k("k", k, shard)
     check_temperature(temperature)
     chosen = Estimator.of(estimator, k, tail_samples, top_p)
     _check_tokens(seed, {"sample_ids": sample_ids, "positions": positions, "labels": labels}, hidden_t)
     kernels = topk_kernels(backend, hidden_t.device, work_dtype(hidden_t), max(chosen.list_length, chosen.most_draws))
     temperatures = (float(temperature),) if temperature == 1.0 else (float(temperature), 1.0)
-    merger = Merger(chosen.list_length, temperatures, True, shard, group, True, kernels)
+    merger = Merger(chosen.list_length, temperatures, True, vocab, True, kernels)
     sampler = _Sampler(chosen, merger, _Results.empty(hidden_t, chosen))
     offsets = uniform(seed, sample_ids, positions)
     if labels is None:
@@ -178,16 +179,18 @@ class _Sampler:
         self, slab: Tensor, offsets: Tensor, scratch: Scratch, selection: Selection, merged: Merged, split: Split
     ) -> Tensor:
         """[C, m] int64 id + 1 of the draws that fall on this rank's columns, else 0. One all-gather of [C]."""
-        kernels, temperature, shard = self.merger.kernels, self.merger.temperatures[0], self.merger.shard
-        kernels.restore(slab, selection, _is_kept(selection.values, selection.columns + shard.start, merged, split))
+        kernels, temperature, vocab = self.merger.kernels, self.merger.temperatures[0], self.merger.vocab
+        kernels.restore(
+            slab, selection, _is_kept(selection.values, selection.columns + vocab.shard.start, merged, split)
+        )
         peak = _rest_peak(merged, split)
         cdf = kernels.tail_cdf(slab, peak, temperature, scratch=scratch)
         mass = cdf[:, -1] if cdf.shape[1] else cdf.new_zeros(len(cdf))
         # Every rank needs the others' tail mass to place its own interval of the distribution function. All ranks add
         # the same numbers in the same order, so the intervals meet exactly and each draw falls on exactly one rank.
-        ends = gather_ranks(mass, self.merger.group).cumsum(0)
-        end = ends[group_rank(self.merger.group)]
-        start = torch.cat([torch.zeros_like(ends[:1]), ends])[group_rank(self.merger.group)]
+        ends = gather_ranks(mass, vocab.group).cumsum(0)
+        end = ends[vocab.rank]
+        start = torch.cat([torch.zeros_like(ends[:1]), ends])[vocab.rank]
         total = ends[-1][:, None]
         slots = torch.arange(self.estimator.k - self.estimator.most_draws, self.estimator.k, device=slab.device)
         number = slots - split.kept[:, None]
@@ -196,11 +199,11 @@ class _Sampler:
         is_mine = (number >= 0) & (number < split.draws[:, None])
         is_mine &= (targets >= start[:, None]) & (targets < end[:, None])
         columns = kernels.tail_sample(slab, cdf, (targets - start[:, None]).clamp(min=0.0), peak, temperature)
-        return (columns + (shard.start + 1)).where(is_mine, 0)
+        return (columns + (vocab.shard.start + 1)).where(is_mine, 0)
 
     def result(self, hidden: Tensor, has_label: Tensor) -> SparseTarget:
         """Complete draws and labels over the group, and build the result. Communicates: see `sample_targets`."""
-        results, estimator, group = self.results, self.estimator, self.merger.group
+        results, estimator, group = self.results, self.estimator, self.merger.vocab.group
         raise_if_bad(results.bad.nonzero()[:, 0], hidden, group)
         if estimator.most_draws:
             # Each draw was found by the one rank whose rows hold it; the others have 0.

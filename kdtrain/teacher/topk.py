@@ -8,20 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 import torch
 from kdtrain_kernels.blocks import Scratch
 from kdtrain_kernels.divergences import check_temperature
 from kdtrain_kernels.matmul import work_dtype
+from kdtrain_kernels.protocol import TopKKernels
 from kdtrain_kernels.topk_dispatch import topk_kernels
 from kdtrain_kernels.topk_rows import NO_ID, NUMBERS, STATS, Merged, Selection, order_keys, split_keys
 from torch import Tensor
 
-from kdtrain.distributed.collectives import Group, exchange_ranks, gather_ranks, group_rank, group_size
+from kdtrain.distributed.collectives import Group, exchange_ranks, gather_ranks
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import checks, stream
 from kdtrain.losses.types import TopK
+from kdtrain.losses.vocab_group import VocabGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +64,15 @@ def linear_topk(
     Raises ValueError for invalid arguments before it computes anything, and on all ranks, at the end, for logits that
     are NaN or +inf.
     """
-    head_t = stream.as_head(head_t)
-    check_teacher_arguments(hidden_t, head_t, shard, group, slab_bytes)
+    head_t, vocab = stream.as_head(head_t), VocabGroup(shard, group)
+    check_teacher_arguments(hidden_t, head_t, shard, slab_bytes)
     check_k("k", k, shard)
     if not temperatures:
         raise ValueError("temperatures = (), need at least one number > 0")
     for temperature in temperatures:
         check_temperature(temperature)
     kernels = topk_kernels(backend, hidden_t.device, work_dtype(hidden_t), k)
-    merger = Merger(k, tuple(map(float, temperatures)), False, shard, group, gather, kernels)
+    merger = Merger(k, tuple(map(float, temperatures)), False, vocab, gather, kernels)
     parts: list[tuple[Tensor, Merged]] = []
     with torch.autocast(hidden_t.device.type, enabled=False):
         for chunk, slab, scratch in teacher_chunks(hidden_t, head_t, shard, slab_bytes):
@@ -85,7 +86,7 @@ def _collect(parts: list[tuple[Tensor, Merged]], merger: Merger, hidden: Tensor)
     work = work_dtype(hidden)
     tokens = torch.cat([torch.empty(0, dtype=torch.int64, device=hidden.device), *(tokens for tokens, _ in parts)])
     bad = torch.cat([hidden.new_empty(0, dtype=torch.bool), *(merged.is_bad for _, merged in parts)])
-    raise_if_bad(tokens[bad], hidden, merger.group)
+    raise_if_bad(tokens[bad], hidden, merger.vocab.group)
     empty = hidden.new_empty(0, merger.k, dtype=work)
     numbers = hidden.new_empty(0, len(merger.temperatures), dtype=work)
     top = TopK(
@@ -97,9 +98,8 @@ def _collect(parts: list[tuple[Tensor, Merged]], merger: Merger, hidden: Tensor)
     return top if merger.gather else TopKShare(top.ids, top.logits, top.lse, top.log_tail, tokens)
 
 
-def check_teacher_arguments(hidden: Tensor, head: HeadShard, shard: VocabShard, group: Group, slab_bytes: int) -> None:
-    """ValueError unless hidden, head, shard and group fit and one token's logits fit in slab_bytes."""
-    checks.check_shard(shard, group)
+def check_teacher_arguments(hidden: Tensor, head: HeadShard, shard: VocabShard, slab_bytes: int) -> None:
+    """ValueError unless hidden, head and shard fit and one token's logits fit in slab_bytes."""
     checks.check_model("_t", hidden, head, shard)
     least = stream.row_stride(shard) * work_dtype(hidden).itemsize
     if not isinstance(slab_bytes, int) or slab_bytes < least:
@@ -151,10 +151,9 @@ class Merger:
     k: int
     temperatures: tuple[float, ...]
     entropy: bool
-    shard: VocabShard
-    group: Group
+    vocab: VocabGroup
     gather: bool
-    kernels: ModuleType
+    kernels: TopKKernels
 
     def select(self, slab: Tensor, scratch: Scratch) -> Selection:
         """The k largest of this rank's rows; they become -inf in the slab. Does not communicate."""
@@ -165,25 +164,25 @@ class Merger:
         count = chunk.stop - chunk.start
         if self.gather:
             return torch.arange(chunk.start, chunk.stop, device=device)
-        share = -(-count // group_size(self.group))
-        first = min(count, group_rank(self.group) * share)
+        share = -(-count // self.vocab.size)
+        first = min(count, self.vocab.rank * share)
         return torch.arange(chunk.start + first, chunk.start + min(count, first + share), device=device)
 
     def merge(self, mine: Selection) -> Merged:
         """The merged list of `tokens`. Communicates: one all-to-all and, with `gather`, one all-gather."""
-        ranks, count = group_size(self.group), len(mine.values)
+        ranks, count = self.vocab.size, len(mine.values)
         share = -(-count // ranks)
-        width = min(self.k, self.shard.rows)
+        width = min(self.k, self.vocab.shard.rows)
         values = mine.values.new_full((ranks * share, width), float("-inf"))
         ids = torch.full((ranks * share, width), NO_ID, dtype=torch.int64, device=values.device)
         stats = mine.stats.new_zeros(ranks * share, mine.stats.shape[1])
         stats[:, 1] = float("-inf")
         listed = mine.values.shape[1]
-        values[:count, :listed], ids[:count, :listed] = mine.values, mine.columns + self.shard.start
+        values[:count, :listed], ids[:count, :listed] = mine.values, mine.columns + self.vocab.shard.start
         stats[:count] = mine.stats
         sent = _pack(values, ids, stats).unflatten(0, (ranks, share))
         # Every rank has candidates from its rows of the vocabulary only; each rank merges those of its share of tokens.
-        got = exchange_ranks(sent, self.group)
+        got = exchange_ranks(sent, self.vocab.group)
         parts = _unpack(got, width, values.dtype, STATS + len(self.temperatures))
         merged = self.kernels.topk_merge(*parts, self.k, self.temperatures, entropy=self.entropy)
         if ranks == 1:
@@ -191,9 +190,9 @@ class Merger:
         packed = _pack(merged.values, merged.ids, merged.numbers)
         if self.gather:
             # Each rank has merged its share of the tokens; the caller needs all of them.
-            packed = gather_ranks(packed, self.group).flatten(0, 1)[:count]
+            packed = gather_ranks(packed, self.vocab.group).flatten(0, 1)[:count]
         else:
-            packed = packed[: max(0, min(share, count - group_rank(self.group) * share))]
+            packed = packed[: max(0, min(share, count - self.vocab.rank * share))]
         return Merged(*_unpack(packed, self.k, values.dtype, NUMBERS + 2 * len(self.temperatures)))
 
 

@@ -9,16 +9,15 @@ import logging
 import os
 import subprocess
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 
 from kdtrain_kernels import torch_rows
 from kdtrain_kernels.divergences import DIVERGENCES, DivergenceSpec
+from kdtrain_kernels.protocol import RowKernels
 
 BACKENDS = ("torch", "triton")
-"""Names of modules with row_stats, pair_stats, merge_stats, merge_pair_stats, pair_round2, pair_value, pair_grad,
-row_grad, pair_measure and first_argmax, of the signatures and meaning of `torch_rows`."""
+"""Names of the implementations of `RowKernels`: `torch_rows` and `triton.rows`."""
 
 TRITON_DIVERGENCES: dict[str, tuple[str, ...]] = {
     "forward_kl": (),
@@ -73,7 +72,7 @@ def launch_one_row(device: torch.device) -> None:
 
 def row_kernels(
     backend: str, device: torch.device, work: torch.dtype = torch.float32, *, probe: Probe = launch_one_row
-) -> ModuleType:
+) -> RowKernels:
     """The row kernels `backend` (auto or one of BACKENDS) names for slabs of dtype `work` on `device`.
 
     auto takes the result of `choice` and logs the reason once. triton on another device than CUDA runs in triton's
@@ -92,10 +91,14 @@ def row_kernels(
         problem = _problem(device, work, probe)
         if problem:
             raise ValueError(f"backend = 'triton' is not available for {device.type}: {problem}; choose torch")
-    return torch_rows if backend == "torch" else importlib.import_module("kdtrain_kernels.triton.rows")
+    if backend == "torch":
+        return torch_rows
+    from kdtrain_kernels.triton import rows  # needs triton, which torch alone does not
+
+    return rows
 
 
-def pair_kernels(backend: str, device: torch.device, work: torch.dtype, spec: DivergenceSpec) -> ModuleType:
+def pair_kernels(backend: str, device: torch.device, work: torch.dtype, spec: DivergenceSpec) -> RowKernels:
     """The row kernels of `row_kernels` that compute `spec`.
 
     auto takes torch for a divergence that triton lacks and logs it once. Raises ValueError as `row_kernels` does, and

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 
 from kdtrain_kernels import sparse_rows, torch_rows
 from kdtrain_kernels.dispatch import row_kernels
+from kdtrain_kernels.protocol import SparseKernels
 
 
-def sparse_kernels(backend: str, device: torch.device, work: torch.dtype) -> ModuleType:
-    """The module with sparse_stats and sparse_grad, as `sparse_rows` has them. work: the slab's dtype.
+def sparse_kernels(backend: str, device: torch.device, work: torch.dtype) -> SparseKernels:
+    """`sparse_rows` or `triton.sparse`. work: the slab's dtype.
 
     auto falls back to torch where the triton kernels lack a variant (float64). Raises ValueError as `row_kernels` does,
     and for an explicit triton without such a variant.
     """
     if row_kernels(backend, device, work) is torch_rows:
         return sparse_rows
-    return importlib.import_module("kdtrain_kernels.triton.sparse")
+    from kdtrain_kernels.triton import sparse  # needs triton, which torch alone does not
+
+    return sparse

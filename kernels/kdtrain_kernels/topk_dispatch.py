@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
-from types import ModuleType
 
 import torch
 
 from kdtrain_kernels import topk_rows, torch_rows
 from kdtrain_kernels.dispatch import row_kernels
+from kdtrain_kernels.protocol import TopKKernels
 
 TRITON_MAX_K = 511
 """Longest list and most draws of the triton kernels, which hold the candidates of a row in registers."""
 
 
-def topk_kernels(backend: str, device: torch.device, work: torch.dtype, k: int) -> ModuleType:
-    """The module with topk_select, topk_merge, restore, tail_cdf and tail_sample, as `topk_rows` has them.
+def topk_kernels(backend: str, device: torch.device, work: torch.dtype, k: int) -> TopKKernels:
+    """`topk_rows` or `triton.topk`.
 
     work: the slab's dtype; k: length of the lists. auto falls back to torch where the triton kernels lack a variant
     (float64, k > TRITON_MAX_K). Raises ValueError as `row_kernels` does, and for an explicit triton without such a
@@ -26,7 +25,9 @@ def topk_kernels(backend: str, device: torch.device, work: torch.dtype, k: int) 
     if row_kernels(backend, device, work) is torch_rows:
         return topk_rows
     if k <= TRITON_MAX_K:
-        return importlib.import_module("kdtrain_kernels.triton.topk")
+        from kdtrain_kernels.triton import topk  # needs triton, which torch alone does not
+
+        return topk
     if backend == "auto":
         _log_long_lists(k)
         return topk_rows

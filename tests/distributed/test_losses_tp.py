@@ -9,6 +9,7 @@ import torch.distributed as dist
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import linear_cross_entropy, reference, stream
 from kdtrain.losses.label_sets import cross_entropy_of_label_sets
+from kdtrain.losses.vocab_group import VocabGroup
 from tests.support.loss_cases import (
     LossCase,
     cut_head,
@@ -104,7 +105,7 @@ def _check_laws(rank: int, world_size: int) -> None:
             weight=case.ce_weight,
             shard=shard,
             group=group,
-            slab_bytes=stream.bytes_per_token(shard, group, torch.float32) * 8,
+            slab_bytes=stream.bytes_per_token(VocabGroup(shard, group), torch.float32) * 8,
         )
         parts.loss.backward()
         assert torch.equal(got.loss, parts.loss.detach()), name
@@ -117,7 +118,7 @@ def _check_laws(rank: int, world_size: int) -> None:
             weight=case.ce_weight,
             shard=shard,
             group=group,
-            slab_bytes=stream.bytes_per_token(shard, group, torch.float32) * 8,
+            slab_bytes=stream.bytes_per_token(VocabGroup(shard, group), torch.float32) * 8,
         ):
             assert torch.equal(of_set.ce, parts.ce), name
             assert torch.equal(of_set.loss, parts.loss.detach()), name

@@ -157,7 +157,7 @@ def test_a_new_objective_touches_three_files_and_trains(tmp_path):
     changed = changed_files(tree)
     assert "kdtrain/objectives/confident.py" in changed
     assert len(changed) <= 3, changed
-    python = partial(run_command, sys.executable, env=tree_environment(tree), cwd=tree)
+    python = partial(run_command, sys.executable, env=tree_environment(tree), folder=tree)
     recipe, train = tree / "configs/confident.yaml", tree / "launch/train.py"
 
     page = python("-m", "kdtrain.config.explain")

@@ -156,12 +156,14 @@ def run_ranks(script: str, *words: object, ranks: int = 1, code: int = 0) -> End
 
 
 def run_command(
-    *command: object, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 250
+    *command: object, env: Mapping[str, str] | None = None, timeout_s: float = 250, folder: Path | None = None
 ) -> Ended:
-    """A command in a new process. env: variables to add. cwd: its folder, by default this process's."""
+    """A command in a new process. env: variables to add; folder: its current folder, default this process's."""
     words = [str(word) for word in command]
     variables = environment(**(env or {}))
-    done = subprocess.run(words, capture_output=True, text=True, env=variables, cwd=cwd, timeout=timeout_s, check=False)
+    done = subprocess.run(
+        words, capture_output=True, text=True, env=variables, timeout=timeout_s, check=False, cwd=folder
+    )
     return Ended(done.returncode, done.stdout, done.stderr)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from kdtrain.distributed.collectives import Group, group_rank, group_size
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import LossParts, linear_kd_loss, reference, stream
+from kdtrain.losses.vocab_group import VocabGroup
 
 GARBAGE = 1e3
 """Value of a head's padding rows in a case; it must not affect results."""
@@ -201,7 +202,7 @@ def streamed_answer(
         head_t=cut_head(case.head_t, shard),
         shard=shard,
         group=group,
-        slab_bytes=stream.bytes_per_token(shard, group, case.hidden_s.dtype) * chunk,
+        slab_bytes=stream.bytes_per_token(VocabGroup(shard, group), case.hidden_s.dtype) * chunk,
         measure=measure,
     )
     return answer_of(parts.loss, hidden, head, shard, parts), shard

@@ -11,6 +11,7 @@ from torch import Tensor
 from kdtrain.distributed.collectives import Group, group_rank, group_size
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import SparseTarget, linear_sparse_kd_loss, merge_duplicates, reference, sparse_reference, stream
+from kdtrain.losses.vocab_group import VocabGroup
 from tests.support.loss_cases import (
     Answer,
     LossCase,
@@ -111,7 +112,7 @@ def streamed_sparse_answer(
         ce_weight=base.ce_weight,
         shard=shard,
         group=group,
-        slab_bytes=stream.bytes_per_token(shard, group, hidden.dtype) * chunk,
+        slab_bytes=stream.bytes_per_token(VocabGroup(shard, group), hidden.dtype) * chunk,
         **{**divergence_arguments(base), **case.settings, **extra},
     )
     return answer_of(parts.loss, hidden, head, shard, parts), shard

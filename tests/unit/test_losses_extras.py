@@ -10,6 +10,7 @@ from kdtrain_kernels.torch_rows import LogitMap, RowWeights
 
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
+from kdtrain.losses.vocab_group import VocabGroup
 from tests.support.loss_cases import naive_answer, random_case, relative_error, streamed_answer
 
 ROWS = row_kernels("torch", torch.device("cpu"))
@@ -17,7 +18,7 @@ ROWS = row_kernels("torch", torch.device("cpu"))
 
 def call(case, op, *, hidden, head, **extra):
     shard = VocabShard.of(case.vocab_size, multiple=1)
-    shared = {"shard": shard, "slab_bytes": stream.bytes_per_token(shard, None, hidden.dtype) * 8, **extra}
+    shared = {"shard": shard, "slab_bytes": stream.bytes_per_token(VocabGroup(shard, None), hidden.dtype) * 8, **extra}
     if op == "ce":
         return linear_cross_entropy(hidden, head, case.labels, weight=case.ce_weight, **shared)
     return linear_kd_loss(

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
+from kdtrain.losses.vocab_group import VocabGroup
 from tests.support.loss_cases import (
     cut_head,
     loss_of,
@@ -40,7 +41,7 @@ def test_kd_weight_zero_is_bitwise_plain_cross_entropy(name, temperature):
     case = random_case(37, 1000, divergence=name, properties=True, temperature=temperature)
     case = replace(case, kd_weight=torch.zeros(37))
     shard = VocabShard.of(1000)
-    budget = stream.bytes_per_token(shard, None, torch.float32) * 8
+    budget = stream.bytes_per_token(VocabGroup(shard, None), torch.float32) * 8
     got, _ = streamed_answer(case, chunk=8, multiple=128)
     hidden, head = case.hidden_s.clone().requires_grad_(), cut_head(case.head_s, shard)
     plain = linear_cross_entropy(hidden, head, case.labels, weight=case.ce_weight, shard=shard, slab_bytes=budget)

@@ -17,6 +17,7 @@ from kdtrain.losses import (
     sparse_reference,
     stream,
 )
+from kdtrain.losses.vocab_group import VocabGroup
 from tests.support.loss_cases import identity_case, random_case, relative_error, streamed_answer
 from tests.support.sparse_cases import (
     SCHEMES,
@@ -361,7 +362,7 @@ def test_no_grad_gives_the_same_bits_and_empty_batches_work():
             base.labels,
             kd_weight=base.kd_weight,
             ce_weight=base.ce_weight,
-            slab_bytes=stream.bytes_per_token(shard, None, torch.float32) * 8,
+            slab_bytes=stream.bytes_per_token(VocabGroup(shard, None), torch.float32) * 8,
             **shared,
         )
     assert not parts.loss.requires_grad
