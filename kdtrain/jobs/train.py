@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdtrain.batch import Batch, BatchSource
+from kdtrain.batch import Batch
 from kdtrain.config.cli import Request
 from kdtrain.config.load import as_dict, config_hash, to_yaml
 from kdtrain.config.ranks import teacher_ranks
 from kdtrain.config.schema import GuardSection, RunConfig
+from kdtrain.data.loader import StepLoader
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import bootstrap
 from kdtrain.engine.zero import StudentEngine
@@ -169,7 +170,7 @@ class _Run:
         self,
         models: Models,
         engine: StudentEngine,
-        loader: BatchSource,
+        loader: StepLoader,
         prefix: Prefix,
         checkpoints: Checkpoints,
         progress: Progress,

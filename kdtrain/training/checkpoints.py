@@ -136,7 +136,7 @@ class Checkpoints:
             else:
                 LOGGER.info(text + ", training waited %.2f s", *values, self._stalled)
 
-    def load(self, point: ResumePoint, engine: StudentEngine, batches: BatchSource) -> Progress:
+    def load(self, point: ResumePoint, engine: StudentEngine, loader: BatchSource) -> Progress:
         """Restore engine, data position and progress from a checkpoint of any layout.
 
         For a new stage only the engine: its data position, steps and tokens begin at 0. Warns of changed settings that
@@ -144,7 +144,7 @@ class Checkpoints:
         """
         state = checkpoint.load(point.path, engine)
         if not point.is_stage:
-            batches.load_state_dict(state["loader"])
+            loader.load_state_dict(state["loader"])
         for change in config_changes(state["config"], self._config):
             if not (point.is_stage and change.startswith(NEW_IN_A_STAGE)):
                 LOGGER.warning("changed since %s was written: %s", point.path.name, change)
