@@ -8,7 +8,7 @@ Both run with the packages of the interpreter at hand, one after the other, each
 prepared, both demo runs take their first steps (tensor parallelism 2), and a tiny teacher is distilled in the layouts
 of `TINY`, one of which is also continued from its own checkpoint. Compared are all losses, gradient norms and
 evaluations as metrics.jsonl has them, what the console says of teacher and loss before the first step, and the bytes of
-stores and exported weights. Exit code 1 if anything differs. About 5 minutes.
+stores and exported weights. Exit code 1 if anything differs. About 6 minutes.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def kl_sum(one: TeacherSignal, other: TeacherSignal, batch: Batch, layout: HeadL
     """KL(one || other) of two signals of `batch` from one source, summed over its valid tokens; 0-d float64, nats.
 
     Streamed: no logits are stored. Replicated over tp, local to a data rank. Communicates as `signal_loss` does.
-    Raises ValueError for a sparse signal.
+    Raises ValueError unless both are dense.
     """
     match one, other:
         case DenseSignal(), DenseSignal():
@@ -75,6 +75,6 @@ def kl_sum(one: TeacherSignal, other: TeacherSignal, batch: Batch, layout: HeadL
             return kd.double().where(batch.loss_mask.reshape(-1) > 0, 0.0).sum()
         case _:
             raise ValueError(
-                f"the KL between a {one.kind} and a {other.kind} signal is undefined: the ids outside a sparse record "
-                "have no probability of their own; compare dense signals"
+                f"the KL between a {one.kind} and a {other.kind} signal is undefined: only dense signals have a "
+                "probability of every id; compare two of them"
             )
