@@ -24,7 +24,7 @@ from kdtrain.batch import Batch
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import linear_kd_loss
-from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.online import OnlineTeacher, Passes
 from kdtrain.teacher.side_stream import SideStream
 
 STEPS, CPU_STEPS, MICRO_BATCHES = 10, 2, 4
@@ -76,7 +76,7 @@ def micro_batches(setting: Setting, vocab: int, sequences: int, seq_len: int) ->
 def step(student: Stack, teacher: OnlineTeacher, batches: list[Batch]) -> list[Tensor]:
     """The losses; gradients are added to the student's."""
     losses = []
-    teacher.begin_step(batches)
+    teacher.prefetch(batches)
     for batch in batches:
         signal, ones = teacher.signal(batch), batch.loss_mask.flatten()
         loss = linear_kd_loss(
@@ -138,7 +138,10 @@ def compared(
     batches = micro_batches(setting, vocab, sequences, seq_len)
     shape = f"V={vocab} D={student[0]}x{student[1]} E={teacher[0]}x{teacher[1]} T={MICRO_BATCHES}x{sequences}x{seq_len}"
     sides = {"off": None, "on": SideStream(setting.device)}
-    teachers = {name: OnlineTeacher(backbone, Mesh(), learner.shard, Mesh(), side=side) for name, side in sides.items()}
+    teachers = {
+        name: OnlineTeacher(backbone, Mesh(), learner.shard, Mesh(), passes=Passes(side=side))
+        for name, side in sides.items()
+    }
     want = answers(setting, learner, teachers["off"], batches)
     for name, source in teachers.items():
         got = answers(setting, learner, source, batches)

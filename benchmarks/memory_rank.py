@@ -170,7 +170,7 @@ def steps(job: dict, folder: Path, live: PartBytes) -> dict[str, Any]:
                 live.restart()
                 common.reset_peak()
             batches = next(loader)
-            objective.begin_step(batches)
+            objective.prefetch(batches)
             for batch in batches:
                 loss = objective(batch).loss_sum
                 engine.backward(loss, float(job["seq_len"] * job["sequences"]))

@@ -73,7 +73,7 @@ class Unmeasured:
     """An objective without the metrics that need another pass over the logits."""
 
     def __init__(self, objective: Any) -> None:
-        self.begin_step, self._objective = objective.begin_step, objective
+        self.prefetch, self._objective = objective.prefetch, objective
 
     def __call__(self, batch: Any, *, measure: bool = False) -> Any:
         return self._objective(batch)
@@ -178,7 +178,7 @@ class Bench:
             device=self.device,
             engine=self.engine,
             objective=Unmeasured(objective),
-            loader=loader,
+            batches=loader,
             evaluator=nothing,
             checkpoints=nothing,
             reporter=watch,
@@ -202,7 +202,7 @@ class Bench:
         self.synchronise()
         started = time.perf_counter()
         with torch.no_grad():
-            teacher.begin_step(self.batches)
+            teacher.prefetch(self.batches)
             for batch in self.batches:
                 signal = teacher.signal(batch)
                 for hidden in signal.hidden_states.split(128):

@@ -1,9 +1,10 @@
-"""The batch that the loader yields and the models read. Shapes: B sequences, S tokens each, T = B * S."""
+"""The batch that models read, and the interface of what yields batches. B sequences, S tokens each, T = B * S."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -100,3 +101,19 @@ class Batch:
     def memory(self) -> tuple[Tensor, ...]:
         """Every tensor that a forward pass may read: the fields, and the documents' offsets where they are known."""
         return self.tensors() if self.documents is None else (*self.tensors(), self.documents.offsets)
+
+
+class BatchSource(Protocol):
+    """Which tokens a run trains on: an iterator over optimizer steps, whose position a checkpoint can hold."""
+
+    def __next__(self) -> list[Batch]:
+        """This data rank's micro-batches of the next step, in host memory; the same number on all data ranks."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the steps returned so far, and what the order depends on; JSON-able, equal on all ranks.
+
+        The trainer calls it before each step, so it must be cheap.
+        """
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the steps of `state`, in any layout. Raises StoreMismatch if it is of another order."""

@@ -5,9 +5,10 @@
     python proofs/same_numbers.py ../before                # -> docs/results/same_numbers.md
 
 Both run with the packages of the interpreter at hand, one after the other, each with its own code: the demo's corpus is
-prepared, both demo runs take their first steps (tensor parallelism 2), and a tiny teacher is distilled on four ranks
-(tensor parallelism 2, data parallelism 2, ZeRO 2, bfloat16). Compared are all losses, gradient norms and evaluations
-as metrics.jsonl has them, and the bytes of stores and exported weights. Exit code 1 if anything differs.
+prepared, both demo runs take their first steps (tensor parallelism 2), and a tiny teacher is distilled in the layouts
+of `TINY`, one of which is also continued from its own checkpoint. Compared are all losses, gradient norms and
+evaluations as metrics.jsonl has them, what the console says of teacher and loss before the first step, and the bytes of
+stores and exported weights. Exit code 1 if anything differs. About 6 minutes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs/results/same_numbers.md"
 TEACHER = ROOT / ".quickstart/teacher"
 METRICS = ("loss/", "distill/", "eval/", "optim/")
+LOGGED = ("check", "prefix", "loss")
 FILES = ("*.bin", "*.idx", "*.safetensors", "config.json", "tokenizer.json")
 DEMO_STEPS, DEMO_STEP = 4, 2048
 SETTINGS = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -33,13 +35,29 @@ MAKE_TINY = """
 import sys
 from pathlib import Path
 from kdtrain.models.tiny import tiny_config
+from tests.support.tiny_data import random_documents, write_store
 from tests.support.tiny_run import write_run
 
+folder = Path(sys.argv[1])
 write_run(
-    Path(sys.argv[1]), student=tiny_config("qwen3"), teacher=tiny_config("llama"), steps=8,
-    run={"name": "tiny"}, parallel={"tp": 2}, zero={"stage": 2}, checkpoint={"export": True},
+    folder, student=tiny_config("qwen3"), teacher=tiny_config("llama"), steps=8,
+    data={"validation": str(folder / "validation")}, eval={"every_steps": 4, "max_tokens": 512}, zero={"stage": 2},
+    checkpoint={"export": True, "keep_every": 4},
 )
+write_store(folder / "validation", random_documents(40, seed=1), folder / "teacher")
 """
+SHARED = ("teacher.layout=tp", "teacher.tp=2", "zero.stage=1", "data.sequences_per_micro_batch=2")
+TINY = {
+    "tp 2 x dp 2, ZeRO 2, bfloat16": ("parallel.tp=2", "student.dtype=bfloat16", "teacher.dtype=bfloat16"),
+    "dp 4, replicas share a teacher of tp 2": SHARED,
+    "dp 2, dedicated teacher of tp 2": ("teacher.layout=dedicated", "teacher.ranks=2", "teacher.tp=2"),
+    "cp 2 x dp 2, ZeRO 3, plain teacher under ZeRO 3": ("parallel.cp=2", "zero.stage=3", "teacher.zero_stage=3"),
+    "dp 4, replicas share a teacher of tp 2, resumed at step 4": (
+        *SHARED,
+        "run.resume={runs}/1/checkpoints/step_000004",
+    ),
+}
+"""Name -> settings of a tiny run of 8 steps on four ranks. runs: the folder of these runs, which are named 0, 1, ..."""
 Numbers = dict[str, str]
 """What was computed, by name, as text that is equal only if the bits are."""
 
@@ -76,15 +94,14 @@ def numbers(checkout: Path, work: Path) -> Numbers:
     for name in ("distill", "pretrain"):
         train(checkout, 2, f"configs/demo/{name}_cpu.yaml", f"run.name={name}", *demo)
     run(ROOT, "-c", MAKE_TINY, work / "tiny")  # where its code is has moved; what it writes is read by both
-    train(checkout, 4, work / "tiny/config.yaml", "student.dtype=bfloat16", "teacher.dtype=bfloat16")
+    runs = {f"demo {name}": work / "runs" / name for name in ("distill", "pretrain")}
+    for number, (name, settings) in enumerate(TINY.items()):
+        words = [word.format(runs=work / "tiny/runs") for word in settings]
+        train(checkout, 4, work / "tiny/config.yaml", f"run.name={number}", *words)
+        runs[f"tiny {name}"] = work / f"tiny/runs/{number}"
     found = digests(data, "demo corpus")
-    runs = {
-        "demo distill": work / "runs/distill",
-        "demo pretrain": work / "runs/pretrain",
-        "tiny tp 2 x dp 2, ZeRO 2": work / "tiny/runs/tiny",
-    }
     for name, folder in runs.items():
-        found |= metrics(folder / "metrics.jsonl", name) | digests(folder / "export", name)
+        found |= metrics(folder / "metrics.jsonl", name) | measured(folder, name) | digests(folder / "export", name)
     return found
 
 
@@ -111,6 +128,16 @@ def metrics(file: Path, name: str) -> Numbers:
     return {f"{name}: {key}": " ".join(repr(line[key]) for line in lines if key in line) for key in keys}
 
 
+def measured(folder: Path, name: str) -> Numbers:
+    """What the console said of teacher, prefix and loss before the first step: '<name> <first word>' -> lines."""
+    lines = (folder / "console.log").read_text(encoding="utf-8").splitlines()
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if (word := line.split(" ")[0]) in LOGGED:
+            found.setdefault(f"{name}: console, {word}", []).append(line)
+    return {key: "\n".join(text) for key, text in found.items()}
+
+
 def digests(folder: Path, name: str) -> Numbers:
     files = sorted(file for pattern in FILES for file in folder.rglob(pattern))
     if not files:
@@ -131,9 +158,8 @@ def table(before: str, after: str, rows: list[tuple[str, int, list[str]]]) -> st
         "# The same numbers, before and after",
         "",
         f"Written by `python proofs/same_numbers.py BEFORE`: {before} against {after}, the same packages.",
-        "Four steps of each demo run at tp 2, eight of a tiny run on four ranks. Other ZeRO stages, context",
-        "parallelism, dedicated teachers, offload and resumed runs are compared with plain torch or a whole run by",
-        "tests/distributed and tests/integration, not here.",
+        "Four steps of each demo run at tp 2, eight of each tiny run on four ranks, with evaluations. Offload, overlap",
+        "and other layouts are compared with plain torch by tests/distributed, not here.",
         "",
         "| what | series and files compared | differ |",
         "| --- | ---: | --- |",

@@ -1,20 +1,26 @@
-"""What each objective needs: the one table that checks, the console, FLOPs and jobs/build read. No torch."""
+"""What each objective is and needs: the one table that checks, FLOPs and jobs/build read. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from kdtrain.config.schema import ObjectiveSection
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectiveTraits:
-    """Needs of an objective.
+    """An objective's class and needs.
 
-    signals: kinds of a teacher's signal that it can use, rows of `losses.matrix.TARGETS`; empty: none in a step.
+    implementation: "module:Class" in kdtrain.objectives, imported when a run is built; constructed as
+    `kdtrain.objectives.base.ObjectiveClass`. signals: kinds of a teacher's signal that it can use, rows of
+    `losses.matrix.TARGETS`; empty: none in a step. batches: what a step trains on; tokens: packed sequences of
+    data.train.
     """
 
+    implementation: str
     signals: tuple[str, ...] = ()
+    batches: Literal["tokens"] = "tokens"
 
     @property
     def needs_teacher(self) -> bool:
@@ -23,8 +29,8 @@ class ObjectiveTraits:
 
 
 OBJECTIVES = {
-    "pretrain": ObjectiveTraits(),
-    "distill": ObjectiveTraits(signals=("dense",)),
+    "pretrain": ObjectiveTraits("kdtrain.objectives.pretrain:Pretrain"),
+    "distill": ObjectiveTraits("kdtrain.objectives.distill:Distill", signals=("dense",)),
 }
 """Value of objective.name -> its traits."""
 

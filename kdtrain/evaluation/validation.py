@@ -13,8 +13,9 @@ from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import divergence_spec, linear_cross_entropy
 from kdtrain.losses.types import LossParts
 from kdtrain.models.student import Student
-from kdtrain.teacher.signal_loss import HeadLayout, dense_loss
-from kdtrain.teacher.source import TeacherSource
+from kdtrain.teacher.signal import HeadLayout
+from kdtrain.teacher.signal_loss import LossWeights, signal_loss
+from kdtrain.teacher.source import SignalSource
 from kdtrain.telemetry.metrics import Metrics
 
 EVAL_METRICS = {
@@ -35,9 +36,10 @@ class Validation:
     Divergence and temperature do not depend on the training objective, so that runs can be compared.
     """
 
-    def __init__(self, student: Student, teacher: TeacherSource | None, layout: HeadLayout, mesh: Mesh) -> None:
+    def __init__(self, student: Student, source: SignalSource | None, layout: HeadLayout, mesh: Mesh) -> None:
         self._student = student
-        self._teacher = teacher
+        self._source = source
+        self._divergence = divergence_spec("forward_kl")
         self._layout = layout
         self._mesh = mesh
 
@@ -61,32 +63,22 @@ class Validation:
 
     def _measure(self, batch: Batch) -> LossParts:
         weight = batch.loss_mask.reshape(-1)
-        labels = batch.labels.reshape(-1)
+        weights = LossWeights(kd=weight, ce=weight)
         layout = self._layout
-        signal = None if self._teacher is None else self._teacher.signal(batch)
+        signal = None if self._source is None else self._source.signal(batch)
 
         def head_fn(hidden: Tensor, head: HeadShard) -> LossParts:
             if signal is None:
                 return linear_cross_entropy(
                     hidden,
                     head,
-                    labels,
+                    batch.labels.reshape(-1),
                     weight=weight,
                     shard=layout.shard,
                     group=layout.group,
                     slab_bytes=layout.slab_bytes,
                     backend=layout.backend,
                 )
-            return dense_loss(
-                hidden,
-                head,
-                signal,
-                labels,
-                weight,
-                weight,
-                layout,
-                divergence=divergence_spec("forward_kl"),
-                measure=True,
-            )
+            return signal_loss(hidden, head, signal, batch, weights, self._divergence, layout, measure=True)
 
         return self._student(batch, head_fn)

@@ -29,7 +29,7 @@ from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.run_state.heartbeat import PhaseTracker, Watchdog
 from kdtrain.teacher.protocol import compare_facts, shutdown_on_exit, write_facts, write_failure
 from kdtrain.teacher.remote import RemoteTeacher
-from kdtrain.teacher.server import Inbox, TeacherServer
+from kdtrain.teacher.server import Inbox, ServerHooks, ServerSettings, TeacherServer
 
 
 def serve(
@@ -55,12 +55,7 @@ def serve(
     mesh = Mesh.build(teacher_tp(cfg))
     inbox = Inbox(channel, clients) if mesh.tp_rank == 0 else None
     try:
-        backbone = load_backbone(
-            spec, mesh, vocab_size=vocab_size, device=runtime.device, trainable=False, packed=cfg.data.reset_positions
-        ).eval()
-        first = _first_row(backbone.lm_head_shard)
-        facts = expected_facts(cfg, spec, vocab_size, backbone.config)
-        write_facts(channel.key_values, roles.rank, {**facts, FIRST_ROW: first, ATTENTION: backbone.implementation})
+        backbone = _load_and_publish(cfg, spec, vocab_size, runtime, mesh)
     except BaseException as error:
         _cannot_load(error, runtime, inbox, clients)
         raise
@@ -79,13 +74,22 @@ def serve(
             inbox,
             clients,
             answer_of(backbone),
-            device=runtime.device,
-            in_flight=in_flight(cfg),
-            max_tokens=cfg.teacher.max_tokens_per_forward,
-            on_first_request=begun,
-            stop_requested=wants_stop,
-            tracker=tracker,
+            ServerSettings(runtime.device, in_flight(cfg), cfg.teacher.max_tokens_per_forward),
+            ServerHooks(begun, wants_stop, tracker),
         ).run()
+
+
+def _load_and_publish(cfg: RunConfig, spec: ModelSpec, vocab_size: int, runtime: Runtime, mesh: Mesh) -> Backbone:
+    """This rank's part of the teacher, whose facts all ranks of the job can read then. Communicates over tp."""
+    assert runtime.channel is not None
+    backbone = load_backbone(
+        spec, mesh, vocab_size=vocab_size, device=runtime.device, trainable=False, packed=cfg.data.reset_positions
+    ).eval()
+    first = _first_row(backbone.lm_head_shard)
+    facts = expected_facts(cfg, spec, vocab_size, backbone.config)
+    found = {**facts, FIRST_ROW: first, ATTENTION: backbone.implementation}
+    write_facts(runtime.channel.key_values, runtime.roles.rank, found)
+    return backbone
 
 
 def answer_of(backbone: Backbone) -> Callable[[Batch], Tensor]:

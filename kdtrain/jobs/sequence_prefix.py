@@ -27,10 +27,10 @@ from kdtrain.distributed.vocab import HeadShard
 from kdtrain.errors import ConfigError, DataError, KdtrainError, StoreMismatch
 from kdtrain.jobs.build.models import Models
 from kdtrain.jobs.inputs import Inputs
-from kdtrain.jobs.self_check import nll_sum
 from kdtrain.log import LOGGER
 from kdtrain.models.backbone import call_with_head
 from kdtrain.teacher.signal import DenseSignal
+from kdtrain.teacher.signal_measures import nll_sums
 
 NUM_SEQUENCES = 64
 """Sequences that the measurement uses."""
@@ -193,11 +193,11 @@ def nll_function(models: Models) -> Callable[[Batch], Tensor]:
     """A function from a batch to the summed cross-entropy of the teacher, or else the student; communicates over tp."""
     teacher, student, layout = models.teacher, models.student, models.layout
     if teacher is not None:
-        return lambda batch: nll_sum(teacher.signal(batch), batch.labels, batch.loss_mask, layout)
+        return lambda batch: nll_sums(teacher.signal(batch), [batch.labels], batch.loss_mask, layout)[0]
 
     def of_student(batch: Batch) -> Tensor:
         def head_fn(hidden: Tensor, head: HeadShard) -> Tensor:
-            return nll_sum(DenseSignal(hidden, head), batch.labels, batch.loss_mask, layout)
+            return nll_sums(DenseSignal(hidden, head), [batch.labels], batch.loss_mask, layout)[0]
 
         trains = student.training
         student.eval()  # no dropout in a measurement

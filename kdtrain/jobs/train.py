@@ -103,6 +103,8 @@ class _Run:
         resume_from = on_main(mesh, lambda: find_start(cfg, self.inputs, self.folder))
         prefix = self._prepare_teacher(models, resume_from)
         loader = build_loader(cfg, self.inputs, mesh, prefix, pin_memory=device.type == "cuda")
+        if models.teacher is not None:
+            models.teacher.check(loader)
         log_header(cfg, self.inputs, models, mesh, device)
         log_stores(cfg, self.inputs, loader)
         # After all other engines and groups: DeepSpeed keeps process-wide state of the engine that was built last.
@@ -187,7 +189,7 @@ class _Run:
             device=device,
             engine=engine,
             objective=build_objective(cfg, engine, models, timer),
-            loader=loader,
+            batches=loader,
             evaluator=Evaluator(
                 validation, engine, lambda: evaluation_batches(cfg, self.inputs, mesh, prefix), reporter, device
             ),

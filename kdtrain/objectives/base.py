@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from kdtrain.batch import Batch
 from kdtrain.losses.types import LossParts
+from kdtrain.models.student import Student
+from kdtrain.teacher.signal import HeadLayout
+from kdtrain.teacher.source import SignalSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +29,31 @@ class LossOutput:
 class Objective(Protocol):
     """A training objective. Holds the student; returns sums, which the trainer divides by the global token count."""
 
-    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
+    def prefetch(self, micro_batches: Sequence[Batch]) -> None:
         """Called with all micro-batches of a step before the first of them; the teacher may start on them."""
 
     def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
         """Loss of one micro-batch; with `measure`, also the metrics that need another pass over the logits."""
+
+
+class ObjectiveClass(Protocol):
+    """How every objective is constructed, by `jobs.build.objective`.
+
+    source: of the teacher's signals, None for an objective whose traits name no signal. settings: its own section of
+    the configuration. z_loss: weight of the squared log-sum-exp.
+    """
+
+    def __call__(
+        self, student: Student, source: SignalSource | None, settings: Any, layout: HeadLayout, *, z_loss: float = 0.0
+    ) -> Objective:
+        """The objective."""
+
+
+def require_source(source: SignalSource | None, name: str) -> SignalSource:
+    """The source of an objective that needs one. Raises ValueError without."""
+    if source is None:
+        raise ValueError(f"objective {name} needs a source of teacher signals, got None")
+    return source
 
 
 PER_TOKEN_METRICS = {

@@ -1,20 +1,21 @@
-"""Distillation from the full distribution of a running teacher, mixed with cross-entropy on the data."""
+"""Distillation from a teacher's signal, mixed with cross-entropy on the data."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kdtrain_kernels.divergences import DIVERGENCES, DivergenceSpec, divergence_spec
+from kdtrain_kernels.divergences import DIVERGENCES
 from torch import Tensor
 
 from kdtrain.batch import Batch
 from kdtrain.config.schema import DistillObjective
 from kdtrain.distributed.vocab import HeadShard
-from kdtrain.losses.types import LossParts
+from kdtrain.losses import DivergenceSpec, LossParts, divergence_spec
 from kdtrain.models.student import Student
-from kdtrain.objectives.base import LossOutput, summed_metrics
-from kdtrain.teacher.signal_loss import HeadLayout, dense_loss
-from kdtrain.teacher.source import TeacherSource
+from kdtrain.objectives.base import LossOutput, require_source, summed_metrics
+from kdtrain.teacher.signal import HeadLayout
+from kdtrain.teacher.signal_loss import LossWeights, signal_loss
+from kdtrain.teacher.source import SignalSource
 
 
 def divergence_of(settings: DistillObjective) -> DivergenceSpec:
@@ -34,42 +35,32 @@ class Distill:
     def __init__(
         self,
         student: Student,
-        teacher: TeacherSource,
+        source: SignalSource | None,
         settings: DistillObjective,
         layout: HeadLayout,
         *,
         z_loss: float = 0.0,
     ) -> None:
         self.student = student
-        self._z_loss = z_loss
-        self.teacher = teacher
+        self._source = require_source(source, "distill")
         self._kd_weight = settings.kd_weight
         self._divergence = divergence_of(settings)
         self._layout = layout
+        self._z_loss = z_loss
 
-    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
-        """Pass them to the teacher, which may run them together."""
-        self.teacher.begin_step(micro_batches)
+    def prefetch(self, micro_batches: Sequence[Batch]) -> None:
+        """Announce them to the source, which may run them together."""
+        self._source.prefetch(micro_batches)
 
     def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
         """Loss of one micro-batch; with `measure`, also entropies, KL at temperature 1, TVD and top-1 agreement."""
-        signal = self.teacher.signal(batch)
+        signal = self._source.signal(batch)
         mask = batch.loss_mask.reshape(-1)
-        w, layout = self._kd_weight, self._layout
+        z = mask * self._z_loss if self._z_loss else None
+        weights = LossWeights(mask * self._kd_weight, mask * (1.0 - self._kd_weight), z)
 
         def head_fn(hidden: Tensor, head: HeadShard) -> LossParts:
-            return dense_loss(
-                hidden,
-                head,
-                signal,
-                batch.labels.reshape(-1),
-                mask * w,
-                mask * (1.0 - w),
-                layout,
-                z_weight=mask * self._z_loss if self._z_loss else None,
-                divergence=self._divergence,
-                measure=measure,
-            )
+            return signal_loss(hidden, head, signal, batch, weights, self._divergence, self._layout, measure=measure)
 
         parts = self.student(batch, head_fn)
         return LossOutput(parts.loss, summed_metrics(parts, mask, self._z_loss))

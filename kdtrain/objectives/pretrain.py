@@ -7,23 +7,33 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kdtrain.batch import Batch
+from kdtrain.config.schema import PretrainObjective
 from kdtrain.distributed.vocab import HeadShard
 from kdtrain.losses import linear_cross_entropy
 from kdtrain.losses.types import LossParts
 from kdtrain.models.student import Student
 from kdtrain.objectives.base import LossOutput, summed_metrics
-from kdtrain.teacher.signal_loss import HeadLayout
+from kdtrain.teacher.signal import HeadLayout
+from kdtrain.teacher.source import SignalSource
 
 
 class Pretrain:
-    """CE(data) + z_loss lse^2, summed over valid tokens."""
+    """CE(data) + z_loss lse^2, summed over valid tokens. Reads neither `source` nor `settings`."""
 
-    def __init__(self, student: Student, layout: HeadLayout, *, z_loss: float = 0.0) -> None:
+    def __init__(
+        self,
+        student: Student,
+        source: SignalSource | None,
+        settings: PretrainObjective,
+        layout: HeadLayout,
+        *,
+        z_loss: float = 0.0,
+    ) -> None:
         self.student = student
         self._layout = layout
         self._z_loss = z_loss
 
-    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
+    def prefetch(self, micro_batches: Sequence[Batch]) -> None:
         """Nothing to prepare."""
 
     def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:

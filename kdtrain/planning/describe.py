@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from kdtrain.config.objectives import traits_of
-from kdtrain.config.schema import DataSection, ObjectiveSection, ParallelSection, TeacherSection
+from kdtrain.config.schema import DataSection, ObjectiveSection, ObjectiveSettings, ParallelSection, TeacherSection
 
 
 def mesh_line(parallel: ParallelSection, world_size: int) -> str:
@@ -28,12 +27,9 @@ def teacher_line(teacher: TeacherSection, tp: int) -> str:
 
 
 def loss_line(objective: ObjectiveSection) -> str:
-    """The objective with its weights."""
-    z = f"; z-loss {objective.z_loss:g}" if objective.z_loss else ""
-    if not traits_of(objective).needs_teacher:
-        return "cross-entropy" + z
-    d = objective.distill
-    return f"{d.divergence}, temperature {d.temperature:g}, weight {d.kd_weight:g}; ce weight {1 - d.kd_weight:g}{z}"
+    """The chosen objective with its weights."""
+    chosen: ObjectiveSettings = getattr(objective, objective.name)
+    return chosen.loss_line() + (f"; z-loss {objective.z_loss:g}" if objective.z_loss else "")
 
 
 def data_line(data: DataSection, num_tokens: int, num_stores: int, dp_size: int) -> str:

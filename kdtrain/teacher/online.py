@@ -4,7 +4,7 @@
 the hidden states, so no forward pass is done twice. `tp`: the teacher is sharded like the student, or over a multiple
 of its tp ranks (`resharding`), and all ranks of a group run all sequences. In both layouts ZeRO-3 may also shard the
 teacher over data ranks (`kdtrain.engine.frozen`); it gathers the weights of each layer for every forward pass, so
-`begin_step` then runs all micro-batches of a step in one pass. Alternatively the teacher runs one micro-batch ahead of
+`prefetch` then runs all micro-batches of a step in one pass. Alternatively the teacher runs one micro-batch ahead of
 the student, on a second stream (`side_stream`). Each rank gets the hidden states of all tokens and only its own rows of
 the teacher's head; the full-vocabulary distribution is never materialised.
 """
@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kdtrain.batch import Batch
+from kdtrain.batch import Batch, BatchSource
 from kdtrain.distributed.collectives import Group, gather_ranks, group_size
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.vocab import HeadShard, VocabShard
@@ -45,18 +45,31 @@ class _MicroBatch:
     """None until the forward pass has been started."""
 
 
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """How the micro-batches of a step become forward passes of the teacher.
+
+    together: `prefetch` runs all of them in one pass. side: the stream on which the next micro-batch runs while the
+    student trains on the present one; the groups of the mesh and of the backbone must then be used by the teacher only.
+    max_tokens: limit of one forward pass on a rank, but never less than a sequence; None: no limit.
+    """
+
+    together: bool = False
+    side: SideStream | None = None
+    max_tokens: int | None = None
+
+
 class OnlineTeacher:
-    """Turns a micro-batch into a `DenseSignal`.
+    """A `SignalSource` of `DenseSignal`s.
 
     backbone: the frozen model, whole or sharded over teacher_mesh. mesh, shard: the student's; the teacher's head must
     have been loaded with as many rows. teacher_mesh: a Mesh with the teacher's tp, `Mesh()` for a whole model. forward:
-    computes its hidden states, by default the backbone itself. together: whether `begin_step` runs all micro-batches of
-    a step in one pass. side: the stream on which the next micro-batch runs while the student trains on the present one;
-    the groups of mesh and of the backbone must then be used by the teacher only. max_tokens: limit of one forward pass
-    on a rank, but never less than a sequence; None: no limit. Every rank must construct it. Communicates: creates
-    process groups, and gathers the head's rows if the two layouts differ. Raises ValueError, on all ranks alike, if the
-    parts do not fit.
+    computes its hidden states, by default the backbone itself. head: its rows, by default the backbone's. Every rank
+    must construct it. Communicates: creates process groups, and gathers the head's rows if the two layouts differ.
+    Raises ValueError, on all ranks alike, if the parts do not fit.
     """
+
+    kind = "dense"
 
     def __init__(
         self,
@@ -67,9 +80,7 @@ class OnlineTeacher:
         *,
         forward: HiddenStates | None = None,
         head: HeadShard | None = None,
-        together: bool = False,
-        side: SideStream | None = None,
-        max_tokens: int | None = None,
+        passes: Passes = Passes(),
     ) -> None:
         _check_frozen(backbone, mesh, shard, teacher_mesh)
         self.backbone = backbone.eval()
@@ -77,9 +88,7 @@ class OnlineTeacher:
         self._mesh = mesh
         self._divides_sequences = mesh.tp_size > 1 and teacher_mesh.tp_size == 1
         self._resharding = TeacherResharding.of(mesh, teacher_mesh, shard) if teacher_mesh.tp_size > 1 else None
-        self._together = together
-        self._side = side
-        self._max_tokens = max_tokens
+        self._passes = passes
         self._step: list[_MicroBatch] = []
         rows = shard if self._resharding is None else self._resharding.shard
         self._head = _local_rows(head or backbone.lm_head_shard, rows, teacher_mesh, self._resharding)
@@ -89,16 +98,19 @@ class OnlineTeacher:
         """The group over which ranks that divide the sequences gather hidden states; None if they do not."""
         return self._mesh.tp_group if self._divides_sequences else None
 
-    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
+    def check(self, batches: BatchSource) -> None:
+        """Nothing to compare: it computes its signals from the batches themselves."""
+
+    def prefetch(self, micro_batches: Sequence[Batch]) -> None:
         """Run the teacher on all micro-batches of a step in one pass, or start the first of them on the side stream.
 
         Communicates where replicas share a teacher: one all-gather, which synchronises the device. Call it when no work
         is queued there, as the trainer does after its all-reduce of the step's state.
         """
         self._step.clear()
-        if self._together:
+        if self._passes.together:
             self._run_together(micro_batches)
-        elif self._side is not None or self._resharding is not None:
+        elif self._passes.side is not None or self._resharding is not None:
             documents = self._documents(micro_batches)
             self._step = [_MicroBatch(*pair) for pair in zip(micro_batches, documents, strict=True)]
             self._start_next()
@@ -108,7 +120,7 @@ class OnlineTeacher:
 
         Communicates over tp: nothing extra when the teacher is sharded like the student; one all-gather of [T/tp, E]
         when the ranks divide the sequences; one all-gather per field of the batch when replicas share a teacher, and
-        for a batch that was not in `begin_step` one more, which synchronises the device.
+        for a batch that was not in `prefetch` one more, which synchronises the device.
         """
         known = next((each for each in self._step if each.batch is batch), None)
         if known is None:
@@ -134,10 +146,11 @@ class OnlineTeacher:
     def _start_next(self) -> None:
         """Start the next micro-batch of the step on the side stream; nothing without a side stream."""
         waiting = next((each for each in self._step if each.result is None), None)
-        if self._side is None or waiting is None:
+        side = self._passes.side
+        if side is None or waiting is None:
             return
         whole = self._gathered(waiting)  # on the current stream: the loss uses the replicas' group as well
-        waiting.result = self._side.start(lambda: self._hidden(whole), whole.memory())
+        waiting.result = side.start(lambda: self._hidden(whole), whole.memory())
 
     def _documents(self, batches: Sequence[Batch]) -> Sequence[Documents | None]:
         """For each batch the documents of all sequences of its forward pass, other replicas' included."""
@@ -154,7 +167,7 @@ class OnlineTeacher:
 
     def _limited_forward(self, batch: Batch) -> Tensor:
         """[T, E] in as few passes as the limit allows. All ranks make equally many: their batches have one shape."""
-        parts = [self._forward(part) for part in batch.portions(self._max_tokens)]
+        parts = [self._forward(part) for part in batch.portions(self._passes.max_tokens)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _divided_forward(self, batch: Batch) -> Tensor:

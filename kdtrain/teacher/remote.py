@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from kdtrain.batch import Batch
+from kdtrain.batch import Batch, BatchSource
 from kdtrain.distributed.collectives import broadcast_first_
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.distributed.point_to_point import P2PChannel, P2PWork
@@ -37,16 +37,17 @@ class _PendingRequest:
 
 
 class RemoteTeacher:
-    """Turns a micro-batch into a `DenseSignal` that another rank computes.
+    """A `SignalSource` of `DenseSignal`s that another rank computes.
 
-    `begin_step` may announce the next step while answers of the present one are still in flight.
+    `prefetch` may announce the next step while answers of the present one are still in flight.
 
     mesh: the student's. head: this rank's rows of the teacher's head, sharded like the student's. servers: global
     ranks, used round-robin, so which server gets a micro-batch depends only on the order of the micro-batches.
     in_flight: the most requests of a data rank at a time, not counting one that was not announced; each needs a buffer
-    [T, E] on both
-    sides. timeout: of one answer. on_stop: called when a teacher reports a stop signal.
+    [T, E] on both sides. timeout: of one answer. on_stop: called when a teacher reports a stop signal.
     """
+
+    kind = "dense"
 
     def __init__(
         self,
@@ -66,7 +67,10 @@ class RemoteTeacher:
         self._queued: deque[Batch] = deque()
         self._in_flight: list[_PendingRequest] = []
 
-    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
+    def check(self, batches: BatchSource) -> None:
+        """Nothing to compare: the teacher computes its signals from the batches that it receives."""
+
+    def prefetch(self, micro_batches: Sequence[Batch]) -> None:
         """Queue these and send requests up to the limit. Batches already queued or in flight are skipped."""
         if self._mesh.tp_rank == 0:
             known = [*self._queued, *(request.batch for request in self._in_flight)]

@@ -85,14 +85,34 @@ class Inbox:
             self._queue.put(Request(client, kind, ids, exit_code))
 
 
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """device: of the forward pass. in_flight: most requests of one client at a time. max_tokens: limit of one forward
+    pass, but never less than a sequence; None: no limit."""
+
+    device: torch.device
+    in_flight: int
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerHooks:
+    """What the process around a server provides.
+
+    on_first_request: called once, before the first answer. stop_requested: whether this process has received a stop
+    signal. tracker: records the phase for heartbeats; None: a new one.
+    """
+
+    on_first_request: Callable[[], None] = lambda: None
+    stop_requested: Callable[[], bool] = lambda: False
+    tracker: PhaseTracker | None = None
+
+
 class TeacherServer:
     """Answers requests until all clients have shut down.
 
     mesh: of the teacher's ranks. The ranks of a tp group share one teacher; the first of them has the inbox, the others
-    None. forward: [B, S] sequences -> [B S, E] on every rank of the group. in_flight: most requests of one client at a
-    time. max_tokens: limit of one forward pass, but never less than a sequence; None: no limit. on_first_request:
-    called once, before the first answer. stop_requested: whether this process has received a stop signal. tracker:
-    records the phase for heartbeats.
+    None. forward: [B, S] sequences on settings.device -> [B S, E] on every rank of the group.
     """
 
     def __init__(
@@ -102,20 +122,14 @@ class TeacherServer:
         inbox: Inbox | None,
         clients: Sequence[int],
         forward: Callable[[Batch], Tensor],
-        *,
-        device: torch.device,
-        in_flight: int,
-        max_tokens: int | None = None,
-        on_first_request: Callable[[], None] = lambda: None,
-        stop_requested: Callable[[], bool] = lambda: False,
-        tracker: PhaseTracker | None = None,
+        settings: ServerSettings,
+        hooks: ServerHooks = ServerHooks(),
     ) -> None:
         self._channel, self._mesh, self._inbox, self._forward = channel, mesh, inbox, forward
-        self._clients, self._device, self._stop_requested = list(clients), device, stop_requested
-        self._on_first_request, self._max_tokens = on_first_request, max_tokens
-        self._tracker = tracker or PhaseTracker(channel.rank)
+        self._clients, self._settings, self._hooks = list(clients), settings, hooks
+        self._tracker = hooks.tracker or PhaseTracker(channel.rank)
         # Answers that a client may not have received yet: of in_flight requests, and of one that was not announced.
-        self._max_pending = in_flight + 1
+        self._max_pending = settings.in_flight + 1
         self._sent: dict[int, deque[tuple[P2PWork, P2PWork]]] = {c: deque(maxlen=self._max_pending) for c in clients}
         self._active = set(clients)
         self.num_answers = 0
@@ -140,7 +154,7 @@ class TeacherServer:
             request = self._next_request()
             if request.kind == FORWARD:
                 if self.num_answers == 0:
-                    self._on_first_request()
+                    self._hooks.on_first_request()
                 self._tracker.begin(self.num_answers + 1)
                 with self._tracker.phase("teacher"):
                     self._answer(request)
@@ -181,11 +195,11 @@ class TeacherServer:
 
     @torch.no_grad()
     def _answer(self, request: Request) -> None:
-        input_ids, position_ids = request.ids.to(self._device).unbind(0)
-        no_loss = torch.zeros(input_ids.shape, device=self._device)
-        documents = Documents.of(request.ids[1]).to(self._device)  # from the host's copy
+        input_ids, position_ids = request.ids.to(self._settings.device).unbind(0)
+        no_loss = torch.zeros(input_ids.shape, device=self._settings.device)
+        documents = Documents.of(request.ids[1]).to(self._settings.device)  # from the host's copy
         batch = Batch(input_ids, input_ids, no_loss, position_ids, torch.zeros_like(input_ids[:, 0]), documents)
-        hidden = torch.cat([self._forward(part).cpu() for part in batch.portions(self._max_tokens)])
+        hidden = torch.cat([self._forward(part).cpu() for part in batch.portions(self._settings.max_tokens)])
         self.num_answers += 1
         stop = self._num_stop_requests()
         if self._inbox is not None:
@@ -199,7 +213,7 @@ class TeacherServer:
 
     def _num_stop_requests(self) -> int:
         """How many ranks of this teacher have received a stop signal. Communicates: one all-reduce over tp."""
-        mine = torch.tensor([int(self._stop_requested())], device=self._device)
+        mine = torch.tensor([int(self._hooks.stop_requested())], device=self._settings.device)
         # The signal may reach any one rank, but only the first one answers clients.
         return int(reduce_sum_(mine, self._mesh.tp_group))
 

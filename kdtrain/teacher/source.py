@@ -1,19 +1,29 @@
-"""The interface of teachers for objectives and validation."""
+"""The interface of whatever knows a teacher's signal: a running teacher here or elsewhere, later a store."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
-from kdtrain.batch import Batch
-from kdtrain.teacher.signal import DenseSignal
+from kdtrain.batch import Batch, BatchSource
+from kdtrain.teacher.signal import TeacherSignal
 
 
-class TeacherSource(Protocol):
-    """Gives the teacher's signal for micro-batches."""
+class SignalSource(Protocol):
+    """Gives the teacher's signal of micro-batches."""
 
-    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
+    @property
+    def kind(self) -> str:
+        """Of all its signals, a row of `losses.matrix.TARGETS`."""
+
+    def check(self, batches: BatchSource) -> None:
+        """Compare what the signals were made from with `batches`; called on every rank before the first step.
+
+        Raises StoreMismatch naming both values, on all ranks alike.
+        """
+
+    def prefetch(self, micro_batches: Sequence[Batch]) -> None:
         """Announce all micro-batches of a step; called before `signal` of the first of them."""
 
-    def signal(self, batch: Batch) -> DenseSignal:
-        """The teacher's signal for a micro-batch."""
+    def signal(self, batch: Batch) -> TeacherSignal:
+        """The teacher's signal of a micro-batch, announced or not."""

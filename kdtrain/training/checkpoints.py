@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from kdtrain.batch import BatchSource
 from kdtrain.config.schema import CheckpointSection
-from kdtrain.data.loader import StepLoader
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine import checkpoint
 from kdtrain.engine.background import BackgroundWriter
@@ -67,19 +67,19 @@ class Checkpoints:
         self._began = self._stalled = 0.0
 
     def save(
-        self, engine: StudentEngine, progress: Progress, loader: StepLoader, sequences: int, *, wait: bool = True
+        self, engine: StudentEngine, progress: Progress, data_state: Mapping[str, Any], *, wait: bool = True
     ) -> None:
         """Write one complete checkpoint, then remove those that checkpoint.keep_* do not keep.
 
-        sequences: consumed so far by the whole run. wait: return only when it is on disk; otherwise, with
-        checkpoint.async_write, once it has been copied to the host (see `advance`). Writes nothing if this step has
-        been saved already. Communicates: barriers and success flags. Raises CheckpointError on all ranks.
+        data_state: of the batch source after the steps of `progress`. wait: return only when it is on disk; otherwise,
+        with checkpoint.async_write, once it has been copied to the host (see `advance`). Writes nothing if this step
+        has been saved already. Communicates: barriers and success flags. Raises CheckpointError on all ranks.
         """
         began = time.perf_counter()
         self.wait()
         if self._last is None or self._last.name != checkpoint.folder_name(progress.step):
             self._began = began
-            self._last = self._write(engine, progress.step, self._state(engine, progress, loader, sequences))
+            self._last = self._write(engine, progress.step, self._state(engine, progress, data_state))
             self._stalled = time.perf_counter() - began
         if wait:
             self.wait()
@@ -117,11 +117,11 @@ class Checkpoints:
         self._log_saved(path)
         return path
 
-    def _state(self, engine: StudentEngine, progress: Progress, loader: StepLoader, sequences: int) -> dict[str, Any]:
+    def _state(self, engine: StudentEngine, progress: Progress, data_state: Mapping[str, Any]) -> dict[str, Any]:
         return {
             VOCAB_SIZE: engine.backbone.shard.vocab_size,
             "progress": asdict(progress),
-            "loader": loader.state_dict(sequences),
+            "loader": dict(data_state),
             "config": dict(self._config),
             "origin": self._origin,
         }
@@ -136,7 +136,7 @@ class Checkpoints:
             else:
                 LOGGER.info(text + ", training waited %.2f s", *values, self._stalled)
 
-    def load(self, point: ResumePoint, engine: StudentEngine, loader: StepLoader) -> Progress:
+    def load(self, point: ResumePoint, engine: StudentEngine, loader: BatchSource) -> Progress:
         """Restore engine, data position and progress from a checkpoint of any layout.
 
         For a new stage only the engine: its data position, steps and tokens begin at 0. Warns of changed settings that

@@ -9,13 +9,13 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdtrain.batch import Batch
-from kdtrain.data.loader import StepLoader
+from kdtrain.batch import Batch, BatchSource
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.zero import StepResult, StudentEngine
 from kdtrain.errors import NonFiniteLoss, OutputError, RunStopped
@@ -51,7 +51,6 @@ class LoopSettings:
     """
 
     seed: int
-    seq_len: int
     tokens_per_step: int
     learning_rate: Callable[[int], float]
     prefetch_teacher: bool = False
@@ -71,7 +70,7 @@ class Trainer:
     device: torch.device
     engine: StudentEngine
     objective: Objective
-    loader: StepLoader
+    batches: BatchSource
     evaluator: Evaluator
     checkpoints: Checkpoints
     reporter: Reporter
@@ -80,6 +79,8 @@ class Trainer:
     stop: StopRequest
     progress: Progress = field(default_factory=Progress)
     _prefetched: list[Batch] = field(default_factory=list)
+    _data_state: dict[str, Any] = field(default_factory=dict)
+    """Of the batch source after the last completed step, for a checkpoint; the source itself may be further."""
 
     def run(self) -> None:
         """Train to the end. Raises RunStopped after saving; NonFiniteLoss, OutputError and CheckpointError without."""
@@ -93,6 +94,7 @@ class Trainer:
         cadence = self.cadence
         metrics = Metrics(device=self.device, group=self.mesh.zero_group)
         metrics.load_state(self.progress.metrics)
+        self._data_state = self.batches.state_dict()
         if self.progress.step == 0 and cadence.evaluate(0):
             self._evaluate()
         while self.progress.step < cadence.last_step:
@@ -119,7 +121,7 @@ class Trainer:
 
     def _next_micro_batches(self) -> list[Batch]:
         with self.timer.phase("data_wait"):
-            micro_batches = [batch.to(self.device) for batch in next(self.loader)]
+            micro_batches = [batch.to(self.device) for batch in next(self.batches)]
         if self.settings.check_replicas:
             check_replicas(micro_batches, self.mesh)
         return micro_batches
@@ -155,11 +157,11 @@ class Trainer:
         # of the tokens at the end of this step: at the beginning of the warm-up the rate would be 0
         lr = self.settings.learning_rate(self.progress.tokens_seen + self.settings.tokens_per_step)
         torch.manual_seed(step_seed(self.settings.seed, self.progress.step, self.mesh.zero_rank))
-        self.objective.begin_step(micro_batches)
+        data_state = self.batches.state_dict()  # before micro-batches of the next step are taken
+        self.objective.prefetch(micro_batches)
         if self.settings.prefetch_teacher and has_next:
-            # A checkpoint's data position counts completed steps, so it does not include these micro-batches.
             self._prefetched = self._next_micro_batches()
-            self.objective.begin_step(self._prefetched)
+            self.objective.prefetch(self._prefetched)
         sums: list[tuple[str, Tensor, Tensor]] = []
         losses: list[tuple[Tensor, Tensor]] = []
         for batch in micro_batches:
@@ -171,6 +173,7 @@ class Trainer:
             losses.append((out.loss_sum.detach(), batch.num_valid_tokens()))
         with self.timer.phase("optimizer"):
             result = self.engine.step(lr)
+        self._data_state = data_state
         self.progress.step += 1
         self.progress.tokens_seen += self.settings.tokens_per_step
         if result.applied:
@@ -195,8 +198,7 @@ class Trainer:
         with self.timer.tracker.phase("save", apart=True):
             self.guards.check_losses()
             self.progress.metrics = metrics.state()
-            sequences = self.progress.tokens_seen // self.settings.seq_len
-            self.checkpoints.save(self.engine, self.progress, self.loader, sequences, wait=wait)
+            self.checkpoints.save(self.engine, self.progress, self._data_state, wait=wait)
 
     def close(self, *, failed: bool = False) -> None:
         """Close the files of guards and reporter. failed: the run ends with an error; else raises OutputError."""

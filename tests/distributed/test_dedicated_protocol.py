@@ -16,11 +16,12 @@ from kdtrain.documents import Documents
 from kdtrain.errors import EXIT_DATA, EXIT_NON_FINITE, ConfigError, DataError, NonFiniteLoss, PeerLost, RunStopped
 from kdtrain.teacher.protocol import GRACE, compare_facts, shutdown_on_exit, write_facts, write_failure
 from kdtrain.teacher.remote import RemoteTeacher
-from kdtrain.teacher.server import Inbox, TeacherServer
+from kdtrain.teacher.server import Inbox, ServerHooks, ServerSettings, TeacherServer
 
 pytestmark = pytest.mark.dist
 
 WIDTH, TIMEOUT = 3, timedelta(seconds=20)
+CPU = torch.device("cpu")
 
 
 def micro_batch(number, rows=2, columns=4):
@@ -51,16 +52,15 @@ def client(channel, rank, servers, num_clients=1, in_flight=4, **more):
     return RemoteTeacher(channel, mesh, head, servers, in_flight=in_flight, timeout=TIMEOUT, **more)
 
 
-def serve(channel, clients, forward=hidden_of, in_flight=4, **more):
+def serve(channel, clients, forward=hidden_of, in_flight=4, max_tokens=None, **hooks):
     inbox = Inbox(channel, clients)
 
     def with_documents(batch):
         assert batch.documents.lengths == Documents.of(batch.position_ids).lengths
         return forward(batch)
 
-    server = TeacherServer(
-        channel, Mesh(), inbox, clients, with_documents, device=torch.device("cpu"), in_flight=in_flight, **more
-    )
+    settings = ServerSettings(CPU, in_flight, max_tokens)
+    server = TeacherServer(channel, Mesh(), inbox, clients, with_documents, settings, ServerHooks(**hooks))
     server.run()
     return server
 
@@ -81,13 +81,13 @@ def request_many(rank, world_size, folder, in_flight):
         teacher = client(channel, rank, servers, num_clients=2, in_flight=in_flight)
         for step in range(3):
             batches = [micro_batch(10 * step + i + 100 * rank, rows=1 + i % 3) for i in range(5)]
-            teacher.begin_step(batches)
-            teacher.begin_step(batches[:2])  # announced twice, requested once
+            teacher.prefetch(batches)
+            teacher.prefetch(batches[:2])  # announced twice, requested once
             order = [3, 0, 1, 4, 2] if step == 1 else range(5)  # not the order of the requests
             for i in order:
                 signal = teacher.signal(batches[i])
                 assert torch.equal(signal.hidden_states, hidden_of(batches[i]))
-                assert signal.resharding is None
+                assert signal._resharding is None
         late = micro_batch(7)
         assert torch.equal(teacher.signal(late).hidden_states, hidden_of(late)), "not announced"
     channel.barrier()
@@ -114,7 +114,7 @@ def requests_from_a_device(rank, world_size, folder):
     with shutdown_on_exit(channel, [1]):
         head = HeadShard(torch.zeros(5, WIDTH, device="meta"))
         teacher = RemoteTeacher(channel, Mesh(), head, [1], in_flight=2, timeout=TIMEOUT)
-        teacher.begin_step(step)
+        teacher.prefetch(step)
         for batch in [*step, late]:  # the last is not announced, as in an evaluation
             assert teacher.signal(batch).hidden_states.shape == (batch.num_tokens, WIDTH)
         with pytest.raises(RuntimeError, match="Cannot copy out of meta tensor"):
@@ -145,7 +145,7 @@ def works_ahead(rank, world_size, folder):
     with shutdown_on_exit(channel, [1]):
         teacher = client(channel, rank, [1], in_flight=3)
         batches = [micro_batch(i) for i in range(6)]
-        teacher.begin_step(batches)
+        teacher.prefetch(batches)
         channel.key_values.read("three", TIMEOUT)  # three are computed, none is taken
         for batch in batches:
             assert torch.equal(teacher.signal(batch).hidden_states, hidden_of(batch))
@@ -204,7 +204,7 @@ def failing_before_a_late_batch(rank, world_size, folder):
         return None
     with pytest.raises(PeerLost) as caught, shutdown_on_exit(channel, [1]):
         teacher = client(channel, rank, [1], in_flight=2)
-        teacher.begin_step([micro_batch(i) for i in range(3)])
+        teacher.prefetch([micro_batch(i) for i in range(3)])
         channel.key_values.write("waiting", {})
         started = time.monotonic()
         teacher.signal(micro_batch(9))  # not announced, as in an evaluation between two steps
@@ -284,9 +284,8 @@ def stopping_by_the_second_rank(rank, world_size, folder):
             Inbox(channel, [0]) if rank == 1 else None,
             [0],
             hidden_of,
-            device=torch.device("cpu"),
-            in_flight=4,
-            stop_requested=lambda: rank == 2 and server.num_answers > 1,
+            ServerSettings(CPU, 4),
+            ServerHooks(stop_requested=lambda: rank == 2 and server.num_answers > 1),
         )
         with pytest.raises(RunStopped):
             server.run()
@@ -313,7 +312,7 @@ def idle_beyond_the_timeout_of_collectives(rank, world_size, folder):
     if rank > 0:
         mesh = Mesh(world_size=2, rank=rank - 1, tp_size=2, tp_group=group)
         inbox = Inbox(channel, [0]) if rank == 1 else None
-        TeacherServer(channel, mesh, inbox, [0], hidden_of, device=torch.device("cpu"), in_flight=4).run()
+        TeacherServer(channel, mesh, inbox, [0], hidden_of, ServerSettings(CPU, 4)).run()
         return None
     with shutdown_on_exit(channel, [1]):
         teacher = client(channel, rank, [1])

@@ -13,7 +13,7 @@ from kdtrain.distributed.vocab import VocabShard
 from kdtrain.documents import Documents
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
-from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.online import OnlineTeacher, Passes
 from kdtrain.teacher.side_stream import SideStream
 
 pytestmark = pytest.mark.dist
@@ -51,7 +51,7 @@ def backbone_of(folder, mesh, rank):
 
 
 def answers(teacher, step, late):
-    teacher.begin_step(step)
+    teacher.prefetch(step)
     found = [teacher.signal(batch).hidden_states for batch in step]
     return [*found, teacher.signal(late).hidden_states]
 
@@ -65,7 +65,7 @@ def hidden_states(rank, world_size, folder, teacher_tp):
     known, found = None, {}
     for name, settings in SETTINGS.items():
         teacher_mesh = Mesh.build(2) if teacher_tp > 1 else Mesh()
-        teacher = OnlineTeacher(backbone, mesh, shard, teacher_mesh, **settings)
+        teacher = OnlineTeacher(backbone, mesh, shard, teacher_mesh, passes=Passes(**settings))
         seen = []
         inner = teacher._forward
         teacher._forward = lambda batch, inner=inner, seen=seen: seen.append(batch) or inner(batch)

@@ -16,7 +16,7 @@ from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import TINY, tiny_config
 from kdtrain.models.tiny_mixtures import mixture_config
 from kdtrain.teacher.online import OnlineTeacher
-from kdtrain.teacher.signal_loss import HeadLayout
+from kdtrain.teacher.signal import HeadLayout
 from tests.support.validation_reference import favour_tokens, reference_means, uneven_batches
 
 pytestmark = pytest.mark.dist

@@ -19,7 +19,7 @@ from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
 from kdtrain.objectives.distill import Distill
-from kdtrain.teacher.signal_loss import HeadLayout
+from kdtrain.teacher.signal import HeadLayout
 from tests.support.tiers import slow_cases
 
 pytestmark = [pytest.mark.dist, pytest.mark.deepspeed]
@@ -126,11 +126,11 @@ def run_cases(rank, world_size, folder, cases):
         layout = HeadLayout(student.shard, mesh.tp_group, 16 * student.shard.rows * 3)
         objective = Distill(engine, teacher, KD, layout)
         for step in (2, 3):  # ZeRO-3 records the order of modules in the first step and prefetches in the second
-            objective.begin_step(parts := parts_of(batch_of(step), mesh))
+            objective.prefetch(parts := parts_of(batch_of(step), mesh))
             for part in parts:
                 teacher.signal(part)
         total, parts = float(batch_of(1).num_valid_tokens()), parts_of(batch_of(1), mesh)
-        objective.begin_step(parts)
+        objective.prefetch(parts)
         loss = torch.zeros(())
         for part in parts:
             loss_sum = objective(part).loss_sum

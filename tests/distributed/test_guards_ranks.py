@@ -37,15 +37,15 @@ def rank_1_sleeps(rank, world_size, folder):
     from kdtrain.run_state.heartbeat import Watchdog
 
     run = tiny_trainer(folder, 3, mesh=Mesh.build(1))
-    warned, draw = [], type(run.loader).__next__
+    warned, draw = [], type(run.batches).__next__
 
-    class SlowLoader(type(run.loader)):
+    class SlowLoader(type(run.batches)):
         def __next__(self):
             if rank == 1 and run.progress.step == 2:
                 time.sleep(3.5)
             return draw(self)
 
-    run.loader.__class__ = SlowLoader
+    run.batches.__class__ = SlowLoader
     with pytest.MonkeyPatch.context() as patch, Watchdog(run.timer.tracker, folder, world_size, warn_s=1.5):
         patch.setattr(LOGGER, "warning", lambda text, *args: warned.append(text % args))
         run.run()

@@ -15,7 +15,7 @@ from kdtrain.models.quantize import quantize_decoder_
 from kdtrain.models.tiny import tiny_config
 from kdtrain.parallel.shard_tensors import split_tensor
 from kdtrain.teacher.online import OnlineTeacher
-from kdtrain.teacher.signal_loss import HeadLayout
+from kdtrain.teacher.signal import HeadLayout
 from tests.support.layout_oracle import check_case, oracle
 from tests.support.layout_steps import (
     Case,

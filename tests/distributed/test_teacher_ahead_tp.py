@@ -66,8 +66,8 @@ def groups_in_use(rank, world_size, folder):
             theirs.add(teacher.gathers_over)
         signal = teacher.signal(step_batch(1).rows(0, 2))
         ours = {mesh.tp_group, mesh.dp_group, mesh.world_group}
-        if signal.resharding is not None:
-            ours |= {signal.resharding.group, signal.resharding.replicas}
+        if signal._resharding is not None:
+            ours |= {signal._resharding.group, signal._resharding.replicas}
         found[tp, words] = len(theirs), len(theirs & ours), torch.isfinite(signal.hidden_states).all().item()
     return found
 

@@ -62,13 +62,10 @@ def logit_mse(''',
     },
     SETTINGS: {
         '"alpha_beta", "logit_mse"]': '"alpha_beta", "le_cam", "logit_mse"]',
-        "\n\n\n@dataclass(kw_only=True, slots=True)\nclass ObjectiveSection:": '''
+        'exponent of the student; at least 0.01 in size."""\n': '''exponent of the student; at least 0.01 in size."""
     le_cam_share: float = _parameter(0.5, ParameterOf(divergences=("le_cam",), low=0, high=1, fix="0.5 is Le Cam's"))
     """le_cam: share of the teacher in the mixture, in (0, 1)."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ObjectiveSection:''',
+''',
     },
     "tests/support/loss_cases.py": {
         "for name in reference.DIVERGENCES] + [\n": """for name in reference.DIVERGENCES] + [

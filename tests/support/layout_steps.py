@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from kdtrain.batch import Batch
-from kdtrain.config.schema import DistillObjective, Dtype, RunConfig
+from kdtrain.config.schema import DistillObjective, Dtype, PretrainObjective, RunConfig
 from kdtrain.data.context import cut_sequences
 from kdtrain.distributed.collectives import reduce_sum_
 from kdtrain.distributed.mesh import Mesh
@@ -30,7 +30,7 @@ from kdtrain.models.tiny import tiny_config
 from kdtrain.objectives.distill import Distill
 from kdtrain.objectives.pretrain import Pretrain
 from kdtrain.parallel.shard_tensors import split_tensor
-from kdtrain.teacher.signal_loss import HeadLayout
+from kdtrain.teacher.signal import HeadLayout
 
 CPU = torch.device("cpu")
 VOCAB, SEQUENCES, SEQ_LEN = 299, 8, 12
@@ -214,7 +214,9 @@ def objective_of(engine: Any, teacher: Any = None) -> Pretrain | Distill:
     """Cross-entropy, or with a teacher KD; its slabs make several chunks of the tokens."""
     slab_bytes = 16 * engine.backbone.shard.rows * 3
     layout = HeadLayout(engine.backbone.shard, engine.mesh.tp_group, slab_bytes)
-    return Pretrain(engine, layout) if teacher is None else Distill(engine, teacher, KD, layout, z_loss=Z_LOSS)
+    if teacher is None:
+        return Pretrain(engine, None, PretrainObjective(), layout)
+    return Distill(engine, teacher, KD, layout, z_loss=Z_LOSS)
 
 
 def make_step(engine: Any, step: int, micro: int, *, teacher: Any = None) -> tuple[float, Any]:
@@ -223,7 +225,7 @@ def make_step(engine: Any, step: int, micro: int, *, teacher: Any = None) -> tup
     total = float(batch.num_valid_tokens())
     loss = 0.0
     objective, parts = objective_of(engine, teacher), micro_batches(batch, engine.mesh, micro)
-    objective.begin_step(parts)
+    objective.prefetch(parts)
     for part in parts:
         loss_sum = objective(part).loss_sum
         engine.backward(loss_sum, total)

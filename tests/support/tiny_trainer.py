@@ -39,14 +39,17 @@ class Loader:
     def __init__(self, mesh: Mesh, position: int = 0) -> None:
         self.position, self.mesh = position, mesh
 
-    def __iter__(self) -> "Loader":
-        return self
-
     def __next__(self) -> list[Batch]:
         first = self.position + self.mesh.dp_rank * SEQUENCES
         self.position += self.mesh.dp_size * SEQUENCES
         ids = torch.ones(2, SEQ_LEN, dtype=torch.int64)
         return [Batch(ids, ids, ids.float(), ids, torch.arange(start, start + 2)) for start in (first, first + 2)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
 
 
 class Engine:
@@ -76,7 +79,7 @@ class Objective:
     def __init__(self, engine: Engine, values: Mapping[int, float]) -> None:
         self.engine, self.values = engine, values
 
-    def begin_step(self, micro_batches: Any) -> None:
+    def prefetch(self, micro_batches: Any) -> None:
         pass
 
     def __call__(self, batch: Batch, *, measure: bool = False) -> LossOutput:
@@ -101,11 +104,11 @@ class Checkpoints:
     def wait(self) -> None:
         pass
 
-    def save(self, engine: Engine, progress: Progress, loader: Any, sequences: int, *, wait: bool = True) -> None:
+    def save(self, engine: Engine, progress: Progress, data_state: Any, *, wait: bool = True) -> None:
         weight = engine.weight.detach().clone()
         moments = {k: v.clone() for k, v in engine.adam.state_dict()["state"].get(0, {}).items()}
         known = json.loads(json.dumps(asdict(progress)))
-        self.saved[progress.step] = (known, engine.adam.state_dict(), sequences, weight, moments)
+        self.saved[progress.step] = (known, engine.adam.state_dict(), data_state, weight, moments)
 
 
 def tiny_trainer(
@@ -126,8 +129,9 @@ def tiny_trainer(
     """
     progress, engine, loader = Progress(), Engine(mesh), Loader(mesh)
     if saved is not None:
-        known, adam, sequences, weight, moments = saved
-        progress, loader = Progress(**known), Loader(mesh, sequences)
+        known, adam, data_state, weight, moments = saved
+        progress = Progress(**known)
+        loader.load_state_dict(data_state)
         engine.weight.data.copy_(weight)
         state = {0: {k: v.clone() for k, v in moments.items()}} if moments else {}
         engine.adam.load_state_dict({**adam, "state": state})
@@ -141,12 +145,12 @@ def tiny_trainer(
     parts: dict[str, Any] = {
         "engine": engine,
         "objective": Objective(engine, dict(values or {})),
-        "loader": loader,
+        "batches": loader,
         "evaluator": SimpleNamespace(run=lambda progress: None),
         "checkpoints": Checkpoints(),
     }
     return Trainer(
-        settings=LoopSettings(1, SEQ_LEN, tokens, lambda seen: 3e-4, prefetch_teacher),
+        settings=LoopSettings(1, tokens, lambda seen: 3e-4, prefetch_teacher),
         cadence=Cadence(steps * tokens, tokens, progress, log_every=log, save_every=every),
         mesh=mesh,
         device=CPU,

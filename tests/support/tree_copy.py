@@ -11,7 +11,7 @@ from tests.support.launching import ROOT
 
 NOT_COUNTED = ("tests", "configs", "docs")
 """Folders whose changes `changed_files` leaves out."""
-BUILD_PRODUCTS = {".venv", ".quickstart", ".newest", "runs", "build"}
+BUILD_PRODUCTS = {".venv", ".quickstart", ".newest", ".pytest_cache", ".mypy_cache", ".ruff_cache", "runs", "build"}
 
 
 def tracked_files() -> list[Path]:

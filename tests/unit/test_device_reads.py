@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kdtrain.batch import Batch
-from kdtrain.config.schema import DistillObjective, GuardSection
+from kdtrain.config.schema import DistillObjective, GuardSection, PretrainObjective
 from kdtrain.data.context import cut_sequences
 from kdtrain.distributed import collectives
 from kdtrain.distributed.mesh import Mesh
@@ -30,10 +30,10 @@ from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
 from kdtrain.objectives.distill import Distill
 from kdtrain.objectives.pretrain import Pretrain
-from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.online import OnlineTeacher, Passes
 from kdtrain.teacher.resharding import TeacherResharding
 from kdtrain.teacher.side_stream import SideStream
-from kdtrain.teacher.signal_loss import HeadLayout
+from kdtrain.teacher.signal import HeadLayout
 from kdtrain.telemetry.metrics import Metrics
 from kdtrain.training.guards import Guards, nan_if_nonfinite
 from tests.support.tiny_trainer import tiny_trainer
@@ -140,7 +140,11 @@ def student_step(student, batch, teacher=None):
         return call_with_head(student, batch, head_fn)
 
     settings = DistillObjective(divergence="skew_kl", temperature=2.0, kd_weight=0.7, skew=0.3)
-    objective = Pretrain(run, layout) if teacher is None else Distill(run, teacher, settings, layout, z_loss=1e-3)
+    objective = (
+        Pretrain(run, None, PretrainObjective(), layout)
+        if teacher is None
+        else Distill(run, teacher, settings, layout, z_loss=1e-3)
+    )
     out = objective(batch, measure=teacher is not None)
     nan_if_nonfinite(out.loss_sum).backward()
     return out
@@ -160,7 +164,7 @@ def teacher_of(backbone, mesh, shard, teacher_mesh, how):
     settings = dict(TEACHERS[how])
     if settings.pop("side", False):
         settings["side"] = SideStream(META)
-    return OnlineTeacher(backbone, mesh, shard, teacher_mesh, **settings)
+    return OnlineTeacher(backbone, mesh, shard, teacher_mesh, passes=Passes(**settings))
 
 
 @pytest.mark.parametrize("how", TEACHERS)
@@ -169,7 +173,7 @@ def test_a_step_of_distillation_reads_nothing_between_its_first_and_last_micro_b
     teacher = teacher_of(backbone_of(tmp_path), Mesh(), student.shard, Mesh(), how)
     step = moved()
     with NoWaiting():
-        teacher.begin_step(step)
+        teacher.prefetch(step)
         for batch in step:
             assert student_step(student, batch, teacher).loss_sum.device == META
         assert all(param.grad is not None for _, param in student.hf_parameters())
@@ -184,7 +188,7 @@ def test_ranks_that_share_out_sequences_read_nothing(tmp_path, ranks, how):
     teacher = teacher_of(backbone, mesh, VocabShard.of(VOCAB, 0, 2, total_rows=512), Mesh(), how)
     step = moved()
     with NoWaiting():
-        teacher.begin_step(step)
+        teacher.prefetch(step)
         for batch in [*step, *moved(1, rows=1)]:
             assert teacher.signal(batch).hidden_states.shape[0] == batch.num_tokens
 
@@ -198,14 +202,14 @@ def test_replicas_that_share_a_teacher_read_at_the_beginning_of_a_step_alone(tmp
     teacher = teacher_of(backbone, student_mesh, shard, teacher_mesh, how)
     step = moved()
     with pytest.raises(RuntimeError, match="Cannot copy out of meta tensor"):
-        teacher.begin_step(step)
+        teacher.prefetch(step)
 
     def gathered(self, batches):  # as if every replica had the documents of this one
         return [Documents.cat([batch.documents] * self.num_replicas) for batch in batches]
 
     with monkeypatch.context() as patch:
         patch.setattr(TeacherResharding, "gather_documents", gathered)
-        teacher.begin_step(step)
+        teacher.prefetch(step)
     with NoWaiting():
         for batch in step:
             assert teacher.signal(batch).hidden_states.shape[0] == 2 * batch.num_tokens
@@ -265,6 +269,19 @@ class Engine:
         return StepResult(1.0, True)
 
 
+class Steps:
+    """A source of given steps; no checkpoint is made of it."""
+
+    def __init__(self, steps):
+        self._steps = iter(steps)
+
+    def __next__(self):
+        return next(self._steps)
+
+    def state_dict(self):
+        return {}
+
+
 def test_a_trainer_reads_no_value_of_a_micro_batch(tmp_path, no_autocast):
     """Not for the global number of tokens, and not to keep losses and metrics for the next report."""
     student = backbone_of(tmp_path, "llama", trainable=True)
@@ -273,8 +290,10 @@ def test_a_trainer_reads_no_value_of_a_micro_batch(tmp_path, no_autocast):
     trainer.engine = Engine(student)
     trainer.guards = Guards(GuardSection(), Mesh(), META, trainer.progress)
     layout = HeadLayout(student.shard, None, 1 << 20, "torch")
-    trainer.objective = Pretrain(lambda batch, head_fn: call_with_head(student, batch, head_fn), layout)
-    trainer.loader = iter([batches(2), batches(2, rows=1)])
+    trainer.objective = Pretrain(
+        lambda batch, head_fn: call_with_head(student, batch, head_fn), None, PretrainObjective(), layout
+    )
+    trainer.batches = Steps([batches(2), batches(2, rows=1)])
     for rows in (3, 1):
         metrics = Metrics(META)
         with NoWaiting():

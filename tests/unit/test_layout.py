@@ -2,13 +2,14 @@
 
 import ast
 import re
-import shutil
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from tests.support.tree_copy import tracked_files
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("kdtrain", "kernels/kdtrain_kernels", "launch", "tests", "benchmarks", "proofs", "examples")
@@ -17,17 +18,6 @@ FORBIDDEN = {
     "a package registry's host": r"(py[p]i|npm[j]s|python[h]osted|debi[a]n)\.(org|com|net)\b|download\.py[t]orch\.org",
     "a private key or token": r"-----BEGIN [A-Z ]*PRIVATE KEY|\bhf_[A-Za-z0-9]{30,}|\bghp_[A-Za-z0-9]{30,}",
 }
-
-
-def tracked_files():
-    """Tracked files of a checkout; outside one (an image, an archive), every file that is not a build product."""
-    if shutil.which("git"):
-        git = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=False)
-        if git.returncode == 0:
-            return [ROOT / name for name in git.stdout.split("\0") if name and (ROOT / name).is_file()]
-    skip = {".venv", ".quickstart", ".newest", "runs", "build"}
-    parts = {p: p.relative_to(ROOT).parts for p in ROOT.rglob("*") if p.is_file()}
-    return [p for p, names in parts.items() if names[0] not in skip and "__pycache__" not in names]
 
 
 def python_files():

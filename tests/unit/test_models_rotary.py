@@ -18,7 +18,7 @@ from kdtrain.models.load import ModelSpec, check_architecture, load_backbone
 from kdtrain.models.rotary import DocumentRotary, document_lengths, use_document_lengths
 from kdtrain.models.rotary_probe import check_neighbours
 from kdtrain.models.tiny import TINY, save_random, tiny_config
-from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.online import OnlineTeacher, Passes
 
 ORIGINAL = 8
 """Tokens at which tables change in all models here."""
@@ -163,8 +163,8 @@ def test_neighbours_micro_batches_and_token_limits_change_nothing(tmp_path, name
             found = backbone.hidden_states(part).view(len(rows), 24, -1)
             torch.testing.assert_close(found, whole[rows], rtol=1e-5, atol=1e-6)
         for limit in (24, 48, 72, None):
-            teacher = OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh(), max_tokens=limit)
-            teacher.begin_step([batch])
+            teacher = OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh(), passes=Passes(max_tokens=limit))
+            teacher.prefetch([batch])
             hidden = teacher.signal(batch).hidden_states.view(5, 24, -1)
             torch.testing.assert_close(hidden, whole, rtol=1e-5, atol=1e-6)
 

@@ -19,7 +19,7 @@ from kdtrain.models.quantize import quantize_decoder_, require_torchao
 from kdtrain.models.tiny import tiny_config
 from kdtrain.models.tiny_mixtures import mixture_config
 from kdtrain.teacher.online import OnlineTeacher
-from kdtrain.teacher.signal_loss import HeadLayout
+from kdtrain.teacher.signal import HeadLayout
 from tests.support.validation_reference import uneven_batches
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")

@@ -10,7 +10,7 @@ from kdtrain.distributed.mesh import Mesh
 from kdtrain.documents import Documents
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.tiny import tiny_config
-from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.online import OnlineTeacher, Passes
 from kdtrain.teacher.side_stream import SideStream
 from tests.support.validation_reference import uneven_batches
 
@@ -35,13 +35,13 @@ def teacher_of(backbone, log, **settings):
         log.append(("teacher", int(batch.sample_ids[0]), batch.num_tokens))
         return backbone.hidden_states(batch)
 
-    return OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh(), forward=forward, **settings)
+    return OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh(), forward=forward, passes=Passes(**settings))
 
 
 def learn(teacher, micro_batches, log):
     """The trainer's calls of a step; returns the hidden states of each micro-batch."""
     found = []
-    teacher.begin_step(micro_batches)
+    teacher.prefetch(micro_batches)
     for batch in micro_batches:
         found.append(teacher.signal(batch).hidden_states)
         log.append(("student", int(batch.sample_ids[0])))
@@ -77,7 +77,7 @@ def test_overlap_is_independent_of_validation_and_of_an_abandoned_step(backbone)
     step, other = numbered(batches(3)), batches(1, sequences=2)[0]
     alone = backbone.hidden_states(other)
     assert torch.equal(teacher.signal(other).hidden_states, alone)
-    teacher.begin_step(step)
+    teacher.prefetch(step)
     assert torch.equal(teacher.signal(other).hidden_states, alone)
     assert torch.equal(teacher.signal(step[0]).hidden_states, backbone.hidden_states(step[0]))
     log.clear()
@@ -124,8 +124,8 @@ def test_a_side_stream_records_all_tensors_that_its_work_reads(backbone):
 
     batch = batches(1)[0]
     batch = Batch(*batch.tensors(), Documents.of(batch.position_ids))
-    teacher = OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh(), side=Side())
-    teacher.begin_step([batch])
+    teacher = OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh(), passes=Passes(side=Side()))
+    teacher.prefetch([batch])
     needed = [batch.input_ids, batch.position_ids, batch.documents.offsets]
     assert all(any(values is other for other in recorded) for values in needed)
     assert torch.equal(teacher.signal(batch).hidden_states, backbone.hidden_states(batch))
@@ -133,8 +133,8 @@ def test_a_side_stream_records_all_tensors_that_its_work_reads(backbone):
 
 def test_a_batch_with_the_id_of_an_earlier_one_gets_its_own_result(backbone):
     """Python reuses the id() of a deleted batch."""
-    teacher = OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh(), together=True)
+    teacher = OnlineTeacher(backbone, Mesh(), backbone.shard, Mesh(), passes=Passes(together=True))
     for _ in range(20):
-        teacher.begin_step(batches(2))  # never taken
+        teacher.prefetch(batches(2))  # never taken
         later = batches(1, sequences=2)[0]
         assert teacher.signal(later).hidden_states.shape[0] == later.num_tokens

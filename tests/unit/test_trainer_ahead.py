@@ -13,8 +13,8 @@ class Recorder:
         self.objective, self.events, self._step = objective, [], engine.step
         engine.step = self.step
 
-    def begin_step(self, micro_batches):
-        self.events.append(("begin_step", [int(batch.sample_ids[0]) for batch in micro_batches]))
+    def prefetch(self, micro_batches):
+        self.events.append(("prefetch", [int(batch.sample_ids[0]) for batch in micro_batches]))
 
     def __call__(self, batch, *, measure=False):
         self.events.append(("forward", int(batch.sample_ids[0])))
@@ -36,21 +36,19 @@ def trained(folder, *, prefetch_teacher, steps=3):
 def test_objective_gets_each_step_one_step_ahead_and_none_after_the_last(tmp_path):
     events = trained(tmp_path / "a", prefetch_teacher=True).objective.events
     first, second, third = [0, 2], [4, 6], [8, 10]
-    steps = [("begin_step", first), ("begin_step", second), ("forward", 0), ("forward", 2), ("optimizer", None)]
-    steps += [("begin_step", second), ("begin_step", third), ("forward", 4), ("forward", 6), ("optimizer", None)]
-    assert events == [*steps, ("begin_step", third), ("forward", 8), ("forward", 10), ("optimizer", None)]
+    steps = [("prefetch", first), ("prefetch", second), ("forward", 0), ("forward", 2), ("optimizer", None)]
+    steps += [("prefetch", second), ("prefetch", third), ("forward", 4), ("forward", 6), ("optimizer", None)]
+    assert events == [*steps, ("prefetch", third), ("forward", 8), ("forward", 10), ("optimizer", None)]
     events = trained(tmp_path / "b", prefetch_teacher=False).objective.events
-    assert [what for what, _ in events] == ["begin_step", "forward", "forward", "optimizer"] * 3
+    assert [what for what, _ in events] == ["prefetch", "forward", "forward", "optimizer"] * 3
 
 
 def test_prefetching_changes_neither_weights_nor_the_position_of_checkpoints(tmp_path):
     ahead, plain = (trained(tmp_path / str(flag), prefetch_teacher=flag) for flag in (True, False))
     assert ahead.engine.weight.item() == plain.engine.weight.item() != 1.0
     for step in (1, 2, 3):
-        (_, _, sequences, weight, _), (_, _, right, right_weight, _) = (
-            r.checkpoints.saved[step] for r in (ahead, plain)
-        )
-        assert sequences == right == step * SEQUENCES
+        (_, _, state, weight, _), (_, _, right, right_weight, _) = (r.checkpoints.saved[step] for r in (ahead, plain))
+        assert state == right == {"position": step * SEQUENCES}
         assert weight.item() == right_weight.item()
 
 

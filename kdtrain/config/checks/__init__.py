@@ -53,7 +53,7 @@ def value_problems(cfg: RunConfig, *, world_size: int) -> list[Problem]:
     check_student(cfg.student, report)
     check_teacher(cfg, num_students, report)
     check_dedicated_teacher(cfg, world_size, report)
-    check_data(cfg.data, report)
+    check_data(cfg, report)
     check_tokens_per_step(cfg, num_students, report)
     check_objective(cfg.objective, report)
     check_parallel(cfg, world_size, report)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 
 from kdtrain.config.checks.report import Report
+from kdtrain.config.objectives import traits_of
 from kdtrain.config.ranks import data_ranks
-from kdtrain.config.schema import DataSection, RunConfig
+from kdtrain.config.schema import RunConfig
 
 MAX_PREFETCH = 1024
 
 
-def check_data(d: DataSection, report: Report) -> None:
+def check_data(cfg: RunConfig, report: Report) -> None:
     """Stores and their shares, minimum sizes, and sequence_prefix as far as it can be checked without a tokenizer."""
-    if not d.train:
+    d = cfg.data
+    if not d.train and traits_of(cfg.objective).batches == "tokens":
         report.add("data.train", "names no token store", "make one with launch/prepare_corpus.py")
     if d.train_weights is not None and len(d.train_weights) != len(d.train):
         why = f"gives {len(d.train_weights)} weights for the {len(d.train)} stores of data.train"

@@ -10,7 +10,13 @@ from kdtrain.config.schema.debug import DebugSection
 from kdtrain.config.schema.eval import EvalSection
 from kdtrain.config.schema.guard import GuardSection
 from kdtrain.config.schema.log import LogSection, WandbSection
-from kdtrain.config.schema.objective import DistillObjective, Divergence, ObjectiveSection, PretrainObjective
+from kdtrain.config.schema.objective import (
+    DistillObjective,
+    Divergence,
+    ObjectiveSection,
+    ObjectiveSettings,
+    PretrainObjective,
+)
 from kdtrain.config.schema.optim import OptimSection
 from kdtrain.config.schema.parallel import ParallelSection
 from kdtrain.config.schema.run import RunSection
@@ -34,6 +40,7 @@ __all__ = [
     "GuardSection",
     "LogSection",
     "ObjectiveSection",
+    "ObjectiveSettings",
     "OptimSection",
     "ParallelSection",
     "PretrainObjective",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta", "logit_mse"]
+TEMPERATURES = (0.01, 100.0)
+"""Outside this range a float32 softmax is one-hot or uniform."""
 LEAST_EXPONENT = 0.01
 _EXPONENTS = "the limits (1, 0) and (0, 1) are the two KLs"
 
@@ -36,13 +39,32 @@ def parameters(section: Any) -> dict[str, ParameterOf]:
     return {of.name: of.metadata["parameter"] for of in fields(section) if "parameter" in of.metadata}
 
 
+class ObjectiveSettings:
+    """The section of one objective. Its methods are called only if objective.name names it."""
+
+    __slots__ = ()
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """(field, what is wrong, how to mend it) of every wrong setting: ("gamma", "is negative", "2 is usual")."""
+        return iter(())
+
+    def loss_line(self) -> str:
+        """The loss for the console, without the z-loss; by default the fields and their values."""
+        owner: Any = self
+        return ", ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(owner))
+
+
 @dataclass(kw_only=True, slots=True)
-class PretrainObjective:
+class PretrainObjective(ObjectiveSettings):
     """Plain next-token cross-entropy. Has no settings."""
 
+    def loss_line(self) -> str:
+        """The loss for the console."""
+        return "cross-entropy"
+
 
 @dataclass(kw_only=True, slots=True)
-class DistillObjective:
+class DistillObjective(ObjectiveSettings):
     """kd_weight * temperature^2 * D(teacher, student) + (1 - kd_weight) * cross-entropy, summed over valid tokens."""
 
     divergence: Divergence = "forward_kl"
@@ -75,6 +97,19 @@ class DistillObjective:
         ParameterOf(divergences=("alpha_beta",), least_size=LEAST_EXPONENT, sum_with="ab_alpha", fix=_EXPONENTS),
     )
     """alpha_beta: exponent of the student; at least 0.01 in size."""
+
+    def problems(self) -> Iterator[tuple[str, str, str]]:
+        """Of weight and temperature; parameters of divergences carry their ranges."""
+        if not 0 <= self.kd_weight <= 1:
+            yield "kd_weight", "is not in [0, 1]", "it is a mixing weight, 0.5 mixes evenly"
+        low, high = TEMPERATURES
+        if not low <= self.temperature <= high:
+            yield "temperature", f"is not in [{low:g}, {high:g}]", "1 is usual, 2 softens"
+
+    def loss_line(self) -> str:
+        """Both parts of the loss with their weights."""
+        divergence = f"{self.divergence}, temperature {self.temperature:g}, weight {self.kd_weight:g}"
+        return f"{divergence}; ce weight {1 - self.kd_weight:g}"
 
 
 @dataclass(kw_only=True, slots=True)

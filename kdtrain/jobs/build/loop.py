@@ -15,7 +15,6 @@ def loop_settings(cfg: RunConfig) -> LoopSettings:
     """What the trainer reads in each step."""
     return LoopSettings(
         seed=cfg.run.seed,
-        seq_len=cfg.data.seq_len,
         tokens_per_step=cfg.data.tokens_per_step,
         learning_rate=partial(
             learning_rate, schedule=cfg.schedule, peak=cfg.optim.lr, total_tokens=cfg.train.total_tokens

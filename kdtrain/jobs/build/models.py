@@ -24,8 +24,8 @@ from kdtrain.models.info import ModelInfo
 from kdtrain.models.load import ModelSpec, load_backbone
 from kdtrain.models.positions import check_positions
 from kdtrain.models.quantize import require_torchao
-from kdtrain.teacher.signal_loss import HeadLayout
-from kdtrain.teacher.source import TeacherSource
+from kdtrain.teacher.signal import HeadLayout
+from kdtrain.teacher.source import SignalSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Models:
     """
 
     student: Backbone
-    teacher: TeacherSource | None
+    teacher: SignalSource | None
     layout: HeadLayout
     teacher_backbone: Backbone | None
     teacher_head: LoadedHead | None = None

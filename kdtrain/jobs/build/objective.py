@@ -3,65 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 
 import torch
 
-from kdtrain.batch import Batch
-from kdtrain.config.objectives import traits_of
+from kdtrain.batch import Batch, BatchSource
+from kdtrain.config.objectives import ObjectiveTraits, traits_of
 from kdtrain.config.ranks import teacher_ranks
-from kdtrain.config.schema import ObjectiveSection, RunConfig
+from kdtrain.config.schema import RunConfig
 from kdtrain.distributed.mesh import Mesh
 from kdtrain.engine.zero import StudentEngine
 from kdtrain.errors import ConfigError
 from kdtrain.jobs.build.models import Models
 from kdtrain.models.flops import forward_flops_per_token, peak_flops, training_flops_per_token
-from kdtrain.objectives.base import Objective
-from kdtrain.objectives.distill import Distill
-from kdtrain.objectives.pretrain import Pretrain
-from kdtrain.teacher.signal import DenseSignal
-from kdtrain.teacher.source import TeacherSource
+from kdtrain.objectives.base import Objective, ObjectiveClass
+from kdtrain.teacher.signal import TeacherSignal
+from kdtrain.teacher.source import SignalSource
 from kdtrain.training.report import Costs
 from kdtrain.training.timing import PhaseTimer
 
 
 class TimedTeacher:
-    """A TeacherSource whose calls are timed under the phase "teacher"."""
+    """A SignalSource whose calls in a step are timed under the phase "teacher"."""
 
-    def __init__(self, teacher: TeacherSource, timer: PhaseTimer) -> None:
-        self._teacher = teacher
+    def __init__(self, source: SignalSource, timer: PhaseTimer) -> None:
+        self._source = source
         self._timer = timer
 
-    def begin_step(self, micro_batches: Sequence[Batch]) -> None:
-        """As the wrapped teacher's."""
-        with self._timer.phase("teacher"):
-            self._teacher.begin_step(micro_batches)
+    @property
+    def kind(self) -> str:
+        """As the wrapped source's."""
+        return self._source.kind
 
-    def signal(self, batch: Batch) -> DenseSignal:
-        """As the wrapped teacher's."""
+    def check(self, batches: BatchSource) -> None:
+        """As the wrapped source's."""
+        self._source.check(batches)
+
+    def prefetch(self, micro_batches: Sequence[Batch]) -> None:
+        """As the wrapped source's."""
         with self._timer.phase("teacher"):
-            return self._teacher.signal(batch)
+            self._source.prefetch(micro_batches)
+
+    def signal(self, batch: Batch) -> TeacherSignal:
+        """As the wrapped source's."""
+        with self._timer.phase("teacher"):
+            return self._source.signal(batch)
 
 
 def build_objective(cfg: RunConfig, engine: StudentEngine, models: Models, timer: PhaseTimer) -> Objective:
-    """The objective of objective.name. Raises ConfigError if it needs a teacher and there is none."""
-    name = cfg.objective.name
-    if traits_of(cfg.objective).needs_teacher and models.teacher is None:
+    """The objective of objective.name. Raises ConfigError if it cannot use the run's source of signals, or has none."""
+    section = cfg.objective
+    traits = traits_of(section)
+    source = _source_of(section.name, traits, models, timer) if traits.needs_teacher else None
+    return objective_class(traits)(engine, source, getattr(section, section.name), models.layout, z_loss=section.z_loss)
+
+
+def objective_class(traits: ObjectiveTraits) -> ObjectiveClass:
+    """Import what `traits.implementation` names."""
+    module, _, name = traits.implementation.partition(":")
+    found: ObjectiveClass = getattr(import_module(module), name)
+    return found
+
+
+def _source_of(name: str, traits: ObjectiveTraits, models: Models, timer: PhaseTimer) -> SignalSource:
+    source = models.teacher
+    if source is None:
         raise ConfigError(f"objective.name = {name} needs a teacher\n  fix: set teacher.weights to a model folder")
-    return BUILDERS[name](cfg.objective, engine, models, timer)
-
-
-def _pretrain(settings: ObjectiveSection, engine: StudentEngine, models: Models, timer: PhaseTimer) -> Objective:
-    return Pretrain(engine, models.layout, z_loss=settings.z_loss)
-
-
-def _distill(settings: ObjectiveSection, engine: StudentEngine, models: Models, timer: PhaseTimer) -> Objective:
-    assert models.teacher is not None  # `build_objective` has refused it
-    teacher = TimedTeacher(models.teacher, timer)
-    return Distill(engine, teacher, settings.distill, models.layout, z_loss=settings.z_loss)
-
-
-BUILDERS = {"pretrain": _pretrain, "distill": _distill}
-"""Value of objective.name -> what builds it, a row for each of `config.objectives.OBJECTIVES`."""
+    if source.kind not in traits.signals:
+        raise ConfigError(
+            f"objective.name = {name} cannot use {source.kind} signals, which this run's teacher gives\n"
+            f"  why: it is defined for {', '.join(traits.signals)}\n"
+            "  fix: choose another objective, or a teacher that gives one of these"
+        )
+    return TimedTeacher(source, timer)
 
 
 def costs_of(cfg: RunConfig, models: Models, mesh: Mesh, device: torch.device) -> Costs:

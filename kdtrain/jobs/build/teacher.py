@@ -11,7 +11,7 @@ from kdtrain.distributed.vocab import VocabShard
 from kdtrain.engine.frozen import FrozenEngine
 from kdtrain.models.backbone import Backbone
 from kdtrain.models.load import ModelSpec, load_backbone
-from kdtrain.teacher.online import OnlineTeacher
+from kdtrain.teacher.online import OnlineTeacher, Passes
 from kdtrain.teacher.side_stream import SideStream
 
 
@@ -54,8 +54,8 @@ def build_teacher(
     )
     limit = t.max_tokens_per_forward
     if t.zero_stage == 0:
-        side = SideStream(device) if t.overlap else None
-        return OnlineTeacher(backbone, gather_mesh, shard, own_mesh, side=side, max_tokens=limit), backbone
+        passes = Passes(side=SideStream(device) if t.overlap else None, max_tokens=limit)
+        return OnlineTeacher(backbone, gather_mesh, shard, own_mesh, passes=passes), backbone
     engine = FrozenEngine(backbone, sharded_mesh, device=device, dtype=t.dtype, offload=t.offload)
     teacher = OnlineTeacher(
         backbone,
@@ -64,8 +64,7 @@ def build_teacher(
         own_mesh,
         forward=engine.hidden_states,
         head=engine.head,
-        together=True,
-        max_tokens=limit,
+        passes=Passes(together=True, max_tokens=limit),
     )
     return teacher, backbone
 
