@@ -57,7 +57,7 @@ class Bench:
         self.rank, self.mesh, self.folder, self.step = bootstrap.start(), Mesh.build(1), folder, 0
         settings = EngineSettings(ZeroSection(), OptimSection(), "float32", SEQUENCES)
         spec = ModelSpec(architecture=model, dtype="float32")
-        student = load_backbone(spec, self.mesh, vocab_size=VOCAB, device=self.rank.device, trainable=True, seed=1)
+        student = load_backbone(spec, self.mesh, vocab_size=VOCAB, device=self.rank.device, trainable=True)
         self.engine = StudentEngine(student, self.mesh, settings, device=self.rank.device)
         self.writer = BackgroundWriter(self.mesh, self.rank.device)
         self.tokens = torch.randint(VOCAB, (SEQUENCES, SEQ_LEN + 1), device=self.rank.device)

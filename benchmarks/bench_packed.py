@@ -94,7 +94,7 @@ def packed(positions, layers: list) -> list:
     from kdtrain.models.packed_layout import PackedDocuments
 
     packing = PackedDocuments(Documents.of(positions))
-    return [attend_documents(*layer, packing, scaling=WIDTH**-0.5) for layer in layers]
+    return [attend_documents(layer, packing, scaling=WIDTH**-0.5) for layer in layers]
 
 
 def error_of(outputs: list, layers: list, grad, lengths: list[int]) -> float:

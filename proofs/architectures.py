@@ -153,7 +153,7 @@ def spec_of(path: Path) -> Any:
     """The ModelSpec of a config.json, or of a folder with weights."""
     from kdtrain.models.load import ModelSpec
 
-    return ModelSpec(**{"weights" if path.is_dir() else "architecture": str(path)}, dtype="float32")
+    return ModelSpec(**{"weights" if path.is_dir() else "architecture": str(path)}, dtype="float32", seed=SEED)
 
 
 def build_errors() -> tuple[type[Exception], ...]:
@@ -169,7 +169,7 @@ def load(path: Path, mesh: Any) -> Any:
     from kdtrain.models.load import load_backbone
     from kdtrain.parallel.shard_tensors import split_tensor
 
-    backbone = load_backbone(spec_of(path), mesh, vocab_size=VOCAB, trainable=True, seed=SEED, packed=False)
+    backbone = load_backbone(spec_of(path), mesh, vocab_size=VOCAB, trainable=True, packed=False)
     shapes = backbone.full_shapes()
     with torch.no_grad():
         for number, (name, param) in enumerate(backbone.hf_parameters()):

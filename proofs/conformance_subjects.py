@@ -17,7 +17,7 @@ from kdtrain.teacher.topk import linear_topk
 from kdtrain.testing.conformance import DENSE_MODES, Mode, Subject
 
 
-def kd(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, divergence, temperature, **parameters):
+def kd(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, **divergence):
     ones = torch.ones(len(labels), dtype=hidden_s.dtype)
     return linear_kd_loss(
         hidden_s,
@@ -25,25 +25,24 @@ def kd(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, divergence, 
         hidden_t,
         head_t,
         labels,
-        divergence=divergence,
-        temperature=temperature,
         kd_weight=ones,
         ce_weight=torch.zeros_like(ones),
         shard=shard,
         group=group,
         slab_bytes=1 << 13,
-        **parameters,
+        **divergence,
     ).loss
 
 
-def cross_entropy(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, divergence, temperature):
+def cross_entropy(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, **unused):
     ones = torch.ones(len(labels), dtype=hidden_s.dtype)
     return linear_cross_entropy(hidden_s, head_s, labels, weight=ones, shard=shard, group=group).loss
 
 
-def sparse(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, divergence, temperature, top_k, renormalise):
+def sparse(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, **mode):
     """The teacher's top_k ids with the rest as one bucket, or both models renormalised on the ids."""
-    found = linear_topk(hidden_t, head_t, top_k, shard=shard, group=group, temperatures=(temperature,))
+    temperature, renormalise = mode["temperature"], mode["renormalise"]
+    found = linear_topk(hidden_t, head_t, mode["top_k"], shard=shard, group=group, temperatures=(temperature,))
     weights = (found.logits / temperature - found.lse).exp()
     if renormalise:
         weights = weights / weights.sum(-1, keepdim=True)
@@ -54,7 +53,7 @@ def sparse(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, divergen
         head_s,
         SparseTarget(found.ids, weights, None if renormalise else found.log_tail[:, 0], unused, entropy),
         labels,
-        divergence=divergence,
+        divergence=mode["divergence"],
         temperature=temperature,
         kd_weight=ones,
         ce_weight=torch.zeros_like(ones),

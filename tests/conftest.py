@@ -1,4 +1,4 @@
-"""Session-wide pools of gloo ranks and the environment every test runs in."""
+"""Pools of gloo ranks and the environment every test runs in."""
 
 import os
 
@@ -52,9 +52,13 @@ def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def rank_pool() -> Iterator[Callable[[int], RankPool]]:
-    """rank_pool(n) -> the session's pool of n ranks, started on first use."""
+    """rank_pool(n) -> the test file's pool of n ranks, started on first use.
+
+    Pools end with their file: each thread of an idle gloo group wakes 120 times a second, and a session's groups
+    together would take a third of the processor from the tests that follow.
+    """
     pools: dict[int, RankPool] = {}
 
     def get(world_size: int) -> RankPool:

@@ -172,7 +172,7 @@ def packed_attention(
             "  fix: set attention=sdpa or attention=eager"
         )
     wanted = {name: settings[name] for name in SETTINGS if settings.get(name) is not None}
-    return attend_documents(query, key, value, context.packing, **wanted), None
+    return attend_documents((query, key, value), context.packing, **wanted), None
 
 
 def _not_packed(

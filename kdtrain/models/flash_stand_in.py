@@ -48,22 +48,20 @@ def flash_stand_in(
     attention_mask: Any = None,
     *,
     implementation: str,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    is_causal: bool | None = None,
-    s_aux: Tensor | None = None,
     **settings: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, H, S, d], key and value [B, K, S, d] -> [B, S, H, d].
 
-    Attends to all tokens of a sequence where boundaries are missing, as flash-attention does in batches of several
-    sequences. Raises ConfigError for a mask, which flash-attention cannot take.
+    settings: scaling, sliding_window, softcap, is_causal, s_aux and the document boundaries; each may be missing or
+    None. Attends to all tokens of a sequence where boundaries are missing, as flash-attention does in batches of
+    several sequences. Raises ConfigError for a mask, which flash-attention cannot take.
     """
     if attention_mask is not None:
         raise ConfigError(f"{type(module).__name__} passes a mask of its own")
     apart = all(settings.get(name) is not None for name in BOUNDARIES)
     note_call(module, apart)
+    window, softcap, sinks = (settings.get(name) for name in ("sliding_window", "softcap", "s_aux"))
+    is_causal, scaling = settings.get("is_causal"), settings.get("scaling")
     batch, heads, length = query.shape[:3]
     rows = torch.arange(batch * length)
     ends = settings[BOUNDARIES[0]].tolist()[1:] if apart else range(length, batch * length + 1, length)
@@ -72,16 +70,16 @@ def flash_stand_in(
     seen = document[:, None] == document
     if module.is_causal if is_causal is None else is_causal:
         seen &= ago >= 0
-    if sliding_window is not None:
-        seen &= ago.abs() < sliding_window
+    if window is not None:
+        seen &= ago.abs() < window
     q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (query, key, value))  # [heads, T, d]
     k, v = (x.repeat_interleave(heads // x.shape[0], dim=0) for x in (k, v))
     scores = q @ k.transpose(1, 2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~seen, float("-inf"))
-    if s_aux is not None and implementation in WITH_SINKS:
-        scores = torch.cat([scores, s_aux.view(-1, 1, 1).expand(heads, len(rows), 1)], dim=-1)
+    if sinks is not None and implementation in WITH_SINKS:
+        scores = torch.cat([scores, sinks.view(-1, 1, 1).expand(heads, len(rows), 1)], dim=-1)
     weights = scores.softmax(-1)[..., : len(rows)]
     return (weights @ v).view(heads, batch, length, -1).permute(1, 2, 0, 3).contiguous(), None
 

@@ -48,7 +48,7 @@ class ModelSpec:
     initialised at random. dtype: "float32" or "bfloat16". attention: "auto" or an implementation's name.
     activation_checkpointing: recompute each layer in backward. allow_unused_weights: as student.allow_unused_weights.
     seq_len: tokens of the run's sequences; None if unknown: no attention is ruled out by size. sequences: per
-    micro-batch of training.
+    micro-batch of training. seed: of a random initialisation, which is the same full model for every layout.
     """
 
     weights: str | None = None
@@ -59,6 +59,7 @@ class ModelSpec:
     allow_unused_weights: bool = False
     seq_len: int | None = None
     sequences: int = 1
+    seed: int = 1
 
 
 def model_rows(spec: ModelSpec, vocab_size: int) -> int:
@@ -92,7 +93,6 @@ def load_backbone(
     total_rows: int | None = None,
     device: torch.device | str = "cpu",
     trainable: bool,
-    seed: int = 1,
     packed: bool = True,
     sequence: bool = False,
 ) -> Backbone:
@@ -100,18 +100,17 @@ def load_backbone(
     transformers keeps in another (`kdtrain.models.dtypes`: RoPE, routers of mixtures).
 
     vocab_size: tokens of the tokenizer. total_rows: rows to allocate over all ranks (default: the model's own).
-    trainable False freezes it and sets eval mode. seed: of the random initialisation, which is the same full model for
-    every layout. packed: whether position_ids will restart at documents, which then must not attend to each other.
-    sequence: Megatron sequence parallelism over the tp ranks. Does not communicate; every rank must call it. Raises
-    ConfigError or ParallelError with the reason and a fix, also for an architecture that fails the checks of
-    `kdtrain.models.probe` on a tiny copy. All checks precede reading weights, and `check_architecture` makes the same
-    ones.
+    trainable False freezes it and sets eval mode. packed: whether position_ids will restart at documents, which then
+    must not attend to each other. sequence: Megatron sequence parallelism over the tp ranks. Does not communicate;
+    every rank must call it. Raises ConfigError or ParallelError with the reason and a fix, also for an architecture
+    that fails the checks of `kdtrain.models.probe` on a tiny copy. All checks precede reading weights, and
+    `check_architecture` makes the same ones.
     """
     rows = model_rows(spec, vocab_size)
     total = max(rows, total_rows or 0)
     shard = VocabShard.of(vocab_size, mesh.tp_rank, mesh.tp_size, total_rows=total)
     device = torch.device(device)
-    model = _build(spec, vocab_size, device, seed, trainable=trainable)
+    model = _build(spec, vocab_size, device, trainable=trainable)
     dtypes = stock_dtypes(model, DTYPES[spec.dtype])
     backbone = _checked_and_cut(spec, model, mesh, shard, device, packed=packed, trainable=trainable, sequence=sequence)
     cast_buffers(model, dtypes)
@@ -286,15 +285,15 @@ def _prepare_context(model: Any, mesh: Mesh, source: str, packed: bool) -> None:
     say_document_lengths(use_document_lengths(model, source, mesh.cp_group), source)
 
 
-def _build(spec: ModelSpec, vocab_size: int, device: torch.device, seed: int, *, trainable: bool) -> Any:
-    """The whole model: parameters on meta if weights are to be read, else initialised from `seed` in float32."""
+def _build(spec: ModelSpec, vocab_size: int, device: torch.device, *, trainable: bool) -> Any:
+    """The whole model: parameters on meta if weights are to be read, else initialised from spec.seed in float32."""
     config = build_config(spec, vocab_size, trainable=trainable)
     arguments = _arguments(spec, config, device)
     if spec.weights is not None:
         with parameters_on_meta():
             return stock_model(config, _source(spec), **arguments)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(spec.seed)
         return stock_model(config, _source(spec), **arguments)
 
 

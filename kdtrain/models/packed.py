@@ -46,9 +46,7 @@ Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attend_documents(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: Sequence[Tensor],
     packing: PackedDocuments,
     *,
     scaling: float | None = None,
@@ -57,13 +55,14 @@ def attend_documents(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
 ) -> Tensor:
-    """query [B, H, S, d], key [B, K, S, d], value [B, K, S, e] -> [B, S, H, e]: causal attention within documents.
+    """query [B, H, S, d], key [B, K, S, d] and value [B, K, S, e] -> [B, S, H, e]: causal attention within documents.
 
     scaling: of the logits, by default d ** -0.5. sliding_window: tokens that a query attends to, itself included.
     softcap: logits become softcap * tanh(logits / softcap). s_aux [H]: attention sinks. dropout: of the weights.
     Differentiable in the tensors; memory is linear in T. Does not communicate. Raises ValueError for documents of other
     sequences.
     """
+    query, _, value = qkv
     documents, (batch, heads, length, width) = packing.documents, query.shape
     if (documents.num_tokens, documents.seq_len) != (batch * length, length):
         raise ValueError(f"documents of {documents.num_tokens} tokens vs query {tuple(query.shape)}")
@@ -81,7 +80,6 @@ def attend_documents(
         obstacle=varlen_obstacle(query.device),
         fits=flash_fits(documents.num_tokens, len(documents.lengths), heads, widest),
     )
-    qkv = (query, key, value)
     if way == VARLEN:
         return by_varlen(_tokens(qkv), packing, scale=scale, window=window).view(batch, length, heads, -1)
     call: Call = Sdpa(packing, scale, window, dropout)

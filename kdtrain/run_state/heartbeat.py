@@ -59,7 +59,7 @@ class PhaseTracker:
     def __init__(
         self, rank: int = 0, clock: Callable[[], float] = time.monotonic, wall: Callable[[], float] = time.time
     ) -> None:
-        self._clock, self._wall = clock, wall
+        self.clock, self.wall = clock, wall
         self._nested: list[str] = []
         self.beat = Heartbeat(rank, socket.gethostname(), time=wall())
         self.since = clock()
@@ -67,24 +67,24 @@ class PhaseTracker:
 
     def begin(self, step: int) -> None:
         """Work on `step` begins; the watchdog's time is measured from here."""
-        self.since = self._clock()
+        self.since = self.clock()
         self.beat = replace(self.beat, step=step)  # a new object each time: a reader never sees a partial change
 
     @contextmanager
     def phase(self, name: str, *, apart: bool = False) -> Iterator[None]:
         """The block is phase `name`. apart: it is not part of a step (evaluate, save) and is measured separately."""
         if apart:
-            self.since = self._clock()
+            self.since = self.clock()
         self._nested.append(name)
         self.beat = replace(self.beat, now=name)
         yield
         self._nested.pop()
         now = self._nested[-1] if self._nested else ""
         self.beat = replace(
-            self.beat, count=self.beat.count + 1, done=name, done_step=self.beat.step, time=self._wall(), now=now
+            self.beat, count=self.beat.count + 1, done=name, done_step=self.beat.step, time=self.wall(), now=now
         )
         if apart:
-            self.since = self._clock()
+            self.since = self.clock()
 
 
 def clear_heartbeats(run_folder: Path) -> None:
@@ -138,12 +138,10 @@ class Watchdog:
         exit_s: float | None = None,
         on_exit: Callable[[str], None] = lambda why: None,
         end: Callable[[int], None] = os._exit,
-        clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
     ) -> None:
         self._tracker, self._folder, self._world_size, self._teachers = tracker, folder, world_size, list(teachers)
         self._warn_s, self._exit_s = warn_s, exit_s
-        self._on_exit, self._end, self._clock, self._wall = on_exit, end, clock, wall
+        self._on_exit, self._end = on_exit, end
         self._every = min(max(SHORTEST_S, warn_s / 4), LONGEST_S)
         self._since = tracker.since
         self._warn_at = warn_s
@@ -175,7 +173,7 @@ class Watchdog:
         """Runs in a thread that accesses no file and writes no log, since `look` may hang in either."""
         assert self._exit_s is not None
         while not self._stop.wait(self._every):
-            if self._clock() - self._tracker.since >= self._exit_s + GRACE_S:
+            if self._tracker.clock() - self._tracker.since >= self._exit_s + GRACE_S:
                 self._end(EXIT_OTHER)
 
     def look(self) -> None:
@@ -183,7 +181,7 @@ class Watchdog:
         self._write(self._tracker.beat)
         if self._tracker.since != self._since:
             self._since, self._warn_at = self._tracker.since, self._warn_s
-        waited = self._clock() - self._since
+        waited = self._tracker.clock() - self._since
         if self._exit_s is not None and waited >= self._exit_s:
             self._exit(waited)
         elif waited >= self._warn_at:
@@ -212,16 +210,18 @@ class Watchdog:
         text = f"rank {beat.rank}: step {beat.step} has taken {waited:.0f} s ({beat.now or 'between phases'})"
         if self._teachers:
             found = _read(self._folder, self._teachers)
-            text += f"; teachers: {', '.join(_summary(r, found.get(r), self._wall()) for r in self._teachers[:8])}"
+            text += (
+                f"; teachers: {', '.join(_summary(r, found.get(r), self._tracker.wall()) for r in self._teachers[:8])}"
+            )
         if not late:
             return text + "; all ranks have completed the same phases"
-        shown = [_summary(rank, beats.get(rank), self._wall()) for rank in late[:8]]
+        shown = [_summary(rank, beats.get(rank), self._tracker.wall()) for rank in late[:8]]
         more = f" and {len(late) - 8} more" if len(late) > 8 else ""
         return f"{text}; behind: {', '.join(shown)}{more}"
 
     def _exit(self, waited: float) -> None:
         late = f"{self._report(waited)}\n  why: guard.stall_exit_s = {self._exit_s:g} s have passed"
-        beats, now = read_heartbeats(self._folder, self._world_size), self._wall()
+        beats, now = read_heartbeats(self._folder, self._world_size), self._tracker.wall()
         rows = [
             {
                 "rank": b.rank,

@@ -1,4 +1,4 @@
-"""A pool of ranks (gloo by default) for a whole test session, so that a multi-rank test takes milliseconds.
+"""A pool of ranks (gloo by default) for many tests, so that a multi-rank test takes milliseconds.
 
 Workers come from a forkserver that has torch (and, for engine tests, deepspeed) imported already. Jobs are sent as
 (file, function name, kwargs); a worker loads the file by path and calls function(rank, world_size, **kwargs).

@@ -43,7 +43,7 @@ def without_temperature_squared(student, teacher, labels, *, temperature, **argu
     return whole(student, teacher, labels, temperature=temperature, **arguments) / temperature**2
 
 
-def streamed(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, divergence, temperature, **parameters):
+def streamed(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, **divergence):
     ones = torch.ones(len(labels), dtype=hidden_s.dtype)
     return linear_kd_loss(
         hidden_s,
@@ -51,13 +51,11 @@ def streamed(hidden_s, head_s, hidden_t, head_t, labels, *, group, shard, diverg
         hidden_t,
         head_t,
         labels,
-        divergence=divergence,
-        temperature=temperature,
         kd_weight=ones,
         ce_weight=0 * ones,
         shard=shard,
         group=group,
-        **parameters,
+        **divergence,
     ).loss
 
 

@@ -46,8 +46,8 @@ def unknown(batches):
 def backbone_of(folder, mesh, rank):
     path = folder / f"config{rank}.json"
     path.write_text(json.dumps(tiny_config("qwen3", num_attention_heads=4, num_key_value_heads=2)))
-    spec = ModelSpec(architecture=str(path), dtype="float32", attention="packed")
-    return load_backbone(spec, mesh, vocab_size=VOCAB, total_rows=ROWS, trainable=False, seed=3)
+    spec = ModelSpec(architecture=str(path), dtype="float32", attention="packed", seed=3)
+    return load_backbone(spec, mesh, vocab_size=VOCAB, total_rows=ROWS, trainable=False)
 
 
 def answers(teacher, step, late):

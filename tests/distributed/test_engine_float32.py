@@ -37,7 +37,7 @@ def student(folder, mesh, dtype="bfloat16"):
     if not path.exists():
         path.write_text(json.dumps(CONFIG))
     return load_backbone(
-        ModelSpec(architecture=str(path), dtype=dtype), mesh, vocab_size=VOCAB, trainable=True, seed=3, packed=False
+        ModelSpec(architecture=str(path), dtype=dtype, seed=3), mesh, vocab_size=VOCAB, trainable=True, packed=False
     )
 
 

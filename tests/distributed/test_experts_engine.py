@@ -70,12 +70,11 @@ def student_of(folder, mesh, rows=None):
     if not path.exists():
         path.write_text(json.dumps(tiny_config("qwen3")))
     return load_backbone(
-        ModelSpec(architecture=str(path), dtype="float32"),
+        ModelSpec(architecture=str(path), dtype="float32", seed=3),
         mesh,
         vocab_size=VOCAB,
         total_rows=rows,
         trainable=True,
-        seed=3,
     )
 
 

@@ -1,5 +1,7 @@
 """Loading over tensor-parallel ranks: every rank reads its slices only, and the layout changes no number."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,7 +19,7 @@ def load_cases(rank, world_size, specs, vocab_size):
     mesh = Mesh.build(world_size)
     answers = []
     for spec in specs:
-        backbone = load_backbone(spec, mesh, vocab_size=vocab_size, trainable=True, seed=11)
+        backbone = load_backbone(replace(spec, seed=11), mesh, vocab_size=vocab_size, trainable=True)
         state = {name: param.detach().numpy().copy() for name, param in backbone.hf_parameters()}
         hooked = sorted(name for name, param in backbone.hf_parameters() if param._backward_hooks)
         marked = sorted(name for name, p in backbone.hf_parameters() if getattr(p, "tensor_model_parallel", False))

@@ -48,8 +48,8 @@ def build(
     cfg.zero.stage, cfg.student.dtype = stage, dtype
     cfg.data.sequences_per_micro_batch = SEQUENCES // mesh.dp_size
     cfg.optim.eps, cfg.optim.grad_clip = 1e-4, 0.5
-    spec = ModelSpec(architecture=str(folder / architecture / "config.json"), dtype=dtype, attention="sdpa")
-    backbone = load_backbone(spec, mesh, vocab_size=vocab, trainable=True, seed=seed)
+    spec = ModelSpec(architecture=str(folder / architecture / "config.json"), dtype=dtype, attention="sdpa", seed=seed)
+    backbone = load_backbone(spec, mesh, vocab_size=vocab, trainable=True)
     if nudged:
         generator = torch.Generator().manual_seed(0)
         for param in backbone.parameters():

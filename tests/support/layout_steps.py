@@ -130,18 +130,16 @@ def build_backbone(
     family: str,
     mesh: Mesh,
     *,
-    dtype: str = "float32",
-    recompute: bool = False,
     teacher: str | None = None,
     sequence: bool = False,
     device: torch.device = CPU,
-    attention: str | None = None,
+    **settings: Any,
 ) -> Backbone:
-    """The student, cut for this rank, on `device`. The mesh of one process: plain torch's."""
-    spec = model_spec(folder, family, attention=attention, dtype=dtype, activation_checkpointing=recompute)
+    """The student, cut for this rank, on `device`. The mesh of one process: plain torch's. settings: model_spec's."""
+    spec = model_spec(folder, family, **{"dtype": "float32", "seed": 3, **settings})
     rows = None if teacher is None else head_rows(teacher_settings(mesh, teacher), 301)
     backbone = load_backbone(
-        spec, mesh, vocab_size=VOCAB, total_rows=rows, device=device, trainable=True, seed=3, sequence=sequence
+        spec, mesh, vocab_size=VOCAB, total_rows=rows, device=device, trainable=True, sequence=sequence
     )
     shift_vectors(backbone)
     return backbone
@@ -263,7 +261,7 @@ def student_of(folder: Path, mesh: Mesh, case: Case, device: torch.device = CPU)
         case.family,
         mesh,
         dtype=case.dtype,
-        recompute=case.recompute,
+        activation_checkpointing=case.recompute,
         teacher=case.teacher,
         sequence=case.sequence,
         device=device,

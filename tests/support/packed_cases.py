@@ -55,9 +55,7 @@ def inputs(
 
 
 def definition(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    qkv: Sequence[Tensor],
     packing: PackedDocuments,
     *,
     scaling: float | None = None,
@@ -66,6 +64,7 @@ def definition(
     s_aux: Tensor | None = None,
 ) -> Tensor:
     """Attention with a dense mask of documents, in the inputs' dtype."""
+    query, key, value = qkv
     lengths, (batch, heads, seq_len, width) = packing.documents.lengths, query.shape
     owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).view(batch, 1, seq_len)
     place = torch.arange(seq_len)
@@ -91,7 +90,7 @@ def backward(
     if "s_aux" in more:
         leaves.append(more["s_aux"].detach().to(leaves[0].dtype).requires_grad_())
         more["s_aux"] = leaves[-1]
-    output = function(*leaves[:3], packing, **more)
+    output = function(leaves[:3], packing, **more)
     rng = torch.Generator().manual_seed(9)
     output.backward(torch.randn(output.shape, generator=rng).to(output.dtype))
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]

@@ -81,9 +81,9 @@ def test_block_size_of_written_attention_changes_nothing():
     for most in (1, 500, 7000):
         for window in (None, 9):
 
-            def function(q, k, v, packing, *, most=most, window=window, **_):
-                written = Written(q.shape[-1] ** -0.5, window, most_logits=most)
-                tokens = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+            def function(qkv, packing, *, most=most, window=window, **_):
+                written = Written(qkv[0].shape[-1] ** -0.5, window, most_logits=most)
+                tokens = [x.transpose(1, 2).flatten(0, 1) for x in qkv]
                 return by_document(tokens, packing, written).view(1, 100, 4, 16)
 
             compare(packing, tensors, function, sliding_window=window)
@@ -93,7 +93,8 @@ def test_single_document_rows_have_the_bits_of_plain_sdpa():
     packing = packing_of([[130], [130]])
     tensors = inputs(packing)
 
-    def plain(q, k, v, packing):
+    def plain(qkv, packing):
+        q, k, v = qkv
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=q.shape[-1] ** -0.5, enable_gqa=True)
         return out.transpose(1, 2).contiguous()
 
@@ -123,7 +124,7 @@ def test_dropout_has_its_rate_and_keeps_the_mean():
     q, k, _ = inputs(packing, heads=2, kv_heads=2)
     ones = torch.ones(1, 2, 264, 4)
     torch.manual_seed(0)
-    found = attend_documents(q, k, ones.requires_grad_(), packing, dropout=0.25)
+    found = attend_documents((q, k, ones.requires_grad_()), packing, dropout=0.25)
     assert found[0, 0].unique().numel() <= 2  # the first token has one weight: 1 / 0.75 or nothing
     assert abs(float(found.detach().mean()) - 1) < 0.05
     assert found.std() > 0.01

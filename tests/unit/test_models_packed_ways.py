@@ -39,8 +39,9 @@ def test_equal_and_long_documents_are_not_gathered():
     assert Layout.of((300, 1, 2, 3, 4, 300, 5)).stretches == (Run(1, 300), 10, Run(1, 300), 5)
 
 
-def varlen_by_definition(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+def varlen_by_definition(query, key, value, cu_q, cu_k, *longest, scale, window_size, enable_gqa=False):
     """A stand-in that implements torch's documentation of varlen_attn and checks the requirements of its kernel."""
+    max_q, max_k = longest
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert cu_q is cu_k
     assert query.shape[-1] == key.shape[-1] == value.shape[-1] <= 256
@@ -61,9 +62,9 @@ def varlen_by_definition(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, 
     return torch.cat(parts)
 
 
-def varlen_of_torch_2_11(query, key, value, cu_q, cu_k, max_q, max_k, *, return_aux=None, scale, window_size):
-    """The same with the parameters that torch 2.11 has."""
-    return varlen_by_definition(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+def varlen_of_torch_2_11(*arguments, return_aux=None, scale, window_size):
+    """The same with the keyword parameters that torch 2.11 has."""
+    return varlen_by_definition(*arguments, scale=scale, window_size=window_size)
 
 
 @pytest.mark.parametrize("call", [varlen_by_definition, varlen_of_torch_2_11])
@@ -75,7 +76,8 @@ def test_variable_length_call_receives_documented_arguments(cut, window, heads, 
     heads_q, heads_kv, width, value_width = heads
     tensors = inputs(packing, heads=heads_q, kv_heads=heads_kv, width=width, value_width=value_width)
 
-    def function(q, k, v, packing, *, sliding_window):
+    def function(qkv, packing, *, sliding_window):
+        q, k, v = qkv
         tokens = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
         scale = q.shape[-1] ** -0.5
         found = by_varlen(tokens, packing, scale=scale, window=sliding_window, call=call)
@@ -159,7 +161,7 @@ def test_meta_device_gets_tensors_of_the_right_shape(cut, settings):
     # torch's meta device computes shapes alone, by the lines that CUDA takes where there is no variable-length call
     packing = packing_of(CUTS[cut])
     tensors = [x.detach().to("meta").requires_grad_() for x in inputs(packing, value_width=20)]
-    output = attend_documents(*tensors, packing, **settings)
+    output = attend_documents(tensors, packing, **settings)
     assert output.device.type == "meta"
     batch, _, seq_len, _ = tensors[0].shape
     assert output.shape == (batch, seq_len, 4, 20)
@@ -198,7 +200,7 @@ def peak_of(function, seq_len, **settings):
     tensors = inputs(packing, heads=2, kv_heads=1, width=8, value_width=value_width)
     leaves = [x.detach().requires_grad_() for x in tensors]
     with LiveBytes(*leaves) as live:
-        function(*leaves, packing, **settings).sum().backward()
+        function(leaves, packing, **settings).sum().backward()
     return live.peak
 
 
@@ -257,7 +259,7 @@ def test_arguments_without_effect_are_accepted():
     positions = torch.tensor([[0, 1, 2, 0, 1]])
     context = Context(None, positions, Documents.of(positions))
     q, k, v = torch.randn(3, 1, 2, 5, 4).unbind()
-    want = attend_documents(q, k, v, context.packing)
+    want = attend_documents((q, k, v), context.packing)
     more = dict(position_ids=positions, use_cache=False, output_attentions=False, position_bias=None, s_aux=None)
     encoder = SimpleNamespace(is_causal=False)
     found, weights = packed_attention(encoder, q, k, v, None, is_causal=True, **more, **{ARGUMENT: context})
@@ -268,8 +270,8 @@ def test_arguments_without_effect_are_accepted():
 def test_documents_of_other_sequences_are_an_error():
     packing = packing_of([[4, 6]])
     with pytest.raises(ValueError, match="documents of 10 tokens"):
-        attend_documents(*(torch.zeros(1, 1, 11, 4) for _ in range(3)), packing)
+        attend_documents(torch.zeros(3, 1, 1, 11, 4).unbind(), packing)
     with pytest.raises(ValueError, match="documents of 10 tokens"):
-        attend_documents(*(torch.zeros(2, 1, 5, 4) for _ in range(3)), packing)
+        attend_documents(torch.zeros(3, 2, 1, 5, 4).unbind(), packing)
     with pytest.raises(ValueError, match="sliding_window = 0"):
-        attend_documents(*(torch.zeros(1, 1, 10, 4) for _ in range(3)), packing, sliding_window=0)
+        attend_documents(torch.zeros(3, 1, 1, 10, 4).unbind(), packing, sliding_window=0)

@@ -47,10 +47,7 @@ def warned(monkeypatch):
 def ranks(tmp_path, clock, count=3, **limits):
     """Phase trackers and their watchdogs without threads."""
     trackers = [PhaseTracker(rank, clock, clock) for rank in range(count)]
-    dogs = [
-        Watchdog(tracker, tmp_path, count, clock=clock, wall=clock, **({"warn_s": 10.0} | limits))
-        for tracker in trackers
-    ]
+    dogs = [Watchdog(tracker, tmp_path, count, **({"warn_s": 10.0} | limits)) for tracker in trackers]
     return trackers, dogs
 
 
@@ -139,7 +136,7 @@ def test_stall_warning_repeats_when_wait_doubles_and_ends_with_step(tmp_path, cl
 def test_stall_warning_reports_dedicated_teachers_separately(tmp_path, clock, warned):
     (tracker, *_), (dog, *_) = ranks(tmp_path, clock, count=1, teachers=[1, 2])
     teacher = PhaseTracker(1, clock, clock)
-    teachers_dog = Watchdog(teacher, tmp_path, 3, warn_s=10.0, clock=clock, wall=clock)
+    teachers_dog = Watchdog(teacher, tmp_path, 3, warn_s=10.0)
     work(teacher, 5, "teacher")
     teachers_dog.look()
     tracker.begin(1)

@@ -68,6 +68,7 @@ def student_spec(cfg: RunConfig) -> ModelSpec:
         s.allow_unused_weights,
         seq_len=cfg.data.seq_len,
         sequences=cfg.data.sequences_per_micro_batch,
+        seed=cfg.run.seed,
     )
 
 
@@ -115,7 +116,6 @@ def build_models(
         total_rows=rows,
         device=device,
         trainable=trainable,
-        seed=cfg.run.seed,
         packed=cfg.data.reset_positions,
         sequence=cfg.parallel.sequence,
     )
