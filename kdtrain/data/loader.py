@@ -121,12 +121,12 @@ class StepLoader:
         """(sequences of the store, sequences drawn from it) of each store, in the first `sequences` of the order."""
         return list(zip(self._order.sizes, self._order.draws(sequences), strict=True))
 
-    def state_dict(self, sequences_consumed: int | None = None) -> dict[str, Any]:
-        """JSON-able state for a checkpoint: sequences consumed by the whole run (default: those returned so far,
-        without prefetched ones) and everything that the order depends on, stores in the order of their numbers."""
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state for a checkpoint: sequences that the whole run has been given, without prefetched ones, and
+        everything that the order depends on, stores in the order of their numbers."""
         weights = self._weights
         return {
-            "sequences": self._position if sequences_consumed is None else sequences_consumed,
+            "sequences": self._position,
             "seed": self._seed,
             "packing": self._packing.as_json(),
             "stores": [self._fingerprints[place] for place in self._numbering],

@@ -106,12 +106,12 @@ class _Run:
         if models.teacher is not None:
             models.teacher.check(loader)
         log_header(cfg, self.inputs, models, mesh, device)
-        log_stores(cfg, self.inputs, loader)
         # After all other engines and groups: DeepSpeed keeps process-wide state of the engine that was built last.
         engine = StudentEngine(models.student, mesh, engine_settings(cfg), device=device)
         origin = None if resume_from is None else resume_from.origin
         checkpoints = Checkpoints(cfg.checkpoint, self.folder, mesh, device, config=as_dict(cfg), origin=origin)
         progress = Progress() if resume_from is None else checkpoints.load(resume_from, engine, loader)
+        log_stores(cfg, self.inputs, loader)  # by the stores' numbers in the checkpoint, on which the draws depend
         # After loading: a resume that is refused must leave the folder unchanged.
         on_main(mesh, self._write_about)
         tracker = PhaseTracker(mesh.rank)

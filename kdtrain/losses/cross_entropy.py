@@ -18,7 +18,7 @@ from kdtrain.losses.types import LossParts
 from kdtrain.losses.vocab_group import VocabGroup
 
 
-def linear_cross_entropy(
+def linear_cross_entropy(  # noqa: PLR0913
     hidden: Tensor,
     head: Tensor | HeadShard,
     labels: Tensor,

@@ -27,7 +27,7 @@ from kdtrain.losses.types import LossParts
 from kdtrain.losses.vocab_group import VocabGroup
 
 
-def linear_kd_loss(
+def linear_kd_loss(  # noqa: PLR0913
     hidden_s: Tensor,
     head_s: Tensor | HeadShard,
     hidden_t: Tensor,

@@ -28,7 +28,7 @@ from kdtrain.losses.types import LossParts, SparseTarget
 from kdtrain.losses.vocab_group import VocabGroup
 
 
-def linear_sparse_kd_loss(
+def linear_sparse_kd_loss(  # noqa: PLR0913
     hidden_s: Tensor,
     head_s: Tensor | HeadShard,
     target: SparseTarget,

@@ -27,7 +27,7 @@ from kdtrain.teacher.topk import Merger, check_k, check_teacher_arguments, raise
 
 
 @torch.no_grad()
-def sample_targets(
+def sample_targets(  # noqa: PLR0913
     hidden_t: Tensor,
     head_t: Tensor | HeadShard,
     *,

@@ -33,7 +33,7 @@ class TopKShare(TopK):
 
 
 @torch.no_grad()
-def linear_topk(
+def linear_topk(  # noqa: PLR0913
     hidden_t: Tensor,
     head_t: Tensor | HeadShard,
     k: int,

@@ -246,7 +246,7 @@ def test_check_refuses_a_resume_that_the_run_refuses(cfg):
     models = both(cfg)
     inputs = open_inputs(cfg, model_specs(cfg))
     shapes = models.student.full_shapes()
-    state = {"loader": build_loader(cfg, inputs, Mesh(), prefetch=0).state_dict(4), "origin": None}
+    state = {"loader": {**build_loader(cfg, inputs, Mesh(), prefetch=0).state_dict(), "sequences": 4}, "origin": None}
     config = json.loads(models.student.config.to_json_string(use_diff=False))
     about = checkpoint.Description(1, shapes, {}, {"tp": 1}, config, state)
     values = {name: param[: shapes[name][0]].detach().flatten() for name, param in models.student.hf_parameters()}

@@ -10,7 +10,7 @@ class DataSection:
     """Where tokens come from and how many make a step."""
 
     train: list[str] = field(default_factory=list)
-    """Token stores, one path or several to blend."""
+    """Token stores, one path or several to blend. Their order changes nothing: each draws by its fingerprint."""
     train_weights: list[float] | None = None
     """Share of each store in data.train, normalised to sum 1. null: in proportion to their tokens."""
     validation: str | None = None
