@@ -14,6 +14,8 @@ BAD = {
     "temperature zero": ({"temperature": 0.0}, r"temperature = 0.0, need a finite number > 0"),
     "temperature nan": ({"temperature": float("nan")}, r"temperature = nan, need"),
     "jsd share": ({"divergence": "jsd", "teacher_share": 1.5}, r"teacher_share = 1.5 must be in \[0, 1\]"),
+    "jsd share text": ({"divergence": "jsd", "teacher_share": "0.3"}, r"teacher_share = '0\.3' must be a number"),
+    "jsd share none": ({"divergence": "jsd", "teacher_share": None}, r"teacher_share = None must be a number"),
     "skew": ({"divergence": "skew_kl", "skew": 1.0}, r"skew = 1.0 must be in \[0, 1\)"),
     "alpha-beta": (
         {"divergence": "alpha_beta", "ab_alpha": 0.5, "ab_beta": -0.5},
