@@ -129,6 +129,11 @@ def test_parameters_beside_a_spec_are_refused(name):
         loss_of(case, divergence=divergence_spec("jsd", temperature=3.0), **{name: BESIDE_SPEC[name]})
 
 
+def test_settings_with_an_unknown_divergence_are_refused_with_the_names_that_there_are():
+    with pytest.raises(ValueError, match="divergence = 'kl' is unknown; choose one of forward_kl"):
+        divergence_of(DistillObjective(divergence="kl"))
+
+
 def test_parameters_of_other_divergences_and_unknown_ones_are_refused_in_a_spec():
     with pytest.raises(ValueError, match=r"skew = 0\.3 belongs to skew_kl and skew_reverse_kl; leave it out for jsd"):
         divergence_spec("jsd", skew=0.3)
