@@ -55,7 +55,8 @@ def linear_kd_loss(  # noqa: PLR0913
     hidden_s [T, D] and hidden_t [T, E], replicated over `group`; head_s [v, D] and head_t [v, E] (or HeadShards), this
     rank's rows of both heads, sharded alike; labels [T] global ids, any value where ce_weight is 0; weights [T],
     constants. The teacher's arguments never receive a gradient. divergence: a name, for which temperature and the
-    parameters of that divergence are read, or a `divergence_spec`, which has them (they must be left out then).
+    parameters of that divergence are read, or a `divergence_spec`, which has them (they must be left out then: a value
+    other than the default is refused, the default is not read).
     With `measure`, LossParts also has entropies, KL at temperature 1, total variation and top-1 agreement per token
     (one more reading of both logits). z_weight and main_grad as in `linear_cross_entropy`. Everything returned is
     replicated over the group; values in nats. group: the ranks that hold the other rows of the vocabulary, None for

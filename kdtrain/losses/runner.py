@@ -45,7 +45,7 @@ class Call:
         hidden: Tensor,
         head: HeadShard,
         labels: Tensor,
-        weights: Mapping[str, Tensor | None],
+        weights: Mapping[str, Any],
         vocab: VocabGroup,
         slab_bytes: int,
         main_grad: Tensor | None,
@@ -53,10 +53,12 @@ class Call:
     ) -> Call:
         """The call, if its labels, weights and buffers are valid. The hidden states and the head must be checked.
 
-        weights: argument name -> weight [T] or None: kd_weight and ce_weight (weight in a loss without a teacher) and
-        z_weight. Raises ValueError.
+        weights: argument name -> weight [T]: kd_weight and ce_weight (weight in a loss without a teacher), and
+        z_weight, which alone may be None. Raises ValueError.
         """
-        given = {name: weight for name, weight in weights.items() if weight is not None}
+        given: dict[str, Tensor] = {
+            name: weight for name, weight in weights.items() if name != "z_weight" or weight is not None
+        }
         checks.check_labels_and_weights(labels, given, hidden)
         checks.check_slab_bytes(slab_bytes, vocab, work)
         checks.check_main_grad(main_grad, head.weight, work)

@@ -19,10 +19,10 @@ from kdtrain.teacher.source import SignalSource
 
 
 def divergence_of(settings: DistillObjective) -> DivergenceSpec:
-    """The divergence that a section's settings name, with its parameters and temperature. Raises ValueError outside
-    their ranges."""
-    names = DIVERGENCES[settings.divergence].parameters
-    parameters = {name: getattr(settings, name) for name in names}
+    """The divergence that a section's settings name, with its parameters and temperature. Raises ValueError for an
+    unknown name and for values outside their ranges."""
+    row = DIVERGENCES.get(settings.divergence)  # None is refused below, with the names that there are
+    parameters = {name: getattr(settings, name) for name in (row.parameters if row else ())}
     return divergence_spec(settings.divergence, temperature=settings.temperature, **parameters)
 
 

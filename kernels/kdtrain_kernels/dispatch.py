@@ -101,7 +101,7 @@ def row_kernels(
 def pair_kernels(backend: str, device: torch.device, work: torch.dtype, spec: DivergenceSpec) -> RowKernels:
     """The row kernels of `row_kernels` that compute `spec`.
 
-    auto takes torch for a divergence that triton lacks and logs it once. Raises ValueError as `row_kernels` does, and
+    auto takes torch for a divergence that triton lacks and warns once. Raises ValueError as `row_kernels` does, and
     for an explicit triton without that divergence.
     """
     kernels = row_kernels(backend, device, work)
@@ -166,5 +166,5 @@ def _log_choice(device: torch.device, name: str, reason: str, is_float32: bool) 
 
 @functools.cache
 def _log_missing(divergence: str) -> None:
-    """Cached, so that it is logged once."""
-    logging.getLogger("kdtrain").info("row kernels: torch, because triton has none for divergence %s", divergence)
+    """Cached, so that it is logged once. A warning, as in `_log_choice`: auto takes triton on a GPU only."""
+    logging.getLogger("kdtrain").warning("row kernels: torch, because triton has none for divergence %s", divergence)

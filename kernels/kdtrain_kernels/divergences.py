@@ -126,6 +126,8 @@ def divergence_spec(name: str, *, temperature: float = 1.0, **parameters: float)
             owners = [owner for owner, other in DIVERGENCES.items() if parameter in other.parameters]
             whose = f"belongs to {' and '.join(owners)}" if owners else "is unknown"
             _refuse(parameter, value, f"{whose}; leave it out for {name}")
+        if not hasattr(value, "__float__"):  # float() would also read a string
+            _refuse(parameter, repr(value), "must be a number")
     values = {parameter: float(parameters.get(parameter, of.default)) for parameter, of in row.parameters.items()}
     for parameter, of in row.parameters.items():
         if rule := of.rule(values[parameter]):

@@ -14,6 +14,8 @@ BAD = {
     "temperature zero": ({"temperature": 0.0}, r"temperature = 0.0, need a finite number > 0"),
     "temperature nan": ({"temperature": float("nan")}, r"temperature = nan, need"),
     "jsd share": ({"divergence": "jsd", "teacher_share": 1.5}, r"teacher_share = 1.5 must be in \[0, 1\]"),
+    "jsd share text": ({"divergence": "jsd", "teacher_share": "0.3"}, r"teacher_share = '0\.3' must be a number"),
+    "jsd share none": ({"divergence": "jsd", "teacher_share": None}, r"teacher_share = None must be a number"),
     "skew": ({"divergence": "skew_kl", "skew": 1.0}, r"skew = 1.0 must be in \[0, 1\)"),
     "alpha-beta": (
         {"divergence": "alpha_beta", "ab_alpha": 0.5, "ab_beta": -0.5},
@@ -30,6 +32,8 @@ BAD = {
         r"shard is slice 1 of 2, but this is rank 0 of a group of 1; give the group",
     ),
     "weight type": ({"kd_weight": [1.0] * 9}, r"kd_weight is a list, need a tensor"),
+    "no divergence weight": ({"kd_weight": None}, r"kd_weight is a NoneType, need a tensor of one value per token"),
+    "no label weight": ({"ce_weight": None}, r"ce_weight is a NoneType, need a tensor of one value per token"),
     "weight nan": ({"ce_weight": torch.full((9,), float("nan"))}, r"ce_weight holds NaN or infinity"),
     "slab type": ({"slab_bytes": 1e6}, r"slab_bytes = 1000000.0, need a whole number of bytes"),
     "hidden shape": ({"hidden_s": torch.zeros(2, 3, 16)}, r"hidden_s has shape \(2, 3, 16\), need \[tokens, width\]"),
@@ -89,6 +93,8 @@ def test_errors_of_cross_entropy_use_its_argument_names():
     hidden, head, labels, weight = torch.zeros(9, 16), torch.zeros(101, 16), torch.arange(9), torch.ones(9)
     with pytest.raises(ValueError, match=r"hidden has shape \(9,\)"):
         linear_cross_entropy(hidden[:, 0], head, labels, weight=weight, shard=shard)
+    with pytest.raises(ValueError, match=r"^weight is a NoneType, need a tensor of one value per token"):
+        linear_cross_entropy(hidden, head, labels, weight=None, shard=shard)
     with pytest.raises(ValueError, match=r"^weight has shape \(8,\)"):
         linear_cross_entropy(hidden, head, labels, weight=weight[:8], shard=shard)
     with pytest.raises(ValueError, match=r"labels\[2\] = -100, need one in \[0, 101\) because its weight is 1"):

@@ -31,7 +31,8 @@ def test_tables_of_kernels_definitions_settings_and_records_name_the_same_diverg
 def test_what_a_row_declares_of_a_divergence_on_sparse_records_is_so(name, given):
     row = divergence_spec(name, **given).row
     if name not in matrix.F_DIVERGENCES:
-        assert not row.f_divergence or row in (DIVERGENCES["forward_kl"], DIVERGENCES["reverse_kl"])
+        refused = {target for (d, target), cell in matrix.MATRIX.items() if d == name and cell.kind == "refused"}
+        assert refused == set(matrix.TARGETS) - {"dense"}
         return
     phi = functools.partial(reference.SUMMANDS[name], **given)
     zero, p, q = (torch.tensor(number, dtype=torch.float64) for number in (0.0, 0.3, 0.2))
@@ -39,6 +40,21 @@ def test_what_a_row_declares_of_a_divergence_on_sparse_records_is_so(name, given
     assert phi(p, p).abs() < 1e-15
     assert phi(p + q, q + 1.3 * q) < phi(p, q) + phi(q, 1.3 * q)  # data processing
     torch.testing.assert_close(phi(3 * p, 3 * q), 3 * phi(p, q))
+
+
+LIMITS = [
+    (name, dict(zip(row.parameters, values, strict=True)), plain)
+    for name, row in DIVERGENCES.items()
+    for values, plain in row.limits.items()
+]
+
+
+@pytest.mark.parametrize(("name", "given", "plain"), LIMITS)
+def test_definition_at_a_limit_is_that_of_the_plain_kl(name, given, plain):
+    assert divergence_spec(name, **given).kernel == plain
+    logits = torch.randn(2, 9, 101, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    at_limit, of_plain = reference.DIVERGENCES[name](*logits, **given), reference.DIVERGENCES[plain](*logits)
+    torch.testing.assert_close(at_limit, of_plain, rtol=1e-9, atol=1e-9)
 
 
 def test_triton_takes_at_most_two_parameters_that_the_divergence_has():
@@ -60,7 +76,7 @@ def test_settings_have_the_parameters_of_the_kernels_with_their_defaults_and_ran
 
 
 @pytest.mark.parametrize("name", [name for name, row in DIVERGENCES.items() if row.parameters])
-def test_settings_accept_what_the_kernels_accept_except_the_plain_kls(name):
+def test_settings_accept_what_the_kernels_accept_inside_the_ranges(name):
     values = (-math.inf, -1.0, -0.5, -0.009, -0.01, 0.0, 0.009, 0.01, 0.3, 0.5, 1.0, 1.5, math.inf, math.nan)
     names = list(DIVERGENCES[name].parameters)
     accepted = 0
@@ -72,7 +88,9 @@ def test_settings_accept_what_the_kernels_accept_except_the_plain_kls(name):
         except ValueError:
             assert has_problem, given
             continue
-        assert spec.kernel == name or has_problem, given
+        ranges = zip(chosen, DIVERGENCES[name].parameters.values(), strict=True)
+        inside = all(of.low < value < of.high and abs(value) >= of.least_size for value, of in ranges)
+        assert has_problem == (not inside or spec.kernel != name), given
         accepted += not has_problem
     assert accepted
 
@@ -111,6 +129,11 @@ def test_parameters_beside_a_spec_are_refused(name):
         loss_of(case, divergence=divergence_spec("jsd", temperature=3.0), **{name: BESIDE_SPEC[name]})
 
 
+def test_settings_with_an_unknown_divergence_are_refused_with_the_names_that_there_are():
+    with pytest.raises(ValueError, match="divergence = 'kl' is unknown; choose one of forward_kl"):
+        divergence_of(DistillObjective(divergence="kl"))
+
+
 def test_parameters_of_other_divergences_and_unknown_ones_are_refused_in_a_spec():
     with pytest.raises(ValueError, match=r"skew = 0\.3 belongs to skew_kl and skew_reverse_kl; leave it out for jsd"):
         divergence_spec("jsd", skew=0.3)
@@ -129,7 +152,7 @@ def test_auto_takes_torch_for_a_divergence_without_triton_rows_and_an_explicit_t
     cpu, spec = torch.device("cpu"), divergence_spec("tvd")
     assert dispatch.pair_kernels("auto", cpu, torch.float32, divergence_spec("jsd")) is triton
     dispatch._log_missing.cache_clear()
-    with caplog.at_level(logging.INFO, "kdtrain"):
+    with caplog.at_level(logging.WARNING, "kdtrain"):
         for _ in range(2):
             assert dispatch.pair_kernels("auto", cpu, torch.float32, spec) is torch_rows
     assert [record.message for record in caplog.records] == [

@@ -52,6 +52,8 @@ BAD = {
     "label count": ({"labels": torch.arange(8)}, r"labels has shape \(8,\), need \(9,\)"),
     "label range": ({"labels": torch.full((9,), 101)}, r"labels\[0\] = 101, need one in \[0, 101\)"),
     "weight dtype": ({"kd_weight": torch.ones(9).bool()}, r"kd_weight has dtype torch.bool, need a floating"),
+    "no divergence weight": ({"kd_weight": None}, r"kd_weight is a NoneType, need a tensor of one value per token"),
+    "no label weight": ({"ce_weight": None}, r"ce_weight is a NoneType, need a tensor of one value per token"),
     "shard": (
         {"shard": VocabShard(0, 128, 101, 1, 2)},
         r"shard is slice 1 of 2, but this is rank 0 of a group of 1",
