@@ -111,7 +111,7 @@ class Slow:
     def wait(self):
         self.waited.append(self.progress.step)
 
-    def save(self, engine, progress, loader, sequences, *, wait=True):
+    def save(self, engine, progress, data_state, *, wait=True):
         self.waited += [progress.step] * wait
 
 
