@@ -251,7 +251,7 @@ def test_a_wrong_record_leaves_the_store_as_it_was(tmp_path):
         writer.add(KEYS.key(0), [records_of(0)])
         before = content_of(tmp_path / "logits")
         wrong = dataclasses.replace(records_of(1), rest=np.full(16, 0.5, np.float32))
-        with pytest.raises(ValueError, match="position 0: probabilities sum to 1.25"):
+        with pytest.raises(ValueError, match=r"position 0: probabilities sum to 1.25"):
             writer.add(KEYS.key(1), [records_of(1), wrong])
         assert content_of(tmp_path / "logits") == before
         with pytest.raises(ConfigError, match="is being written by another process"):

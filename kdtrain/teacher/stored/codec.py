@@ -30,27 +30,31 @@ _SIZE = struct.Struct("<I")
 
 def encode(records: SequenceRecords, fields: RecordFields) -> bytes:
     """The bytes of a sequence's records. ValueError, naming a position, for records that `fields` do not allow."""
+    return b"".join(sections(records, fields).values())
+
+
+def sections(records: SequenceRecords, fields: RecordFields) -> dict[str, bytes]:
+    """The parts of `encode`, by name and in their order."""
     _check(records, fields)
-    kept_rows, drawn_rows = _rows(records.kept), _rows(records.drawn)
-    kept_order = np.argsort((kept_rows << 31) | records.kept_ids)
-    drawn_order = np.argsort((drawn_rows << 31) | records.drawn_ids)
+    kept_order = np.argsort((_rows(records.kept) << 31) | records.kept_ids)
+    drawn_order = np.argsort((_rows(records.drawn) << 31) | records.drawn_ids)
     place, rest_codes, kept_codes = _codes(records, records.kept_weights[kept_order])
-    parts = [
-        _SIZE.pack(len(records)),
-        pack_fixed(records.kept),
-        pack_fixed(records.drawn),
-        pack_golomb(_gaps(records.kept_ids[kept_order], records.kept, "kept")),
-        pack_golomb(_gaps(records.drawn_ids[drawn_order], records.drawn, "drawn")),
-    ]
+    found = {
+        "size": _SIZE.pack(len(records)),
+        "kept": pack_fixed(records.kept),
+        "drawn": pack_fixed(records.drawn),
+        "kept ids": pack_golomb(_gaps(records.kept_ids[kept_order], records.kept, "kept")),
+        "drawn ids": pack_golomb(_gaps(records.drawn_ids[drawn_order], records.drawn, "drawn")),
+    }
     if records.counts is not None:
-        parts.append(pack_golomb(records.counts[drawn_order] - 1))
-    parts += [pack_fixed(place), pack_fixed(rest_codes), pack_fixed(kept_codes)]
-    parts += [_half(records.label_log_prob), _half(records.entropy)]
+        found["counts"] = pack_golomb(records.counts[drawn_order] - 1)
+    found |= {"largest": pack_fixed(place), "rest": pack_fixed(rest_codes), "kept weights": pack_fixed(kept_codes)}
+    found |= {"label": _half(records.label_log_prob), "entropy": _half(records.entropy)}
     if records.boundary is not None:
-        parts.append(_half(records.boundary))
+        found["boundary"] = _half(records.boundary)
     if records.hidden is not None:
-        parts.append(records.hidden.tobytes())
-    return b"".join(parts)
+        found["hidden"] = records.hidden.tobytes()
+    return found
 
 
 def decode(data: bytes, fields: RecordFields) -> SequenceRecords:
