@@ -3,7 +3,7 @@
     python logit_store_peers.py RECORDS.npz FOLDER   # one JSON object per provider on standard output
 
 All hold the same: per position the number of kept and of drawn ids, all ids, log-probabilities of the kept ones and of
-the rest, label's log-probability and entropy, numbers in float16, ids in the narrowest type. Imports nothing of kdtrain.
+the rest, label's log-probability and entropy, numbers in float16, ids in the narrowest type. Imports no kdtrain.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ READS = 200
 
 
 def load(path: Path) -> list[dict[str, np.ndarray]]:
-    """Per sequence: kept, drawn [S] uint8, ids [N] of the narrowest type, float16 weights [M], rest, label, entropy [S]."""
+    """Per sequence: kept, drawn [S] uint8; ids [N], narrowest type; weights [M], rest, label, entropy [S] float16."""
     with np.load(path) as found:
         return [{name: found[f"{name}_{number}"] for name in FIELDS} for number in range(int(found["sequences"]))]
 
 
 class Planes:
-    """One frame per field and byte of a number, in one file per store: what a general compressor makes of plain types."""
+    """A frame per field and byte of a number, one file per store: what a general compressor makes of plain types."""
 
     def __init__(self, pack: Callable[[bytes], bytes], unpack: Callable[[bytes], bytes]) -> None:
         self.pack, self.unpack = pack, unpack
@@ -100,31 +100,38 @@ def arrays_of(columns) -> dict[str, np.ndarray]:
 
 
 class Parquet:
-    """A row group per sequence, zstd; `tuned`: no dictionaries and no statistics."""
+    """zstd. groups: a row group per sequence, else pyarrow's default of 2^20 positions. tuned: neither dictionaries nor
+    statistics."""
 
-    def __init__(self, *, tuned: bool) -> None:
-        self.options = {"use_dictionary": False, "write_statistics": False} if tuned else {}
+    def __init__(self, *, groups: bool = False, tuned: bool = False) -> None:
+        self.groups, self.options = groups, {"use_dictionary": False, "write_statistics": False} if tuned else {}
+        self.note = ""
 
     def write(self, sequences: list[dict[str, np.ndarray]], path: Path) -> None:
         import pyarrow.parquet as pq
 
-        size = len(sequences[0]["rest"])
+        size = len(sequences[0]["rest"]) if self.groups else None
         pq.write_table(table_of(sequences), path, row_group_size=size, compression="zstd", **self.options)
+        about = pq.read_metadata(path)
+        self.note = f"footer {about.serialized_size / about.num_row_groups:.0f} bytes a row group"
 
     def open(self, path: Path, sequences: list[dict[str, np.ndarray]]) -> Callable[[int], dict[str, np.ndarray]]:
         import pyarrow.parquet as pq
 
-        file = pq.ParquetFile(path, memory_map=True)
+        file, size = pq.ParquetFile(path, memory_map=True), len(sequences[0]["rest"])
+        per_group = 2**20 // size
 
         def read(number: int) -> dict[str, np.ndarray]:
-            table = file.read_row_group(number, use_threads=False)
+            table = file.read_row_group(number if self.groups else number // per_group, use_threads=False)
+            if not self.groups:
+                table = table.slice(number % per_group * size, size)
             return arrays_of({name: table[name].combine_chunks() for name in table.column_names})
 
         return read
 
 
 class Vortex:
-    """vortex-data with its defaults, without its cache of segments: every read comes from the page cache, as elsewhere."""
+    """vortex-data with its defaults, but no cache of segments: every read comes from the page cache, as elsewhere."""
 
     def write(self, sequences: list[dict[str, np.ndarray]], path: Path) -> None:
         import vortex
@@ -160,8 +167,9 @@ def providers() -> dict:
             lambda data: lzma.compress(data, lzma.FORMAT_RAW, filters=xz),
             lambda data: lzma.decompress(data, lzma.FORMAT_RAW, filters=xz),
         ),
-        "parquet + zstd": Parquet(tuned=False),
-        "parquet + zstd, tuned": Parquet(tuned=True),
+        "parquet + zstd": Parquet(),
+        "parquet + zstd, a row group per sequence": Parquet(groups=True),
+        "parquet + zstd, the same, tuned": Parquet(groups=True, tuned=True),
         "vortex": Vortex(),
     }
 
@@ -181,7 +189,8 @@ def measure(provider, sequences: list[dict[str, np.ndarray]], path: Path) -> dic
         start = time.perf_counter()
         read(number)
         times.append(time.perf_counter() - start)
-    return {"bytes": path.stat().st_size, "written_s": written, "times": times}
+    note = getattr(provider, "note", "")
+    return {"bytes": path.stat().st_size, "written_s": written, "times": times, "note": note}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ Array = np.ndarray
 MAX_BITS = 32
 """Widest number that can be packed."""
 _GOLOMB = struct.Struct("<BI")
+_MASKS = (np.uint64(1) << np.arange(MAX_BITS + 1, dtype=np.uint64)) - np.uint64(1)
 
 
 def bit_length(values: Array) -> Array:
@@ -61,9 +62,9 @@ class Reader:
     """Reads the parts of a record in the order in which they were written. ValueError if it ends before a part does."""
 
     def __init__(self, data: bytes) -> None:
-        self._data, self._at, self._size = data + bytes(8), 0, len(data)
-        # the 8 bytes from each byte on, as one number
-        self._words = np.ndarray((self._size + 1,), dtype="<u8", buffer=self._data, strides=(1,))
+        self._data, self._at, self._size = data + bytes(12 - len(data) % 4), 0, len(data)
+        words = np.frombuffer(self._data, dtype="<u4").astype(np.uint64)
+        self._pairs = words[:-1] | (words[1:] << np.uint64(32))  # 64 bits from each multiple of 32 on
 
     def array(self, dtype: DTypeLike, count: int) -> Array:
         """`count` numbers of a dtype, little-endian; a view."""
@@ -80,7 +81,7 @@ class Reader:
         order, size = _GOLOMB.unpack_from(self._data, self._take(_GOLOMB.size))
         start = self._take(size)
         prefixes = np.frombuffer(self._data, dtype=np.uint8, count=size, offset=start)
-        ones = np.flatnonzero(np.unpackbits(prefixes, bitorder="little"))
+        ones = np.flatnonzero(np.unpackbits(prefixes, bitorder="little").view(bool))
         if len(ones) != count or order > MAX_BITS:
             raise ValueError(f"{len(ones)} numbers of order {order} where {count} are expected")
         widths = np.diff(ones, prepend=-1) + (order - 1)
@@ -95,10 +96,13 @@ class Reader:
 
     def _fields(self, starts: Array, widths: ArrayLike, bits: int) -> Array:
         at = self._take((bits + 7) // 8)
-        if np.max(widths, initial=0) > MAX_BITS + 1:
+        if np.max(widths, initial=0) > MAX_BITS:
             raise ValueError(f"a number of {np.max(widths)} bits")
-        found = self._words[at + (starts >> 3)] >> (starts & 7).astype(np.uint64)
-        return (found & ((np.uint64(1) << np.asarray(widths, dtype=np.uint64)) - np.uint64(1))).astype(np.int64)
+        starts = starts + 8 * at
+        found = self._pairs.take(starts >> 5)
+        found >>= (starts & 31).astype(np.uint64)
+        found &= _MASKS.take(widths)
+        return found.view(np.int64)
 
     def _take(self, size: int) -> int:
         start, self._at = self._at, self._at + size

@@ -26,6 +26,8 @@ SMALLEST = 2.0 ** -(1 + 65534 / STEPS)
 SUM_TOLERANCE = 1e-3
 """How far the probabilities of a position may be from 1 before they are refused as wrong."""
 _SIZE = struct.Struct("<I")
+_PROBABILITIES = np.append(0.0, np.exp2(-1 - np.arange(65535) / STEPS))
+"""By code."""
 
 
 def encode(records: SequenceRecords, fields: RecordFields) -> bytes:
@@ -184,18 +186,19 @@ def _codes(records: SequenceRecords, kept_weights: Array) -> tuple[Array, Array,
 
 def _probabilities(kept: Array, place: Array, reader: Reader) -> tuple[Array, Array]:
     """rest [S] and kept weights [N], float32, from what `_codes` gave."""
-    starts = np.cumsum(kept + 1) - (kept + 1)
     if (place > kept).any():
         raise ValueError(f"position {int((place > kept).argmax())}: the place of its largest part")
-    parts = np.zeros(len(kept) + int(kept.sum()), dtype=np.float64)
-    is_rest, is_implied = np.zeros(len(parts), dtype=bool), np.zeros(len(parts), dtype=bool)
-    is_rest[starts], is_implied[starts + place] = True, True
-    for chosen in (is_rest & ~is_implied, ~is_rest & ~is_implied):
-        codes = reader.fixed(int(chosen.sum()))
-        parts[chosen] = np.where(codes > 0, np.exp2(-1 - (codes - 1) / STEPS), 0.0)
-    if len(parts):
-        parts[is_implied] = np.maximum(1 - np.add.reduceat(parts, starts), 0.0)
-    return parts[is_rest].astype(np.float32), parts[~is_rest].astype(np.float32)
+    is_kept = place > 0  # the largest part is a kept id
+    largest = (np.cumsum(kept) - kept + place - 1)[is_kept]
+    rest, weights = np.zeros(len(kept)), np.zeros(int(kept.sum()))
+    rest[is_kept] = _PROBABILITIES.take(reader.fixed(len(largest)))
+    is_stored = np.ones(len(weights), dtype=bool)
+    is_stored[largest] = False
+    weights[is_stored] = _PROBABILITIES.take(reader.fixed(len(weights) - len(largest)))
+    left = np.maximum(1 - rest - np.bincount(_rows(kept), weights=weights, minlength=len(kept)), 0.0)
+    weights[largest] = left[is_kept]
+    rest[~is_kept] = left[~is_kept]
+    return rest.astype(np.float32), weights.astype(np.float32)
 
 
 def _half(values: Array) -> bytes:
