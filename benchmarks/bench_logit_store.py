@@ -82,30 +82,41 @@ def log_probs(sequences: int, seq_len: int):
             yield logits.log_softmax(-1), batch.labels.flatten()
 
 
-def threshold_rows(log_p: torch.Tensor, tau0: float, rng: torch.Generator) -> list[tuple]:
-    """Per position: (kept ids, their probabilities, drawn ids, probability of the rest)."""
-    p = log_p.double().exp()
-    p /= p.sum(1, keepdim=True)
-    most = math.ceil(2 / tau0) + 1
-    top, top_ids = p.topk(min(most, p.shape[1]), dim=1)
-    above = (top >= tau0).sum(1)
-    rest = 1 - torch.cat([torch.zeros_like(top[:, :1]), top.cumsum(1)], 1)
-    total = above + torch.ceil(rest.gather(1, above[:, None])[:, 0] / tau0 - 1e-9).long()
-    left = total[:, None] - torch.arange(top.shape[1])
-    kept = ((top * left < rest[:, :-1]) | (left <= 0)).long().cumsum(1).eq(0).sum(1)
-    others = p.scatter(1, top_ids, top.where(torch.arange(top.shape[1]) >= kept[:, None], 0.0)).cumsum(1)
-    offsets = torch.rand(len(p), generator=rng, dtype=torch.float64)
-    rows = []
-    for row, (m, n) in enumerate(zip(kept.tolist(), (total - kept).tolist(), strict=True)):
-        mass = others[row, -1]
-        places = (offsets[row] + torch.arange(n)) / max(n, 1) * mass
-        drawn = torch.searchsorted(others[row], places, right=True).clamp(max=p.shape[1] - 1)
-        rows.append((top_ids[row, :m].numpy(), top[row, :m].numpy(), drawn.numpy(), float(mass) if n else 0.0))
-    return rows
+class Sorted:
+    """Distributions [C, V] with what every threshold needs: largest ids and probabilities, distribution functions."""
+
+    def __init__(self, log_p: torch.Tensor) -> None:
+        p = log_p.double().softmax(-1)
+        top, ids = p.topk(min(2 * max(THRESHOLDS) + 1, p.shape[1]), dim=1)
+        self.top, self.ids, self.cdf = top.numpy(), ids.numpy(), p.cumsum(1).numpy()
+
+    def threshold_rows(self, tau0: float, rng: np.random.Generator) -> list[tuple]:
+        """Per position: (kept ids, their probabilities, drawn ids, probability of the rest)."""
+        return [self._row(row, tau0, offset) for row, offset in enumerate(rng.random(len(self.top)))]
+
+    def _row(self, row: int, tau0: float, offset: float) -> tuple:
+        top, cdf = self.top[row], self.cdf[row]
+        rest = cdf[-1] - np.append(0.0, top.cumsum())
+        above = int((top >= tau0).sum())
+        total = above + math.ceil(rest[above] / tau0 - 1e-9)
+        left = total - np.arange(len(top))
+        below = (top * left < rest[:-1]) | (left <= 0)
+        kept = int(below.argmax()) if below.any() else total
+        ids, weights, draws = self.ids[row, :kept], top[:kept], total - kept
+        if draws == 0:
+            return ids, weights, ids[:0], 0.0
+        # in the distribution function of the other ids, each kept one is a step that is skipped
+        order = ids.argsort()
+        skipped = np.append(0.0, weights[order].cumsum())
+        steps = cdf[ids[order]] - skipped[1:]
+        places = (offset + np.arange(draws)) / draws * rest[kept]
+        places += skipped[np.searchsorted(steps, places, side="right")]
+        drawn = np.searchsorted(cdf, places, side="right").clip(max=len(cdf) - 1)
+        return ids, weights, drawn, float(rest[kept])
 
 
 def random_rows(log_p: torch.Tensor, rng: torch.Generator) -> list[tuple]:
-    """As `threshold_rows`, without kept ids; drawn ids may occur several times."""
+    """As `Sorted.threshold_rows`, without kept ids; drawn ids may occur several times."""
     drawn = torch.multinomial(log_p.exp(), DRAWS, replacement=True, generator=rng).numpy()
     none = np.zeros(0, dtype=np.int64)
     return [(none, none.astype(float), ids, 1.0) for ids in drawn]
@@ -138,14 +149,18 @@ def squared_error(records: SequenceRecords, fields: RecordFields, log_p: torch.T
 def capture(sequences: int, seq_len: int) -> tuple[dict[str, RecordFields], dict, dict[str, float]]:
     """Fields, records of all sequences and mean error of the stored records, by target."""
     fields, records, errors = {}, {}, {}
-    rng = torch.Generator().manual_seed(0)
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     for log_p, labels in log_probs(sequences, seq_len):
-        chunks = [log_p[start : start + CHUNK] for start in range(0, seq_len, CHUNK)]
-        samplers = {f"threshold 1/{t}": lambda part, t=t: threshold_rows(part, 1 / t, rng) for t in THRESHOLDS}
-        for name, sample in {**samplers, RANDOM: lambda part: random_rows(part, rng)}.items():
+        rows: dict[str, list[tuple]] = {}
+        for part in log_p.split(CHUNK):
+            sorted_part = Sorted(part)
+            for inverse in THRESHOLDS:
+                rows.setdefault(f"threshold 1/{inverse}", []).extend(sorted_part.threshold_rows(1 / inverse, rng))
+            rows.setdefault(RANDOM, []).extend(random_rows(part, generator))
+        for name, sampled in rows.items():
             counts = {"draws": "counts", "samples": DRAWS} if name == RANDOM else {"draws": "equal"}
             fields[name] = RecordFields(log_p.shape[1], **counts)
-            made = records_of([row for part in chunks for row in sample(part)], fields[name], log_p, labels)
+            made = records_of(sampled, fields[name], log_p, labels)
             stored = decode(encode(made, fields[name]), fields[name])
             records.setdefault(name, []).append(stored)
             errors[name] = errors.get(name, 0.0) + squared_error(stored, fields[name], log_p) / sequences

@@ -30,10 +30,11 @@ def dense(rows, vocab_size, *, share):
 
 @pytest.mark.parametrize("tau0", [1 / 4, 1 / 12])
 def test_threshold_sampling_is_unbiased_and_as_wide_as_it_says(bench, tau0):
-    log_p, rng = distribution(4, 60), torch.Generator().manual_seed(1)
+    log_p, rng = distribution(4, 60), np.random.default_rng(1)
     p, total = log_p.double().exp(), torch.zeros(4, 60, dtype=torch.float64)
+    sampler = bench.Sorted(log_p)
     for _ in range(500):
-        rows = bench.threshold_rows(log_p, tau0, rng)
+        rows = sampler.threshold_rows(tau0, rng)
         for row, (kept, weights, drawn, rest) in enumerate(rows):
             above = int((p[row] >= tau0).sum())
             left = 1 - float(p[row][p[row] >= tau0].sum())
@@ -55,7 +56,10 @@ def test_random_sampling_is_unbiased(bench):
 def test_error_is_the_squared_distance_of_the_target(bench, kind):
     log_p, rng = distribution(50, 300), torch.Generator().manual_seed(2)
     if kind == "threshold":
-        rows, fields = bench.threshold_rows(log_p, 1 / 8, rng), RecordFields(300, draws="equal")
+        rows, fields = (
+            bench.Sorted(log_p).threshold_rows(1 / 8, np.random.default_rng(3)),
+            RecordFields(300, draws="equal"),
+        )
     else:
         rows, fields = bench.random_rows(log_p, rng), RecordFields(300, draws="counts", samples=bench.DRAWS)
     records = bench.records_of(rows, fields, log_p, torch.arange(50))
@@ -65,10 +69,13 @@ def test_error_is_the_squared_distance_of_the_target(bench, kind):
 
 
 def test_times_and_rows_of_the_store_make_the_table_and_the_goals(bench, tmp_path):
-    log_p, rng = distribution(64, 300), torch.Generator().manual_seed(2)
+    log_p = distribution(64, 300)
     fields = RecordFields(300, draws="equal")
     made = [
-        bench.records_of(bench.threshold_rows(log_p, 1 / 8, rng), fields, log_p, torch.arange(64)) for _ in range(9)
+        bench.records_of(
+            bench.Sorted(log_p).threshold_rows(1 / 8, np.random.default_rng(3)), fields, log_p, torch.arange(64)
+        )
+        for _ in range(9)
     ]
     records = [decode(encode(one, fields), fields) for one in made]
     times, size = bench.store_times(fields, records, tmp_path / "store")

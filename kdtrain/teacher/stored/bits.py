@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike
+from numpy.typing import DTypeLike
 
 Array = np.ndarray
 MAX_BITS = 32
@@ -74,7 +74,7 @@ class Reader:
     def fixed(self, count: int) -> Array:
         """`count` numbers of `pack_fixed`, int64."""
         width = int(self.array(np.uint8, 1)[0])
-        return self._fields(np.arange(count) * width, width, count * width)
+        return self._fields(np.arange(count) * width, np.array(width), count * width)
 
     def golomb(self, count: int) -> Array:
         """`count` numbers of `pack_golomb`, int64."""
@@ -94,7 +94,7 @@ class Reader:
         if self._at != self._size:
             raise ValueError(f"{self._size - self._at} bytes follow the last part")
 
-    def _fields(self, starts: Array, widths: ArrayLike, bits: int) -> Array:
+    def _fields(self, starts: Array, widths: Array, bits: int) -> Array:
         at = self._take((bits + 7) // 8)
         if np.max(widths, initial=0) > MAX_BITS:
             raise ValueError(f"a number of {np.max(widths)} bits")
