@@ -56,10 +56,12 @@ def journal_line(entry: Block | StoredFile) -> bytes:
 def parse_journal(content: bytes, where: str, shard_size: int) -> Journal:
     """The journal with this content, up to the first entry whose bytes are not in a shard of `shard_size` bytes.
 
-    Raises DataError, naming the line, if one before the last is damaged.
+    Raises DataError, naming the line, if one before the last is damaged, or if a line does not begin where the one
+    before it ends, as after two writers.
     """
     blocks: list[Block] = []
-    size, end, lines = 0, None, content.split(b"\n")  # what follows the last line break is torn, or nothing
+    lines = content.split(b"\n")  # what follows the last line break is torn, or nothing
+    size, filled, end = 0, 0, None
     for number, line in enumerate(lines[:-1]):
         check, _, text = line.partition(b" ")
         if check != b"%08x" % zlib.crc32(text):
@@ -68,11 +70,14 @@ def parse_journal(content: bytes, where: str, shard_size: int) -> Journal:
             raise DataError(f"{where} is damaged: the checksum of line {number + 1} is wrong\n{DAMAGED_FIX}")
         found = json.loads(text)
         entry = StoredFile(**found) if "name" in found else Block(**found)
-        if (entry.size if isinstance(entry, StoredFile) else entry.offset + entry.size) > shard_size:
-            break
+        if end is not None or (entry.size if isinstance(entry, StoredFile) else entry.offset) != filled:
+            raise DataError(f"{where} is damaged: line {number + 1} does not follow the one before it\n{DAMAGED_FIX}")
         if isinstance(entry, StoredFile):
             end = entry
+        elif entry.offset + entry.size > shard_size:
+            break
         else:
             blocks.append(entry)
+            filled = entry.offset + entry.size
         size += len(line) + 1
     return Journal(tuple(blocks), size, end)
