@@ -13,6 +13,8 @@ from kdtrain.errors import DataError
 from kdtrain.stores.files import StoredFile
 
 DAMAGED_FIX = "  fix: copy the folder again, or make it again"
+LONGEST_LINE = 512
+"""Bytes that no line reaches, whatever its numbers are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,8 @@ def journal_line(entry: Block | StoredFile) -> bytes:
 def parse_journal(content: bytes, where: str, shard_size: int) -> Journal:
     """The journal with this content, up to the first entry whose bytes are not in a shard of `shard_size` bytes.
 
-    Raises DataError, naming the line, if one before the last is damaged, or if a line does not begin where the one
-    before it ends, as after two writers.
+    Raises DataError, naming the line, if one before the last is damaged, if a line does not begin where the one before
+    it ends, as after two writers, or if the rest is too long to be a torn line.
     """
     blocks: list[Block] = []
     lines = content.split(b"\n")  # what follows the last line break is torn, or nothing
@@ -80,4 +82,6 @@ def parse_journal(content: bytes, where: str, shard_size: int) -> Journal:
             blocks.append(entry)
             filled = entry.offset + entry.size
         size += len(line) + 1
+    if len(lines[-1]) > LONGEST_LINE:  # such as zeros: a writer would cut off the whole shard
+        raise DataError(f"{where} is damaged: {len(lines[-1])} bytes at its end are no line\n{DAMAGED_FIX}")
     return Journal(tuple(blocks), size, end)

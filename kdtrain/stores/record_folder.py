@@ -29,6 +29,7 @@ from kdtrain.stores.keys import first_difference
 
 FORMAT, VERSION = "kdtrain-records", 1
 IDENTITY, MANIFEST = "identity.json", "manifest.json"
+LARGEST_KEY = (1 << 63) - 1
 ENTRY = struct.Struct("<QI")
 """A record in the table of its block: where its bytes end, counted from the end of the table, and its CRC-32."""
 OPEN_SHARDS = 128

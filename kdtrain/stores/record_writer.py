@@ -25,6 +25,7 @@ from kdtrain.stores.journal import Block, Journal, journal_line
 from kdtrain.stores.record_folder import (
     ENTRY,
     IDENTITY,
+    LARGEST_KEY,
     MANIFEST,
     check_identity,
     checked_bytes,
@@ -89,7 +90,7 @@ class ShardWriter:
 
         Raises DataError if it cannot be written; what is in `blocks` stays, and the writer can be used again.
         """
-        if self.finished or first < 0 or not records:
+        if self.finished or not records or not 0 <= first <= LARGEST_KEY + 1 - len(records):
             raise ValueError(f"{self._name} is finished, or {len(records)} records from key {first} are no block")
         entries = [
             ENTRY.pack(stop, checksum(first + number, record))

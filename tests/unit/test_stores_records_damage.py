@@ -9,6 +9,8 @@ import pytest
 
 from kdtrain.errors import DataError, StoreMismatch
 from kdtrain.stores import record_writer
+from kdtrain.stores.files import StoredFile
+from kdtrain.stores.journal import LONGEST_LINE, Block, journal_line
 from kdtrain.stores.record_folder import RecordFolder
 from kdtrain.stores.record_writer import ShardWriter
 
@@ -87,6 +89,32 @@ def test_a_journal_with_lines_twice_is_refused_with_the_line(tmp_path, finish):
         with pytest.raises(DataError, match=rf"line {2 + finish} does not follow the one before it"):
             use(tmp_path / "records")
     assert journal.read_bytes() == lines * 2
+
+
+def test_a_journal_that_became_zeros_does_not_cut_off_its_shard(tmp_path):
+    with ShardWriter(tmp_path / "records", {"seed": 1}) as writer:
+        for number in range(8):
+            writer.append(8 * number, RECORDS)
+        assert len(journal_line(Block(*[(1 << 63) - 1] * 4, "f" * 64))) < LONGEST_LINE
+        assert len(journal_line(StoredFile("shard_99999.bin", (1 << 63) - 1, "f" * 64))) < LONGEST_LINE
+    journal, shard = (tmp_path / f"records/shard_00000.{kind}" for kind in ("journal", "bin"))
+    data = shard.read_bytes()
+    journal.write_bytes(bytes(journal.stat().st_size))
+    for use in (RecordFolder.open, lambda folder: ShardWriter(folder, {"seed": 1})):
+        with pytest.raises(DataError, match=r"journal is damaged: \d+ bytes at its end are no line"):
+            use(tmp_path / "records")
+    assert shard.read_bytes() == data
+
+
+def test_keys_that_no_tensor_can_hold_are_refused(tmp_path):
+    largest = (1 << 63) - 1
+    with ShardWriter(tmp_path / "records", {"seed": 1}) as writer:
+        for first, records in ((largest + 1, [b"x"]), (largest, [b"x", b"y"]), (1 << 64, [b"x"])):
+            with pytest.raises(ValueError, match=f"from key {first} are no block"):
+                writer.append(first, records)
+        assert writer.blocks == ()
+        writer.append(largest - 1, [b"x", b"y"])
+    assert RecordFolder.open(tmp_path / "records")[largest] == b"y"
 
 
 def test_system_calls_that_return_less_than_asked_for_are_repeated(tmp_path, monkeypatch):
