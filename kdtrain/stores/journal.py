@@ -13,6 +13,8 @@ from kdtrain.errors import DataError
 from kdtrain.stores.files import StoredFile
 
 DAMAGED_FIX = "  fix: copy the folder again, or make it again"
+LONGEST_LINE = 512
+"""Bytes that no line reaches, whatever its numbers are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +58,12 @@ def journal_line(entry: Block | StoredFile) -> bytes:
 def parse_journal(content: bytes, where: str, shard_size: int) -> Journal:
     """The journal with this content, up to the first entry whose bytes are not in a shard of `shard_size` bytes.
 
-    Raises DataError, naming the line, if one before the last is damaged.
+    Raises DataError, naming the line, if one before the last is damaged, if a line does not begin where the one before
+    it ends, as after two writers, or if the rest is too long to be a torn line.
     """
     blocks: list[Block] = []
-    size, end, lines = 0, None, content.split(b"\n")  # what follows the last line break is torn, or nothing
+    lines = content.split(b"\n")  # what follows the last line break is torn, or nothing
+    size, filled, end = 0, 0, None
     for number, line in enumerate(lines[:-1]):
         check, _, text = line.partition(b" ")
         if check != b"%08x" % zlib.crc32(text):
@@ -68,11 +72,16 @@ def parse_journal(content: bytes, where: str, shard_size: int) -> Journal:
             raise DataError(f"{where} is damaged: the checksum of line {number + 1} is wrong\n{DAMAGED_FIX}")
         found = json.loads(text)
         entry = StoredFile(**found) if "name" in found else Block(**found)
-        if (entry.size if isinstance(entry, StoredFile) else entry.offset + entry.size) > shard_size:
-            break
+        if end is not None or (entry.size if isinstance(entry, StoredFile) else entry.offset) != filled:
+            raise DataError(f"{where} is damaged: line {number + 1} does not follow the one before it\n{DAMAGED_FIX}")
         if isinstance(entry, StoredFile):
             end = entry
+        elif entry.offset + entry.size > shard_size:
+            break
         else:
             blocks.append(entry)
+            filled = entry.offset + entry.size
         size += len(line) + 1
+    if len(lines[-1]) > LONGEST_LINE:  # such as zeros: a writer would cut off the whole shard
+        raise DataError(f"{where} is damaged: {len(lines[-1])} bytes at its end are no line\n{DAMAGED_FIX}")
     return Journal(tuple(blocks), size, end)

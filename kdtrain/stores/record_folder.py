@@ -29,6 +29,7 @@ from kdtrain.stores.keys import first_difference
 
 FORMAT, VERSION = "kdtrain-records", 1
 IDENTITY, MANIFEST = "identity.json", "manifest.json"
+LARGEST_KEY = (1 << 63) - 1
 ENTRY = struct.Struct("<QI")
 """A record in the table of its block: where its bytes end, counted from the end of the table, and its CRC-32."""
 OPEN_SHARDS = 128
@@ -116,7 +117,7 @@ class RecordFolder:
     def _read(self, shard: int, offset: int, size: int) -> bytes:
         with _reading(self.path):
             file = self._shard(shard)  # held until the end of the read: it may be dropped from the cache meanwhile
-            found = os.pread(file.descriptor, size, offset)
+            found = read_at(file.descriptor, size, offset)
         if len(found) < size:
             raise self._damaged(shard, f"it ends at byte {offset + len(found)}, inside a block")
         return found
@@ -132,6 +133,14 @@ class RecordFolder:
         with _reading(self.path):
             for file in _read_manifest(self.path) if self.complete else ():
                 _check_file(self.path, file, content=True)
+
+
+def read_at(descriptor: int, size: int, offset: int) -> bytes:
+    """`size` bytes of a file, fewer at its end. One system call returns at most 2 GiB. Raises OSError."""
+    found = os.pread(descriptor, size, offset)
+    while len(found) < size and (more := os.pread(descriptor, size - len(found), offset + len(found))):
+        found += more
+    return found
 
 
 class _Open:

@@ -25,11 +25,13 @@ from kdtrain.stores.journal import Block, Journal, journal_line
 from kdtrain.stores.record_folder import (
     ENTRY,
     IDENTITY,
+    LARGEST_KEY,
     MANIFEST,
     check_identity,
     checked_bytes,
     checksum,
     journal_name,
+    read_at,
     read_identity,
     read_journal,
     read_journals,
@@ -57,10 +59,8 @@ class ShardWriter:
         self._journal = self._data = -1
         mine = {"identity": dict(identity), "shards": shards}
         with _writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not (folder / IDENTITY).exists():
-                _replace(folder / IDENTITY, checked_bytes(mine), f"{shard:05d}")
-            _temporary(folder / IDENTITY, f"{shard:05d}").unlink(missing_ok=True)  # of a killed process
+            _make(folder)
+            _write_identity(folder, checked_bytes(mine), f"{shard:05d}")
             about = read_identity(folder)
             check_identity(folder, {name: about[name] for name in mine}, mine)
             try:
@@ -90,7 +90,7 @@ class ShardWriter:
 
         Raises DataError if it cannot be written; what is in `blocks` stays, and the writer can be used again.
         """
-        if self.finished or first < 0 or not records:
+        if self.finished or not records or not 0 <= first <= LARGEST_KEY + 1 - len(records):
             raise ValueError(f"{self._name} is finished, or {len(records)} records from key {first} are no block")
         entries = [
             ENTRY.pack(stop, checksum(first + number, record))
@@ -150,7 +150,7 @@ class ShardWriter:
         """sha256 of an unfinished shard so far. Raises DataError if a block is damaged."""
         digest = hashlib.sha256()
         for block in () if self.finished else self.blocks:
-            data = os.pread(self._data, block.size, block.offset)
+            data = read_at(self._data, block.size, block.offset)
             if hashlib.sha256(data).hexdigest() != block.sha256:
                 raise DataError(
                     f"{self.folder / self._name} is damaged: the checksum of the block at byte {block.offset} is "
@@ -200,6 +200,35 @@ def _check_keys(folder: Path, journals: Sequence[Journal]) -> None:
                 f"{folder}: {shard_name(one)} and {shard_name(other)} both have the key {block.first}\n"
                 "  fix: give each shard keys of its own, and make the records again"
             )
+
+
+def _make(folder: Path) -> None:
+    """Make the folder, and those above it that are missing, and flush their names to disk."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        sync(path.parent)
+
+
+def _write_identity(folder: Path, data: bytes, unique: str) -> None:
+    """Write identity.json if the folder has none. Raises DataError if it has shards without one."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        # of writers that begin at the same time, the second must see the identity of the first, not replace it
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        begun = next(folder.glob("shard_*"), None)  # before the next line: an identity is older than its shards
+        if not (folder / IDENTITY).exists():
+            if begun is not None:
+                raise DataError(
+                    f"{folder} is damaged: it has {begun.name}, but no {IDENTITY}\n"
+                    "  why: what its records were made from is unknown\n"
+                    "  fix: copy the folder again, or make the records again in a new one"
+                )
+            _replace(folder / IDENTITY, data, unique)
+        _temporary(folder / IDENTITY, unique).unlink(missing_ok=True)  # of a killed process
+    finally:
+        os.close(lock)
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:

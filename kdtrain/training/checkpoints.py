@@ -147,7 +147,12 @@ class Checkpoints:
             loader.load_state_dict(state["loader"])
         former = state.get("config")
         if former is None:  # the first checkpoints lack it
-            LOGGER.warning("%s has no configuration to compare with that of this run", point.path)
+            blend = (
+                "; it is of a version that may have blended several stores in another order: with several, this run "
+                "may repeat some text and leave some out"
+            )
+            text = "%s has no configuration to compare with that of this run%s"
+            LOGGER.warning(text, point.path, "" if point.is_stage else blend)
         for change in [] if former is None else config_changes(former, self._config):
             if not (point.is_stage and change.startswith(NEW_IN_A_STAGE)):
                 LOGGER.warning("changed since %s was written: %s", point.path.name, change)

@@ -15,6 +15,7 @@ from kdtrain.engine import checkpoint
 from kdtrain.engine.manifest import KINDS
 from kdtrain.engine.slices import Fragment
 from kdtrain.errors import CheckpointError, ConfigError, DataError, KdtrainError, ParallelError, StoreMismatch
+from kdtrain.jobs import check as jobs_check
 from kdtrain.jobs.build.batches import build_loader
 from kdtrain.jobs.build.models import build_models, model_specs
 from kdtrain.jobs.build.teacher import teacher_spec
@@ -32,6 +33,7 @@ from kdtrain.models.tiny import save_random, tiny_config
 from kdtrain.models.tiny_mixtures import write_mixture
 from kdtrain.planning import estimate
 from kdtrain.telemetry.jsonl_sink import JsonlSink
+from kdtrain.training.checkpoints import ResumePoint
 from tests.support.model_folders import check_and_load, edit_json, edit_tensors, outcome
 from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
@@ -240,6 +242,21 @@ def too_small_a_share(cfg):
 def test_check_refuses_settings_that_do_not_fit_models_or_data(cfg, change, kind, match):
     change(cfg)
     refused(cfg, match, kind)
+
+
+def test_check_takes_the_numbers_of_stores_from_the_checkpoint_that_the_run_resumes(cfg, monkeypatch, tmp_path):
+    write_store(tmp_path / "other", random_documents(60, seed=1), tmp_path / "teacher")
+    cfg.data.train.append(str(tmp_path / "other"))
+    inputs, loaders = open_inputs(cfg, model_specs(cfg)), []
+    state = build_loader(cfg, inputs, Mesh(), prefetch=0).state_dict()
+    state["stores"].reverse()  # as an older version numbered them
+    monkeypatch.setattr(jobs_check, "log_stores", lambda cfg, inputs, loader: loaders.append(loader))
+    monkeypatch.setattr(jobs_check, "find_start", lambda *arguments: ResumePoint(tmp_path, None))
+    monkeypatch.setattr(jobs_check, "kept_prefix", lambda *arguments: None)
+    monkeypatch.setattr(checkpoint, "check_model", lambda *arguments: None)
+    monkeypatch.setattr(checkpoint, "read_state", lambda path: {"loader": {**state, "sequences": 8}})
+    check(cfg)
+    assert [loader.state_dict() for loader in loaders] == [{**state, "sequences": 8}]
 
 
 def test_check_refuses_a_resume_that_the_run_refuses(cfg):

@@ -6,7 +6,7 @@ import torch
 
 from kdtrain.data.context import Share
 from kdtrain.data.loader import validation_batches
-from kdtrain.data.packing import PackingSpec, num_sequences, pack
+from kdtrain.data.packing import PackingSpec, num_sequences, pack, sequence_keys
 from tests.support.tiny_data import random_documents, write_store, write_tokenizer
 
 NUMBER = (1 << 40) - 1
@@ -109,6 +109,16 @@ def test_every_label_inside_a_document_counts_exactly_once(tmp_path, tokenizer):
             for item in validation_batches(store, packing=PackingSpec(17), sequences_per_batch=batch, **place):
                 total += item.num_valid_tokens()
         assert total == sum(len(d) for d in documents)
+
+
+@pytest.mark.parametrize("packing", [PackingSpec(3), PackingSpec(3, reset_positions=False)])
+def test_keys_of_validation_are_those_of_store_packing_and_number(store, packing):
+    found = [
+        int(key)
+        for batch in validation_batches(store, packing=packing, sequences_per_batch=1)
+        for key in batch.sample_ids
+    ]
+    assert found == [sequence_keys(store, packing).key(number) for number in range(len(found))]
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 8])

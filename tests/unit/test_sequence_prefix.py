@@ -1,5 +1,6 @@
 """data.sequence_prefix: auto measures and takes the better prefix; a worse explicit one is refused with numbers."""
 
+import itertools
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from kdtrain.config.cli import parse
 from kdtrain.config.load import load_run
 from kdtrain.config.schema import RunConfig
+from kdtrain.data.loader import StepLoader, StepShape
 from kdtrain.data.packing import PackingSpec, sequence_keys
 from kdtrain.data.token_store import TokenStore
 from kdtrain.data.tokenizer import load_tokenizer
@@ -186,6 +188,21 @@ def test_small_corpus_is_measured_on_fewer_sequences(world, tmp_path, logged):
     store = write_counting_store(tmp_path / "store", world / "needs", count=4)
     assert decide(world, f"data.train=[{store.path}]") == (BOS,)
     assert int(logged.messages[-1].split(" sequences that begin")[0].split()[-1]) < 64
+
+
+def test_sequences_of_several_stores_are_those_that_the_run_draws_first_in_any_order_of_the_list(world, tmp_path):
+    stores = [write_counting_store(tmp_path / str(n), world / "needs", count=40 + 9 * n) for n in range(3)]
+    weights, packing, chosen = [0.5, 0.2, 0.3], PackingSpec(16, True, (BOS,)), []
+    for listed in itertools.permutations(range(3)):
+        mine, shares = [stores[place] for place in listed], [weights[place] for place in listed]
+        places = sequence_prefix.sequences_inside(mine, packing, shares, 1)
+        chosen.append([(listed[store], sequence) for store, sequence in places])
+        run = StepLoader(mine, shares, packing=packing, shape=StepShape(1, 1), seed=1, prefetch=0)
+        drawn = dict.fromkeys(run.keys.decode(int(next(run)[0].sample_ids)) for _ in range(1000))
+        inside = {(str(mine[store].path), sequence) for store, sequence in places}
+        assert [place for place in drawn if place in inside] == [(str(mine[s].path), k) for s, k in places]
+    assert len({store for store, _ in chosen[0]}) == 3
+    assert all(other == chosen[0] for other in chosen)
 
 
 def test_data_ranks_measure_disjoint_shares(world):

@@ -59,3 +59,26 @@ def test_stop_request_without_a_signal_stops_the_run_with_its_first_reason(tmp_p
     run.stop.request("too late")
     with pytest.raises(RunStopped, match=r"^stopped at step 0 \(a teacher stops\)"):
         run.run()
+
+
+def test_micro_batches_that_were_taken_ahead_when_a_stop_arrives_are_not_lost_to_the_resumed_run(tmp_path):
+    (tmp_path / "a").mkdir()
+    run = tiny_trainer(tmp_path / "a", 5, every=None, prefetch_teacher=True)
+    run.objective = Recorder(run.objective, run.engine)
+    step = run.engine.step
+
+    def stop_in_step_2(lr):
+        if run.progress.step == 1:
+            run.stop.request("in step 2")
+        return step(lr)
+
+    run.engine.step = stop_in_step_2
+    with pytest.raises(RunStopped, match=r"^stopped at step 2"):
+        run.run()
+    assert run.batches.position == 3 * SEQUENCES, "step 3 was taken ahead"
+    assert {n: saved[2] for n, saved in run.checkpoints.saved.items()} == {2: {"position": 2 * SEQUENCES}}
+    (tmp_path / "b").mkdir()
+    resumed = tiny_trainer(tmp_path / "b", 5, saved=run.checkpoints.saved[2], prefetch_teacher=True)
+    resumed.run()
+    plain = trained(tmp_path / "c", prefetch_teacher=False, steps=5)
+    assert resumed.engine.weight.item() == plain.engine.weight.item()
