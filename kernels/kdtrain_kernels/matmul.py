@@ -43,8 +43,8 @@ def uses_onednn(weight: Tensor, work: torch.dtype) -> bool:
         weight.device.type == "cpu"
         and work == torch.float32
         and len(weight) >= ONEDNN_ROWS
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+        and bool(torch.backends.mkldnn.enabled)
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
 
