@@ -1,5 +1,6 @@
 """A divergence is one value, declared once: the tables of kernels, definitions and settings agree; what is refused."""
 
+import functools
 import itertools
 import logging
 import math
@@ -24,6 +25,26 @@ from tests.support.sparse_cases import sparse_case, streamed_sparse_answer
 def test_tables_of_kernels_definitions_settings_and_records_name_the_same_divergences():
     assert list(DIVERGENCES) == list(reference.DIVERGENCES) == list(typing.get_args(Divergence))
     assert tuple(reference.SUMMANDS) == matrix.F_DIVERGENCES
+
+
+@pytest.mark.parametrize(("name", "given"), VARIANTS, ids=VARIANT_IDS)
+def test_what_a_row_declares_of_a_divergence_on_sparse_records_is_so(name, given):
+    row = divergence_spec(name, **given).row
+    if name not in matrix.F_DIVERGENCES:
+        assert not row.f_divergence or row in (DIVERGENCES["forward_kl"], DIVERGENCES["reverse_kl"])
+        return
+    phi = functools.partial(reference.SUMMANDS[name], **given)
+    zero, p, q = (torch.tensor(number, dtype=torch.float64) for number in (0.0, 0.3, 0.2))
+    assert bool(phi(zero, q).isinf()) == row.infinite_at_zero
+    assert phi(p, p).abs() < 1e-15
+    assert phi(p + q, q + 1.3 * q) < phi(p, q) + phi(q, 1.3 * q)  # data processing
+    torch.testing.assert_close(phi(3 * p, 3 * q), 3 * phi(p, q))
+
+
+def test_triton_takes_at_most_two_parameters_that_the_divergence_has():
+    for name, taken in dispatch.TRITON_DIVERGENCES.items():
+        assert taken == tuple(DIVERGENCES[name].parameters)
+        assert len(taken) <= 2
 
 
 def test_settings_have_the_parameters_of_the_kernels_with_their_defaults_and_ranges():

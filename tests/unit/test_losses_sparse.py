@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kdtrain_kernels.divergences import DIVERGENCES
 
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import (
@@ -18,7 +19,7 @@ from kdtrain.losses import (
     stream,
 )
 from kdtrain.losses.vocab_group import VocabGroup
-from tests.support.loss_cases import identity_case, random_case, relative_error, streamed_answer
+from tests.support.loss_cases import VARIANTS, identity_case, random_case, relative_error, streamed_answer
 from tests.support.sparse_cases import (
     SCHEMES,
     SparseCase,
@@ -246,21 +247,29 @@ def test_order_of_slots_and_empty_slots_change_nothing():
     torch.testing.assert_close(got.grad_hidden, expected.grad_hidden, rtol=1e-11, atol=1e-13)
 
 
-def test_parameters_at_their_limits_give_the_plain_divergences():
-    for name, parameters, plain in [
-        ("jsd", {"teacher_share": 0.0}, "forward_kl"),
-        ("jsd", {"teacher_share": 1.0}, "reverse_kl"),
-        ("skew_kl", {"skew": 0.0}, "forward_kl"),
-        ("skew_reverse_kl", {"skew": 0.0}, "reverse_kl"),
-    ]:
-        got = streamed_sparse_answer(sparse_case(9, 101, "top_k_tail", divergence=name, **parameters))[0]
-        assert torch.equal(
-            got.loss, streamed_sparse_answer(sparse_case(9, 101, "top_k_tail", divergence=plain))[0].loss
-        )
-    for name, parameters in [("jsd", {"teacher_share": 0.9}), ("skew_kl", {"skew": 0.6})]:
-        case = sparse_case(9, 101, "top_k_tail", divergence=name, dtype=torch.float64, **parameters)
-        expected, got = naive_sparse_answer(case), streamed_sparse_answer(case)[0]
-        assert relative_error(got.grad_hidden, expected.grad_hidden) < 1e-10
+LIMITS = [
+    (name, dict(zip(row.parameters, values, strict=True)), plain)
+    for name, row in DIVERGENCES.items()
+    for values, plain in row.limits.items()
+    if row.f_divergence
+]
+
+
+@pytest.mark.parametrize(("name", "parameters", "plain"), LIMITS)
+def test_parameters_at_their_limits_give_the_plain_divergences(name, parameters, plain):
+    got = streamed_sparse_answer(sparse_case(9, 101, "top_k_tail", divergence=name, **parameters))[0]
+    assert torch.equal(got.loss, streamed_sparse_answer(sparse_case(9, 101, "top_k_tail", divergence=plain))[0].loss)
+
+
+SPARSE_VARIANTS = [variant for variant in VARIANTS if variant[0] in matrix.F_DIVERGENCES]
+
+
+@pytest.mark.parametrize(("name", "parameters"), SPARSE_VARIANTS)
+def test_loss_on_a_record_has_the_parameters_of_the_divergence(name, parameters):
+    case = sparse_case(9, 101, "top_k_tail", divergence=name, dtype=torch.float64, **parameters)
+    expected, got = naive_sparse_answer(case), streamed_sparse_answer(case)[0]
+    assert relative_error(got.loss, expected.loss) < 1e-12
+    assert relative_error(got.grad_hidden, expected.grad_hidden) < 1e-10
 
 
 def test_gradients_with_tied_heads_and_with_a_frozen_trunk():

@@ -62,10 +62,9 @@ def _parameter(d: DistillObjective, name: str, of: ParameterOf, report: Report) 
     elif not of.low < value < of.high:
         report.add(KEY + name, f"is not in ({of.low:g}, {of.high:g})", of.fix)
     if of.sum_with:
-        other, usual = getattr(d, of.sum_with), DistillObjective()
-        fix = f"{getattr(usual, of.sum_with)}, {getattr(usual, name)} works"
+        other = getattr(d, of.sum_with)
         if math.isfinite(value) and math.isfinite(other) and value + other <= 0:
-            report.add(KEY + name, f"and {of.sum_with} = {other} do not add up to more than 0", fix)
+            report.add(KEY + name, f"and {of.sum_with} = {other} do not add up to more than 0", "0.5, 0.5 works")
 
 
 CHECKS: dict[str, Callable[[Any, Report], None]] = {"distill": _distill}
