@@ -2,8 +2,12 @@
 
     python benchmarks/bench_loss_head.py            # measures, 15 minutes -> benchmarks/results/loss_head_cpu.csv
     python benchmarks/bench_loss_head.py --table    # CSV -> docs/results/loss_head_cpu.md, and prints it
+    git worktree add /tmp/base COMMIT
+    python benchmarks/bench_loss_head.py --base /tmp/base   # -> benchmarks/results/cpu_loss_pair.csv, goals.csv
 
-The first command alone regenerates the results. float32; student width 256, teacher width 576. Tasks and providers:
+The first command alone regenerates the results; the last compares the streamed losses of two checkouts at fewer than
+1,024 tokens (benchmarks/loss_pair.py; --busy measures at any load, --try
+measures one shape once and writes nothing). float32; student width 256, teacher width 576. Tasks and providers:
 benchmarks/loss_providers.py; packages that are not installed are listed as absent, with the reason. Every number comes
 from a fresh process, so that no provider inherits another's memory.
 
@@ -17,6 +21,7 @@ whatever the matrix products allocate. Times: median, 20th and 80th percentile o
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable
@@ -34,7 +39,7 @@ WIDTH_S, WIDTH_T = 256, 576
 VOCAB = 50257
 MAIN = "streamed-128MiB"
 OURS_AND_FORMS = (MAIN, "naive", "chunked")
-TOKENS = (1024, 4096)
+TOKENS = (256, 512, 1024, 4096)
 VOCABS, TOKENS_OF_VOCABS = (8192, 32768), 512
 PEER_TOKENS = 512
 AGREEMENT = 1e-4
@@ -187,5 +192,35 @@ def table_of(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    """Measure the streamed losses of this checkout beside those of another one; write them and the goal."""
+    import loss_pair
+    from bench_import import wait_until_quiet, write_goals
+
+    if arguments.trial:
+        loss_pair.compare(arguments.base, loss_pair.SHAPES[:1], runs=1)
+        return
+    if not arguments.busy:
+        wait_until_quiet()
+    rows = loss_pair.compare(arguments.base, loss_pair.SHAPES)
+    goal = loss_pair.goal_of(rows)
+    common.write_csv(loss_pair.RESULTS, rows, loss_pair.COLUMNS)
+    write_goals(loss_pair.GOALS, [goal])
+    print(goal["name"], goal["measured"], f"(goal {goal['goal']}, {goal['better']} is better)")
+
+
+def main() -> None:
+    """--base compares two checkouts; everything else is as in the other benchmarks."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--base", type=Path, metavar="PATH")
+    parser.add_argument("--busy", action="store_true")
+    parser.add_argument("--try", dest="trial", action="store_true")
+    arguments, _ = parser.parse_known_args()
+    if arguments.base is not None:
+        compare(arguments)
+    else:
+        common.measure_or_tabulate(__doc__, RESULTS, TABLE, one=measure, run_all=run_all, table_of=table_of)
+
+
 if __name__ == "__main__":
-    common.measure_or_tabulate(__doc__, RESULTS, TABLE, one=measure, run_all=run_all, table_of=table_of)
+    main()

@@ -44,10 +44,10 @@ def linear_cross_entropy(  # noqa: PLR0913
 
     Memory beyond inputs and gradients: half of slab_bytes (chunks are those of `linear_kd_loss`, with one model) and a
     few cache blocks. Gradients accumulate in float32 (float64) and are kept so until backward, which scales and rounds
-    them into new tensors: d(hidden) complete on every rank, d(head) of this rank's rows, 0 in padding rows. Under
-    no_grad no gradient is computed. Communicates over `group`: one all-gather of [C, 4] per chunk, hidden behind the
-    next chunk, and, if hidden needs a gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for
-    inconsistent arguments before anything is computed.
+    them into new tensors, or hands them over as `linear_kd_loss` does: d(hidden) complete on every rank, d(head) of
+    this rank's rows, 0 in padding rows. Under no_grad no gradient is computed. Communicates over `group`: one
+    all-gather of [C, 4] per chunk, hidden behind the next chunk, and, if hidden needs a gradient, one all-reduce of [T,
+    D]; nothing in backward. Raises ValueError for inconsistent arguments before anything is computed.
     """
     head, vocab, work = stream.as_head(head), VocabGroup(shard, group), work_dtype(hidden)
     checks.check_model("", hidden, head, shard)

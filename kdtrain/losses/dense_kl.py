@@ -65,11 +65,12 @@ def linear_kd_loss(  # noqa: PLR0913
 
     Where kd_weight is 0 everywhere, loss and gradients are bitwise those of `linear_cross_entropy`.
     Memory beyond inputs and gradients: slab_bytes and a few cache blocks. Gradients accumulate in float32 (float64) and
-    are kept so until backward, which scales and rounds them into new tensors: d(hidden_s) complete on every rank,
-    d(head_s) of this rank's rows, 0 in padding rows. Under no_grad no gradient is computed. Communicates over `group`:
-    per chunk one all-gather of [C, 10] (and one of [C, 1] for all but forward_kl and reverse_kl; one of [C, 4] to
-    measure); per call one all-gather of [T, 1] ([T, 5] to measure) and, if hidden_s needs a gradient, one all-reduce of
-    [T, D]; nothing in backward. Raises ValueError for inconsistent arguments before anything is computed.
+    are kept so until backward, which scales and rounds them into new tensors (on a CPU the first backward with a factor
+    of 1 hands them over instead): d(hidden_s) complete on every rank, d(head_s) of this rank's rows, 0 in padding rows.
+    Under no_grad no gradient is computed. Communicates over `group`: per chunk one all-gather of [C, 10] (and one of
+    [C, 1] for all but forward_kl and reverse_kl; one of [C, 4] to measure); per call one all-gather of [T, 1] ([T, 5]
+    to measure) and, if hidden_s needs a gradient, one all-reduce of [T, D]; nothing in backward. Raises ValueError for
+    inconsistent arguments before anything is computed.
     """
     head_s, head_t, vocab = stream.as_head(head_s), stream.as_head(head_t), VocabGroup(shard, group)
     checks.check_model("_s", hidden_s, head_s, shard)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kdtrain.distributed.collectives import Group, reduce_sum_
 from kdtrain.distributed.vocab import HeadShard, VocabShard
+from kdtrain.losses.buffers import fresh
 from kdtrain.losses.vocab_group import VocabGroup
 
 SLABS = 2
@@ -151,7 +152,7 @@ class ModelSide:
         """Slice off padding rows (they never take part) and allocate slabs for `depth` chunks of `rows` tokens."""
         n, num_tokens = shard.valid_rows, hidden.shape[0]
         depth = max(1, min(depth, -(-num_tokens // rows)))
-        memory = torch.empty(depth, min(rows, num_tokens), row_stride(shard), dtype=work, device=hidden.device)
+        memory = fresh(depth, min(rows, num_tokens), row_stride(shard), dtype=work, device=hidden.device)
         bias = None if head.bias is None else head.bias.detach()[:n].to(work)
         logit_map = LogitMap(head.logit_scale, head.softcap)
         return cls(hidden.detach(), head.weight.detach()[:n], bias, logit_map, memory[:, :, :n])
@@ -211,7 +212,7 @@ class GradientBuffers:
         def zeros(like: Tensor | None, is_needed: bool) -> Tensor | None:
             if like is None or not is_needed:
                 return None
-            return torch.zeros_like(like, dtype=work, memory_format=torch.contiguous_format)
+            return fresh(*like.shape, dtype=work, device=like.device).zero_()
 
         return cls(
             zeros(hidden.detach(), needs_grad.hidden),
@@ -247,7 +248,7 @@ def save_gradients(
     if grads.hidden is not None:
         # Each rank has d(hidden) through its own rows of the head only.
         reduce_sum_(grads.hidden, group)
-    ctx.fused, ctx.spent = main_grad is not None, False
+    ctx.fused, ctx.spent, ctx.handed_over = main_grad is not None, False, False
     ctx.dtypes = [None if like is None else like.dtype for like in inputs]
     ctx.save_for_backward(grads.hidden, None if ctx.fused else grads.weight, grads.bias)
 
@@ -255,6 +256,8 @@ def save_gradients(
 def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     """The kept gradients times the upstream scalar. Does not communicate: the upstream scalar is replicated.
 
+    On a CPU the first backward with a scalar of 1 hands over the kept tensors themselves, where their dtype is right:
+    a second backward returns copies, and fails if the first gradient was changed in place (autograd's RuntimeError).
     Raises ValueError if main_grad was used and this is not the first backward, or (on a device: fails an assertion
     there) the upstream scalar is not 1.
     """
@@ -269,7 +272,10 @@ def scaled_gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
                 f"the loss was scaled by {grad_loss.item():g} before backward, need 1 with main_grad: its gradient was "
                 "added in forward; put the factor into kd_weight and ce_weight"
             )
-    return tuple(_times(g, grad_loss, dtype) for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+    hand_over = grad_loss.device.type == "cpu" and not ctx.handed_over and grad_loss.item() == 1
+    ctx.handed_over = True
+    gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    return tuple(g if hand_over and g is not None and g.dtype == t else _times(g, grad_loss, t) for g, t in gradients)
 
 
 def _times(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -207,7 +207,7 @@ def pair_round2(
     """
     parts = torch.zeros(len(student), 2, dtype=torch.float64, device=student.device)
     for rows in row_blocks(student, scratch):
-        block = _pair_block(student, teacher, rows, totals, spec.temperature, scratch)
+        block = _pair_block(student, teacher, rows, totals, spec.temperature, scratch, keep_teacher=False)
         value, slope = spec.terms(block)
         teacher[rows].copy_(slope)
         parts[rows, 0] = slope.sum(1).double()
@@ -258,7 +258,7 @@ def pair_grad(
             if not row.uniform_baseline:
                 q = _probabilities(s, totals.student, rows, temperature, scratch)
         else:
-            block = _pair_block(student, teacher, rows, totals, temperature, scratch)
+            block = _pair_block(student, teacher, rows, totals, temperature, scratch, keep_teacher=False)
             part, slope = spec.terms(block)
             value[rows] = part.double()
             q = block.q()
@@ -316,14 +316,22 @@ def first_argmax(slab: Tensor, scratch: Scratch) -> Tensor:
 
 
 def _pair_block(
-    student: Tensor, teacher: Tensor, rows: slice, totals: PairTotals, temperature: float, scratch: Scratch
+    student: Tensor,
+    teacher: Tensor,
+    rows: slice,
+    totals: PairTotals,
+    temperature: float,
+    scratch: Scratch,
+    *,
+    keep_teacher: bool = True,
 ) -> PairBlock:
-    num_rows = len(student[rows])
-    at_one = temperature == 1.0
-    s, t = totals.student, totals.teacher
+    """Both models' shifted rows in buffers; without keep_teacher the teacher's are shifted in its slab, which saves a
+    buffer in cache."""
+    num_rows, at_one = len(student[rows]), temperature == 1.0
+    s, t, y = totals.student, totals.teacher, teacher[rows]
     return PairBlock(
         shifted(student[rows], s.peak[rows], temperature, scratch.take(0, num_rows)),
-        shifted(teacher[rows], t.peak[rows], temperature, scratch.take(1, num_rows)),
+        shifted(y, t.peak[rows], temperature, scratch.take(1, num_rows) if keep_teacher else y),
         (s.log_sum_1 if at_one else s.log_sum)[rows],
         (t.log_sum_1 if at_one else t.log_sum)[rows],
         totals.vocab_size,

@@ -118,3 +118,34 @@ def test_ratios_refer_to_the_naive_row_of_the_same_task_shape_and_mode():
     ]
     found = [(r.get("time_ratio"), r.get("peak_ratio")) for r in common.with_ratios(rows)]
     assert found == [("1.000", "1.000"), ("0.500", "0.100"), (None, None), (None, None)]
+
+
+def test_rows_and_goal_of_two_checkouts_have_the_largest_ratio():
+    pair = import_module("loss_pair")
+    same = {"commit": {"this": "abc", "base": "def"}, "date": "2026-11-30"}
+    rows = []
+    for shape, this in ((("kl_ce", 256, 8192), 0.5), (("ce", 512, 50257), 1.5), (("jsd", 512, 50257), 1.0)):
+        rows += pair.rows_of(shape, {"this": [this, 9.0, this], "base": [2.0, 2.0, 0.1]}, same)
+    assert [(row["commit"], row["provider"], row["time_ratio"]) for row in rows[:2]] == [
+        ("abc", "this", "0.250"),
+        ("def", "base", ""),
+    ]
+    assert (rows[2]["task"], rows[2]["shape"], rows[2]["median_ms"]) == ("ce", "T=512 V=50257", "1500")
+    goal = pair.goal_of(rows)
+    assert (goal["measured"], goal["goal"], goal["commit"]) == ("0.750", "0.9", "abc")
+
+
+@pytest.mark.slow
+def test_two_checkouts_take_turns():
+    pair = import_module("loss_pair")
+    times = pair.paired_times({"this": pair.ROOT, "base": pair.ROOT}, ("kl_ce", 8, 64), runs=2)
+    assert [len(seconds) for seconds in times.values()] == [2, 2]
+    assert all(second > 0 for seconds in times.values() for second in seconds)
+
+
+def test_a_checkout_without_the_loss_is_refused(tmp_path):
+    pair = import_module("loss_pair")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/bench_loss_head.py").write_text("raise RuntimeError")
+    with pytest.raises(SystemExit, match="ended with 1"):
+        pair.paired_times({"this": pair.ROOT, "base": tmp_path}, ("kl_ce", 8, 64), runs=1)

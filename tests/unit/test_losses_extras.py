@@ -10,6 +10,7 @@ from kdtrain_kernels.torch_rows import LogitMap, RowWeights
 
 from kdtrain.distributed.vocab import HeadShard, VocabShard
 from kdtrain.losses import linear_cross_entropy, linear_kd_loss, reference, stream
+from kdtrain.losses.buffers import fresh
 from kdtrain.losses.vocab_group import VocabGroup
 from tests.support.loss_cases import naive_answer, random_case, relative_error, streamed_answer
 
@@ -80,6 +81,36 @@ def test_z_weight_zero_changes_no_bit(op):
         answers.append((parts.loss.detach(), hidden.grad, head.weight.grad))
     for one, other in zip(*answers, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("factors", [(1.0, 1.0), (1.0, 0.5), (0.5, 1.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_backwards_give_separate_gradients(factors, dtype):
+    case = random_case(9, 101, dtype=dtype)
+    hidden, head = leaves(case)
+    loss, inputs = call(case, "kd", hidden=hidden, head=head).loss, (hidden, head.weight)
+    first, second = (torch.autograd.grad(factor * loss, inputs, retain_graph=True) for factor in factors)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one / factors[0], other / factors[1])
+        assert one.data_ptr() != other.data_ptr()
+
+
+def test_a_backward_after_its_gradient_was_changed_in_place_is_refused():
+    case = random_case(9, 101)
+    hidden, head = leaves(case)
+    loss = call(case, "kd", hidden=hidden, head=head).loss
+    (gradient,) = torch.autograd.grad(loss, (hidden,), retain_graph=True)
+    gradient.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, (hidden,))
+
+
+def test_large_buffers_are_as_asked_for_and_writable():
+    for shape in ((3, 5), (3, 1 << 19)):
+        buffer = fresh(*shape, dtype=torch.float32, device=torch.device("cpu"))
+        assert buffer.shape == shape
+        assert buffer.is_contiguous()
+        assert buffer.fill_(2.0).sum() == 2.0 * buffer.numel()
 
 
 @pytest.mark.parametrize("op", ["ce", "kd"])
