@@ -5,9 +5,9 @@
     git worktree add /tmp/base COMMIT
     python benchmarks/bench_loss_head.py --base /tmp/base   # -> benchmarks/results/cpu_loss_pair.csv, goals.csv
 
-The first command alone regenerates the results; the last compares the streamed losses of two checkouts at fewer than
-1,024 tokens (benchmarks/loss_pair.py; --busy measures at any load, --try
-measures one shape once and writes nothing). float32; student width 256, teacher width 576. Tasks and providers:
+The first command alone regenerates the results; the last compares the streamed losses of two checkouts, the goal being
+that below 1,024 tokens (benchmarks/loss_pair.py; --busy measures at any load, --try measures one shape once and writes
+nothing). float32; student width 256, teacher width 576. Tasks and providers:
 benchmarks/loss_providers.py; packages that are not installed are listed as absent, with the reason. Every number comes
 from a fresh process, so that no provider inherits another's memory.
 

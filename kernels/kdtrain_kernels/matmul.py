@@ -46,6 +46,7 @@ def uses_onednn(weight: Tensor, work: torch.dtype) -> bool:
         and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
         and bool(torch.backends.mkldnn.enabled)
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # the compiler's operation, not a documented one
     )
 
 
