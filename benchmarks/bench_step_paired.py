@@ -33,14 +33,14 @@ COLUMNS = (*COLUMNS, "p80_ms", "fastest_ms", "ratio", "ratio_fastest", "runs", "
 """provider: this or base; ratios: on the rows of this."""
 COMMAND = "python benchmarks/bench_step_paired.py --base BASE"
 MODES = ("distill", "lm")
-ROUNDS = 5
+ROUNDS = 3
 Rounds = dict[tuple[str, str], list[list[float]]]
 """(mode, provider) -> for each round the seconds of its steps."""
 
 
 def jobs() -> list[dict]:
     """A student with a teacher of four times its size, on one rank and on two."""
-    return [job for job in bench_step.jobs("cpu") if job["teacher"] == "llama-20m" and job["zero"] == 1]
+    return [{**job, "rounds": 4} for job in bench_step.jobs("cpu") if job["teacher"] == "llama-20m" and job["zero"] == 1]
 
 
 def measure(job: dict, roots: dict[str, Path], rounds: int) -> Rounds:
