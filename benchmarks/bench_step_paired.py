@@ -40,7 +40,9 @@ Rounds = dict[tuple[str, str], list[list[float]]]
 
 def jobs() -> list[dict]:
     """A student with a teacher of four times its size, on one rank and on two."""
-    return [{**job, "rounds": 4} for job in bench_step.jobs("cpu") if job["teacher"] == "llama-20m" and job["zero"] == 1]
+    return [
+        {**job, "rounds": 4} for job in bench_step.jobs("cpu") if job["teacher"] == "llama-20m" and job["zero"] == 1
+    ]
 
 
 def measure(job: dict, roots: dict[str, Path], rounds: int) -> Rounds:
