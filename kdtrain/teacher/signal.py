@@ -1,4 +1,4 @@
-"""Teacher signals: what a loss takes from a teacher about the tokens of a batch, whoever made it.
+"""Teacher signals: what a loss takes from a teacher about the tokens of a batch, in whatever way they were made.
 
 T tokens of a replica of the student, R replicas that share a teacher, D student width, E teacher width, K kept ids.
 """
