@@ -19,7 +19,7 @@ from torch import Tensor
 UPCAST_ELEMENTS = 1 << 20
 """Elements of the head that are upcast at a time if the device cannot multiply its dtype into the result's."""
 
-PANEL_ELEMENTS = 1 << 17
+PANEL_ELEMENTS = 3 << 15
 """Elements of a panel of the head, and of a panel's product with a chunk, that oneDNN multiplies at a time."""
 
 ONEDNN_ROWS = 1024

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from kdtrain_kernels.blocks import CPU_BLOCK
-from kdtrain_kernels.matmul import PANEL_ELEMENTS
 
 from kdtrain.distributed.vocab import VocabShard
 from kdtrain.losses import SparseTarget, linear_sparse_kd_loss, matrix
@@ -12,7 +11,6 @@ from tests.support.live_bytes import LiveBytes
 VOCAB, BUDGET, WIDTH, SLOTS = 8192, 1 << 23, 8, 6
 CHUNK = 128  # tokens: BUDGET / (2 slabs * 4 bytes * VOCAB), a multiple of 8
 BLOCK = 4 * CPU_BLOCK  # an eighth of a slab
-PANEL = 4 * PANEL_ELEMENTS  # the product of a panel of the head
 BLOCKS = 2  # exp(x / temperature), and the slope of a cap or a rounded copy
 TABLE = 8 * CHUNK * (SLOTS + 1) * 24  # float64 numbers per token and id of a chunk, two dozen of them
 
@@ -54,7 +52,7 @@ def test_live_bytes_are_bounded_by_slab_blocks_and_gradients_at_any_number_of_to
         assert head.grad is not None
         # gradients, held twice while backward scales them; numbers per token; sorting the ids to look for doubles
         allowed = 2 * 4 * WIDTH * (tokens + VOCAB) + 8 * 12 * tokens + 3 * 8 * SLOTS * tokens
-        assert live.peak <= slab + PANEL + BLOCKS * BLOCK + TABLE + allowed
+        assert live.peak <= slab + BLOCKS * BLOCK + TABLE + allowed
         extra.append(live.peak - allowed)
     assert extra[1] <= extra[0] + slab // 4, "grew with the number of tokens by more than its gradients and numbers"
     assert extra[1] < 4 * 16 * CHUNK * VOCAB / 8, "less than an eighth of one [T, V] tensor"
